@@ -1,0 +1,83 @@
+"""Errors with a stable code, a status and a remedy: RFC 9457 problems on the wire, `ErrorInfo` in a job."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, Field
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details, with the stable `code` to program against."""
+
+    type: str = Field(default="about:blank", examples=["urn:pdtrim:problem:job_not_found"])
+    title: str = Field(examples=["No such job"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["No job job_123 exists. List the jobs with GET /v1/jobs."])
+    instance: str | None = Field(default=None, examples=["/v1/jobs/job_123"])
+    code: str = Field(examples=["job_not_found"])
+    param: str | None = Field(
+        default=None, description="The request field at fault.", examples=["prefill.remove_blocks"]
+    )
+    request_id: str | None = None
+
+
+class PDTrimError(Exception):
+    """An error a user can act on. Subclasses fix `code`, `title` and the HTTP `status`."""
+
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Internal error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(PDTrimError):
+    code, title, status = "invalid_request", "The request is not valid", 422
+
+
+class JobNotFound(PDTrimError):
+    code, title, status = "job_not_found", "No such job", 404
+
+
+class ArtifactNotFound(PDTrimError):
+    code, title, status = "artifact_not_found", "No such artifact", 404
+
+
+class CursorNotFound(PDTrimError):
+    code, title, status = "cursor_not_found", "No such cursor", 422
+
+
+class JobNotCancellable(PDTrimError):
+    code, title, status = "job_not_cancellable", "The job is already finished", 409
+
+
+class RangeNotSatisfiable(PDTrimError):
+    code, title, status = "range_not_satisfiable", "The range lies outside the artifact", 416
+
+
+class Unauthorized(PDTrimError):
+    code, title, status = "unauthorized", "A valid API key is needed", 401
+
+
+class SourceNotAllowed(PDTrimError):
+    code, title, status = "source_not_allowed", "The source is not on the allow list", 422
+
+
+class SourceUnreadable(PDTrimError):
+    code, title, status = "source_unreadable", "The source cannot be read", 422
+
+
+class ModelUnsupported(PDTrimError):
+    code, title, status = "model_unsupported", "The model cannot be pruned", 422
+
+
+class TooManyBlocks(PDTrimError):
+    code, title, status = "too_many_blocks", "More blocks to remove than the model can give up", 422
+
+
+class DependencyUnavailable(PDTrimError):
+    code, title, status = "dependency_unavailable", "A server this needs is not reachable", 503

@@ -1,0 +1,168 @@
+"""JobSpec: what a user asks for. Every field is bounded, unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_BLOCKS = 1024
+SourceString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class SpecModel(BaseModel):
+    """Base of everything a user writes: unknown fields are errors and values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(SpecModel):
+    """The dense model to prune."""
+
+    source: SourceString = Field(
+        description="`reference` (the small model shipped with the service), `file:///folder`, `s3://bucket/prefix` "
+        "or `hf://organisation/name`.",
+        examples=["reference", "hf://Qwen/Qwen3-8B"],
+    )
+    revision: str | None = Field(
+        default=None,
+        max_length=128,
+        pattern=r"^[A-Za-z0-9._/-]+$",
+        description="Hub branch, tag or commit; resolved to a commit and recorded. Hub sources only.",
+    )
+
+
+def _model_from_string(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class StageTarget(SpecModel):
+    """How many blocks one serving stage gives up."""
+
+    remove_blocks: int = Field(ge=0, le=MAX_BLOCKS, description="Transformer blocks to remove.", examples=[2])
+
+
+class DataSpec(SpecModel):
+    """Text for calibration, distillation and validation; it is split so that the three never overlap."""
+
+    source: SourceString | None = Field(
+        default=None,
+        description="`builtin:stdlib` (the Python standard library's source, works offline), `file:///text.txt` or "
+        "`.jsonl`, `s3://bucket/key`, `hf://datasets/organisation/name`.",
+        examples=["builtin:stdlib"],
+    )
+    text: str | None = Field(default=None, min_length=1, max_length=1_000_000, description="Inline text instead.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.source is not None and self.text is not None:
+            raise ValueError("give either `source` or `text`, not both")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """The source string, `inline` for inline text."""
+        return "inline" if self.text is not None else self.source or "builtin:stdlib"
+
+
+class CalibrationSpec(SpecModel):
+    """The token windows on which blocks are scored and removals are compared."""
+
+    windows: int = Field(default=24, ge=1, le=4096, description="Number of calibration windows.")
+    window_tokens: int = Field(default=256, ge=8, le=32768, description="Tokens in a window.")
+
+
+class SearchSpec(SpecModel):
+    """The search over sets of removed blocks."""
+
+    algorithm: Literal["annealing", "greedy", "exhaustive"] = Field(
+        default="annealing", description="`annealing` starts from greedy's result, so it is never worse than greedy."
+    )
+    objective: Literal["kl", "cross_entropy", "hidden"] = Field(
+        default="kl",
+        description="Calibration loss: KL divergence to the dense model's next-token distribution, next-token "
+        "cross-entropy, or the distance of the last hidden state to the dense model's.",
+    )
+    evaluations: int = Field(
+        default=150, ge=1, le=100_000, description="Sets that annealing may evaluate, for each of prefill and decode."
+    )
+
+
+class DistillationSpec(SpecModel):
+    """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
+
+    enabled: bool = Field(default=True, description="False exports the pruned weights as they are.")
+    threshold: float = Field(
+        default=0.95,
+        ge=-1.0,
+        le=1.0,
+        description="A removed block whose cosine score reaches this is deleted; below it, it is distilled into a "
+        "neighbour.",
+    )
+    merge_tokens: int = Field(default=32_768, ge=0, le=10**10, description="Training tokens for each merged pair.")
+    heal_tokens: int = Field(
+        default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."
+    )
+    trainable: Literal["all", "distilled"] = Field(
+        default="all", description="Blocks that healing trains: every kept block, or only those that absorbed another."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
+    batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
+
+
+class EvaluationSpec(SpecModel):
+    """What is measured on the exported checkpoints."""
+
+    windows: int = Field(default=32, ge=1, le=65536, description="Validation windows.")
+    speed_tokens: int = Field(default=64, ge=1, le=4096, description="Tokens generated when decode speed is timed.")
+    speed_repeats: int = Field(default=5, ge=1, le=100, description="Timed repeats after one warm-up; medians count.")
+
+
+MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+
+class JobSpec(SpecModel):
+    """One pruning job. Prefill may not give up more blocks than decode; equal counts give one checkpoint for both."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "reference",
+                    "prefill": {"remove_blocks": 2},
+                    "decode": {"remove_blocks": 4},
+                    "metadata": {"team": "serving"},
+                }
+            ]
+        },
+    )
+
+    model: Annotated[ModelSpec, BeforeValidator(_model_from_string, json_schema_input_type=ModelSpec | str)]
+    prefill: StageTarget
+    decode: StageTarget
+    data: DataSpec = DataSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    search: SearchSpec = SearchSpec()
+    distillation: DistillationSpec = DistillationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Everything random follows from it.")
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        default_factory=dict, max_length=16, description="Your own labels; jobs can be listed by them."
+    )
+
+    @model_validator(mode="after")
+    def _decode_removes_what_prefill_removes(self) -> Self:
+        if self.prefill.remove_blocks > self.decode.remove_blocks:
+            raise ValueError(
+                f"prefill.remove_blocks ({self.prefill.remove_blocks}) may not exceed decode.remove_blocks "
+                f"({self.decode.remove_blocks}): every block that decode keeps needs the KV cache that prefill computed"
+            )
+        return self
+
+    @property
+    def unified(self) -> bool:
+        """Whether one checkpoint serves both stages."""
+        return self.prefill.remove_blocks == self.decode.remove_blocks

@@ -1,0 +1,1 @@
+"""Metadata: tables, the queries on them, and the migrations that create them."""

@@ -1,0 +1,116 @@
+"""Queries on jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlmodel import Session, col, select
+from uuid_utils import uuid7
+
+from service.contract.errors import CursorNotFound, JobNotCancellable, JobNotFound
+from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.spec import JobSpec
+from service.db import events
+from service.db.tables import JobRow, StageRow, now
+
+
+def create(session: Session, spec: JobSpec, *, model_revision: str | None = None) -> JobRow:
+    """Insert a job, its stages (the first one queued, to be sent after the commit) and its first event."""
+    job = JobRow(
+        id=f"job_{uuid7().hex}",
+        status=JobStatus.QUEUED,
+        spec=spec.model_dump(mode="json"),
+        labels=dict(spec.metadata),
+        model_revision=model_revision,
+    )
+    session.add(job)
+    session.flush()
+    for position, name in enumerate(StageName):
+        stage = StageRow(job_id=job.id, name=name, position=position, status=StageStatus.PENDING)
+        if position == 0:
+            stage.status, stage.sent_at, stage.sends = StageStatus.QUEUED, now(), 1
+        session.add(stage)
+    events.append(session, job.id, "job.created", "Job created.")
+    session.refresh(job)
+    return job
+
+
+def get(session: Session, job_id: str) -> JobRow:
+    """The job. Raises: JobNotFound."""
+    row = session.get(JobRow, job_id)
+    if row is None:
+        raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
+    return row
+
+
+def lock(session: Session, job_id: str) -> JobRow:
+    """The job, locked until the transaction ends; every change of a job or stage begins here. Raises: JobNotFound."""
+    row = session.exec(
+        select(JobRow).where(JobRow.id == job_id).with_for_update().execution_options(populate_existing=True)
+    ).first()
+    if row is None:
+        raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
+    return row
+
+
+def stages(session: Session, job_ids: list[str]) -> dict[str, list[StageRow]]:
+    """The stages of jobs in their order, by job."""
+    found: dict[str, list[StageRow]] = {job_id: [] for job_id in job_ids}
+    rows = session.exec(select(StageRow).where(col(StageRow.job_id).in_(job_ids)).order_by(col(StageRow.position)))
+    for row in rows:
+        found[row.job_id].append(row)
+    return found
+
+
+def page(
+    session: Session,
+    *,
+    limit: int,
+    after: str | None = None,
+    status: JobStatus | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[list[JobRow], bool]:
+    """Jobs, newest first, and whether more follow. Raises: CursorNotFound."""
+    query = select(JobRow)
+    if status is not None:
+        query = query.where(JobRow.status == status)
+    for key, value in (metadata or {}).items():
+        query = query.where(col(JobRow.labels)[key].as_string() == value)
+    if after is not None:
+        if session.get(JobRow, after) is None:
+            raise CursorNotFound(f"`after` names no job: {after}", param="after")
+        query = query.where(JobRow.id < after)
+    rows = session.exec(query.order_by(col(JobRow.id).desc()).limit(limit + 1)).all()
+    return list(rows[:limit]), len(rows) > limit
+
+
+def request_cancel(session: Session, job_id: str) -> JobRow:
+    """Cancel a job: at once when no worker holds a stage, else by asking the worker. Idempotent while cancelling.
+
+    Raises: JobNotFound; JobNotCancellable when the job succeeded or failed.
+    """
+    job = lock(session, job_id)
+    if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
+        return job
+    if JobStatus(job.status).final:
+        raise JobNotCancellable(f"Job {job_id} has already {job.status}; there is nothing left to cancel.")
+    if any(row.status == StageStatus.RUNNING for row in stages(session, [job_id])[job_id]):
+        job.status = JobStatus.CANCELLING
+        events.append(session, job_id, "job.cancelling", "Cancellation requested; the running stage is being stopped.")
+    else:
+        finish_cancel(session, job)
+    session.refresh(job)
+    return job
+
+
+def finish_cancel(session: Session, job: JobRow) -> None:
+    """Mark a locked job and its unfinished stages cancelled."""
+    for row in stages(session, [job.id])[job.id]:
+        if row.status != StageStatus.SUCCEEDED:
+            row.status = StageStatus.CANCELLED
+            row.lease_expires_at = None
+            row.finished_at = now()
+    job.status = JobStatus.CANCELLED
+    job.finished_at = now()
+    session.flush()
+    events.append(session, job.id, "job.cancelled", "Job cancelled.")

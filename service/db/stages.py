@@ -1,0 +1,213 @@
+"""Queries on stages: claims, leases, results.
+
+A claim is one conditional change under the job's row lock. It takes a lease and raises the stage's attempt number;
+every later write names that number and is refused once another worker has taken the stage over (a fencing token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import or_
+from sqlmodel import Session, col, select
+from uuid_utils import uuid7
+
+from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from service.db import events, jobs
+from service.db.tables import ArtifactRow, JobRow, StageRow, now
+
+
+class LeaseLost(Exception):
+    """The stage was taken over by another worker, or its job ended; nothing more may be recorded for it."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to run a stage and to record its results while the lease is renewed."""
+
+    job_id: str
+    stage: StageName
+    attempt: int
+
+
+@dataclass(frozen=True)
+class NewArtifact:
+    """An artifact about to be recorded. `size` in bytes."""
+
+    name: str
+    key: str
+    uri: str
+    size: int
+    sha256: str
+
+
+def claim(session: Session, job_id: str, stage: StageName, *, worker: str, lease_seconds: float) -> Claim | None:
+    """Take a queued stage, or a running one whose lease ran out; None when there is nothing to take."""
+    job = jobs.lock(session, job_id)
+    row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
+    expired = row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now()
+    if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING) or not (row.status == StageStatus.QUEUED or expired):
+        return None
+    row.status = StageStatus.RUNNING
+    row.attempt += 1
+    row.worker = worker
+    row.lease_expires_at = now() + timedelta(seconds=lease_seconds)
+    row.started_at = row.started_at or now()
+    job.status = JobStatus.RUNNING
+    job.started_at = job.started_at or now()
+    message = (
+        f"Stage {stage} started." if row.attempt == 1 else f"Stage {stage} taken up again (attempt {row.attempt})."
+    )
+    session.flush()
+    events.append(
+        session, job_id, "stage.started", message, stage=stage, data={"attempt": row.attempt, "worker": worker}
+    )
+    return Claim(job_id, stage, row.attempt)
+
+
+def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
+    """The job and stage of a claim, the job locked. Raises: LeaseLost."""
+    job = jobs.lock(session, held.job_id)
+    row = session.get_one(StageRow, (held.job_id, held.stage), populate_existing=True)
+    if row.status != StageStatus.RUNNING or row.attempt != held.attempt:
+        raise LeaseLost(f"{held.stage} of {held.job_id}: attempt {held.attempt} is no longer the one that counts")
+    return job, row
+
+
+def renew(session: Session, held: Claim, *, lease_seconds: float) -> bool:
+    """Renew the lease. True when the job is to be cancelled. Raises: LeaseLost."""
+    job, row = _held(session, held)
+    row.lease_expires_at = now() + timedelta(seconds=lease_seconds)
+    return job.status == JobStatus.CANCELLING
+
+
+def report(session: Session, held: Claim, *, progress: float, message: str, data: Mapping[str, Any]) -> None:
+    """Record progress (0…1) and announce it. Raises: LeaseLost."""
+    _, row = _held(session, held)
+    row.progress, row.message = min(max(progress, 0.0), 1.0), message
+    event_data = {"progress": round(row.progress, 4), **data}
+    session.flush()
+    events.append(session, held.job_id, "stage.progress", message, stage=held.stage, data=event_data)
+
+
+def complete(
+    session: Session,
+    held: Claim,
+    *,
+    artifacts: Sequence[NewArtifact],
+    metrics: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> StageName | None:
+    """Record a stage's artifacts and success and queue the next stage, which the caller sends after the commit.
+
+    Raises: LeaseLost.
+    """
+    job, row = _held(session, held)
+    for artifact in artifacts:
+        session.add(ArtifactRow(id=f"art_{uuid7().hex}", job_id=job.id, stage=held.stage, **vars(artifact)))
+    row.status, row.progress, row.message = StageStatus.SUCCEEDED, 1.0, ""
+    row.metrics, row.finished_at, row.lease_expires_at = dict(metrics), now(), None
+    job.versions = dict(versions)
+    session.flush()
+    events.append(
+        session,
+        job.id,
+        "stage.succeeded",
+        f"Stage {held.stage} succeeded.",
+        stage=held.stage,
+        data={"attempt": held.attempt, "artifacts": len(artifacts), "metrics": dict(metrics)},
+    )
+    if job.status == JobStatus.CANCELLING:
+        jobs.finish_cancel(session, job)
+        return None
+    following = [later for later in jobs.stages(session, [job.id])[job.id] if later.position > row.position]
+    if following:
+        following[0].status, following[0].sent_at, following[0].sends = StageStatus.QUEUED, now(), 1
+        session.flush()
+        return StageName(following[0].name)
+    job.status, job.finished_at = JobStatus.SUCCEEDED, now()
+    session.flush()
+    events.append(session, job.id, "job.succeeded", "Job succeeded.")
+    return None
+
+
+def fail(session: Session, held: Claim, error: ErrorInfo) -> None:
+    """Record a stage's failure and with it the job's. Raises: LeaseLost."""
+    job, row = _held(session, held)
+    _fail(session, job, row, error)
+
+
+def _fail(session: Session, job: JobRow, row: StageRow, error: ErrorInfo) -> None:
+    details = error.model_dump()
+    row.status, row.error, row.finished_at, row.lease_expires_at = StageStatus.FAILED, details, now(), None
+    job.status, job.error, job.finished_at = JobStatus.FAILED, details, now()
+    for later in jobs.stages(session, [job.id])[job.id]:
+        if later.status == StageStatus.PENDING:
+            later.status = StageStatus.CANCELLED
+    session.flush()
+    stage = StageName(row.name)
+    events.append(session, job.id, "stage.failed", error.message, stage=stage, data=details)
+    events.append(session, job.id, "job.failed", f"Job failed in {stage}: {error.message}", data=details)
+
+
+def cancelled(session: Session, held: Claim) -> None:
+    """Record that the worker stopped a stage because its job is being cancelled. Raises: LeaseLost."""
+    job, _ = _held(session, held)
+    jobs.finish_cancel(session, job)
+
+
+def expired(session: Session) -> list[tuple[str, StageName]]:
+    """Running stages whose lease ran out."""
+    rows = session.exec(
+        select(StageRow).where(StageRow.status == StageStatus.RUNNING, col(StageRow.lease_expires_at) < now())
+    )
+    return [(row.job_id, StageName(row.name)) for row in rows]
+
+
+def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> None:
+    """Give up a dead worker's lease: queue the stage again, finish its cancellation, or fail after `max_attempts`."""
+    job = jobs.lock(session, job_id)
+    row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
+    if row.status != StageStatus.RUNNING or row.lease_expires_at is None or row.lease_expires_at >= now():
+        return
+    if job.status == JobStatus.CANCELLING:
+        jobs.finish_cancel(session, job)
+        return
+    if row.attempt >= max_attempts:
+        message = f"{row.attempt} workers died or fell silent while running {stage}; the last was {row.worker}."
+        _fail(session, job, row, ErrorInfo(code="worker_lost", message=message))
+        return
+    row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 0, None
+    session.flush()
+    events.append(
+        session,
+        job_id,
+        "stage.requeued",
+        f"Worker {row.worker} fell silent; stage {stage} is queued again.",
+        stage=stage,
+        data={"attempt": row.attempt},
+    )
+
+
+def due(session: Session, *, resend_seconds: float, at: datetime | None = None) -> list[tuple[str, StageName]]:
+    """Queued stages to send (again): never sent, or sent `resend_seconds` · 2^(sends − 1) ago. Marks them sent."""
+    at = at or now()
+    rows = session.exec(
+        select(StageRow)
+        .where(
+            StageRow.status == StageStatus.QUEUED,
+            or_(col(StageRow.sent_at).is_(None), col(StageRow.sent_at) < at - timedelta(seconds=resend_seconds)),
+        )
+        .order_by(col(StageRow.job_id))
+        .with_for_update(skip_locked=True)
+    ).all()
+    sent = []
+    for row in rows:
+        wait = timedelta(seconds=resend_seconds * 2 ** max(min(row.sends, 8) - 1, 0))
+        if row.sent_at is None or row.sent_at < at - wait:
+            row.sent_at, row.sends = at, row.sends + 1
+            sent.append((row.job_id, StageName(row.name)))
+    return sent

@@ -1,0 +1,105 @@
+"""The tables. Alembic's migrations create them; these classes only describe them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, String, UniqueConstraint
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Field, SQLModel
+
+from service.contract.jobs import JobStatus, StageName, StageStatus
+
+
+def now() -> datetime:
+    """The current time, with its zone."""
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A point in time in UTC; SQLite keeps no zone, so it is put back on the way out."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+Name = String(32)
+
+
+class JobRow(SQLModel, table=True):
+    """A job. Its id is a UUID version 7, so ids sort by creation."""
+
+    __tablename__ = "jobs"
+
+    id: str = Field(primary_key=True, max_length=40)
+    status: JobStatus = Field(sa_type=Name, index=True)
+    spec: dict[str, Any] = Field(sa_type=JSON)
+    labels: dict[str, str] = Field(sa_type=JSON)
+    model_revision: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict, sa_type=JSON)
+    error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    last_event: int = 0
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class StageRow(SQLModel, table=True):
+    """A stage of a job. `attempt` numbers the claims of it and fences out workers whose lease was taken over."""
+
+    __tablename__ = "stages"
+    __table_args__ = (Index("ix_stages_status_lease", "status", "lease_expires_at"),)
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", max_length=40, ondelete="CASCADE")
+    name: StageName = Field(primary_key=True, sa_type=Name)
+    position: int
+    status: StageStatus = Field(sa_type=Name)
+    attempt: int = 0
+    worker: str | None = None
+    lease_expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    sends: int = 0
+    sent_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    progress: float = 0.0
+    message: str = ""
+    metrics: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
+    error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class EventRow(SQLModel, table=True):
+    """An event of a job."""
+
+    __tablename__ = "events"
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", max_length=40, ondelete="CASCADE")
+    number: int = Field(primary_key=True)
+    type: str = Field(max_length=32)
+    stage: StageName | None = Field(default=None, sa_type=Name)
+    message: str
+    data: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class ArtifactRow(SQLModel, table=True):
+    """A file in the artifact store, recorded by the transaction that completed its stage."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (UniqueConstraint("job_id", "stage", "name"),)
+
+    id: str = Field(primary_key=True, max_length=40)
+    job_id: str = Field(foreign_key="jobs.id", max_length=40, ondelete="CASCADE")
+    stage: StageName = Field(sa_type=Name)
+    name: str = Field(max_length=512)
+    key: str = Field(max_length=1024)
+    uri: str = Field(max_length=2048)
+    size: int = Field(sa_type=BigInteger)
+    sha256: str = Field(max_length=64)
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)

@@ -1,0 +1,81 @@
+"""The Celery app, its task names and its routes: all that gateway and workers share about queueing.
+
+The database says what is to be done; a message only wakes a worker. A lost message is sent again by the
+reconciler, a repeated one finds the stage claimed, so delivery may fail in either way.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from service.contract.jobs import StageName
+from service.settings import Settings
+
+QUEUE = "pdtrim"
+log = logging.getLogger(__name__)
+
+
+def task_name(stage: StageName) -> str:
+    """Name of the Celery task that runs `stage`."""
+    return f"pdtrim.{stage.value}"
+
+
+def _transport(broker_url: str) -> dict[str, Any]:
+    """Celery's settings for a broker URL; `filesystem:///folder` keeps messages as files, without a server."""
+    parts = urlsplit(broker_url)
+    if parts.scheme != "filesystem":
+        # A stage may run for days. Redelivery only wakes a worker that then finds the lease held.
+        return {"broker_url": broker_url, "broker_transport_options": {"visibility_timeout": 3600}}
+    folders = {name: Path(parts.path) / name for name in ("messages", "processed", "control")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "broker_url": "filesystem://",
+        "broker_transport_options": {
+            "data_folder_in": str(folders["messages"]),
+            "data_folder_out": str(folders["messages"]),
+            "processed_folder": str(folders["processed"]),
+            "control_folder": str(folders["control"]),
+            "polling_interval": 0.1,
+        },
+    }
+
+
+@cache
+def celery_app(broker_url: str) -> Celery:
+    """The Celery app on `broker_url`, one for each process."""
+    app = Celery("pdtrim")
+    app.conf.update(
+        **_transport(broker_url),
+        task_default_queue=QUEUE,
+        task_ignore_result=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=1,
+        worker_send_task_events=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_timeout=2,
+        worker_hijack_root_logger=False,
+    )
+    return app
+
+
+def send(settings: Settings, job_id: str, stage: StageName) -> bool:
+    """Wake a worker for a stage. False when the broker is out of reach: the reconciler sends again later."""
+    try:
+        celery_app(settings.broker_url).send_task(
+            task_name(stage), args=[job_id], retry=False, argsrepr=job_id, ignore_result=True
+        )
+    except (OperationalError, OSError) as error:
+        log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
+        return False
+    return True

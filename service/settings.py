@@ -1,0 +1,79 @@
+"""The one configuration, read once from the environment (`PDTRIM_…`) and passed on as values."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Where things are and how long they may take. With nothing set, everything lives in `data_dir`."""
+
+    model_config = SettingsConfigDict(env_prefix="PDTRIM_", extra="ignore")
+
+    data_dir: Path = Field(default=Path("pdtrim-data"), description="Folder of everything that has no address.")
+    database_url: str = Field(
+        default="", description="`postgresql+psycopg://…` or `sqlite:///…`; by default SQLite in the data folder."
+    )
+    broker_url: str = Field(
+        default="", description="`redis://…`; by default files in the data folder, which need no server."
+    )
+    artifacts_url: str = Field(
+        default="", description="`s3://bucket/prefix` or `file:///folder`; by default a folder in the data folder."
+    )
+    s3_endpoint_url: str | None = Field(default=None, description="For S3-compatible stores other than AWS.")
+    s3_region: str | None = Field(default=None, description="Region of the bucket; by default what AWS_* says.")
+    presign_seconds: int = Field(default=3600, ge=1, le=604800, description="Life of a presigned download link.")
+
+    host: str = Field(default="127.0.0.1", description="Address the gateway binds to.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port the gateway binds to.")
+    api_key: SecretStr | None = Field(
+        default=None, description="Bearer token that requests must carry; may be absent only on a loopback address."
+    )
+    max_body_bytes: int = Field(default=2_000_000, ge=1024, description="Largest request body.")
+
+    allowed_sources: list[str] = Field(
+        default=["reference", "builtin:", "hf://"],
+        description="JSON list of the model and text sources that jobs may name, as URI prefixes.",
+    )
+    scratch_dir: Path | None = Field(
+        default=None, description="Workers' scratch folder; by default in the data folder."
+    )
+
+    lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retaken.")
+    reconcile_seconds: float = Field(default=5.0, gt=0, description="Pause between two sweeps of the reconciler.")
+    resend_seconds: float = Field(
+        default=30.0, gt=0, description="A queued stage that no worker took is sent again after this, then 2×, 4×, …"
+    )
+    max_attempts: int = Field(default=5, ge=1, description="Claims of one stage before its job fails.")
+
+    @model_validator(mode="after")
+    def _fill_from_data_dir(self) -> Self:
+        self.data_dir = self.data_dir.resolve()
+        self.database_url = self.database_url or f"sqlite:///{self.data_dir / 'pdtrim.db'}"
+        self.broker_url = self.broker_url or f"filesystem://{self.data_dir / 'broker'}"
+        self.artifacts_url = self.artifacts_url or (self.data_dir / "artifacts").as_uri()
+        self.scratch_dir = (self.scratch_dir or self.data_dir / "scratch").resolve()
+        return self
+
+    @model_validator(mode="after")
+    def _key_unless_loopback(self) -> Self:
+        if self.api_key is None and not self.binds_loopback:
+            raise ValueError(
+                f"the gateway would listen on {self.host} without a key; set PDTRIM_API_KEY, or PDTRIM_HOST=127.0.0.1"
+            )
+        return self
+
+    @cached_property
+    def binds_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
