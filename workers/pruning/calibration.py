@@ -1,0 +1,72 @@
+"""Text to fixed, reproducible token windows."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "calibration", "validation"]
+EXCLUDED_PARTS = {"site-packages", "test", "tests", "lib2to3", "__pycache__"}
+
+
+def stdlib_documents(split: Split) -> Iterator[str]:
+    """The source files of the running Python's standard library, split by the SHA-1 of their relative path.
+
+    0–7 % are validation, 7–14 % calibration, the rest training: the split that the reference model was trained with.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED_PARTS & set(relative.parts):
+            continue
+        bucket = int(hashlib.sha1(relative.as_posix().encode()).hexdigest(), 16) % 100
+        if split == ("validation" if bucket < 7 else "calibration" if bucket < 14 else "train"):
+            yield path.read_text(errors="replace")
+
+
+def token_stream(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, at_least: int | None = None
+) -> Tensor:
+    """Token ids of the documents, (tokens,), an end-of-text token after each; stops once there are `at_least`."""
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if at_least is not None and len(ids) >= at_least:
+            break
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int) -> Tensor:
+    """`count` windows that do not overlap, (windows, tokens), in the stream's order; the seed chooses which.
+
+    Fewer when the stream holds fewer. Raises: ValueError when it does not hold one.
+    """
+    available = len(stream) // tokens
+    if available == 0:
+        raise ValueError(f"the text has {len(stream)} tokens, less than one window of {tokens}")
+    chosen = sorted(random.Random(seed).sample(range(available), min(count, available)))
+    return stream[: available * tokens].view(available, tokens)[chosen]
+
+
+def split_stream(stream: Tensor, *, tokens: int) -> dict[Split, Tensor]:
+    """A stream without a split of its own: the last tenth for validation, the tenth before for calibration.
+
+    Each part holds at least one window of `tokens`. Raises: ValueError when the stream is shorter than three.
+    """
+    if len(stream) < 3 * tokens:
+        raise ValueError(
+            f"the text has {len(stream)} tokens; training, calibration and validation need a window of {tokens} each"
+        )
+    tenth = max(len(stream) // 10, tokens)
+    train = len(stream) - 2 * tenth
+    return {"train": stream[:train], "calibration": stream[train : train + tenth], "validation": stream[train + tenth :]}
