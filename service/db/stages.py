@@ -171,23 +171,36 @@ def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int
     """Give up a dead worker's lease: queue the stage again, finish its cancellation, or fail after `max_attempts`."""
     job = jobs.lock(session, job_id)
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
-    if row.status != StageStatus.RUNNING or row.lease_expires_at is None or row.lease_expires_at >= now():
-        return
+    if row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now():
+        _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)
+
+
+def release(session: Session, held: Claim, reason: str, *, max_attempts: int) -> None:
+    """Hand a stage back after a fault that may pass, as `retire` does for a dead worker. Raises: LeaseLost."""
+    job, row = _held(session, held)
+    _requeue(session, job, row, reason, max_attempts=max_attempts)
+
+
+def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_attempts: int) -> None:
     if job.status == JobStatus.CANCELLING:
         jobs.finish_cancel(session, job)
         return
     if row.attempt >= max_attempts:
-        message = f"{row.attempt} workers died or fell silent while running {stage}; the last was {row.worker}."
-        _fail(session, job, row, ErrorInfo(code="worker_lost", message=message))
+        _fail(
+            session,
+            job,
+            row,
+            ErrorInfo(code="attempts_exhausted", message=f"Given up after {row.attempt} attempts. {reason}."),
+        )
         return
     row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 0, None
     session.flush()
     events.append(
         session,
-        job_id,
+        job.id,
         "stage.requeued",
-        f"Worker {row.worker} fell silent; stage {stage} is queued again.",
-        stage=stage,
+        f"{reason}; stage {row.name} is queued again.",
+        stage=StageName(row.name),
         data={"attempt": row.attempt},
     )
 

@@ -1,0 +1,72 @@
+"""Creating and listing jobs, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine
+
+from service.contract.errors import CursorNotFound, JobNotCancellable, JobNotFound
+from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from service.contract.spec import JobSpec
+from service.db import jobs, stages
+from service.db.session import migrate, schema_is_current, transaction
+
+
+def create_job(engine: Engine, **metadata: str) -> str:
+    spec = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}, "metadata": metadata}
+    with transaction(engine) as session:
+        return jobs.create(session, JobSpec.model_validate(spec)).id
+
+
+def test_migrating_twice_changes_nothing(engine: Engine) -> None:
+    migrate(engine)
+    assert schema_is_current(engine)
+
+
+def test_a_new_job_has_its_stages_and_only_the_first_is_queued(engine: Engine) -> None:
+    job_id = create_job(engine)
+    with transaction(engine) as session:
+        rows = jobs.stages(session, [job_id])[job_id]
+    assert [row.name for row in rows] == list(StageName)
+    assert [row.status for row in rows] == [StageStatus.QUEUED] + [StageStatus.PENDING] * 4
+
+
+def test_pages_run_from_newest_to_oldest_without_gap_or_overlap(engine: Engine) -> None:
+    created = [create_job(engine) for _ in range(5)]
+    with transaction(engine) as session:
+        first, more = jobs.page(session, limit=3)
+        second, end = jobs.page(session, limit=3, after=first[-1].id)
+    assert [row.id for row in first + second] == created[::-1]
+    assert (more, end) == (True, False)
+
+
+def test_jobs_are_filtered_by_status_and_by_every_label(engine: Engine) -> None:
+    wanted = create_job(engine, team="serving", tier="gold")
+    create_job(engine, team="serving")
+    with transaction(engine) as session:
+        by_labels, _ = jobs.page(session, limit=10, metadata={"team": "serving", "tier": "gold"})
+        running, _ = jobs.page(session, limit=10, status=JobStatus.RUNNING)
+    assert [row.id for row in by_labels] == [wanted]
+    assert running == []
+
+
+def test_an_unknown_cursor_is_refused(engine: Engine) -> None:
+    with pytest.raises(CursorNotFound, match="job_nowhere"), transaction(engine) as session:
+        jobs.page(session, limit=1, after="job_nowhere")
+
+
+def test_an_unknown_job_is_named(engine: Engine) -> None:
+    with pytest.raises(JobNotFound, match="job_nowhere"), transaction(engine) as session:
+        jobs.get(session, "job_nowhere")
+    with pytest.raises(JobNotFound, match="job_nowhere"), transaction(engine) as session:
+        jobs.request_cancel(session, "job_nowhere")
+
+
+def test_a_finished_job_cannot_be_cancelled(engine: Engine) -> None:
+    job_id = create_job(engine)
+    with transaction(engine) as session:
+        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert held is not None
+        stages.fail(session, held, ErrorInfo(code="x", message="x"))
+    with pytest.raises(JobNotCancellable, match="failed"), transaction(engine) as session:
+        jobs.request_cancel(session, job_id)

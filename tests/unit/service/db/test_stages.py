@@ -1,0 +1,200 @@
+"""Claims, leases and results of stages, on SQLite; tests/integration runs them on PostgreSQL too."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine
+
+from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from service.contract.spec import JobSpec
+from service.db import artifacts, events, jobs, stages
+from service.db.session import transaction
+from service.db.stages import Claim, LeaseLost, NewArtifact
+from service.db.tables import StageRow, now
+
+SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
+
+
+def create_job(engine: Engine) -> str:
+    with transaction(engine) as session:
+        return jobs.create(session, SPEC).id
+
+
+def claim(engine: Engine, job_id: str, stage: StageName = StageName.SCORING, *, lease_seconds: float = 60) -> Claim:
+    with transaction(engine) as session:
+        held = stages.claim(session, job_id, stage, worker="w", lease_seconds=lease_seconds)
+    assert held is not None
+    return held
+
+
+def complete(engine: Engine, held: Claim) -> StageName | None:
+    artifact = NewArtifact("plan.json", f"{held.job_id}/{held.stage}", "file:///plan.json", 3, "0" * 64)
+    with transaction(engine) as session:
+        return stages.complete(session, held, artifacts=[artifact], metrics={"loss": 1.5}, versions={"torch": "2"})
+
+
+def stage_row(engine: Engine, job_id: str, stage: StageName) -> StageRow:
+    with transaction(engine) as session:
+        return session.get_one(StageRow, (job_id, stage))
+
+
+def event_types(engine: Engine, job_id: str) -> list[str]:
+    with transaction(engine) as session:
+        rows, _ = events.page(session, job_id, after=0, limit=1000)
+    assert [row.number for row in rows] == list(range(1, len(rows) + 1))
+    return [row.type for row in rows]
+
+
+def test_a_stage_is_claimed_once(engine: Engine) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        second = stages.claim(session, job_id, StageName.SCORING, worker="other", lease_seconds=60)
+    assert held.attempt == 1
+    assert second is None
+
+
+def test_a_stage_whose_predecessor_is_unfinished_cannot_be_claimed(engine: Engine) -> None:
+    job_id = create_job(engine)
+    with transaction(engine) as session:
+        assert stages.claim(session, job_id, StageName.REMOVAL, worker="w", lease_seconds=60) is None
+
+
+def test_stages_completed_in_order_end_in_a_succeeded_job_with_every_artifact(engine: Engine) -> None:
+    job_id = create_job(engine)
+    for stage in StageName:
+        complete(engine, claim(engine, job_id, stage))
+    with transaction(engine) as session:
+        job = jobs.get(session, job_id)
+        recorded = [artifacts.of_stage(session, job_id, stage) for stage in StageName]
+    assert job.status == JobStatus.SUCCEEDED
+    assert job.versions == {"torch": "2"}
+    assert job.finished_at is not None
+    assert [len(rows) for rows in recorded] == [1] * len(StageName)
+    assert event_types(engine, job_id)[-2:] == ["stage.succeeded", "job.succeeded"]
+
+
+def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) -> None:
+    job_id = create_job(engine)
+    zombie = claim(engine, job_id, lease_seconds=-1)
+    successor = claim(engine, job_id)
+    for record in (
+        lambda session: stages.renew(session, zombie, lease_seconds=60),
+        lambda session: stages.report(session, zombie, progress=0.5, message="", data={}),
+        lambda session: stages.complete(session, zombie, artifacts=[], metrics={}, versions={}),
+        lambda session: stages.fail(session, zombie, ErrorInfo(code="x", message="x")),
+        lambda session: stages.cancelled(session, zombie),
+        lambda session: stages.release(session, zombie, "x", max_attempts=5),
+    ):
+        with pytest.raises(LeaseLost), transaction(engine) as session:
+            record(session)
+    assert successor.attempt == 2
+    assert complete(engine, successor) == StageName.REMOVAL
+
+
+def test_a_dead_workers_stage_is_queued_again_and_due_at_once(engine: Engine) -> None:
+    job_id = create_job(engine)
+    claim(engine, job_id, lease_seconds=-1)
+    with transaction(engine) as session:
+        assert stages.expired(session) == [(job_id, StageName.SCORING)]
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
+    with transaction(engine) as session:
+        assert stages.due(session, resend_seconds=30) == [(job_id, StageName.SCORING)]
+    assert event_types(engine, job_id)[-1] == "stage.requeued"
+
+
+def test_a_live_lease_is_not_retired(engine: Engine) -> None:
+    job_id = create_job(engine)
+    claim(engine, job_id)
+    with transaction(engine) as session:
+        assert stages.expired(session) == []
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
+    assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.RUNNING
+
+
+def test_a_stage_that_keeps_killing_its_worker_fails_the_job(engine: Engine) -> None:
+    job_id = create_job(engine)
+    for _ in range(3):
+        claim(engine, job_id, lease_seconds=-1)
+    with transaction(engine) as session:
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=3)
+        job = jobs.get(session, job_id)
+    assert job.status == JobStatus.FAILED
+    assert job.error is not None
+    assert job.error["code"] == "attempts_exhausted"
+
+
+def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        stages.release(session, held, "the store refused", max_attempts=5)
+        rows, _ = events.page(session, job_id, after=0, limit=100)
+    assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
+    assert rows[-1].message.startswith("the store refused")
+
+
+def test_queued_stages_are_sent_again_after_doubling_pauses(engine: Engine) -> None:
+    job_id = create_job(engine)
+    start = now()
+
+    def due_after(seconds: float) -> list[tuple[str, StageName]]:
+        with transaction(engine) as session:
+            return stages.due(session, resend_seconds=10, at=start + timedelta(seconds=seconds))
+
+    sent = [(job_id, StageName.SCORING)]
+    assert [due_after(s) for s in (5, 11, 20, 33, 50, 75)] == [[], sent, [], sent, [], sent]
+
+
+def test_cancelling_a_queued_job_is_immediate(engine: Engine) -> None:
+    job_id = create_job(engine)
+    with transaction(engine) as session:
+        job = jobs.request_cancel(session, job_id)
+    assert job.status == JobStatus.CANCELLED
+    assert {stage_row(engine, job_id, stage).status for stage in StageName} == {StageStatus.CANCELLED}
+
+
+def test_cancelling_a_running_job_waits_for_its_worker(engine: Engine) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        assert jobs.request_cancel(session, job_id).status == JobStatus.CANCELLING
+        assert jobs.request_cancel(session, job_id).status == JobStatus.CANCELLING
+    with transaction(engine) as session:
+        assert stages.renew(session, held, lease_seconds=60)
+        stages.cancelled(session, held)
+    assert event_types(engine, job_id)[-2:] == ["job.cancelling", "job.cancelled"]
+
+
+def test_a_stage_that_finishes_while_its_job_is_cancelled_keeps_its_result(engine: Engine) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        jobs.request_cancel(session, job_id)
+    assert complete(engine, held) is None
+    assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
+    assert stage_row(engine, job_id, StageName.REMOVAL).status == StageStatus.CANCELLED
+    with transaction(engine) as session:
+        assert jobs.get(session, job_id).status == JobStatus.CANCELLED
+
+
+def test_the_cancellation_of_a_dead_workers_job_is_finished_for_it(engine: Engine) -> None:
+    job_id = create_job(engine)
+    claim(engine, job_id, lease_seconds=-1)
+    with transaction(engine) as session:
+        jobs.request_cancel(session, job_id)
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
+        assert jobs.get(session, job_id).status == JobStatus.CANCELLED
+
+
+def test_a_failed_stage_fails_its_job_and_cancels_the_rest(engine: Engine) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        stages.fail(session, held, ErrorInfo(code="model_unsupported", message="GPT-J is not known", param="model"))
+        job = jobs.get(session, job_id)
+    assert job.status == JobStatus.FAILED
+    assert job.error == {"code": "model_unsupported", "message": "GPT-J is not known", "param": "model"}
+    assert stage_row(engine, job_id, StageName.EVALUATION).status == StageStatus.CANCELLED
