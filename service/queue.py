@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery import Celery
+from kombu import Queue
 from kombu.exceptions import OperationalError
 
 from service.contract.jobs import StageName
@@ -32,7 +33,8 @@ def _transport(broker_url: str) -> dict[str, Any]:
     parts = urlsplit(broker_url)
     if parts.scheme != "filesystem":
         # A stage may run for days. Redelivery only wakes a worker that then finds the lease held.
-        return {"broker_url": broker_url, "broker_transport_options": {"visibility_timeout": 3600}}
+        options = {"visibility_timeout": 3600, "socket_connect_timeout": 2}
+        return {"broker_url": broker_url, "broker_transport_options": options}
     folders = {name: Path(parts.path) / name for name in ("messages", "processed", "control")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,3 +81,11 @@ def send(settings: Settings, job_id: str, stage: StageName) -> bool:
         log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
         return False
     return True
+
+
+def check(settings: Settings) -> None:
+    """Declare the queue. Raises: what the transport raises when the broker is out of reach or refuses."""
+    with celery_app(settings.broker_url).connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, timeout=2)
+        with connection.channel() as channel:
+            Queue(QUEUE, channel=channel).declare()

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_BLOCKS = 1024
-SourceString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+def _storable(value: str) -> str:
+    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("text may contain neither NUL nor lone surrogates, which PostgreSQL and UTF-8 cannot store")
+    return value
+
+
+SourceString = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
 
 
 class SpecModel(BaseModel):
@@ -51,7 +60,9 @@ class DataSpec(SpecModel):
         "`.jsonl`, `s3://bucket/key`, `hf://datasets/organisation/name`.",
         examples=["builtin:stdlib"],
     )
-    text: str | None = Field(default=None, min_length=1, max_length=1_000_000, description="Inline text instead.")
+    text: Annotated[str, AfterValidator(_storable)] | None = Field(
+        default=None, min_length=1, max_length=1_000_000, description="Inline text instead."
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -119,7 +130,7 @@ class EvaluationSpec(SpecModel):
 
 
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-MetadataValue = Annotated[str, Field(max_length=512)]
+MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(_storable)]
 
 
 class JobSpec(SpecModel):
@@ -156,9 +167,15 @@ class JobSpec(SpecModel):
     @model_validator(mode="after")
     def _decode_removes_what_prefill_removes(self) -> Self:
         if self.prefill.remove_blocks > self.decode.remove_blocks:
-            raise ValueError(
-                f"prefill.remove_blocks ({self.prefill.remove_blocks}) may not exceed decode.remove_blocks "
-                f"({self.decode.remove_blocks}): every block that decode keeps needs the KV cache that prefill computed"
+            raise PydanticCustomError(
+                "prefill_exceeds_decode",
+                "prefill.remove_blocks ({prefill}) may not exceed decode.remove_blocks ({decode}): "
+                "every block that decode keeps needs the KV cache that prefill computed",
+                {
+                    "prefill": self.prefill.remove_blocks,
+                    "decode": self.decode.remove_blocks,
+                    "param": "prefill.remove_blocks",
+                },
             )
         return self
 
