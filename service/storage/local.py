@@ -6,12 +6,22 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from service.storage.store import READ_BYTES, ObjectNotFound, StoredObject, StoreUnavailable, checked_key
+from service.storage.store import (
+    READ_BYTES,
+    ObjectInfo,
+    ObjectNotFound,
+    StoredObject,
+    StoreUnavailable,
+    checked_key,
+)
+
+PARTIAL = ".pdtrim-"
+"""Begins the names of files that are still being written; no key has it."""
 
 
 class LocalStore:
@@ -22,38 +32,61 @@ class LocalStore:
 
     def put_file(self, key: str, path: Path) -> StoredObject:
         with path.open("rb") as source:
-            return self._write(key, lambda: source.read(READ_BYTES))
+            return self._write(key, iter(lambda: source.read(READ_BYTES), b""))
 
     def put_bytes(self, key: str, data: bytes) -> StoredObject:
-        pieces = iter([data])
-        return self._write(key, lambda: next(pieces, b""))
+        return self._write(key, [data])
 
     def get_bytes(self, key: str) -> bytes:
-        with self._reading(key) as file:
+        with self._reading(key) as file, self._failures():
             return file.read()
 
     def download(self, key: str, path: Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        with self._reading(key) as source, partial.open("wb") as target:
+        with self._reading(key) as source, written_whole(path) as target:
             shutil.copyfileobj(source, target, READ_BYTES)
-        partial.replace(path)
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        with self._reading(key) as file:
+        self.stat(key)
+        return self._pieces(key, start, end)
+
+    def _pieces(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        with self._reading(key) as file, self._failures():
             file.seek(start)
             while start < end and (piece := file.read(min(READ_BYTES, end - start))):
                 start += len(piece)
                 yield piece
 
+    def stat(self, key: str) -> ObjectInfo:
+        path = self._path(key)
+        with self._failures():
+            if not path.is_file():
+                raise ObjectNotFound(f"nothing is stored at {path.as_uri()}")
+            found = path.stat()
+        return ObjectInfo(found.st_size, f"{found.st_mtime_ns}-{found.st_ino}")
+
+    def exists(self, key: str) -> bool:
+        with suppress(ObjectNotFound):
+            self.stat(key)
+            return True
+        return False
+
+    def uri(self, key: str) -> str:
+        return self._path(key).as_uri()
+
     def list_keys(self, prefix: str) -> Iterator[str]:
-        folder = self._path(prefix)
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith(".pdtrim-"):
-                yield path.relative_to(self._root).as_posix()
+        folder = self._path(prefix) if prefix else self._root
+        found = []
+        with self._failures():
+            # os.walk stays out of linked folders; a linked file is no object either.
+            for parent, _, names in os.walk(folder, onerror=self._unless_missing):
+                paths = (Path(parent, name) for name in names if not name.startswith(PARTIAL))
+                found += [path.relative_to(self._root).as_posix() for path in paths if not path.is_symlink()]
+        return iter(sorted(found))
 
     def delete_prefix(self, prefix: str) -> None:
-        with self._failures():
-            shutil.rmtree(self._path(prefix), ignore_errors=False) if self._path(prefix).exists() else None
+        folder = self._path(prefix)
+        with self._failures(), suppress(FileNotFoundError, NotADirectoryError):
+            shutil.rmtree(folder)
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
         return None
@@ -61,35 +94,31 @@ class LocalStore:
     def check_writable(self) -> None:
         with self._failures():
             self._root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._root, prefix=".pdtrim-"):
-                pass
+            with tempfile.NamedTemporaryFile(dir=self._root, prefix=PARTIAL) as probe:
+                probe.write(b"probe")
 
     def _path(self, key: str) -> Path:
         path = self._root / checked_key(key)
+        if any(part.startswith(PARTIAL) for part in key.split("/")):
+            raise ValueError(f"not a key of the artifact store: {key!r} is the name of an unfinished file")
         # A link placed inside the root must not lead out of it.
         if not path.parent.resolve().is_relative_to(self._root) or path.is_symlink():
             raise ValueError(f"not a key of the artifact store: {key!r} leads out of {self._root}")
         return path
 
-    def _write(self, key: str, read: Callable[[], bytes]) -> StoredObject:
+    def _write(self, key: str, pieces: Iterable[bytes]) -> StoredObject:
         path = self._path(key)
         digest, size = hashlib.sha256(), 0
         with self._failures():
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".pdtrim-")
-            try:
-                with os.fdopen(descriptor, "wb") as target:
-                    while piece := read():
-                        digest.update(piece)
-                        size += len(piece)
-                        target.write(piece)
-                    target.flush()
-                    os.fsync(target.fileno())
-                os.chmod(name, 0o644)
-                os.replace(name, path)
-            except BaseException:
-                os.unlink(name)
-                raise
+            with written_whole(path) as target:
+                for piece in pieces:
+                    digest.update(piece)
+                    size += len(piece)
+                    target.write(piece)
+                target.flush()
+                os.fsync(target.fileno())
+            _sync_folder(path.parent)
         return StoredObject(path.as_uri(), size, digest.hexdigest())
 
     @contextmanager
@@ -99,7 +128,7 @@ class LocalStore:
             try:
                 file = path.open("rb")
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                raise ObjectNotFound(key) from None
+                raise ObjectNotFound(f"nothing is stored at {path.as_uri()}") from None
         with file:
             yield file
 
@@ -111,3 +140,30 @@ class LocalStore:
             raise StoreUnavailable(
                 f"the artifact folder {self._root} failed: {error}; check that it exists, is writable and has space"
             ) from error
+
+    def _unless_missing(self, error: OSError) -> None:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name `path` when the block ends, and is deleted when the block raises."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,42 +2,91 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
+import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import quote
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+from botocore.response import StreamingBody
 
-from service.storage.store import READ_BYTES, ObjectNotFound, StoredObject, StoreUnavailable, checked_key
+from service.storage import multipart
+from service.storage.store import (
+    READ_BYTES,
+    ObjectInfo,
+    ObjectNotFound,
+    StoredObject,
+    StoreRefused,
+    StoreUnavailable,
+    checked_key,
+    content_disposition,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-PART_BYTES = 16 << 20
-TRANSFER = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4)
+DOWNLOAD = TransferConfig(
+    multipart_threshold=multipart.PART_BYTES, multipart_chunksize=multipart.PART_BYTES, max_concurrency=4
+)
+DELETED_AT_ONCE = 1000
 MISSING = {"NoSuchKey", "404", "NotFound"}
+REFUSED = {
+    "403",
+    "AccessDenied",
+    "AuthorizationHeaderMalformed",
+    "InvalidAccessKeyId",
+    "InvalidBucketName",
+    "NoSuchBucket",
+    "PermanentRedirect",
+    "SignatureDoesNotMatch",
+}
 
 
-def s3_client(*, endpoint_url: str | None, region: str | None) -> S3Client:
-    """A client with bounded waits and retries; credentials come from the environment as boto3 finds them."""
-    return boto3.client(
+class S3Options(TypedDict, total=False):
+    """How to reach S3. What is absent or None is what boto3 finds: `AWS_*` variables, profiles, instance roles."""
+
+    endpoint_url: str | None
+    """For S3-compatible stores other than AWS."""
+    public_endpoint_url: str | None
+    """The same store as clients outside reach it; presigned links name it. By default `endpoint_url`."""
+    region: str | None
+    access_key_id: str | None
+    secret_access_key: str | None
+    session_token: str | None
+
+
+def s3_client(**options: Unpack[S3Options]) -> S3Client:
+    """A client with bounded waits and retries, for any number of threads. It connects when it is first used."""
+    endpoint_url = options.get("endpoint_url")
+    # A session of its own, because boto3's default one may not be used by two threads at once.
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=endpoint_url,
-        region_name=region,
+        region_name=options.get("region"),
+        aws_access_key_id=options.get("access_key_id"),
+        aws_secret_access_key=options.get("secret_access_key"),
+        aws_session_token=options.get("session_token"),
         config=Config(
             retries={"mode": "standard", "total_max_attempts": 5},
             connect_timeout=5,
             read_timeout=60,
+            max_pool_connections=32,
             signature_version="s3v4",
+            # Every upload names its SHA-256; boto3's own default of CRCs in trailers many compatible stores refuse.
+            request_checksum_calculation="when_required",
             # Bucket names as host names need DNS that a store of one's own rarely has.
             s3={"addressing_style": "path" if endpoint_url else "auto"},
         ),
@@ -47,95 +96,131 @@ def s3_client(*, endpoint_url: str | None, region: str | None) -> S3Client:
 class S3Store:
     """An ArtifactStore in `bucket` below `prefix`."""
 
-    def __init__(self, client: S3Client, bucket: str, prefix: str) -> None:
-        self._client = client
+    def __init__(self, bucket: str, prefix: str, **options: Unpack[S3Options]) -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/")
+        self._client = self._signer = s3_client(**options)
+        if public_endpoint_url := options.get("public_endpoint_url"):
+            outside = options.copy()
+            outside["endpoint_url"] = public_endpoint_url
+            self._signer = s3_client(**outside)
 
     def put_file(self, key: str, path: Path) -> StoredObject:
         name = self._name(key)
         with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        extra = {"Metadata": {"sha256": sha256}, "ChecksumAlgorithm": "SHA256"}
-        with self._failures():
-            self._client.upload_file(str(path), self._bucket, name, ExtraArgs=extra, Config=TRANSFER)
-        return StoredObject(self._uri(name), path.stat().st_size, sha256)
+            size = os.fstat(file.fileno()).st_size
+            if size <= multipart.PART_BYTES:
+                return self.put_bytes(key, file.read())
+            with self._failures(key):
+                read, sha256 = multipart.upload(self._client, self._bucket, name, file, size)
+        return StoredObject(self.uri(key), read, sha256)
 
     def put_bytes(self, key: str, data: bytes) -> StoredObject:
-        name, digest = self._name(key), hashlib.sha256(data)
-        with self._failures():
-            self._client.put_object(
-                Bucket=self._bucket,
-                Key=name,
-                Body=data,
-                ChecksumSHA256=base64.b64encode(digest.digest()).decode(),
-                Metadata={"sha256": digest.hexdigest()},
-            )
-        return StoredObject(self._uri(name), len(data), digest.hexdigest())
+        with self._failures(key):
+            checksum = multipart.base64_sha256(data)
+            self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, ChecksumSHA256=checksum)
+        return StoredObject(self.uri(key), len(data), hashlib.sha256(data).hexdigest())
 
     def get_bytes(self, key: str) -> bytes:
-        with self._failures():
+        with self._failures(key):
             return self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"].read()
 
     def download(self, key: str, path: Path) -> None:
         # boto3 downloads to a temporary name in the same folder and renames it.
-        with self._failures():
-            self._client.download_file(self._bucket, self._name(key), str(path), Config=TRANSFER)
+        with self._failures(key):
+            self._client.download_file(self._bucket, self._name(key), str(path), Config=DOWNLOAD)
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        if end <= start:
-            return
-        with self._failures():
+        if start >= min(end, self.stat(key).size):
+            return iter(())
+        with self._failures(key):
             wanted = f"bytes={start}-{end - 1}"
             body = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=wanted)["Body"]
+        return self._pieces(key, body)
+
+    def _pieces(self, key: str, body: StreamingBody) -> Iterator[bytes]:
+        with closing(body), self._failures(key):
             yield from body.iter_chunks(READ_BYTES)
 
+    def stat(self, key: str) -> ObjectInfo:
+        with self._failures(key):
+            found = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+        return ObjectInfo(found["ContentLength"], found["ETag"])
+
+    def exists(self, key: str) -> bool:
+        with suppress(ObjectNotFound):
+            self.stat(key)
+            return True
+        return False
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._name(key)}"
+
     def list_keys(self, prefix: str) -> Iterator[str]:
-        skipped = len(self._prefix) + 1 if self._prefix else 0
-        with self._failures():
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=f"{self._name(prefix)}/"
-            )
+        root = f"{self._prefix}/" if self._prefix else ""
+        folder = f"{root}{checked_key(prefix)}/" if prefix else root
+        found: list[str] = []
+        with self._failures(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
             for page in pages:
-                for entry in page.get("Contents", []):
-                    yield entry["Key"][skipped:]
+                # Consoles make folders visible as empty objects whose names end in a slash.
+                names = (entry["Key"] for entry in page.get("Contents", []) if not entry["Key"].endswith("/"))
+                found += [name.removeprefix(root) for name in names]
+        # Not every store lists in the order of its keys.
+        return iter(sorted(found))
 
     def delete_prefix(self, prefix: str) -> None:
-        for key in list(self.list_keys(prefix)):
-            with self._failures():
-                self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+        names = [self._name(key) for key in self.list_keys(checked_key(prefix))]
+        for start in range(0, len(names), DELETED_AT_ONCE):
+            batch = names[start : start + DELETED_AT_ONCE]
+            with self._failures(prefix):
+                answer = self._client.delete_objects(
+                    Bucket=self._bucket, Delete={"Objects": [{"Key": name} for name in batch], "Quiet": True}
+                )
+            if errors := answer.get("Errors"):
+                raise StoreUnavailable(f"{self._where} did not delete {len(errors)} objects, the first: {errors[0]}")
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
-        disposition = f"attachment; filename*=UTF-8''{quote(filename, safe='')}"
-        params = {"Bucket": self._bucket, "Key": self._name(key), "ResponseContentDisposition": disposition}
-        with self._failures():
-            return self._client.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s)
+        params = {
+            "Bucket": self._bucket,
+            "Key": self._name(key),
+            "ResponseContentDisposition": content_disposition(filename),
+        }
+        with self._failures(key):
+            return self._signer.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s)
 
     def check_writable(self) -> None:
         probe = f"probes/{uuid.uuid4().hex}"
         self.put_bytes(probe, b"probe")
-        with self._failures():
+        with self._failures(probe):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(probe))
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{checked_key(key)}" if self._prefix else checked_key(key)
 
-    def _uri(self, name: str) -> str:
-        return f"s3://{self._bucket}/{name}"
+    @property
+    def _where(self) -> str:
+        return f"bucket {self._bucket} at {self._client.meta.endpoint_url}"
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def _failures(self, key: str) -> Iterator[None]:
         try:
             yield
+        except (NoCredentialsError, PartialCredentialsError, ParamValidationError) as error:
+            raise self._refused(error) from error
         except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in MISSING:
-                raise ObjectNotFound(str(error)) from error
-            raise self._unavailable(error) from error
-        except (BotoCoreError, HTTPClientError, Boto3Error) as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code in MISSING:
+                raise ObjectNotFound(f"nothing is stored under {key!r} in {self._where}") from error
+            raise (self._refused(error) if code in REFUSED else self._unavailable(error)) from error
+        except (BotoCoreError, Boto3Error) as error:
             raise self._unavailable(error) from error
 
-    def _unavailable(self, error: Exception) -> StoreUnavailable:
-        where = f"bucket {self._bucket} at {self._client.meta.endpoint_url}"
-        return StoreUnavailable(
-            f"the artifact store ({where}) failed: {error}; check PDTRIM_ARTIFACTS_URL and the S3 settings"
+    def _refused(self, error: Exception) -> StoreRefused:
+        return StoreRefused(
+            f"{self._where} refused: {error}; check that the bucket exists, its name and region, and that the "
+            "credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or a role) may read and write it"
         )
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        return StoreUnavailable(f"{self._where} failed: {error}; check that it runs and that its endpoint URL is right")

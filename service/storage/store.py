@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import quote
 
 MAX_KEY_LENGTH = 900
 """S3 allows 1024 bytes; the rest is for the bucket's prefix."""
 KEY_PART = re.compile(r"[A-Za-z0-9_.=+@,() -]+")
+UNSAFE_IN_FILENAME = re.compile(r"[^A-Za-z0-9_.=+@,() -]")
 READ_BYTES = 1 << 20
 
 
@@ -22,6 +24,10 @@ class StoreUnavailable(Exception):
     """The store did not do what it was asked; the message says where it is and what to check."""
 
 
+class StoreRefused(StoreUnavailable):
+    """The store answers, but there is no such bucket or it is closed to us: waiting will not help."""
+
+
 @dataclass(frozen=True)
 class StoredObject:
     """A stored file: where it is, its bytes and their SHA-256 in hexadecimal."""
@@ -31,14 +37,23 @@ class StoredObject:
     sha256: str
 
 
+@dataclass(frozen=True)
+class ObjectInfo:
+    """Size in bytes, and a `version` that differs when the content does."""
+
+    size: int
+    version: str
+
+
 class ArtifactStore(Protocol):
     """Keys are relative POSIX paths. Writes are atomic: a key has its old content or the new one, never a part.
 
-    Every method raises StoreUnavailable when the store fails, and ValueError for a key that is none.
+    Every method raises StoreUnavailable when the store fails, and ValueError for a key that is none. What is wrong
+    with a local file given to `put_file` or `download` is raised as OSError. One store serves many threads.
     """
 
     def put_file(self, key: str, path: Path) -> StoredObject:
-        """Store a file; large ones in parts."""
+        """Store a file, read once; large ones in parts."""
         ...
 
     def put_bytes(self, key: str, data: bytes) -> StoredObject:
@@ -54,11 +69,26 @@ class ArtifactStore(Protocol):
         ...
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` up to but without `end`, in pieces. Raises: ObjectNotFound."""
+        """The bytes from `start` up to but without `end`, as far as there are, in pieces.
+
+        Raises: ObjectNotFound at the call, not at the first piece.
+        """
+        ...
+
+    def stat(self, key: str) -> ObjectInfo:
+        """What is known of an object without reading it. Raises: ObjectNotFound."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether an object is stored under the key."""
+        ...
+
+    def uri(self, key: str) -> str:
+        """Where the object is or would be: `s3://…` or `file:///…`."""
         ...
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key below the folder `prefix`, in order."""
+        """Every key below the folder `prefix`, in order; below the store's root for an empty prefix."""
         ...
 
     def delete_prefix(self, prefix: str) -> None:
@@ -70,7 +100,7 @@ class ArtifactStore(Protocol):
         ...
 
     def check_writable(self) -> None:
-        """Write and delete a probe."""
+        """Write and delete a probe. Raises: StoreUnavailable."""
         ...
 
 
@@ -80,3 +110,9 @@ def checked_key(key: str) -> str:
     if len(key) > MAX_KEY_LENGTH or not all(KEY_PART.fullmatch(part) and part.strip(".") for part in parts):
         raise ValueError(f"not a key of the artifact store: {key!r}")
     return key
+
+
+def content_disposition(filename: str) -> str:
+    """The header that saves a download as `filename`: ASCII for old clients, UTF-8 for the others (RFC 6266)."""
+    plain = UNSAFE_IN_FILENAME.sub("_", filename) or "download"
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
