@@ -54,9 +54,10 @@ class BlockCalls:
     kwargs: Sequence[Mapping[str, Any]]
 
     def run(self, stack: BlockStack, block: int, h: Tensor, cache: Any = None) -> Tensor:
-        """h_i (batch, time, hidden) → h_{i+1}, same shape. `cache` receives and supplies the block's keys and values."""
+        """h_i (batch, time, hidden) → h_{i+1}, same shape; `cache` takes and gives the block's keys and values."""
         out = stack.blocks[block](h, past_key_values=cache, **self.kwargs[block])
-        return out[0] if isinstance(out, tuple) else out
+        after: Tensor = out[0] if isinstance(out, tuple) else out
+        return after
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def capture_continuation_calls(stack: BlockStack, ids: Tensor, prompt_tokens: in
 
 
 def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """The configuration of a model that keeps only the blocks `kept`: the count, and every list with one entry a layer."""
+    """A model's configuration with only the blocks `kept`: their count, and every list with one entry a layer."""
     num_blocks = config["num_hidden_layers"]
     result = dict(config)
     for key, value in config.items():
@@ -113,7 +114,7 @@ def drop_blocks(model: PreTrainedModel, removed: Iterable[int]) -> PreTrainedMod
     for layer, index in enumerate(kept):
         for module in stack.blocks[index].modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = layer
+                setattr(module, "layer_idx", layer)  # noqa: B010  (torch types attributes as modules)
     pruned.model.layers = nn.ModuleList(stack.blocks[index] for index in kept)
     for key, value in pruned_config(model.config.to_dict(), kept).items():
         if key == "num_hidden_layers" or ("layer" in key and isinstance(value, list)):

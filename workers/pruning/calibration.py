@@ -69,4 +69,8 @@ def split_stream(stream: Tensor, *, tokens: int) -> dict[Split, Tensor]:
         )
     tenth = max(len(stream) // 10, tokens)
     train = len(stream) - 2 * tenth
-    return {"train": stream[:train], "calibration": stream[train : train + tenth], "validation": stream[train + tenth :]}
+    return {
+        "train": stream[:train],
+        "calibration": stream[train : train + tenth],
+        "validation": stream[train + tenth :],
+    }

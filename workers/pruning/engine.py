@@ -38,6 +38,12 @@ class Prefix:
     keys: Tensor
     values: Tensor
 
+    @classmethod
+    def of(cls, cache: DynamicCache, layer: int) -> Prefix:
+        """What a real cache holds for one layer."""
+        held: Any = cache.layers[layer]
+        return cls(held.keys, held.values)
+
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Prompt and continuation side by side along time, as a real cache returns them."""
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
@@ -180,12 +186,12 @@ class PairEngine:
         whole = chunk[:, :-1]
         dense, dense_forwards = walk(stack, capture_calls(stack, whole), stack.embed(whole), [NOTHING], {})
         self.block_forwards += forwards + dense_forwards
-        caches = {block: Prefix(cache.layers[block].keys, cache.layers[block].values) for block in kept}
+        caches = {block: Prefix.of(cache, block) for block in kept}
         return _Prompt(caches, h[self._prefill][:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
 
     @torch.no_grad()
     def losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
-        """Mean loss a continued token. Raises: NonFiniteLoss; ValueError when a candidate keeps what prefill removed."""
+        """Mean loss a continued token. Raises: NonFiniteLoss; ValueError when one keeps what prefill removed."""
         for candidate in candidates:
             check_nested(self._prefill, candidate)
         totals = []
@@ -198,5 +204,3 @@ class PairEngine:
             totals.append(summed_loss(self._stack, self._objective, whole, prompt.dense, targets))
         tokens = self._windows[:, self._prompt_tokens :].numel()
         return mean_losses(totals, tokens, self._chunk_windows)
-
-

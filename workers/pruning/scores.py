@@ -18,9 +18,9 @@ class Scores:
     """What scoring measured on the calibration windows."""
 
     cosine: list[float]
-    """s_i = mean over tokens of cos(h_i, h_{i+1}); high means redundant (PDTrim; 1 − s_i is ShortGPT's block influence)."""
+    """s_i = mean over tokens of cos(h_i, h_{i+1}); high means redundant (PDTrim; ShortGPT's influence is 1 − s_i)."""
     merge_errors: Mapping[tuple[int, int], float]
-    """(removed, neighbour) → ‖f(h_a) − h_{a+2}‖² / ‖h_{a+2} − h_a‖² of the pair starting at a, f the neighbour alone."""
+    """(removed, neighbour) → ‖f(h_a) − h_{a+2}‖² / ‖h_{a+2} − h_a‖² of the pair at a, f the neighbour alone."""
 
     def to_json(self) -> dict[str, Any]:
         errors = [[removed, neighbour, error] for (removed, neighbour), error in sorted(self.merge_errors.items())]

@@ -174,9 +174,7 @@ def _anneal(memo: Memo, num_blocks: int, count: int, base: Blocks, evaluations: 
             current = Found(best_proposal, losses[best_proposal])
 
 
-def _swaps(
-    memo: Memo, current: Found, num_blocks: int, base: Blocks, limit: int, rng: random.Random
-) -> list[Blocks]:
+def _swaps(memo: Memo, current: Found, num_blocks: int, base: Blocks, limit: int, rng: random.Random) -> list[Blocks]:
     """Up to `limit` sets not yet visited that swap one removed block of `current` with a kept one."""
     removable = sorted(current.removed - base)
     kept = [block for block in range(num_blocks) if block not in current.removed]

@@ -1,0 +1,1 @@
+"""The GPU side: runs the stages of jobs."""

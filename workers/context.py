@@ -1,0 +1,104 @@
+"""What a stage may touch: its specification, its inputs, a folder for its outputs, a place for progress and state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.contract.jobs import StageName
+from service.contract.spec import JobSpec
+from service.storage import ArtifactStore, ObjectNotFound
+
+REPORT_INTERVAL_S = 1.0
+Report = Callable[[float, str, dict[str, Any]], None]
+
+
+class CorruptArtifact(Exception):
+    """An input's bytes are not those that the stage before recorded."""
+
+
+@dataclass(frozen=True)
+class StoredInput:
+    """An artifact of an earlier stage: its key in the store and the SHA-256 of its bytes."""
+
+    key: str
+    sha256: str
+
+
+@dataclass
+class StageContext:
+    """One run of one stage. `check` raises when the stage must stop; `publish` announces progress."""
+
+    job_id: str
+    spec: JobSpec
+    model_dir: Path
+    model_revision: str | None
+    workdir: Path
+    inputs: dict[tuple[StageName, str], StoredInput]
+    store: ArtifactStore
+    state_prefix: str
+    documents: Callable[[], Iterable[str] | None]
+    """Opens the job's text; None stands for the Python standard library."""
+    check: Callable[[], None]
+    publish: Report
+    _reported_at: float = field(default=0.0, init=False)
+
+    @property
+    def out(self) -> Path:
+        """The folder whose files become the stage's artifacts."""
+        folder = self.workdir / "out"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def report(self, progress: float, message: str, **figures: Any) -> None:
+        """Announce progress (0…1), at most once a second. Raises: Cancelled, LeaseLost."""
+        self.check()
+        if time.monotonic() - self._reported_at >= REPORT_INTERVAL_S:
+            self._reported_at = time.monotonic()
+            self.publish(progress, message, figures)
+
+    def input(self, stage: StageName, name: str) -> Path:
+        """An earlier stage's artifact as a local file. Raises: KeyError, CorruptArtifact, StoreUnavailable."""
+        stored = self.inputs[stage, name]
+        path = self.workdir / "in" / stage / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.store.download(stored.key, path)
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != stored.sha256:
+                path.unlink()
+                raise CorruptArtifact(f"{stored.key} has SHA-256 {found}, recorded was {stored.sha256}")
+        return path
+
+    def input_json(self, stage: StageName, name: str) -> Any:
+        """An earlier stage's JSON artifact. Raises: as `input`."""
+        return json.loads(self.input(stage, name).read_text())
+
+    def input_folder(self, stage: StageName, prefix: str) -> Path:
+        """Every artifact of an earlier stage below `prefix`, as a folder. Raises: as `input`."""
+        for owner, name in self.inputs:
+            if owner == stage and name.startswith(f"{prefix}/"):
+                self.input(owner, name)
+        return self.workdir / "in" / stage / prefix
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write an output as JSON whose bytes depend on `content` alone."""
+        path = self.out / name
+        path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def save_state(self, name: str, data: bytes) -> None:
+        """Keep what a later attempt needs to go on from here. Raises: StoreUnavailable."""
+        self.store.put_bytes(f"{self.state_prefix}/{name}", data)
+
+    def load_state(self, name: str) -> bytes | None:
+        """What an earlier attempt kept, or None. Raises: StoreUnavailable."""
+        try:
+            return self.store.get_bytes(f"{self.state_prefix}/{name}")
+        except ObjectNotFound:
+            return None

@@ -1,0 +1,69 @@
+"""A stage's lease: renewed by a thread while the stage works, and the stage's window on cancellation."""
+
+from __future__ import annotations
+
+import logging
+import time
+from threading import Event, Thread
+from types import TracebackType
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.db import stages
+from service.db.session import transaction
+from service.db.stages import Claim, LeaseLost
+
+log = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """The job is being cancelled; the stage must stop."""
+
+
+class Lease:
+    """Context manager that renews `held` every third of `seconds` until it is left."""
+
+    def __init__(self, engine: Engine, held: Claim, *, seconds: float) -> None:
+        self._engine = engine
+        self._held = held
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._cancelled = Event()
+        self._lost = Event()
+        self._stop = Event()
+        self._thread = Thread(target=self._renew_until_stopped, name=f"lease-{held.job_id}", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raises: Cancelled when the job is being cancelled; LeaseLost when the stage was or may be taken over."""
+        if self._lost.is_set() or time.monotonic() > self._deadline:
+            raise LeaseLost(f"the lease on {self._held.stage} of {self._held.job_id} was not renewed in time")
+        if self._cancelled.is_set():
+            raise Cancelled
+
+    def _renew_until_stopped(self) -> None:
+        # Cancellation is noticed here too, so the pause is short even under a long lease.
+        while not self._stop.wait(min(self._seconds / 3, 2.0)):
+            asked_at = time.monotonic()
+            try:
+                with transaction(self._engine) as session:
+                    cancel = stages.renew(session, self._held, lease_seconds=self._seconds)
+            except LeaseLost:
+                self._lost.set()
+                return
+            except SQLAlchemyError as error:
+                log.warning("lease of %s not renewed, trying again: %s", self._held, error)
+                continue
+            self._deadline = asked_at + self._seconds
+            if cancel:
+                self._cancelled.set()

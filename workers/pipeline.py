@@ -1,0 +1,184 @@
+"""Runs one stage of one job: claim, load inputs, run, push artifacts, record, wake the next."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from service import queue
+from service.contract.errors import PDTrimError
+from service.contract.jobs import ErrorInfo, StageName
+from service.contract.spec import JobSpec
+from service.db import artifacts, jobs, stages
+from service.db.session import transaction
+from service.db.stages import Claim, LeaseLost, NewArtifact
+from service.settings import Settings
+from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable
+from workers.context import CorruptArtifact, StageContext, StoredInput
+from workers.lease import Cancelled, Lease
+from workers.sources import model_folder, text_documents
+from workers.stages import STAGES
+
+MANIFEST = "manifest.json"
+VERSIONED = ("pdtrim-service", "torch", "transformers", "tokenizers", "safetensors")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker process: what it reads from, writes to, and is called."""
+
+    settings: Settings
+    engine: Engine
+    store: ArtifactStore
+    name: str
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage leaves; the content of its manifest."""
+
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+    artifacts: list[NewArtifact]
+
+
+def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
+    """Run a stage if it is there to be taken; whatever happens is recorded, and nothing is recorded twice."""
+    settings = worker.settings
+    with transaction(worker.engine) as session:
+        held = stages.claim(session, job_id, stage, worker=worker.name, lease_seconds=settings.lease_seconds)
+    if held is None:
+        log.info("%s of %s is not there to be taken", stage, job_id)
+        return
+    try:
+        with Lease(worker.engine, held, seconds=settings.lease_seconds) as lease:
+            result = _finished_before(worker, held) or _execute(worker, held, lease.check)
+            lease.check()
+            following = _record(worker, held, result)
+    except LeaseLost as error:
+        log.warning("stepping back: %s", error)
+    except Cancelled:
+        _conclude(worker, held, lambda session: stages.cancelled(session, held))
+    except (StoreUnavailable, CorruptArtifact, SQLAlchemyError) as error:
+        log.exception("%s of %s met a fault that may pass", stage, job_id)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        _conclude(
+            worker, held, lambda session: stages.release(session, held, reason, max_attempts=settings.max_attempts)
+        )
+    except Exception as error:
+        # The border of the process: every failure becomes the job's error.
+        log.exception("%s of %s failed", stage, job_id)
+        info = _describe(error)
+        _conclude(worker, held, lambda session: stages.fail(session, held, info))
+    else:
+        if following is not None:
+            queue.send(settings, job_id, following)
+
+
+def _describe(error: Exception) -> ErrorInfo:
+    if isinstance(error, PDTrimError):
+        return ErrorInfo(code=error.code, message=error.message, param=error.param)
+    if isinstance(error, ValueError):
+        return ErrorInfo(code="invalid_input", message=str(error))
+    return ErrorInfo(code="internal_error", message=f"{type(error).__name__}: {error}")
+
+
+def _conclude(worker: Worker, held: Claim, change: Callable[[Any], None]) -> None:
+    try:
+        with transaction(worker.engine) as session:
+            change(session)
+    except LeaseLost as error:
+        log.warning("stepping back: %s", error)
+    except SQLAlchemyError:
+        log.exception("the outcome of %s could not be recorded; the lease will run out", held)
+
+
+def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
+    return f"jobs/{held.job_id}/{held.stage}/{attempt or held.attempt}"
+
+
+def _finished_before(worker: Worker, held: Claim) -> StageResult | None:
+    """The result of an earlier attempt that wrote its manifest but died before it was recorded."""
+    for attempt in range(held.attempt - 1, 0, -1):
+        try:
+            manifest = json.loads(worker.store.get_bytes(f"{_attempt_prefix(held, attempt)}/{MANIFEST}"))
+        except ObjectNotFound:
+            continue
+        log.info("%s of %s was finished by attempt %d", held.stage, held.job_id, attempt)
+        found = [NewArtifact(**entry) for entry in manifest["artifacts"]]
+        return StageResult(manifest["metrics"], manifest["versions"], found)
+    return None
+
+
+def _execute(worker: Worker, held: Claim, check: Callable[[], None]) -> StageResult:
+    assert worker.settings.scratch_dir is not None
+    stage_scratch = worker.settings.scratch_dir / "jobs" / held.job_id / held.stage
+    shutil.rmtree(stage_scratch, ignore_errors=True)
+    workdir = stage_scratch / str(held.attempt)
+    workdir.mkdir(parents=True)
+    try:
+        context = _context(worker, held, workdir, check)
+        metrics = STAGES[held.stage](context)
+        return _push(worker, held, context.out, metrics, check)
+    finally:
+        shutil.rmtree(stage_scratch, ignore_errors=True)
+
+
+def _context(worker: Worker, held: Claim, workdir: Path, check: Callable[[], None]) -> StageContext:
+    with transaction(worker.engine) as session:
+        job = jobs.get(session, held.job_id)
+        recorded = [row for name in StageName for row in artifacts.of_stage(session, held.job_id, name)]
+    spec = JobSpec.model_validate(job.spec)
+
+    def publish(progress: float, message: str, figures: dict[str, Any]) -> None:
+        with transaction(worker.engine) as session:
+            stages.report(session, held, progress=progress, message=message, data=figures)
+
+    publish(0.0, "Loading the model.", {})
+    return StageContext(
+        job_id=held.job_id,
+        spec=spec,
+        model_dir=model_folder(spec.model, job.model_revision, worker.settings),
+        model_revision=job.model_revision,
+        workdir=workdir,
+        inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},
+        store=worker.store,
+        state_prefix=f"jobs/{held.job_id}/{held.stage}/state",
+        documents=lambda: text_documents(spec.data, worker.settings),
+        check=check,
+        publish=publish,
+    )
+
+
+def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], check: Callable[[], None]) -> StageResult:
+    """Upload every file below `folder`, then the manifest that makes them count."""
+    prefix = _attempt_prefix(held)
+    pushed = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        check()
+        name = path.relative_to(folder).as_posix()
+        stored = worker.store.put_file(f"{prefix}/{name}", path)
+        pushed.append(
+            NewArtifact(name=name, key=f"{prefix}/{name}", uri=stored.uri, size=stored.size, sha256=stored.sha256)
+        )
+    result = StageResult(metrics, {name: version(name) for name in VERSIONED}, pushed)
+    manifest = {"format_version": 1, "job": held.job_id, "stage": held.stage, "attempt": held.attempt, **asdict(result)}
+    worker.store.put_bytes(f"{prefix}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True).encode())
+    return result
+
+
+def _record(worker: Worker, held: Claim, result: StageResult) -> StageName | None:
+    with transaction(worker.engine) as session:
+        return stages.complete(
+            session, held, artifacts=result.artifacts, metrics=result.metrics, versions=result.versions
+        )

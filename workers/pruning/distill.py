@@ -1,0 +1,219 @@
+"""Repair of a pruned model: merge block pairs, then heal on the dense model's predictions.
+
+Merging follows PDTrim (Zhang et al., ACL 2026): the pair {removed, absorber} becomes one block, started from the
+absorber and trained to map the hidden state that enters the pair to the one that leaves it. Healing distils the dense
+model's next-token distribution: the prefill model on whole sequences, the decode model on continuations that read the
+frozen prefill model's KV cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from workers.pruning.blocks import BLOCK_PREFIX, BlockStack, block_stack, capture_calls
+from workers.pruning.engine import HEAD_ELEMENTS
+from workers.pruning.pair import pair_logits
+from workers.pruning.training import Journal, TrainingResult, TrainingSettings, train
+
+KV_TENSORS = (
+    "input_layernorm.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.k_proj.bias",
+    "self_attn.v_proj.weight",
+    "self_attn.v_proj.bias",
+    "self_attn.k_norm.weight",
+)
+"""What shapes a block's keys and values for a given input. Frozen in a block that is distilled for decode alone."""
+
+
+def kv_tensor_names(block: int) -> set[str]:
+    """Names of the tensors through which a block makes its keys and values, those included that it may not have."""
+    return {f"{BLOCK_PREFIX}{block}.{name}" for name in KV_TENSORS}
+
+
+def trainable(model: PreTrainedModel, blocks: Sequence[int], *, frozen: set[str]) -> dict[str, nn.Parameter]:
+    """The parameters of `blocks` in the dense model's numbering, except `frozen`; only these require gradients."""
+    prefixes = tuple(f"{BLOCK_PREFIX}{block}." for block in blocks)
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes) and name not in frozen)
+        if parameter.requires_grad:
+            chosen[name] = parameter
+    return chosen
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` into the parameters of those names. Raises: KeyError naming one that does not exist."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def merge(
+    model: PreTrainedModel,
+    pairs: Mapping[int, int],
+    *,
+    frozen: set[str],
+    windows: Tensor,
+    held_out: Tensor,
+    settings: TrainingSettings,
+    journal: Journal,
+) -> tuple[dict[str, Tensor], dict[int, tuple[float, float]]]:
+    """Fit every pair (removed → absorber) of the dense `model` at once; each has weights of its own.
+
+    The loss of a pair that starts at block a is ‖f(h_a) − h_{a+2}‖² / ‖h_{a+2} − h_a‖², with h from the dense model;
+    1 is what deleting both would give. Returns the trained tensors by their dense names and, by removed block, the
+    held-out loss before and after; a pair that did not improve keeps its first weights. `model` is left as it was.
+    """
+    stack = block_stack(model)
+    calls = capture_calls(stack, windows)
+    fitted = {absorber: _copy_block(stack, absorber) for absorber in pairs.values()}
+    parameters = {
+        f"{BLOCK_PREFIX}{absorber}.{name}": parameter
+        for absorber, block in fitted.items()
+        for name, parameter in block.named_parameters()
+        if f"{BLOCK_PREFIX}{absorber}.{name}" not in frozen
+    }
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    first = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def pair_losses(ids: Tensor) -> dict[int, Tensor]:
+        with torch.no_grad():
+            hidden = [stack.embed(ids)]  # h_0 … h_L, each (batch, time, hidden)
+            for block in range(max(max(pair) for pair in pairs.items()) + 1):
+                hidden.append(calls.run(stack, block, hidden[-1]))
+        losses = {}
+        for removed, absorber in pairs.items():
+            enters, leaves = hidden[min(removed, absorber)], hidden[max(removed, absorber) + 1]
+            with _mixed_precision(ids.device):
+                out = fitted[absorber](enters, past_key_values=None, **calls.kwargs[absorber])
+            out = out[0] if isinstance(out, tuple) else out
+            losses[removed] = F.mse_loss(out.float(), leaves.float()) / (leaves - enters).float().pow(2).mean()
+        return losses
+
+    @torch.no_grad()
+    def held_out_losses() -> dict[int, float]:
+        parts = [pair_losses(ids) for ids in held_out.split(settings.batch_windows)]
+        return {removed: sum(float(part[removed]) for part in parts) / len(parts) for removed in pairs}
+
+    before = held_out_losses()
+    train(
+        parameters,
+        lambda ids: torch.stack(list(pair_losses(ids).values())).sum(),
+        lambda: sum(held_out_losses().values()),
+        windows,
+        settings,
+        journal,
+    )
+    after = held_out_losses()
+    tensors = {}
+    for removed, absorber in pairs.items():
+        improved = after[removed] < before[removed]
+        after[removed] = min(after[removed], before[removed])
+        for name, parameter in parameters.items():
+            if name.startswith(f"{BLOCK_PREFIX}{absorber}."):
+                tensors[name] = parameter.detach() if improved else first[name]
+    return tensors, {removed: (before[removed], after[removed]) for removed in pairs}
+
+
+def _copy_block(stack: BlockStack, index: int) -> nn.Module:
+    block = copy.deepcopy(stack.blocks[index])
+    return block.float().requires_grad_(False)
+
+
+def heal(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    windows: Tensor,
+    held_out: Tensor,
+    settings: TrainingSettings,
+    journal: Journal,
+) -> TrainingResult:
+    """Train `parameters` of the pruned `student` on KL(teacher ‖ student), nats a token, on whole windows."""
+
+    def student_logits(ids: Tensor) -> Tensor:
+        logits: Tensor = student(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def teacher_logits(ids: Tensor) -> Tensor:
+        logits: Tensor = teacher(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return _train_on_kl(student_logits, teacher_logits, parameters, windows, held_out, settings, journal)
+
+
+def heal_decode(
+    prefill: PreTrainedModel,
+    student: PreTrainedModel,
+    layer_map: Sequence[int],
+    teacher: PreTrainedModel,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    prompt_tokens: int,
+    windows: Tensor,
+    held_out: Tensor,
+    settings: TrainingSettings,
+    journal: Journal,
+) -> TrainingResult:
+    """Train `parameters` of the decode `student` on what follows the prompt, reading the frozen prefill model's cache.
+
+    The first token after the prompt is the prefill model's, so KL(teacher ‖ student) is over the others.
+    """
+
+    def student_logits(ids: Tensor) -> Tensor:
+        return pair_logits(prefill, student, layer_map, ids, prompt_tokens)[1]
+
+    def teacher_logits(ids: Tensor) -> Tensor:
+        logits: Tensor = teacher(input_ids=ids[:, :-1], use_cache=False).logits[:, prompt_tokens:]
+        return logits
+
+    return _train_on_kl(student_logits, teacher_logits, parameters, windows, held_out, settings, journal)
+
+
+def _train_on_kl(
+    student_logits: Callable[[Tensor], Tensor],
+    teacher_logits: Callable[[Tensor], Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    windows: Tensor,
+    held_out: Tensor,
+    settings: TrainingSettings,
+    journal: Journal,
+) -> TrainingResult:
+    def loss_of(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher_logits(ids)
+        with _mixed_precision(ids.device):
+            given = student_logits(ids)
+        return kl_divergence(wanted, given)
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        parts = held_out.split(settings.batch_windows)
+        return sum(float(loss_of(ids)) * len(ids) for ids in parts) / len(held_out)
+
+    return train(parameters, loss_of, held_out_loss, windows, settings, journal)
+
+
+def kl_divergence(wanted: Tensor, given: Tensor) -> Tensor:
+    """Mean KL(wanted ‖ given) in nats a token, of logits (…, vocabulary); a bounded number of logits at a time."""
+    rows = max(1, HEAD_ELEMENTS // wanted.shape[-1])
+    parts = [
+        F.kl_div(F.log_softmax(g.float(), -1), F.log_softmax(w.float(), -1), reduction="sum", log_target=True)
+        for w, g in zip(wanted.flatten(0, -2).split(rows), given.flatten(0, -2).split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum() / wanted[..., 0].numel()
+
+
+def _mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device has it; on the CPU nothing, so that results are bit-equal."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

@@ -1,0 +1,159 @@
+"""The training loop that merging and healing share: AdamW, warm-up and cosine, best weights, exact resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+WARMUP = 0.1
+"""Fraction of the steps in which the learning rate rises."""
+FLOOR = 0.05
+"""Last learning rate as a fraction of the peak."""
+CLIP_NORM = 1.0
+BETAS = (0.9, 0.95)
+HELD_OUT_CHECKS = 5
+"""How often the held-out loss is measured in a run."""
+
+
+class NonFiniteTraining(ValueError):
+    """The training loss is not a finite number."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how fast to train."""
+
+    steps: int
+    batch_windows: int
+    learning_rate: float
+    """Peak learning rate."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Held-out loss before training and of the weights that were kept, the best ones seen."""
+
+    before: float
+    after: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Journal:
+    """How a run tells of itself and survives its process.
+
+    `report(step, steps, loss)` may raise to stop. `save(last, state)` may call `state()` and keep what it returns, and
+    should when it is the last. A run that is given a kept state as `resume` ends with the same bits as one that was
+    never interrupted.
+    """
+
+    report: Callable[[int, int, float], None] = lambda step, steps, loss: None
+    save: Callable[[bool, Callable[[], dict[str, Tensor]]], None] = lambda last, state: None
+    resume: Mapping[str, Tensor] | None = None
+
+
+def learning_rate(step: int, settings: TrainingSettings) -> float:
+    """Linear warm-up to the peak, then cosine to `FLOOR` of it."""
+    warmup = max(1, round(WARMUP * settings.steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def batch_indices(step: int, windows: int, settings: TrainingSettings) -> Tensor:
+    """Which windows (batch,) a step trains on: every epoch is a new permutation, a function of seed and step alone."""
+    batch = min(settings.batch_windows, windows)
+    epoch, position = divmod(step, windows // batch)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    return torch.randperm(windows, generator=generator)[position * batch : (position + 1) * batch]
+
+
+def train(
+    parameters: Mapping[str, nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    held_out_loss: Callable[[], float],
+    windows: Tensor,
+    settings: TrainingSettings,
+    journal: Journal,
+) -> TrainingResult:
+    """Train `parameters` in place on `windows` (windows, tokens) and leave the weights with the lowest held-out loss.
+
+    The weights before training count too, so a run that does harm changes nothing.
+    Raises: NonFiniteTraining naming the step; whatever `journal.report` raises.
+    """
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
+    best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    if journal.resume is None:
+        start, before = 0, held_out_loss()
+        best_loss = before
+    else:
+        start, before, best_loss = _restore(journal.resume, parameters, optimizer, best)
+
+    for step in range(start, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        loss = loss_of(windows[batch_indices(step, len(windows), settings).to(windows.device)])
+        if not torch.isfinite(loss):
+            raise NonFiniteTraining(f"the training loss is {loss.item()} at step {step}; lower the learning rate")
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if done == settings.steps or done % max(1, settings.steps // HELD_OUT_CHECKS) == 0:
+            held_out = held_out_loss()
+            if held_out < best_loss:
+                best_loss = held_out
+                for name, parameter in parameters.items():
+                    best[name].copy_(parameter.detach())
+        state = partial(_state, done, before, best_loss, parameters, optimizer, best)
+        journal.save(done == settings.steps, state)
+        journal.report(done, settings.steps, float(loss.detach()))
+
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(best[name])
+    return TrainingResult(before, best_loss, settings.steps)
+
+
+def _state(
+    step: int,
+    before: float,
+    best_loss: float,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    state = {"progress": torch.tensor([step, before, best_loss], dtype=torch.float64)}
+    for name, parameter in parameters.items():
+        state[f"weight.{name}"] = parameter.detach().cpu()
+        state[f"best.{name}"] = best[name].cpu()
+        state[f"mean.{name}"] = optimizer.state[parameter]["exp_avg"].cpu()
+        state[f"square.{name}"] = optimizer.state[parameter]["exp_avg_sq"].cpu()
+    return state
+
+
+def _restore(
+    state: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+) -> tuple[int, float, float]:
+    step, before, best_loss = state["progress"].tolist()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[f"weight.{name}"])
+            best[name].copy_(state[f"best.{name}"])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
+                "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
+            }
+    return int(step), before, best_loss

@@ -1,0 +1,18 @@
+"""The stages of a job: each reads artifacts, writes artifacts and returns its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from service.contract.jobs import StageName
+from workers.context import StageContext
+from workers.stages import distillation, evaluation, export, removal, scoring
+
+STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
+    StageName.SCORING: scoring.run,
+    StageName.REMOVAL: removal.run,
+    StageName.DISTILLATION: distillation.run,
+    StageName.EXPORT: export.run,
+    StageName.EVALUATION: evaluation.run,
+}

@@ -1,0 +1,120 @@
+"""Evaluation: load the exported checkpoints as a server would, and measure them beside the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from service.contract.jobs import StageName
+from workers.context import StageContext
+from workers.models import device, load_model
+from workers.pruning.blocks import drop_blocks
+from workers.pruning.checkpoint import stored_dtype
+from workers.pruning.measure import Speed, parameters, perplexity, speeds
+from workers.pruning.pair import kv_cache_bytes, pd_loss
+from workers.pruning.plan import BlockPlan, kv_layer_map
+from workers.stages.export import roles
+from workers.stages.removal import Plans, read_plans
+from workers.stages.scoring import WINDOWS
+
+REPORT = "report.json"
+BATCH_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under measurement, the folder it was loaded from, and what it gave up."""
+
+    model: PreTrainedModel
+    folder: Path
+    plan: BlockPlan
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Writes and returns the report: perplexity, PD loss, parameters, KV bytes, throughput."""
+    plans = read_plans(context)
+    windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
+    context.report(0.05, "Loading the exported checkpoints.")
+    dense = load_model(context.model_dir)
+    subjects = {"dense": Subject(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
+    for role, (plan, _) in roles(plans).items():
+        folder = context.input_folder(StageName.EXPORT, role)
+        subjects[role] = Subject(load_model(folder), folder, plan)
+
+    context.report(0.2, "Measuring speed.")
+    spec = context.spec.evaluation
+    timed = speeds(
+        {name: subject.model for name, subject in subjects.items()},
+        windows[:1, : windows.shape[1] // 2],
+        new_tokens=spec.speed_tokens,
+        repeats=spec.speed_repeats,
+    )
+    context.report(0.5, "Measuring perplexity.")
+    report = {
+        "models": {
+            name: _describe(context, subject, timed[name], windows, dense) for name, subject in subjects.items()
+        },
+        "pair": _measure_pair(context, subjects, plans, windows),
+    }
+    context.write_json(REPORT, report)
+    return report
+
+
+def _describe(
+    context: StageContext, subject: Subject, speed: Speed, windows: Tensor, dense: PreTrainedModel
+) -> dict[str, Any]:
+    context.check()
+    undistilled = None
+    if subject.plan.removed:
+        undistilled = asdict(perplexity(drop_blocks(dense, subject.plan.removed), windows, batch=BATCH_WINDOWS))
+    weights = subject.folder.glob("*.safetensors")
+    return {
+        "blocks": len(subject.plan.kept),
+        "kept_blocks": list(subject.plan.kept),
+        "deleted_blocks": sorted(subject.plan.deleted),
+        "distilled_blocks": subject.plan.to_json()["distilled"],
+        "parameters": parameters(subject.model),
+        "bytes": sum(path.stat().st_size for path in weights),
+        "perplexity": asdict(perplexity(subject.model, windows, batch=BATCH_WINDOWS)),
+        "undistilled_perplexity": undistilled,
+        **asdict(speed),
+    }
+
+
+def _measure_pair(
+    context: StageContext, subjects: Mapping[str, Subject], plans: Plans, windows: Tensor
+) -> dict[str, Any]:
+    context.report(0.8, "Measuring the prefill/decode pair.")
+    dense = subjects["dense"].model
+    prefill = (subjects.get("prefill") or subjects["unified"]).model
+    decode = (subjects.get("decode") or subjects["unified"]).model
+    layer_map = kv_layer_map(plans.prefill, plans.decode)
+    tokens = windows.shape[1]
+    prompt_tokens = tokens // 2
+
+    def loss(prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: list[int]) -> float:
+        context.check()
+        return pd_loss(prefill, decode, layer_map, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS)
+
+    dtype = stored_dtype(context.model_dir)
+    pruned = (drop_blocks(dense, plans.prefill.removed), drop_blocks(dense, plans.decode.removed))
+    return {
+        "prompt_tokens": prompt_tokens,
+        "continuation_tokens": tokens - prompt_tokens,
+        "dense_loss": loss(dense, dense, list(range(plans.prefill.num_blocks))),
+        "pruned_loss": loss(*pruned, layer_map),
+        "distilled_loss": loss(prefill, decode, layer_map),
+        "kv_layer_map": layer_map,
+        "kv_bytes_per_request": {
+            "tokens": tokens,
+            "dense": kv_cache_bytes(dense.config, tokens, dtype),
+            "pruned": kv_cache_bytes(decode.config, tokens, dtype),
+            "sent": kv_cache_bytes(decode.config, prompt_tokens, dtype),
+        },
+    }

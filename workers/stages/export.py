@@ -1,0 +1,125 @@
+"""Export: cut the checkpoints out of the source's shards, then prove that they load and compute what they should."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from service.contract.jobs import StageName
+from workers.context import StageContext
+from workers.models import device, load_model
+from workers.pruning.blocks import drop_blocks
+from workers.pruning.checkpoint import SourceTensors, write_checkpoint
+from workers.pruning.distill import load_tensors
+from workers.pruning.plan import BlockPlan, kv_layer_map
+from workers.stages import distillation
+from workers.stages.removal import Plans, read_plans
+from workers.stages.scoring import WINDOWS
+
+PROOF_TOKENS = 32
+GENERATED_TOKENS = 8
+TOLERANCE = 1e-4
+
+
+class ExportMismatch(Exception):
+    """An exported checkpoint does not compute what the pruned model in memory computes."""
+
+
+def roles(plans: Plans) -> dict[str, tuple[BlockPlan, str]]:
+    """Role of each checkpoint → its plan and the distillation artifact with its trained tensors."""
+    if plans.unified:
+        return {"unified": (plans.prefill, distillation.PREFILL)}
+    return {"prefill": (plans.prefill, distillation.PREFILL), "decode": (plans.decode, distillation.DECODE)}
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Writes one folder a checkpoint. Raises: BrokenCheckpoint, ExportMismatch."""
+    plans = read_plans(context)
+    proof = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"][:1, :PROOF_TOKENS].to(device())
+    metrics = {}
+    for number, (role, (plan, trained)) in enumerate(roles(plans).items()):
+        context.report(number / 2, f"Writing the {role} checkpoint.")
+        overrides = context.input(StageName.DISTILLATION, trained)
+        target = context.out / role
+        write_checkpoint(
+            context.model_dir,
+            target,
+            kept=plan.kept,
+            overrides=SourceTensors.in_file(overrides),
+            pdtrim=pdtrim_json(context, role, plan, plans),
+            model_card=model_card(context, role, plan),
+        )
+        context.report(number / 2 + 0.25, f"Proving the {role} checkpoint.")
+        expected = load_model(context.model_dir, dtype=torch.float32)
+        load_tensors(expected, load_file(overrides))
+        difference = _prove(target, drop_blocks(expected, plan.removed), proof)
+        files = [path for path in target.iterdir() if path.is_file()]
+        metrics[role] = {
+            "files": len(files),
+            "bytes": sum(path.stat().st_size for path in files),
+            "max_logit_difference": difference,
+        }
+    return {"checkpoints": metrics}
+
+
+def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor) -> float:
+    """Largest difference between the loaded checkpoint's logits and the expected ones, in float32."""
+    loaded = load_model(folder, dtype=torch.float32)
+    with torch.no_grad():
+        difference = float((loaded(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max())
+    if not difference <= TOLERANCE:
+        raise ExportMismatch(f"{folder.name}: logits differ from the pruned model's by {difference}")
+    settings: dict[str, Any] = {"max_new_tokens": GENERATED_TOKENS, "do_sample": False, "pad_token_id": 0}
+    generate: Any = loaded.generate
+    mask = torch.ones_like(ids)
+    cached = generate(ids, attention_mask=mask, use_cache=True, **settings)
+    plain = generate(ids, attention_mask=mask, use_cache=False, **settings)
+    if not torch.equal(cached, plain):
+        raise ExportMismatch(f"{folder.name}: greedy generation with the KV cache differs from the one without")
+    return difference
+
+
+def pdtrim_json(context: StageContext, role: str, plan: BlockPlan, plans: Plans) -> dict[str, Any]:
+    """What a serving stack has to know about a checkpoint; documented in the README."""
+    return {
+        "format_version": 1,
+        "role": role,
+        "source": {"uri": context.spec.model.source, "revision": context.model_revision},
+        "num_source_blocks": plan.num_blocks,
+        "kept_blocks": list(plan.kept),
+        "distilled_blocks": {str(removed): absorber for removed, absorber in sorted(plan.distilled.items())},
+        "kv_layer_map": kv_layer_map(plans.prefill, plans.decode),
+        "first_token": "prefill",
+        "job": context.job_id,
+        "seed": context.spec.seed,
+        "versions": {name: version(name) for name in ("pdtrim-service", "torch", "transformers", "safetensors")},
+    }
+
+
+def model_card(context: StageContext, role: str, plan: BlockPlan) -> str:
+    """The checkpoint's README.md."""
+    source = context.spec.model.source
+    removed = ", ".join(str(block) for block in sorted(plan.removed)) or "none"
+    merged = "".join(f"\n- block {r} was distilled into block {a}" for r, a in sorted(plan.distilled.items()))
+    return f"""---
+library_name: transformers
+tags: [pruned, pdtrim, {role}]
+---
+# {source}, {role} checkpoint
+
+{len(plan.kept)} of {plan.num_blocks} transformer blocks of `{source}`, chosen and repaired with the PDTrim method
+(Zhang et al., ACL 2026, arXiv 2509.04467).
+
+- removed blocks (indices of the dense model): {removed}{merged}
+- serves: {"prefill and decode" if role == "unified" else role}
+
+Load it with `AutoModelForCausalLM.from_pretrained`. `pdtrim.json` lists the kept blocks and, for a prefill/decode
+pair, `kv_layer_map`: layer k of the decode checkpoint continues the KV cache of layer `kv_layer_map[k]` of the prefill
+checkpoint, which also emits the first generated token.
+"""

@@ -1,0 +1,48 @@
+"""Scoring: cut the text into fixed token windows and measure each block's redundancy on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.torch import save_file
+
+from service.contract.errors import ModelUnsupported, TooManyBlocks
+from workers.context import StageContext
+from workers.data import token_windows
+from workers.models import device, load_model, load_tokenizer
+from workers.pruning.blocks import UnsupportedArchitecture, block_stack
+from workers.pruning.scores import block_scores
+
+WINDOWS = "windows.safetensors"
+SCORES = "scores.json"
+CHUNK_WINDOWS = 4
+"""Windows in a batch of scoring and search."""
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Writes the windows that every later stage reads, and each block's scores.
+
+    Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable.
+    """
+    context.report(0.05, "Cutting the text into windows.")
+    windows = token_windows(context.spec, context.documents(), load_tokenizer(context.model_dir))
+    save_file(windows, context.out / WINDOWS)
+
+    context.report(0.4, "Scoring blocks.")
+    try:
+        stack = block_stack(load_model(context.model_dir))
+    except UnsupportedArchitecture as error:
+        raise ModelUnsupported(str(error), param="model.source") from error
+    num_blocks = len(stack.blocks)
+    if context.spec.decode.remove_blocks >= num_blocks:
+        raise TooManyBlocks(
+            f"The model has {num_blocks} blocks, so at most {num_blocks - 1} can be removed.",
+            param="decode.remove_blocks",
+        )
+    scores = block_scores(stack, windows["calibration"].to(device()), chunk_windows=CHUNK_WINDOWS)
+    context.write_json(SCORES, scores.to_json())
+    return {
+        "blocks": num_blocks,
+        "cosine": [round(value, 6) for value in scores.cosine],
+        "windows": {split: len(part) for split, part in windows.items()},
+    }

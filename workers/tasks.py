@@ -1,0 +1,58 @@
+"""The Celery tasks, one a stage. `celery -A workers.tasks worker` is a worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import cache
+
+from service.contract.jobs import StageName
+from service.db.session import connect
+from service.queue import celery_app, task_name
+from service.settings import Settings
+from service.storage import open_store
+from workers.pipeline import Worker, run_stage
+
+settings = Settings()
+app = celery_app(settings.broker_url)
+
+
+@cache
+def _worker(pid: int) -> Worker:
+    """This process's worker. Keyed by process id: a forked pool child must not share its parent's connections."""
+    store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+    return Worker(settings, connect(settings.database_url), store, name=f"{socket.gethostname()}:{pid}")
+
+
+def _run(job_id: str, stage: StageName) -> None:
+    run_stage(_worker(os.getpid()), job_id, stage)
+
+
+@app.task(name=task_name(StageName.SCORING))
+def scoring(job_id: str) -> None:
+    """Score the blocks of the dense model."""
+    _run(job_id, StageName.SCORING)
+
+
+@app.task(name=task_name(StageName.REMOVAL))
+def removal(job_id: str) -> None:
+    """Choose the blocks that prefill and decode give up."""
+    _run(job_id, StageName.REMOVAL)
+
+
+@app.task(name=task_name(StageName.DISTILLATION))
+def distillation(job_id: str) -> None:
+    """Merge distilled pairs and heal the pruned models."""
+    _run(job_id, StageName.DISTILLATION)
+
+
+@app.task(name=task_name(StageName.EXPORT))
+def export(job_id: str) -> None:
+    """Write the pruned checkpoints."""
+    _run(job_id, StageName.EXPORT)
+
+
+@app.task(name=task_name(StageName.EVALUATION))
+def evaluation(job_id: str) -> None:
+    """Measure the exported checkpoints."""
+    _run(job_id, StageName.EVALUATION)
