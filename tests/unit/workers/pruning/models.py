@@ -1,0 +1,78 @@
+"""Small models of every supported family, and the reference model."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import workers
+from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
+
+FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-mixed", "qwen3")
+REFERENCE = Path(workers.__file__).parent / "reference_model"
+TOLERANCE = 1e-5
+
+
+def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model with 5 blocks, hidden size 32, 4 heads, 2 KV heads, vocabulary 97."""
+    shared = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        # Large weights make every block matter, so that a mistake shows.
+        "initializer_range": 0.2,
+        "attn_implementation": "sdpa",
+    }
+    layer_types = ["full_attention" if index % 2 else "sliding_attention" for index in range(num_blocks)]
+    config = {
+        "llama": lambda: LlamaConfig(**shared, tie_word_embeddings=False),
+        "llama-tied": lambda: LlamaConfig(**shared, tie_word_embeddings=True),
+        "mistral-sliding": lambda: MistralConfig(**shared, sliding_window=7),
+        "qwen2-mixed": lambda: Qwen2Config(
+            **shared, use_sliding_window=True, sliding_window=6, layer_types=layer_types, tie_word_embeddings=True
+        ),
+        "qwen3": lambda: Qwen3Config(**shared, head_dim=16),
+    }[family]()
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+
+
+def random_ids(batch: int, tokens: int, *, seed: int = 1) -> torch.Tensor:
+    """Token ids (batch, tokens) below 97."""
+    return torch.randint(1, 97, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def reference_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(REFERENCE)
+
+
+def reference_model() -> PreTrainedModel:
+    """A fresh float32 copy of the trained reference model."""
+    return AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@cache
+def reference_windows(split: str, count: int, tokens: int) -> torch.Tensor:
+    """Windows (count, tokens) of the standard library's source; do not change them."""
+    stream = token_stream(stdlib_documents(split), reference_tokenizer(), at_least=2 * count * tokens)
+    return cut_windows(stream, count=count, tokens=tokens, seed=0)
