@@ -1,0 +1,27 @@
+"""Where models and texts come from: the package itself, folders, S3 and the Hugging Face hub."""
+
+from __future__ import annotations
+
+from service.sources.errors import ForbiddenSource, InvalidSource, SourceError, UnreadableSource
+from service.sources.models import ModelDescription, describe_model, fetch_model, reference_model, resolve_revision
+from service.sources.names import ModelSource, TextSource, check_allowed, parse_model_source, parse_text_source
+from service.sources.texts import check_text, fetch_text_documents
+
+__all__ = [
+    "ForbiddenSource",
+    "InvalidSource",
+    "ModelDescription",
+    "ModelSource",
+    "SourceError",
+    "TextSource",
+    "UnreadableSource",
+    "check_allowed",
+    "check_text",
+    "describe_model",
+    "fetch_model",
+    "fetch_text_documents",
+    "parse_model_source",
+    "parse_text_source",
+    "reference_model",
+    "resolve_revision",
+]

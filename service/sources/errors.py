@@ -1,0 +1,21 @@
+"""Why a source cannot be used, as errors of the interface that are ValueErrors as well."""
+
+from __future__ import annotations
+
+from service.contract.errors import InvalidRequest, PDTrimError, SourceNotAllowed, SourceUnreadable
+
+
+class SourceError(PDTrimError, ValueError):
+    """A source that cannot be used; `code` and `message` say why. Raised as one of the three below."""
+
+
+class InvalidSource(InvalidRequest, SourceError):
+    """The string names no source."""
+
+
+class ForbiddenSource(SourceNotAllowed, SourceError):
+    """The source is not on the allow list."""
+
+
+class UnreadableSource(SourceUnreadable, SourceError):
+    """What the source names is not there, is closed to us, or is not what it should be."""
