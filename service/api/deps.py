@@ -1,0 +1,70 @@
+"""What routes depend on, as annotated types."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import Depends, Path, Query, Request
+from sqlalchemy import Engine
+
+from service.contract.errors import ArtifactNotFound, CursorNotFound, JobNotFound
+from service.settings import Settings
+from service.storage import ArtifactStore
+
+JOB_ID = re.compile(r"job_[0-9a-f]{32}")
+ARTIFACT_ID = re.compile(r"art_[0-9a-f]{32}")
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+def _store(request: Request) -> ArtifactStore:
+    store: ArtifactStore = request.app.state.store
+    return store
+
+
+def _job_id(job_id: Annotated[str, Path(examples=["job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])]) -> str:
+    """Refuse what cannot be an id here: a database may refuse to look for it at all."""
+    if not JOB_ID.fullmatch(job_id):
+        raise JobNotFound("No such job exists: an id is `job_` and 32 hexadecimal digits. List jobs with GET /v1/jobs.")
+    return job_id
+
+
+def _artifact_id(artifact_id: Annotated[str, Path(examples=["art_0198a3f2a3b07d61a5e5d0c3f1b2a4c6"])]) -> str:
+    if not ARTIFACT_ID.fullmatch(artifact_id):
+        raise ArtifactNotFound("No such artifact exists: an id is `art_` and 32 hexadecimal digits.")
+    return artifact_id
+
+
+def _after_job(
+    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+) -> str | None:
+    if after is not None and not JOB_ID.fullmatch(after):
+        raise CursorNotFound("`after` is not the id of a job.", param="after")
+    return after
+
+
+def _after_artifact(
+    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+) -> str | None:
+    if after is not None and not ARTIFACT_ID.fullmatch(after):
+        raise CursorNotFound("`after` is not the id of an artifact.", param="after")
+    return after
+
+
+SettingsDep = Annotated[Settings, Depends(_settings)]
+EngineDep = Annotated[Engine, Depends(_engine)]
+StoreDep = Annotated[ArtifactStore, Depends(_store)]
+JobId = Annotated[str, Depends(_job_id)]
+ArtifactId = Annotated[str, Depends(_artifact_id)]
+AfterJob = Annotated[str | None, Depends(_after_job)]
+AfterArtifact = Annotated[str | None, Depends(_after_artifact)]
+Limit = Annotated[int, Query(ge=1, le=100, description="Most items on the page.")]

@@ -1,0 +1,116 @@
+"""Events of a job: a page, or a stream of server-sent events on the same path."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from time import monotonic
+from typing import Annotated
+
+import anyio
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from sqlalchemy import Engine
+
+from service.api import examples, views
+from service.api.auth import declared
+from service.api.deps import EngineDep, JobId, Limit
+from service.api.problems import documented
+from service.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, Unauthorized
+from service.contract.jobs import Event, JobStatus, Page
+from service.db import events, jobs
+from service.db.session import transaction
+
+router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"], dependencies=[declared])
+
+POLL_SECONDS = 0.5
+KEEP_ALIVE_SECONDS = 15.0
+BATCH = 100
+STREAM_TYPE = "text/event-stream"
+
+MAX_NUMBER = 2**31 - 1
+
+Number = Annotated[int, Query(ge=0, le=MAX_NUMBER, description="Only events with a higher number.")]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a poll found: the page of events, and whether the job can add no more to it."""
+
+    page: Page[Event]
+    last: bool
+
+
+def read(engine: Engine, job_id: str, *, after: int, limit: int) -> Batch:
+    """Events above `after`, in a transaction of its own. Raises: JobNotFound."""
+    with transaction(engine) as session:
+        # The job before its events: a job that is final here has written its last event already.
+        final = JobStatus(jobs.get(session, job_id).status).final
+        rows, has_more = events.page(session, job_id, after=after, limit=limit)
+    return Batch(views.events(rows, has_more), last=final and not has_more)
+
+
+def wants_stream(request: Request) -> bool:
+    """Whether the client names the stream's media type."""
+    kinds = (part.partition(";")[0].strip().lower() for part in request.headers.get("Accept", "").split(","))
+    return STREAM_TYPE in kinds
+
+
+async def stream(engine: Engine, job_id: str, batch: Batch, *, after: int) -> AsyncIterator[bytes]:
+    """The first batch, then what follows it until the job's final event, with keep-alive comments in between."""
+    quiet_since = monotonic()
+    while True:
+        for event in batch.page.data:
+            after, quiet_since = event.number, monotonic()
+            yield format_sse_event(id=str(event.number), event=event.type, data_str=event.model_dump_json())
+        if batch.last:
+            return
+        if not batch.page.has_more:
+            await anyio.sleep(POLL_SECONDS)
+        if monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
+            quiet_since = monotonic()
+            yield KEEPALIVE_COMMENT
+        batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
+
+
+@router.get(
+    "",
+    summary="List or follow a job's events",
+    operation_id="list_events",
+    response_model=Page[Event],
+    responses={
+        200: {
+            "description": "A page of events, oldest first; or the stream of them, until the job's final event.",
+            "content": {
+                "application/json": {"example": examples.EVENTS},
+                STREAM_TYPE: {"schema": {"type": "string"}, "example": examples.STREAM},
+            },
+        },
+        204: {"description": "Asked for a stream: the job is over and has no event after the given one."},
+        **documented(Unauthorized, JobNotFound, InvalidRequest, DependencyUnavailable),
+    },
+)
+def list_events(
+    request: Request,
+    job_id: JobId,
+    engine: EngineDep,
+    after: Number = 0,
+    limit: Limit = 20,
+    last_event_id: Annotated[
+        int | None,
+        Header(alias="Last-Event-ID", ge=0, le=MAX_NUMBER, description="Streams only: resume after this event."),
+    ] = None,
+) -> Page[Event] | Response:
+    """A page; with `Accept: text/event-stream` a stream: `id` is the number, `event` the type, `data` the event.
+
+    A stream stays open until the job's final event and sends a comment every 15 s while nothing happens.
+    """
+    if not wants_stream(request):
+        return read(engine, job_id, after=after, limit=limit).page
+    after = after if last_event_id is None else last_event_id
+    batch = read(engine, job_id, after=after, limit=BATCH)
+    if batch.last and not batch.page.data:
+        return Response(status_code=204)  # Browsers reconnect to a stream that ended, unless they get this.
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return EventSourceResponse(stream(engine, job_id, batch, after=after), headers=headers)

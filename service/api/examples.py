@@ -1,0 +1,127 @@
+"""Request and response examples of the OpenAPI document. Tests hold them against the contract models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+JOB_ID = "job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"
+
+REQUESTS: dict[str, Any] = {
+    "pair": {
+        "summary": "Two checkpoints: prefill gives up 2 blocks, decode 4",
+        "value": {
+            "model": "reference",
+            "prefill": {"remove_blocks": 2},
+            "decode": {"remove_blocks": 4},
+            "metadata": {"team": "serving"},
+        },
+    },
+    "unified": {
+        "summary": "One checkpoint for both stages, from the hub, with your own calibration text",
+        "value": {
+            "model": {"source": "hf://Qwen/Qwen3-8B", "revision": "main"},
+            "prefill": {"remove_blocks": 6},
+            "decode": {"remove_blocks": 6},
+            "data": {"source": "hf://datasets/Salesforce/wikitext"},
+            "calibration": {"windows": 64, "window_tokens": 1024},
+            "seed": 7,
+        },
+    },
+    "quick": {
+        "summary": "No training: greedy search, the pruned weights exported as they are",
+        "value": {
+            "model": "reference",
+            "prefill": {"remove_blocks": 1},
+            "decode": {"remove_blocks": 1},
+            "search": {"algorithm": "greedy", "objective": "kl"},
+            "distillation": {"enabled": False},
+        },
+    },
+}
+
+SCORING: dict[str, Any] = {
+    "name": "scoring",
+    "status": "succeeded",
+    "progress": 1.0,
+    "message": "",
+    "attempt": 1,
+    "metrics": {"cosine": [0.61, 0.88, 0.93, 0.95, 0.96, 0.97, 0.97, 0.96, 0.95, 0.93, 0.9, 0.72], "windows": 24},
+    "error": None,
+    "started_at": "2026-01-05T10:00:01Z",
+    "finished_at": "2026-01-05T10:00:09Z",
+}
+REMOVAL: dict[str, Any] = {
+    **SCORING,
+    "name": "removal",
+    "status": "running",
+    "progress": 0.25,
+    "message": "annealing the prefill set, 38 of 150 sets evaluated",
+    "metrics": {},
+    "started_at": "2026-01-05T10:00:10Z",
+    "finished_at": None,
+}
+WAITING: dict[str, Any] = {
+    **REMOVAL,
+    "status": "pending",
+    "progress": 0.0,
+    "message": "",
+    "attempt": 0,
+    "started_at": None,
+}
+
+JOB: dict[str, Any] = {
+    "object": "job",
+    "id": JOB_ID,
+    "status": "running",
+    "spec": REQUESTS["pair"]["value"],
+    "metadata": {"team": "serving"},
+    "stages": [SCORING, REMOVAL, *({**WAITING, "name": name} for name in ("distillation", "export", "evaluation"))],
+    "error": None,
+    "model_revision": None,
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "created_at": "2026-01-05T10:00:00Z",
+    "started_at": "2026-01-05T10:00:01Z",
+    "finished_at": None,
+    "estimated_finish": "2026-01-05T10:01:40Z",
+}
+JOBS: dict[str, Any] = {"object": "list", "data": [JOB], "has_more": False, "first_id": JOB_ID, "last_id": JOB_ID}
+
+EVENT: dict[str, Any] = {
+    "object": "event",
+    "number": 4,
+    "type": "stage.progress",
+    "stage": "removal",
+    "message": REMOVAL["message"],
+    "data": {"progress": 0.25},
+    "created_at": "2026-01-05T10:00:32Z",
+}
+EVENTS: dict[str, Any] = {"object": "list", "data": [EVENT], "has_more": False, "first_id": "4", "last_id": "4"}
+STREAM = f"event: {EVENT['type']}\ndata: {json.dumps(EVENT)}\nid: {EVENT['number']}\n\n"
+
+ARTIFACT: dict[str, Any] = {
+    "object": "artifact",
+    "id": "art_0198a3f2a3b07d61a5e5d0c3f1b2a4c6",
+    "stage": "export",
+    "name": "decode/model.safetensors",
+    "uri": f"s3://models/pdtrim/jobs/{JOB_ID}/export/1/decode/model.safetensors",
+    "size": 7834112,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "created_at": "2026-01-05T10:04:00Z",
+}
+ARTIFACTS: dict[str, Any] = {
+    "object": "list",
+    "data": [ARTIFACT],
+    "has_more": False,
+    "first_id": ARTIFACT["id"],
+    "last_id": ARTIFACT["id"],
+}
+READY: dict[str, Any] = {
+    "status": "ready",
+    "checks": {name: {"ok": True, "detail": ""} for name in ("database", "broker", "store")},
+}
+
+
+def response(example: Any, description: str) -> dict[str, Any]:
+    """OpenAPI's response object with one JSON example."""
+    return {"description": description, "content": {"application/json": {"example": example}}}

@@ -1,0 +1,172 @@
+"""Jobs: create, list, look at, cancel."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+
+from service import preflight, queue
+from service.api import examples, views
+from service.api.auth import declared
+from service.api.deps import AfterJob, EngineDep, JobId, Limit, SettingsDep
+from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
+from service.contract.errors import (
+    CursorNotFound,
+    DependencyUnavailable,
+    InvalidRequest,
+    JobNotCancellable,
+    JobNotFound,
+    ModelUnsupported,
+    SourceNotAllowed,
+    SourceUnreadable,
+    TooManyBlocks,
+    Unauthorized,
+)
+from service.contract.jobs import Job, JobStatus, Page, StageName
+from service.contract.spec import JobSpec, MetadataKey, MetadataValue
+from service.db import jobs
+from service.db.session import transaction
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared])
+
+FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+Labels = TypeAdapter(Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)])
+
+
+def json_only(request: Request) -> None:
+    """Raises: UnsupportedMediaType for a body that does not call itself JSON."""
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    carries_body = "Transfer-Encoding" in request.headers or request.headers.get("Content-Length", "0") != "0"
+    if carries_body and not (
+        kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    ):
+        raise UnsupportedMediaType(f"Send the body as application/json, not as {kind or 'an undeclared type'}.")
+
+
+def metadata_filter(request: Request) -> dict[str, str]:
+    """The `metadata[key]=value` pairs of the query."""
+    pairs = [
+        (match[1], value) for name, value in request.query_params.multi_items() if (match := FILTER.fullmatch(name))
+    ]
+    try:
+        return Labels.validate_python(dict(pairs))
+    except ValidationError as error:
+        found = [{**one, "loc": ("query", "metadata", *one["loc"])} for one in error.errors()]
+        raise RequestValidationError(found) from error
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Create a job",
+    operation_id="create_job",
+    response_model=Job,
+    dependencies=[Depends(json_only)],
+    responses={
+        201: {
+            **examples.response(examples.JOB, "The job, queued."),
+            "headers": {"Location": {"description": "Path of the job.", "schema": {"type": "string"}}},
+        },
+        **documented(
+            MalformedBody,
+            Unauthorized,
+            BodyTooLarge,
+            UnsupportedMediaType,
+            InvalidRequest,
+            SourceNotAllowed,
+            SourceUnreadable,
+            ModelUnsupported,
+            TooManyBlocks,
+            DependencyUnavailable,
+        ),
+    },
+)
+def create_job(
+    spec: Annotated[JobSpec, Body(openapi_examples=examples.REQUESTS)],
+    response: Response,
+    settings: SettingsDep,
+    engine: EngineDep,
+) -> Job:
+    """Check what can be checked without weights, then queue a job that scores, removes, distils, exports, evaluates."""
+    revision = preflight.check(spec, settings)
+    with transaction(engine) as session:
+        row = jobs.create(session, spec, model_revision=revision)
+        shown = views.job(row, jobs.stages(session, [row.id])[row.id])
+    queue.send(settings, row.id, StageName.SCORING)
+    response.headers["Location"] = f"/v1/jobs/{row.id}"
+    return shown
+
+
+@router.get(
+    "",
+    summary="List jobs",
+    operation_id="list_jobs",
+    response_model=Page[Job],
+    responses={
+        200: examples.response(examples.JOBS, "A page of jobs, newest first."),
+        **documented(Unauthorized, InvalidRequest, CursorNotFound, DependencyUnavailable),
+    },
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "metadata",
+                "in": "query",
+                "description": "Only jobs that carry these labels: `metadata[team]=serving`.",
+                "style": "deepObject",
+                "explode": True,
+                "schema": {"type": "object", "maxProperties": 16, "additionalProperties": {"type": "string"}},
+            }
+        ]
+    },
+)
+def list_jobs(
+    engine: EngineDep,
+    metadata: Annotated[dict[str, str], Depends(metadata_filter)],
+    after: AfterJob,
+    limit: Limit = 20,
+    status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
+) -> Page[Job]:
+    """Newest first. Read on with `after` set to the page's `last_id` while `has_more` is true."""
+    with transaction(engine) as session:
+        rows, has_more = jobs.page(session, limit=limit, after=after, status=status, metadata=metadata)
+        return views.jobs(rows, jobs.stages(session, [row.id for row in rows]), has_more)
+
+
+@router.get(
+    "/{job_id}",
+    summary="Look at a job",
+    operation_id="get_job",
+    response_model=Job,
+    responses={
+        200: examples.response(examples.JOB, "The job with its stages."),
+        **documented(Unauthorized, JobNotFound, DependencyUnavailable),
+    },
+)
+def get_job(job_id: JobId, engine: EngineDep) -> Job:
+    """The job: status, stages with progress and metrics, error, specification, library versions."""
+    with transaction(engine) as session:
+        return views.job(jobs.get(session, job_id), jobs.stages(session, [job_id])[job_id])
+
+
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a job",
+    operation_id="cancel_job",
+    response_model=Job,
+    responses={
+        200: examples.response(
+            {**examples.JOB, "status": "cancelling", "estimated_finish": None},
+            "The job, `cancelled`, or `cancelling` until the worker has stopped the running stage.",
+        ),
+        **documented(Unauthorized, JobNotFound, JobNotCancellable, DependencyUnavailable),
+    },
+)
+def cancel_job(job_id: JobId, engine: EngineDep) -> Job:
+    """Stop a job. What finished stages left stays. Cancelling twice is no error; cancelling a finished job is."""
+    with transaction(engine) as session:
+        row = jobs.request_cancel(session, job_id)
+        return views.job(row, jobs.stages(session, [job_id])[job_id])

@@ -1,0 +1,195 @@
+"""Every error as an RFC 9457 problem: on the wire, and in the OpenAPI document."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service.contract.errors import ArtifactNotFound, DependencyUnavailable, InvalidRequest, PDTrimError, Problem
+from service.storage import ObjectNotFound, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+MAX_LISTED_ERRORS = 5
+MAX_ECHO = 80
+
+
+class NotFound(PDTrimError):
+    code, title, status = "not_found", "No such resource", 404
+
+
+class MethodNotAllowed(PDTrimError):
+    code, title, status = "method_not_allowed", "The method is not allowed here", 405
+
+
+class MalformedBody(PDTrimError):
+    code, title, status = "malformed_body", "The request body is not valid JSON", 400
+
+
+class BodyTooLarge(PDTrimError):
+    code, title, status = "body_too_large", "The request body is too large", 413
+
+
+class UnsupportedMediaType(PDTrimError):
+    code, title, status = "unsupported_media_type", "The request body must be JSON", 415
+
+
+class InternalError(PDTrimError):
+    """Something broke that the client can do nothing about; the details are in the gateway's log."""
+
+    code, title, status = "internal_error", "Internal error", 500
+
+    DETAIL: ClassVar[str] = "The gateway failed to answer. Its log has the details under this request id."
+
+
+def _scalar(text: str) -> str:
+    """The text without what UTF-8 cannot carry (lone surrogates from JSON escapes)."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def problem(
+    request: Request,
+    error: PDTrimError,
+    *,
+    headers: Mapping[str, str] | None = None,
+    extensions: Mapping[str, Any] | None = None,
+) -> Response:
+    """The problem response of an error; `extensions` are further members of the problem object."""
+    body = Problem(
+        type=f"urn:pdtrim:problem:{error.code}",
+        title=error.title,
+        status=error.status,
+        detail=_scalar(error.message),
+        instance=_scalar(request.scope["path"]),
+        code=error.code,
+        param=None if error.param is None else _scalar(error.param),
+        request_id=getattr(request.state, "request_id", None),
+    )
+    content = json.dumps({**body.model_dump(mode="json", exclude_none=True), **(extensions or {})})
+    return Response(content, status_code=error.status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def dotted(location: Sequence[str | int]) -> str | None:
+    """A validation error's location as the field's dotted path, without the part of the request it is in."""
+    path = [str(part) for part in location[1:] if part != "[key]"]
+    return ".".join(path) or None
+
+
+def _field_and_reason(error: Mapping[str, Any]) -> tuple[str | None, str]:
+    field = error.get("ctx", {}).get("param") or dotted(error["loc"])
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    if isinstance(given, bool | int | float | str) and len(echo := json.dumps(given)) <= MAX_ECHO:
+        reason = f"{reason} (given: {echo})"
+    return field, reason
+
+
+def _from_validation(request: Request, error: RequestValidationError) -> Response:
+    found = error.errors()
+    if found and found[0]["type"] == "json_invalid":
+        reason, position = found[0]["ctx"]["error"], found[0]["loc"][-1]
+        return problem(request, MalformedBody(f"The body is not valid JSON: {reason} at character {position}."))
+    named = [_field_and_reason(one) for one in found]
+    listed = [f"{field}: {reason}" if field else reason for field, reason in named[:MAX_LISTED_ERRORS]]
+    if len(named) > MAX_LISTED_ERRORS:
+        listed.append(f"and {len(named) - MAX_LISTED_ERRORS} more errors")
+    return problem(request, InvalidRequest("; ".join(listed), param=named[0][0] if named else None))
+
+
+def _from_http(request: Request, error: HTTPException) -> Response:
+    translated: dict[int, PDTrimError] = {
+        400: MalformedBody("The body cannot be read as JSON in UTF-8, or it is nested too deeply."),
+        404: NotFound("Nothing is at this path. The interface is described at /docs."),
+        405: MethodNotAllowed(f"This path does not take {request.method}."),
+        413: BodyTooLarge(str(error.detail)),
+    }
+    if error.status_code not in translated:
+        raise TypeError(f"no problem is declared for HTTP status {error.status_code}") from error
+    return problem(request, translated[error.status_code], headers=error.headers)
+
+
+def _from_pdtrim(request: Request, error: PDTrimError) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
+    return problem(request, error, headers=headers)
+
+
+def _from_database(request: Request, error: Exception) -> Response:
+    log.error("database: %s", error)
+    unavailable = DependencyUnavailable("The database does not answer. Try again; GET /readyz says what is wrong.")
+    return problem(request, unavailable, headers={"Retry-After": "5"})
+
+
+def _from_store(request: Request, error: Exception) -> Response:
+    log.error("artifact store: %s", error)
+    unavailable = DependencyUnavailable("The artifact store does not answer. GET /readyz says what is wrong.")
+    return problem(request, unavailable, headers={"Retry-After": "5"})
+
+
+def _from_missing_object(request: Request, error: Exception) -> Response:
+    log.error("recorded, but not in the artifact store: %s", error)
+    return problem(request, ArtifactNotFound("The artifact's file is no longer in the artifact store."))
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error that leaves a route with a problem."""
+    app.exception_handler(RequestValidationError)(_from_validation)
+    app.exception_handler(HTTPException)(_from_http)
+    app.exception_handler(PDTrimError)(_from_pdtrim)
+    for error in (OperationalError, InterfaceError, PoolTimeout):
+        app.exception_handler(error)(_from_database)
+    app.exception_handler(StoreUnavailable)(_from_store)
+    app.exception_handler(ObjectNotFound)(_from_missing_object)
+
+
+def documented(*errors: type[PDTrimError]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses for the errors an operation can answer with, with an example of each code."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    distinct: set[type[PDTrimError]] = {*errors, InternalError}
+    for error in sorted(distinct, key=lambda one: (one.status, one.code)):
+        content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
+        response = responses.setdefault(
+            error.status, {"description": HTTPStatus(error.status).phrase, "content": {MEDIA_TYPE: content}}
+        )
+        response["content"][MEDIA_TYPE]["examples"][error.code] = {"summary": error.title, "value": _example(error)}
+    return responses
+
+
+def _example(error: type[PDTrimError]) -> dict[str, Any]:
+    return Problem(
+        type=f"urn:pdtrim:problem:{error.code}",
+        title=error.title,
+        status=error.status,
+        detail="What is wrong with this request, and what to do about it.",
+        code=error.code,
+        request_id="0198a3f25e0e7c52b3a0d1f3b6a4c7de",
+    ).model_dump(exclude_none=True)
+
+
+def document(app: FastAPI) -> None:
+    """Make the app's OpenAPI document say what `install` does: problems in place of FastAPI's validation errors."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = generate()
+        schemas = schema["components"]["schemas"]
+        schemas["Problem"] = Problem.model_json_schema()
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    del operation["responses"]["422"]  # Such an operation takes an id alone, and answers 404.
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,84 @@
+"""The gateway: routers, middleware, and what lives as long as the process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import Engine
+
+from service.api import artifacts, events, health, jobs, methods, problems
+from service.api.auth import ApiKey
+from service.api.body_limit import BodyLimit
+from service.api.request_ids import RequestIds
+from service.db.session import connect, migrate
+from service.reconciler import sweep
+from service.settings import Settings
+from service.storage import open_store
+
+log = logging.getLogger(__name__)
+
+TAGS = [
+    {"name": "jobs", "description": "Prune a model: one job, five stages."},
+    {"name": "events", "description": "What happened in a job, as pages or as a stream."},
+    {"name": "artifacts", "description": "What a job left: checkpoints, plans, reports."},
+    {"name": "methods", "description": "The pruning methods and their parameters."},
+    {"name": "health", "description": "Liveness and readiness."},
+]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The ASGI application; by default configured by the environment."""
+    settings = settings or Settings()
+    app = FastAPI(
+        title="PDTrim Service",
+        summary="Prunes language models for prefill/decode serving.",
+        version=version("pdtrim-service"),
+        lifespan=_lifespan,
+        openapi_tags=TAGS,
+        redirect_slashes=False,
+    )
+    app.state.settings = settings
+    for router in (jobs.router, events.router, artifacts.router, methods.router, health.router):
+        app.include_router(router)
+    problems.install(app)
+    problems.document(app)
+    # The last one added is the first to see a request.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(ApiKey, settings=settings)
+    app.add_middleware(RequestIds)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    engine = connect(settings.database_url)
+    await run_in_threadpool(migrate, engine)
+    app.state.engine = engine
+    app.state.store = open_store(
+        settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region
+    )
+    reconciling = asyncio.create_task(_reconcile(engine, settings))
+    try:
+        yield
+    finally:
+        reconciling.cancel()
+        with suppress(asyncio.CancelledError):
+            await reconciling
+        engine.dispose()
+
+
+async def _reconcile(engine: Engine, settings: Settings) -> None:
+    """Sweep for ever; a sweep that fails is logged, and the next one tries again."""
+    while True:
+        try:
+            await run_in_threadpool(sweep, engine, settings)
+        except Exception:
+            log.exception("the reconciler failed; it tries again in %g s", settings.reconcile_seconds)
+        await asyncio.sleep(settings.reconcile_seconds)
