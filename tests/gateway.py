@@ -1,0 +1,127 @@
+"""A gateway under test, and a worker played by hand: what the API suites on SQLite and on real servers share."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sqlalchemy import Engine
+
+from service.app import create_app
+from service.contract.jobs import ErrorInfo, StageName
+from service.db import stages
+from service.db.session import transaction
+from service.settings import Settings
+
+BLOCKS = 6
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway and what it runs on."""
+
+    client: TestClient
+    app: FastAPI
+    settings: Settings
+    engine: Engine
+    spec: Mapping[str, Any]
+
+    def create(self, **changes: Any) -> str:
+        """The id of a new job."""
+        response = self.client.post("/v1/jobs", json={**self.spec, **changes})
+        assert response.status_code == 201, response.text
+        job_id: str = response.json()["id"]
+        return job_id
+
+    def claim(self, job_id: str, stage: StageName) -> stages.Claim:
+        """Take a queued stage as a worker does."""
+        with transaction(self.engine) as session:
+            held = stages.claim(session, job_id, stage, worker="test", lease_seconds=60)
+        assert held is not None
+        return held
+
+    def report(self, held: stages.Claim, progress: float) -> None:
+        """Report a stage's progress."""
+        with transaction(self.engine) as session:
+            stages.report(session, held, progress=progress, message="halfway", data={"loss": 1.5})
+
+    def complete(self, held: stages.Claim, artifacts: Sequence[stages.NewArtifact] = ()) -> None:
+        """Record a stage's success."""
+        with transaction(self.engine) as session:
+            stages.complete(session, held, artifacts=artifacts, metrics={"windows": 4}, versions={"torch": "2"})
+
+    def store(self, job_id: str, stage: StageName, files: Mapping[str, bytes]) -> None:
+        """Play a queued stage that leaves `files`."""
+        held, store = self.claim(job_id, stage), self.app.state.store
+        recorded = []
+        for name, content in files.items():
+            key = f"jobs/{job_id}/{stage.value}/1/{name}"
+            recorded.append(stages.NewArtifact(name=name, key=key, **vars(store.put_bytes(key, content))))
+        self.complete(held, recorded)
+
+    def download(self, path: str, headers: Mapping[str, str] | None = None) -> Any:
+        """A file's content as a user gets it: from the gateway, or from the store that it redirects to."""
+        response = self.client.get(path, headers=headers, follow_redirects=False)
+        if response.status_code != 307:
+            return response
+        return httpx.get(response.headers["location"], headers=headers)
+
+    def run(self, job_id: str) -> None:
+        """Play every stage of a queued job to its end."""
+        for stage in StageName:
+            self.complete(self.claim(job_id, stage))
+
+    def fail(self, job_id: str, stage: StageName, error: ErrorInfo) -> None:
+        """Fail a queued stage."""
+        held = self.claim(job_id, stage)
+        with transaction(self.engine) as session:
+            stages.fail(session, held, error)
+
+
+def write_model(folder: Path, **config: Any) -> Path:
+    """A checkpoint folder as far as the gateway looks at it: a config and a safetensors file with no tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model_type": "llama", "num_hidden_layers": BLOCKS, "max_position_embeddings": 1024, **config}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    return folder
+
+
+@contextmanager
+def serve(settings: Settings, model: Path) -> Iterator[Gateway]:
+    """A gateway on `settings`, with a job specification that it accepts."""
+    spec = {"model": model.as_uri(), "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+    app = create_app(settings)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield Gateway(client, app, settings, app.state.engine, spec)
+
+
+def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:
+    """The problem in a response, after a look at what every problem has."""
+    body: dict[str, Any] = response.json()
+    assert (response.status_code, body["code"]) == (status, code), body
+    assert response.headers["content-type"] == "application/problem+json"
+    assert body["type"] == f"urn:pdtrim:problem:{code}"
+    assert body["status"] == status
+    assert body["request_id"] == response.headers["x-request-id"]
+    return body
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "models" / "tiny")
+
+
+@pytest.fixture
+def gateway(gateway_settings: Settings, model: Path) -> Iterator[Gateway]:
+    with serve(gateway_settings, model) as running:
+        yield running

@@ -1,0 +1,167 @@
+"""Server-sent events, through a real server: only one shows what is sent when, and that a disconnect ends the work."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from httpx_sse import ServerSentEvent, connect_sse
+
+from service.api import events
+from service.app import create_app
+from service.contract.jobs import StageName
+from service.settings import Settings
+from tests.gateway import Gateway
+
+
+@contextmanager
+def listening(settings: Settings) -> Iterator[str]:
+    """The address of a second gateway process's worth of server on the same database."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1))
+        thread = Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def address(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(events, "POLL_SECONDS", 0.05)
+    with listening(gateway.settings) as url:
+        yield url
+
+
+@contextmanager
+def following(address: str, job_id: str, *, after: int = 0, **headers: str) -> Iterator[Iterator[ServerSentEvent]]:
+    url = f"{address}/v1/jobs/{job_id}/events"
+    with (
+        httpx.Client(timeout=20) as client,
+        connect_sse(client, "GET", url, params={"after": after}, headers=headers) as source,
+    ):
+        assert source.response.status_code == 200
+        yield source.iter_sse()
+
+
+def numbers(received: Iterator[ServerSentEvent]) -> list[int]:
+    return [int(event.id) for event in received]
+
+
+def test_a_stream_carries_the_events_of_the_page(gateway: Gateway, address: str) -> None:
+    job_id = gateway.create()
+    gateway.run(job_id)
+    page = gateway.client.get(f"/v1/jobs/{job_id}/events", params={"limit": 100}).json()["data"]
+
+    with following(address, job_id) as stream:
+        received = list(stream)
+
+    assert [event.json() for event in received] == page
+    assert [event.event for event in received] == [event["type"] for event in page]
+    assert [int(event.id) for event in received] == [event["number"] for event in page]
+
+
+def test_a_stream_follows_the_job_and_ends_with_its_final_event(gateway: Gateway, address: str) -> None:
+    job_id = gateway.create()
+
+    with following(address, job_id) as stream:
+        types = [next(stream).event]
+        held = gateway.claim(job_id, StageName.SCORING)
+        types.append(next(stream).event)
+        gateway.report(held, 0.5)
+        types.append(next(stream).event)
+        gateway.client.post(f"/v1/jobs/{job_id}/cancel")
+        gateway.complete(held)
+        types += [event.event for event in stream]
+
+    assert types == [
+        "job.created",
+        "stage.started",
+        "stage.progress",
+        "job.cancelling",
+        "stage.succeeded",
+        "job.cancelled",
+    ]
+
+
+def test_a_stream_resumes_after_the_last_event_id_or_the_given_number(gateway: Gateway, address: str) -> None:
+    job_id = gateway.create()
+    gateway.run(job_id)
+
+    with following(address, job_id) as stream:
+        everything = numbers(stream)
+    with following(address, job_id, after=3) as stream:
+        after_three = numbers(stream)
+    with following(address, job_id, after=1, **{"Last-Event-ID": "5"}) as stream:
+        resumed = numbers(stream)
+
+    assert after_three == everything[3:]
+    assert resumed == everything[5:]
+
+
+def test_a_long_history_is_streamed_without_gaps(
+    gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "BATCH", 3)
+    job_id = gateway.create()
+    gateway.run(job_id)
+
+    with following(address, job_id) as stream:
+        assert numbers(stream) == list(range(1, 13))
+
+
+def test_nothing_left_to_stream_is_204_so_that_browsers_stop_asking(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.client.post(f"/v1/jobs/{job_id}/cancel")
+
+    response = gateway.client.get(
+        f"/v1/jobs/{job_id}/events", headers={"accept": "text/event-stream", "last-event-id": "2"}
+    )
+
+    assert (response.status_code, response.content) == (204, b"")
+
+
+def test_a_quiet_stream_is_kept_alive_by_comments(
+    gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "KEEP_ALIVE_SECONDS", 0.1)
+    job_id = gateway.create()
+    url = f"{address}/v1/jobs/{job_id}/events"
+
+    with httpx.stream("GET", url, params={"after": 1}, headers={"accept": "text/event-stream"}) as response:
+        lines = response.iter_lines()
+        first = [next(lines) for _ in range(4)]
+
+    assert first == [": ping", "", ": ping", ""]
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert response.headers["x-request-id"]
+
+
+def test_a_client_that_leaves_ends_the_polling(gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls: list[str] = []
+    read = events.read
+
+    def counted(*args: Any, **kwargs: Any) -> events.Batch:
+        polls.append(args[1])
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(events, "read", counted)
+    with following(address, gateway.create()) as stream:
+        next(stream)
+
+    time.sleep(0.5)
+    seen = len(polls)
+    time.sleep(0.5)
+    assert len(polls) == seen

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from service.contract.jobs import ErrorInfo, StageName
+from service.db.tables import now
+from tests.gateway import Gateway, problem_of
+
+
+def test_created_job_is_queued_with_its_stages_and_a_location(gateway: Gateway) -> None:
+    response = gateway.client.post("/v1/jobs", json={**gateway.spec, "metadata": {"team": "a"}})
+
+    job = response.json()
+    assert response.status_code == 201
+    assert response.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert job["status"] == "queued"
+    assert job["metadata"] == {"team": "a"}
+    assert [(stage["name"], stage["status"]) for stage in job["stages"]] == [
+        ("scoring", "queued"),
+        ("removal", "pending"),
+        ("distillation", "pending"),
+        ("export", "pending"),
+        ("evaluation", "pending"),
+    ]
+    assert gateway.client.get(response.headers["location"]).json() == job
+
+
+def test_specification_is_shown_with_its_defaults(gateway: Gateway) -> None:
+    job = gateway.client.get(f"/v1/jobs/{gateway.create()}").json()
+
+    assert job["spec"]["model"]["source"] == gateway.spec["model"]
+    assert job["spec"]["search"]["algorithm"] == "annealing"
+    assert job["spec"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"prefill": {"remove_blocks": -1}}, "prefill.remove_blocks"),
+        ({"prefill": {"remove_blocks": 10**30}}, "prefill.remove_blocks"),
+        ({"prefill": {"remove_blocks": "many"}}, "prefill.remove_blocks"),
+        ({"prefill": {"remove_blocks": 3}}, "prefill.remove_blocks"),
+        ({"prefil": {"remove_blocks": 3}}, "prefil"),
+        ({"model": {"source": ""}}, "model.source"),
+        ({"model": "file:///a\x00b"}, "model.source"),
+        ({"model": None}, "model"),
+        ({"data": {"text": "a\x00b"}}, "data.text"),
+        ({"data": {"text": "\ud800"}}, "data.text"),
+        ({"metadata": {"team": "\x00"}}, "metadata.team"),
+        ({"metadata": {"team": "\ud800"}}, "metadata.team"),
+        ({"metadata": {"a b": "c"}}, "metadata.a b"),
+        ({"metadata": {f"k{n}": "v" for n in range(17)}}, "metadata"),
+        ({"search": {"algorithm": "luck"}}, "search.algorithm"),
+        ({"distillation": {"threshold": float("nan")}}, "distillation.threshold"),
+        ({"distillation": {"learning_rate": float("inf")}}, "distillation.learning_rate"),
+    ],
+)
+def test_invalid_field_is_named(gateway: Gateway, changes: dict[str, Any], param: str) -> None:
+    response = gateway.client.post(
+        "/v1/jobs", content=json.dumps({**gateway.spec, **changes}), headers={"content-type": "application/json"}
+    )
+
+    body = problem_of(response, 422, "invalid_request")
+    assert body["param"] == param
+
+
+def test_every_invalid_field_is_told_at_once(gateway: Gateway) -> None:
+    response = gateway.client.post("/v1/jobs", json={"prefill": {"remove_blocks": -1}})
+
+    detail = problem_of(response, 422, "invalid_request")["detail"]
+    assert "model: Field required" in detail
+    assert "prefill.remove_blocks: Input should be greater than or equal to 0 (given: -1)" in detail
+
+
+def test_the_detail_of_many_errors_is_bounded(gateway: Gateway) -> None:
+    response = gateway.client.post("/v1/jobs", json={**gateway.spec, **{f"x{n}": 1 for n in range(500)}})
+
+    detail = problem_of(response, 422, "invalid_request")["detail"]
+    assert detail.endswith("and 495 more errors")
+    assert len(detail) < 1000
+
+
+def test_unknown_job_is_not_found(gateway: Gateway) -> None:
+    unknown = "job_" + "0" * 32
+
+    body = problem_of(gateway.client.get(f"/v1/jobs/{unknown}"), 404, "job_not_found")
+
+    assert unknown in body["detail"]
+
+
+@pytest.mark.parametrize("job_id", ["x", "job_%00", "job_" + "0" * 31 + "%00", "%ED%A0%80", "job_" + "a" * 500])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", ""), ("POST", "/cancel"), ("GET", "/events"), ("GET", "/artifacts")]
+)
+def test_what_cannot_be_an_id_is_not_found(gateway: Gateway, method: str, path: str, job_id: str) -> None:
+    problem_of(gateway.client.request(method, f"/v1/jobs/{job_id}{path}"), 404, "job_not_found")
+
+
+def test_jobs_are_listed_newest_first_in_pages(gateway: Gateway) -> None:
+    created = [gateway.create() for _ in range(5)][::-1]
+
+    first = gateway.client.get("/v1/jobs", params={"limit": 2}).json()
+    second = gateway.client.get("/v1/jobs", params={"limit": 2, "after": first["last_id"]}).json()
+    third = gateway.client.get("/v1/jobs", params={"limit": 2, "after": second["last_id"]}).json()
+
+    pages = [first, second, third]
+    assert [job["id"] for page in pages for job in page["data"]] == created
+    assert [page["has_more"] for page in pages] == [True, True, False]
+    assert (first["first_id"], first["last_id"]) == (created[0], created[1])
+    assert len(first["data"][0]["stages"]) == 5
+
+
+def test_an_empty_list_has_no_ids(gateway: Gateway) -> None:
+    page = gateway.client.get("/v1/jobs").json()
+
+    assert page == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+def test_jobs_are_filtered_by_status(gateway: Gateway) -> None:
+    gateway.create()
+    cancelled = gateway.create()
+    gateway.client.post(f"/v1/jobs/{cancelled}/cancel")
+
+    listed = gateway.client.get("/v1/jobs", params={"status": "cancelled"}).json()["data"]
+
+    assert [job["id"] for job in listed] == [cancelled]
+
+
+def test_jobs_are_filtered_by_every_given_label(gateway: Gateway) -> None:
+    wanted = gateway.create(metadata={"team": "a", "run.no-1": "7"})
+    gateway.create(metadata={"team": "a"})
+    gateway.create(metadata={"run.no-1": "7"})
+    gateway.create()
+
+    listed = gateway.client.get("/v1/jobs?metadata[team]=a&metadata%5Brun.no-1%5D=7").json()["data"]
+
+    assert [job["id"] for job in listed] == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "param"),
+    [
+        ("limit=0", "invalid_request", "limit"),
+        ("limit=101", "invalid_request", "limit"),
+        (f"limit={'9' * 5000}", "invalid_request", "limit"),
+        ("status=asleep", "invalid_request", "status"),
+        ("after=job_%00", "cursor_not_found", "after"),
+        ("after=" + "job_" + "0" * 32, "cursor_not_found", "after"),
+        ("after=" + "x" * 100, "invalid_request", "after"),
+        ("metadata[team]=%00", "invalid_request", "metadata.team"),
+        ("metadata[te%00am]=a", "invalid_request", "metadata.te\x00am"),
+        ("metadata[]=a", "invalid_request", "metadata."),
+        ("metadata[a%22b]=a", "invalid_request", 'metadata.a"b'),
+        ("&".join(f"metadata[k{n}]=v" for n in range(17)), "invalid_request", "metadata"),
+    ],
+)
+def test_invalid_query_is_named(gateway: Gateway, query: str, code: str, param: str) -> None:
+    body = problem_of(gateway.client.get(f"/v1/jobs?{query}"), 422, code)
+
+    assert body["param"] == param
+
+
+def test_running_job_shows_progress_and_when_it_may_finish(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    held = gateway.claim(job_id, StageName.SCORING)
+    before = gateway.client.get(f"/v1/jobs/{job_id}").json()
+    gateway.report(held, 0.5)
+
+    job = gateway.client.get(f"/v1/jobs/{job_id}").json()
+
+    assert (before["status"], before["estimated_finish"]) == ("running", None)
+    assert job["stages"][0]["progress"] == 0.5
+    assert job["stages"][0]["message"] == "halfway"
+    assert job["estimated_finish"] > job["started_at"]
+
+
+def test_succeeded_job_shows_metrics_and_versions(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    started = now()
+    gateway.run(job_id)
+
+    job = gateway.client.get(f"/v1/jobs/{job_id}").json()
+
+    assert job["status"] == "succeeded"
+    assert job["versions"] == {"torch": "2"}
+    assert all(stage["metrics"] == {"windows": 4} for stage in job["stages"])
+    assert job["finished_at"] >= started.isoformat()[:19]
+    assert job["estimated_finish"] is None
+
+
+def test_failed_job_shows_why(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.fail(job_id, StageName.SCORING, ErrorInfo(code="model_unsupported", message="No.", param="model.source"))
+
+    job = gateway.client.get(f"/v1/jobs/{job_id}").json()
+
+    assert job["status"] == "failed"
+    assert job["error"] == {"code": "model_unsupported", "message": "No.", "param": "model.source"}
+    assert job["stages"][0]["error"] == job["error"]
+
+
+def test_queued_job_is_cancelled_at_once_and_again_without_harm(gateway: Gateway) -> None:
+    job_id = gateway.create()
+
+    responses = [gateway.client.post(f"/v1/jobs/{job_id}/cancel") for _ in range(2)]
+
+    assert [response.status_code for response in responses] == [200, 200]
+    assert {response.json()["status"] for response in responses} == {"cancelled"}
+    assert {stage["status"] for stage in responses[0].json()["stages"]} == {"cancelled"}
+
+
+def test_running_job_is_cancelling_until_its_worker_stops(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.claim(job_id, StageName.SCORING)
+
+    response = gateway.client.post(f"/v1/jobs/{job_id}/cancel")
+
+    assert response.json()["status"] == "cancelling"
+
+
+def test_finished_job_cannot_be_cancelled(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.run(job_id)
+
+    problem_of(gateway.client.post(f"/v1/jobs/{job_id}/cancel"), 409, "job_not_cancellable")

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from service.api import examples
+from service.api.health import Readiness
+from service.contract.jobs import Artifact, Event, Job, Page
+from service.contract.spec import JobSpec
+from tests.gateway import Gateway
+
+
+@pytest.fixture
+def document(gateway: Gateway) -> dict[str, Any]:
+    found: dict[str, Any] = gateway.client.get("/openapi.json").json()
+    return found
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            yield path, operation
+
+
+def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any]) -> None:
+    assert {operation["operationId"] for _, operation in operations(document)} == {
+        "create_job",
+        "list_jobs",
+        "get_job",
+        "cancel_job",
+        "list_events",
+        "list_artifacts",
+        "get_artifact_content",
+        "head_artifact_content",
+        "list_methods",
+        "healthz",
+        "readyz",
+    }
+    assert all(operation["tags"] and operation["summary"] for _, operation in operations(document))
+
+
+def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> None:
+    for path, operation in operations(document):
+        failures = {code: response for code, response in operation["responses"].items() if code >= "400"}
+        if path.startswith("/v1"):
+            assert {"401", "500"} <= failures.keys(), path
+            assert operation["security"] == [{"ApiKey": []}]
+        if "{job_id}" in path:
+            assert "404" in failures, path
+        for response in failures.values():
+            content = response["content"]["application/problem+json"]
+            assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+            assert all(example["value"]["code"] == code for code, example in content["examples"].items())
+
+
+def test_the_document_refers_only_to_schemas_it_has(document: dict[str, Any]) -> None:
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (value for key, value in node.items() if key == "$ref")
+            for value in node.values():
+                yield from references(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from references(value)
+
+    schemas = document["components"]["schemas"]
+    assert {name.rpartition("/")[2] for name in references(document["paths"])} <= schemas.keys()
+    assert "HTTPValidationError" not in schemas
+    assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
+
+
+@pytest.mark.parametrize("request_", examples.REQUESTS.values(), ids=examples.REQUESTS.keys())
+def test_request_examples_are_valid(request_: dict[str, Any]) -> None:
+    JobSpec.model_validate(request_["value"])
+
+
+def test_response_examples_are_what_the_models_give() -> None:
+    for model, example in (
+        (Page[Job], examples.JOBS),
+        (Page[Event], examples.EVENTS),
+        (Page[Artifact], examples.ARTIFACTS),
+        (Readiness, examples.READY),
+    ):
+        shown = model.model_validate(example).model_dump(mode="json", exclude={"data": {"__all__": {"spec"}}})
+        given = {**example}
+        if "data" in given:
+            given["data"] = [{key: value for key, value in one.items() if key != "spec"} for one in given["data"]]
+        assert shown == given
+
+
+def test_documentation_page_is_there(gateway: Gateway) -> None:
+    assert "/openapi.json" in gateway.client.get("/docs").text
+
+
+def test_methods_come_with_a_schema_that_names_every_parameter(gateway: Gateway) -> None:
+    page = gateway.client.get("/v1/methods").json()
+
+    method = page["data"][0]
+    assert (page["first_id"], page["last_id"], page["has_more"]) == ("pdtrim", "pdtrim", False)
+    assert method["paper"].endswith("2509.04467")
+    assert method["parameters"] == JobSpec.model_json_schema()

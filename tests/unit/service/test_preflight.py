@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import preflight
+from service.contract.errors import InvalidRequest, ModelUnsupported, TooManyBlocks
+from service.contract.spec import JobSpec
+from service.settings import Settings
+from tests.gateway import Gateway, gateway, model, problem_of, write_model
+
+__all__ = ["gateway", "model"]
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 6, "max_position_embeddings": 1024}
+
+
+@pytest.fixture
+def gateway_settings(tmp_path: Path) -> Settings:
+    allowed = ["reference", "builtin:", (tmp_path / "models").as_uri(), "s3://models"]
+    return Settings(data_dir=tmp_path / "data", allowed_sources=allowed, s3_endpoint_url="http://127.0.0.1:1")
+
+
+def spec(prefill: int = 1, decode: int = 2, **changes: Any) -> JobSpec:
+    removals = {"prefill": {"remove_blocks": prefill}, "decode": {"remove_blocks": decode}}
+    return JobSpec.model_validate({"model": "reference", **removals, **changes})
+
+
+def refusal(gateway: Gateway, code: str, **changes: Any) -> dict[str, Any]:
+    return problem_of(gateway.client.post("/v1/jobs", json={**gateway.spec, **changes}), 422, code)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_supported_architectures_pass(kind: str) -> None:
+    preflight.check_config(spec(), {**CONFIG, "model_type": kind})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gpt2"},
+        {"model_type": None},
+        {"model_type": ["llama"]},
+        {"num_hidden_layers": None},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": "6"},
+        {"num_hidden_layers": True},
+        {"quantization_config": {"quant_method": "gptq"}},
+    ],
+)
+def test_other_models_are_refused_at_the_model_s_field(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelUnsupported) as refused:
+        preflight.check_config(spec(), {**CONFIG, **change})
+
+    assert refused.value.param == "model.source"
+
+
+def test_all_but_one_block_can_be_removed() -> None:
+    preflight.check_config(spec(5, 5), CONFIG)
+
+
+@pytest.mark.parametrize(("prefill", "decode", "stage"), [(1, 6, "decode"), (6, 6, "prefill"), (7, 1024, "prefill")])
+def test_too_many_blocks_are_refused_at_the_stage_s_field(prefill: int, decode: int, stage: str) -> None:
+    with pytest.raises(TooManyBlocks) as refused:
+        preflight.check_config(spec(prefill, decode), CONFIG)
+
+    assert refused.value.param == f"{stage}.remove_blocks"
+    assert "at most 5 can be removed" in refused.value.message
+
+
+def test_windows_longer_than_the_model_s_context_are_refused() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        preflight.check_config(spec(calibration={"window_tokens": 1025}), CONFIG)
+
+    assert refused.value.param == "calibration.window_tokens"
+
+
+def test_the_reference_model_is_accepted_with_the_default_text(gateway: Gateway) -> None:
+    gateway.create(model="reference")
+
+
+def test_inline_text_needs_no_source(gateway: Gateway) -> None:
+    gateway.create(data={"text": "Some text."})
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"model": "file:///etc"}, "source_not_allowed", "model.source"),
+        ({"model": "hf://Qwen/Qwen3-8B"}, "source_not_allowed", "model.source"),
+        ({"model": "pickle"}, "invalid_request", "model.source"),
+        ({"model": "file://host/models"}, "invalid_request", "model.source"),
+        ({"model": "file:///a%00b"}, "invalid_request", "model.source"),
+        ({"model": {"source": "reference", "revision": "main"}}, "invalid_request", "model.revision"),
+        ({"data": {"source": "file:///etc/passwd"}}, "invalid_request", "data.source"),
+        ({"data": {"source": "file:///etc/passwd.txt"}}, "source_not_allowed", "data.source"),
+    ],
+)
+def test_a_source_that_may_not_be_read_is_named(
+    gateway: Gateway, changes: dict[str, Any], code: str, param: str
+) -> None:
+    assert refusal(gateway, code, **changes)["param"] == param
+
+
+def test_a_model_that_is_not_there_is_named(gateway: Gateway, model: Path) -> None:
+    body = refusal(gateway, "source_unreadable", model=(model.parent / "absent").as_uri())
+
+    assert body["param"] == "model.source"
+
+
+def test_a_text_that_is_not_there_is_named(gateway: Gateway, model: Path) -> None:
+    body = refusal(gateway, "source_unreadable", data={"source": (model / "absent.txt").as_uri()})
+
+    assert body["param"] == "data.source"
+
+
+def test_a_model_without_safetensors_is_refused(gateway: Gateway, model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+    assert "pickle" in refusal(gateway, "source_unreadable")["detail"]
+
+
+def test_a_model_of_another_architecture_is_refused(gateway: Gateway, model: Path) -> None:
+    write_model(model, model_type="gpt2")
+
+    assert "gpt2" in refusal(gateway, "model_unsupported")["detail"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps("text").encode()])
+def test_a_broken_config_is_the_request_s_fault(gateway: Gateway, model: Path, content: bytes) -> None:
+    (model / "config.json").write_bytes(content)
+
+    assert refusal(gateway, "source_unreadable")["param"] == "model.source"
+
+
+def test_a_refused_job_leaves_nothing_behind(gateway: Gateway) -> None:
+    refusal(gateway, "too_many_blocks", decode={"remove_blocks": 6})
+
+    assert gateway.client.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_source_whose_server_is_silent_is_503(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+
+    response = gateway.client.post("/v1/jobs", json={**gateway.spec, "model": "s3://models/llama"})
+
+    assert problem_of(response, 503, "dependency_unavailable")["param"] == "model.source"
