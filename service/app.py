@@ -62,7 +62,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(migrate, engine)
     app.state.engine = engine
     app.state.store = open_store(
-        settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region
+        settings.artifacts_url,
+        endpoint_url=settings.s3_endpoint_url,
+        public_endpoint_url=settings.s3_public_endpoint_url,
+        region=settings.s3_region,
     )
     reconciling = asyncio.create_task(_reconcile(engine, settings))
     try:

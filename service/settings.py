@@ -27,6 +27,9 @@ class Settings(BaseSettings):
         default="", description="`s3://bucket/prefix` or `file:///folder`; by default a folder in the data folder."
     )
     s3_endpoint_url: str | None = Field(default=None, description="For S3-compatible stores other than AWS.")
+    s3_public_endpoint_url: str | None = Field(
+        default=None, description="Address of the store in presigned links, where users reach it under another name."
+    )
     s3_region: str | None = Field(default=None, description="Region of the bucket; by default what AWS_* says.")
     presign_seconds: int = Field(default=3600, ge=1, le=604800, description="Life of a presigned download link.")
 

@@ -8,15 +8,23 @@ from pathlib import Path
 
 from service.contract.spec import DataSpec, ModelSpec
 from service.settings import Settings
-from service.sources import fetch_model, fetch_text_documents
+from service.sources import (
+    check_allowed,
+    fetch_model,
+    fetch_text_documents,
+    parse_model_source,
+    parse_text_source,
+)
 
 
 def model_folder(model: ModelSpec, revision: str | None, settings: Settings) -> Path:
     """The folder with the model's files, fetched into the scratch folder unless it is already local.
 
-    Raises: SourceUnreadable.
+    Raises: SourceError, StoreUnavailable.
     """
     assert settings.scratch_dir is not None
+    # The gateway checked this too, but a link may lead elsewhere by now.
+    check_allowed(parse_model_source(model.source), settings.allowed_sources)
     name = hashlib.sha256(f"{model.source}@{revision}".encode()).hexdigest()[:24]
     return fetch_model(
         model.source,
@@ -28,9 +36,10 @@ def model_folder(model: ModelSpec, revision: str | None, settings: Settings) -> 
 
 
 def text_documents(data: DataSpec, settings: Settings) -> Iterable[str] | None:
-    """The documents of a job's text; None for the Python standard library. Raises: SourceUnreadable."""
+    """The documents of a job's text; None for the Python standard library. Raises: SourceError."""
     if data.text is not None:
         return [data.text]
     if data.origin == "builtin:stdlib":
         return None
+    check_allowed(parse_text_source(data.origin), settings.allowed_sources)
     return fetch_text_documents(data.origin, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)

@@ -117,7 +117,7 @@ class DistillationSpec(SpecModel):
     trainable: Literal["all", "distilled"] = Field(
         default="all", description="Blocks that healing trains: every kept block, or only those that absorbed another."
     )
-    learning_rate: float = Field(default=1e-3, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
 
 

@@ -115,6 +115,7 @@ def _measure_pair(
             "tokens": tokens,
             "dense": kv_cache_bytes(dense.config, tokens, dtype),
             "pruned": kv_cache_bytes(decode.config, tokens, dtype),
+            "dense_sent": kv_cache_bytes(dense.config, prompt_tokens, dtype),
             "sent": kv_cache_bytes(decode.config, prompt_tokens, dtype),
         },
     }

@@ -1,0 +1,25 @@
+"""The `pdtrim` command: submit and follow jobs, or run the service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from service.cli import jobs, run
+
+app = typer.Typer(
+    name="pdtrim",
+    help="Prune and distil language models for prefill/decode serving.\n\n"
+    "`pdtrim demo` shows everything once. `pdtrim up` runs the service here; the other commands talk to it.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Jobs": (jobs.submit, jobs.jobs, jobs.show, jobs.watch, jobs.cancel, jobs.artifacts, jobs.download),
+    "Service": (run.demo, run.up, run.serve, run.worker, run.migrate),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)

@@ -1,0 +1,67 @@
+"""A job's evaluation as tables for people, with Rich."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+MIB = 1 << 20
+
+
+def report(evaluation: Mapping[str, Any]) -> RenderableType:
+    """The evaluation stage's metrics: what each checkpoint gave up, what it is worth and what it costs."""
+    return Group(_models(evaluation["models"]), _pair(evaluation["pair"]))
+
+
+def _models(models: Mapping[str, Any]) -> Table:
+    table = Table(title="Checkpoints", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right")
+    dense = models["dense"]
+    rows: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+        ("blocks", lambda m: str(m["blocks"])),
+        ("deleted blocks", lambda m: _list(m["deleted_blocks"])),
+        ("distilled blocks", lambda m: _list(f"{r}→{a}" for r, a in m["distilled_blocks"].items())),
+        ("perplexity pruned", lambda m: _perplexity(m["undistilled_perplexity"])),
+        ("perplexity distilled", lambda m: _perplexity(m["perplexity"])),
+        ("parameters", lambda m: f"{m['parameters']:,} ({m['parameters'] / dense['parameters']:.0%})"),
+        ("weights MiB", lambda m: f"{m['bytes'] / MIB:.1f}"),
+        ("prefill tokens/s", lambda m: _speed(m, dense, "prefill_tokens_per_second")),
+        ("decode tokens/s", lambda m: _speed(m, dense, "decode_tokens_per_second")),
+    )
+    for label, cell in rows:
+        table.add_row(label, *(cell(model) for model in models.values()))
+    return table
+
+
+def _pair(pair: Mapping[str, Any]) -> Table:
+    kv = pair["kv_bytes_per_request"]
+    table = Table(title="As a prefill/decode pair", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "dense", "pruned", "distilled"):
+        table.add_column(column, justify="right" if column else "left")
+    losses = (pair["dense_loss"], pair["pruned_loss"], pair["distilled_loss"])
+    label = f"PD loss in nats, prompt {pair['prompt_tokens']} + {pair['continuation_tokens']}"
+    table.add_row(label, *(f"{loss:.4f}" for loss in losses))
+    ratio = f"{kv['pruned'] / 1024:.0f} KiB ({kv['pruned'] / kv['dense']:.0%})"
+    table.add_row(f"KV cache, {kv['tokens']}-token request", f"{kv['dense'] / 1024:.0f} KiB", ratio, ratio)
+    sent = f"{kv['sent'] / 1024:.0f} KiB"
+    table.add_row("KV sent to decode a request", f"{kv['dense_sent'] / 1024:.0f} KiB", sent, sent)
+    return table
+
+
+def _list(items: Any) -> str:
+    return ", ".join(str(item) for item in items) or "none"
+
+
+def _perplexity(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"{found['value']:.2f} ± {found['standard_error']:.2f}"
+
+
+def _speed(model: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> str:
+    ratio = "" if model is dense else f" ({model[key] / dense[key]:.2f}×)"
+    return f"{model[key]:,.0f}{ratio}"

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.unit.workers.pruning.models import FAMILIES, REFERENCE, TOLERANCE, random_ids, tiny_model
+from workers.pruning.blocks import drop_blocks
+from workers.pruning.checkpoint import BrokenCheckpoint, SourceTensors, write_checkpoint
+from workers.pruning.distill import load_tensors
+
+NO_OVERRIDES = SourceTensors({})
+
+
+def saved(family: str, folder: Path, *, shard_size: str = "1GB") -> tuple[PreTrainedModel, Path]:
+    model = tiny_model(family)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return model, folder
+
+
+def write(source: Path, target: Path, kept: list[int], overrides: SourceTensors = NO_OVERRIDES, **options: int) -> Path:
+    write_checkpoint(source, target, kept=kept, overrides=overrides, pdtrim={"k": 1}, model_card="card", **options)
+    return target
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    """As any server would load it, but with nothing missing or left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_checkpoint_computes_what_the_pruned_model_computes(family: str, shard_size: str, tmp_path: Path) -> None:
+    model, source = saved(family, tmp_path / "source", shard_size=shard_size)
+    target = write(source, tmp_path / "target", [0, 2, 3], max_shard_bytes=20_000)
+    ids = random_ids(2, 12)
+    result, expected = loaded(target), drop_blocks(model, {1, 4})
+    assert (result(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max() <= TOLERANCE
+    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    generated = expected.generate(ids, use_cache=False, **settings)
+    assert torch.equal(result.generate(ids, use_cache=True, **settings), generated)
+    assert len(list(target.glob("*.safetensors"))) > 1
+
+
+def test_everything_that_a_server_reads_is_there(tmp_path: Path) -> None:
+    target = write(REFERENCE, tmp_path / "target", [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11])
+    assert {path.name for path in target.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "pdtrim.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((target / "pdtrim.json").read_text()) == {"k": 1}
+    # The head is tied to the embedding, so it is not stored a second time.
+    assert "lm_head.weight" not in load_file(target / "model.safetensors")
+
+
+def test_no_shard_is_larger_than_allowed_and_the_index_names_every_tensor(tmp_path: Path) -> None:
+    _, source = saved("llama", tmp_path / "source")
+    target = write(source, tmp_path / "target", [0, 1], max_shard_bytes=16_000)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    shards = {path.name: load_file(path) for path in target.glob("*.safetensors")}
+    assert {name: file for file, tensors in shards.items() for name in tensors} == index["weight_map"]
+    assert all(sum(t.nbytes for t in tensors.values()) <= 16_000 or len(tensors) == 1 for tensors in shards.values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in shards.values() for t in tensors.values())
+
+
+def test_trained_tensors_replace_those_of_the_same_original_block_in_the_stored_dtype(tmp_path: Path) -> None:
+    trained = {"model.layers.3.mlp.up_proj.weight": torch.full((512, 192), 0.1)}
+    save_file(trained, tmp_path / "trained.safetensors")
+    overrides = SourceTensors.in_file(tmp_path / "trained.safetensors")
+    target = write(REFERENCE, tmp_path / "target", [0, 3], overrides)
+    stored = load_file(target / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(stored, trained["model.layers.3.mlp.up_proj.weight"].bfloat16())
+    expected = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    load_tensors(expected, {name: tensor.bfloat16() for name, tensor in trained.items()})
+    ids = random_ids(1, 8)
+    pruned = drop_blocks(expected.eval(), set(range(12)) - {0, 3})
+    assert (loaded(target)(input_ids=ids).logits - pruned(input_ids=ids).logits).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "error", "reason"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", (512, 192), KeyError, "no kept tensor is called model.layers.1.mlp"),
+        ("model.layers.3.mlp.up_proj.weight", (5, 5), BrokenCheckpoint, r"has the shape \(512, 192\) in the source"),
+    ],
+)
+def test_a_trained_tensor_that_fits_nowhere_is_refused(
+    name: str, shape: tuple[int, int], error: type[Exception], reason: str, tmp_path: Path
+) -> None:
+    save_file({name: torch.zeros(shape)}, tmp_path / "trained.safetensors")
+    with pytest.raises(error, match=reason):
+        write(REFERENCE, tmp_path / "target", [0, 3], SourceTensors.in_file(tmp_path / "trained.safetensors"))
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    _, source = saved("llama", tmp_path / "source")
+    shard = source / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(BrokenCheckpoint, match=r"model\.safetensors is not a whole safetensors file"):
+        write(source, tmp_path / "target", [0])
+
+
+def test_an_index_that_lies_is_caught(tmp_path: Path) -> None:
+    _, source = saved("llama", tmp_path / "source", shard_size="20KB")
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    name = next(name for name, file in index["weight_map"].items() if file == first and ".layers.0." in name)
+    for file, reason in (
+        (last, f"does not hold the tensor {name}"),
+        ("gone.safetensors", "names the shard gone.safetensors"),
+        ("../secret.safetensors", "points outside its folder"),
+    ):
+        index["weight_map"][name] = file
+        path.write_text(json.dumps(index))
+        with pytest.raises(BrokenCheckpoint, match=reason):
+            write(source, tmp_path / file.replace("/", "_"), [0])
+
+
+def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 1}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(BrokenCheckpoint, match=r"pytorch_model\.bin are pickles"):
+        write(tmp_path, tmp_path / "target", [0])
