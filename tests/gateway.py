@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine
@@ -103,6 +107,22 @@ def serve(settings: Settings, model: Path) -> Iterator[Gateway]:
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield Gateway(client, app, settings, app.state.engine, spec)
+
+
+@contextmanager
+def listening(settings: Settings) -> Iterator[str]:
+    """The address of a real server with a gateway of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1))
+        thread = Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:

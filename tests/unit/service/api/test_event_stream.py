@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from httpx_sse import ServerSentEvent, connect_sse
 
 from service.api import events
-from service.app import create_app
 from service.contract.jobs import StageName
-from service.settings import Settings
-from tests.gateway import Gateway
-
-
-@contextmanager
-def listening(settings: Settings) -> Iterator[str]:
-    """The address of a second gateway process's worth of server on the same database."""
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1))
-        thread = Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+from tests.gateway import Gateway, listening
 
 
 @pytest.fixture

@@ -1,0 +1,308 @@
+"""Stages of real, tiny jobs, run in this process on SQLite and a local store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.spec import JobSpec
+from service.db import artifacts, events, jobs, stages
+from service.db.session import connect, migrate, transaction
+from service.db.tables import ArtifactRow, StageRow
+from service.settings import Settings
+from service.storage import open_store
+from tests.tiny_job import tiny_spec, write_tiny_model
+from workers import pipeline
+from workers.pipeline import Worker, run_stage
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Worker:
+    settings = Settings(
+        data_dir=tmp_path / "data",
+        allowed_sources=["builtin:", (tmp_path / "models").as_uri()],
+        lease_seconds=5,
+    )
+    engine = connect(settings.database_url)
+    migrate(engine)
+    return Worker(settings, engine, open_store(settings.artifacts_url), name="test")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "models" / "tiny")
+
+
+def create(worker: Worker, spec: dict[str, Any]) -> str:
+    with transaction(worker.engine) as session:
+        return jobs.create(session, JobSpec.model_validate(spec)).id
+
+
+def run_through(worker: Worker, job_id: str, last: StageName = StageName.EVALUATION) -> None:
+    for stage in StageName:
+        run_stage(worker, job_id, stage)
+        assert stage_row(worker, job_id, stage).status == StageStatus.SUCCEEDED, stage_row(worker, job_id, stage).error
+        if stage == last:
+            return
+
+
+def stage_row(worker: Worker, job_id: str, stage: StageName) -> StageRow:
+    with transaction(worker.engine) as session:
+        return session.get_one(StageRow, (job_id, stage))
+
+
+def job_error(worker: Worker, job_id: str) -> dict[str, Any]:
+    with transaction(worker.engine) as session:
+        job = jobs.get(session, job_id)
+        assert job.status == JobStatus.FAILED
+        assert job.error is not None
+        return job.error
+
+
+def recorded(worker: Worker, job_id: str, stage: StageName) -> dict[str, ArtifactRow]:
+    with transaction(worker.engine) as session:
+        return {row.name: row for row in artifacts.of_stage(session, job_id, stage)}
+
+
+def content(worker: Worker, job_id: str, stage: StageName, name: str) -> bytes:
+    return worker.store.get_bytes(recorded(worker, job_id, stage)[name].key)
+
+
+def event_types(worker: Worker, job_id: str) -> list[str]:
+    with transaction(worker.engine) as session:
+        return [row.type for row in events.page(session, job_id, after=0, limit=1000)[0]]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_job_ends_with_both_checkpoints_every_artifact_recorded_and_no_scratch_left(
+    worker: Worker, model: Path
+) -> None:
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id)
+
+    with transaction(worker.engine) as session:
+        job = jobs.get(session, job_id)
+    assert job.status == JobStatus.SUCCEEDED
+    assert {"torch", "transformers", "pdtrim-service"} <= job.versions.keys()
+    exported = recorded(worker, job_id, StageName.EXPORT)
+    for role in ("prefill", "decode"):
+        for name in ("config.json", "model.safetensors", "pdtrim.json", "tokenizer.json", "README.md"):
+            assert f"{role}/{name}" in exported
+    for stage in StageName:
+        for row in recorded(worker, job_id, stage).values():
+            data = worker.store.get_bytes(row.key)
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (row.size, row.sha256)
+    assert worker.settings.scratch_dir is not None
+    assert not list((worker.settings.scratch_dir / "jobs" / job_id).iterdir())
+
+
+def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id)
+    report = stage_row(worker, job_id, StageName.EVALUATION).metrics
+    assert json.loads(content(worker, job_id, StageName.EVALUATION, "report.json")) == report
+    models, pair = report["models"], report["pair"]
+    assert [models[name]["blocks"] for name in ("dense", "prefill", "decode")] == [5, 4, 3]
+    assert models["dense"]["parameters"] > models["prefill"]["parameters"] > models["decode"]["parameters"]
+    # 2 (K and V) · layers · 2 KV heads · head dimension 8 · 32 tokens · 4 bytes
+    assert pair["kv_bytes_per_request"]["dense"] == 2 * 5 * 2 * 8 * 32 * 4
+    assert pair["kv_bytes_per_request"]["sent"] == 2 * 3 * 2 * 8 * 16 * 4
+    assert len(pair["kv_layer_map"]) == 3
+    assert all(models[name]["undistilled_perplexity"] for name in ("prefill", "decode"))
+
+
+def test_removing_nothing_keeps_every_loss_and_every_bit_of_the_dense_model(worker: Worker, model: Path) -> None:
+    nothing = {"prefill": {"remove_blocks": 0}, "decode": {"remove_blocks": 0}}
+    job_id = create(worker, tiny_spec(model, **nothing))
+    run_through(worker, job_id)
+    report = stage_row(worker, job_id, StageName.EVALUATION).metrics
+    assert report["models"]["unified"]["perplexity"] == report["models"]["dense"]["perplexity"]
+    assert report["pair"]["distilled_loss"] == pytest.approx(report["pair"]["dense_loss"], abs=1e-5)
+    losses = stage_row(worker, job_id, StageName.REMOVAL).metrics["losses"]
+    assert losses["prefill"] == pytest.approx(0, abs=1e-5)
+    assert losses["decode"] == pytest.approx(0, abs=1e-5)
+    exported = content(worker, job_id, StageName.EXPORT, "unified/model.safetensors")
+    assert len(exported) == pytest.approx((model / "model.safetensors").stat().st_size, rel=0.01)
+
+
+def test_equal_counts_give_one_unified_checkpoint(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model, prefill={"remove_blocks": 2}))
+    run_through(worker, job_id)
+    names = recorded(worker, job_id, StageName.EXPORT)
+    assert {name.split("/")[0] for name in names} == {"unified"}
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    assert plan["prefill"] == plan["decode"]
+
+
+def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Path) -> None:
+    plans = []
+    for _ in range(2):
+        job_id = create(worker, tiny_spec(model, seed=11))
+        run_through(worker, job_id, StageName.REMOVAL)
+        plans.append([content(worker, job_id, StageName.REMOVAL, name) for name in ("plan.json", "search.json")])
+    assert plans[0] == plans[1]
+
+
+def test_undistilled_export_keeps_the_source_weights(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model, distillation={"enabled": False}))
+    run_through(worker, job_id)
+    decode = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]["decode"]
+    assert decode["perplexity"] == decode["undistilled_perplexity"]
+
+
+def test_a_repeated_delivery_of_a_finished_stage_does_nothing(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
+    run_stage(worker, job_id, StageName.SCORING)
+    before = event_types(worker, job_id)
+    run_stage(worker, job_id, StageName.SCORING)
+    assert event_types(worker, job_id) == before
+
+
+def test_a_stage_finished_by_a_worker_that_died_before_recording_is_not_run_again(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
+    with transaction(worker.engine) as session:
+        dead = stages.claim(session, job_id, StageName.SCORING, worker="dead", lease_seconds=0.05)
+    assert dead is not None
+    # The dead worker came as far as its manifest.
+    pipeline._execute(worker, dead, check=lambda: None)
+    time.sleep(0.1)
+    run_stage(worker, job_id, StageName.SCORING)
+    row = stage_row(worker, job_id, StageName.SCORING)
+    assert (row.status, row.attempt) == (StageStatus.SUCCEEDED, 2)
+    assert all("/scoring/1/" in artifact.key for artifact in recorded(worker, job_id, StageName.SCORING).values())
+
+
+@pytest.mark.parametrize("stage", [StageName.REMOVAL, StageName.DISTILLATION])
+def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
+    stage: StageName, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.stages.removal.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
+    unbroken, broken = (create(worker, tiny_spec(model)) for _ in range(2))
+    for job_id in (unbroken, broken):
+        for earlier in list(StageName)[: list(StageName).index(stage)]:
+            run_stage(worker, job_id, earlier)
+    run_stage(worker, unbroken, stage)
+
+    with transaction(worker.engine) as session:
+        held = stages.claim(session, broken, stage, worker="dying", lease_seconds=0.05)
+    assert held is not None
+    checks = 0
+
+    def die_after_a_while() -> None:
+        nonlocal checks
+        checks += 1
+        if checks > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline._execute(worker, held, die_after_a_while)
+    assert list(worker.store.list_keys(f"jobs/{broken}/{stage}/state"))
+    run_stage(worker, broken, stage)
+
+    first, second = (recorded(worker, job_id, stage) for job_id in (unbroken, broken))
+    assert {name: row.sha256 for name, row in first.items()} == {name: row.sha256 for name, row in second.items()}
+
+
+def test_cancellation_stops_a_running_stage(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model, distillation={"heal_tokens": 10**9, "batch_windows": 1}))
+    run_through(worker, job_id, StageName.REMOVAL)
+    running = Thread(target=run_stage, args=(worker, job_id, StageName.DISTILLATION))
+    running.start()
+    wait_for(lambda: stage_row(worker, job_id, StageName.DISTILLATION).progress > 0)
+    with transaction(worker.engine) as session:
+        jobs.request_cancel(session, job_id)
+    asked_at = time.monotonic()
+    running.join(60)
+    assert time.monotonic() - asked_at < 10
+    assert event_types(worker, job_id)[-1] == "job.cancelled"
+
+
+def test_a_worker_whose_stage_was_taken_over_steps_back(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model, distillation={"heal_tokens": 10**9, "batch_windows": 1}))
+    run_through(worker, job_id, StageName.REMOVAL)
+    running = Thread(target=run_stage, args=(worker, job_id, StageName.DISTILLATION))
+    running.start()
+    wait_for(lambda: stage_row(worker, job_id, StageName.DISTILLATION).progress > 0)
+    with transaction(worker.engine) as session:
+        row = session.get_one(StageRow, (job_id, StageName.DISTILLATION))
+        row.attempt += 1
+    running.join(60)
+    row = stage_row(worker, job_id, StageName.DISTILLATION)
+    assert (row.status, row.attempt) == (StageStatus.RUNNING, 2)
+    assert not recorded(worker, job_id, StageName.DISTILLATION)
+
+
+def test_a_store_that_fails_costs_an_attempt_not_the_job(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
+    root = worker.settings.data_dir / "artifacts"
+    root.write_text("a file where a folder should be")
+    run_stage(worker, job_id, StageName.SCORING)
+    assert stage_row(worker, job_id, StageName.SCORING).status == StageStatus.QUEUED
+    assert event_types(worker, job_id)[-1] == "stage.requeued"
+    root.unlink()
+    run_stage(worker, job_id, StageName.SCORING)
+    assert stage_row(worker, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
+
+
+def test_an_input_whose_bytes_changed_is_not_used(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id, StageName.SCORING)
+    worker.store.put_bytes(recorded(worker, job_id, StageName.SCORING)["scores.json"].key, b"{}")
+    run_stage(worker, job_id, StageName.REMOVAL)
+    with transaction(worker.engine) as session:
+        last = events.page(session, job_id, after=0, limit=1000)[0][-1]
+    assert last.type == "stage.requeued"
+    assert "CorruptArtifact" in last.message
+    assert "scores.json" in last.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"data": {"text": "short"}}, "invalid_request", "data"),
+        ({"decode": {"remove_blocks": 5}}, "too_many_blocks", "decode.remove_blocks"),
+        ({"model": "file:///etc"}, "source_not_allowed", None),
+    ],
+)
+def test_what_no_worker_can_do_fails_the_job_with_its_reason(
+    changes: dict[str, Any], code: str, param: str | None, worker: Worker, model: Path
+) -> None:
+    job_id = create(worker, tiny_spec(model, **changes))
+    run_stage(worker, job_id, StageName.SCORING)
+    error = job_error(worker, job_id)
+    assert (error["code"], error["param"]) == (code, param)
+
+
+def test_a_model_of_another_architecture_fails_the_job_by_name(worker: Worker, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    job_id = create(worker, tiny_spec(model))
+    run_stage(worker, job_id, StageName.SCORING)
+    error = job_error(worker, job_id)
+    assert error["code"] == "model_unsupported"
+    assert "gpt2" in error["message"]
+
+
+def test_text_from_the_standard_library_needs_no_source(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model, data={}))
+    run_through(worker, job_id, StageName.SCORING)
+    windows = stage_row(worker, job_id, StageName.SCORING).metrics["windows"]
+    assert windows["calibration"] == 4
+    assert windows["validation"] == 4
