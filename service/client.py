@@ -5,24 +5,34 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 from httpx_sse import EventSource
+from pydantic import BaseModel, ValidationError
 
 from service.contract.errors import Problem
 from service.contract.jobs import Artifact, Event, Job, JobStatus, Page, StageName
 from service.contract.spec import JobSpec
 
+Answer = TypeVar("Answer", bound=BaseModel)
 FINAL_EVENTS = {"job.succeeded", "job.failed", "job.cancelled"}
 PATIENCE_S = 60.0
-"""How long a stream keeps trying to reach a gateway that went away."""
-READ_BYTES = 1 << 20
+"""How long streams and downloads keep trying to reach a service that went away."""
+RETRY_S = 0.5
+PASSING_STATUSES = {502, 503, 504}
+READ_BYTES = 1 << 16
 
 
-class ServiceError(Exception):
+class ClientError(Exception):
+    """What every method of the client raises, in one of the kinds below."""
+
+
+class ServiceError(ClientError):
     """The service refused a request; `problem` is its RFC 9457 answer."""
 
     def __init__(self, problem: Problem) -> None:
@@ -31,12 +41,35 @@ class ServiceError(Exception):
         self.problem = problem
 
 
-class ServiceUnreachable(Exception):
-    """Nothing that speaks this interface answers at the URL."""
+class ServiceUnreachable(ClientError):
+    """Nothing answers at the URL, or only a proxy that finds nothing behind it."""
 
 
-class CorruptDownload(Exception):
+class UnexpectedAnswer(ClientError):
+    """Something answers at the URL, but not as this service does."""
+
+
+class CorruptDownload(ClientError):
     """A downloaded file's SHA-256 is not the recorded one."""
+
+
+class _Patience:
+    """How long the service has been out of reach without a break."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self._url, self._seconds = url, seconds
+        self._silent_since: float | None = None
+
+    def heard(self) -> None:
+        self._silent_since = None
+
+    def wait(self, error: Exception) -> None:
+        """Pause before the next try. Raises: ServiceUnreachable when there were enough."""
+        now = time.monotonic()
+        self._silent_since = self._silent_since or now
+        if now - self._silent_since > self._seconds:
+            raise ServiceUnreachable(f"{self._url} has not answered for {self._seconds:.0f} s: {error}") from error
+        time.sleep(RETRY_S)
 
 
 class Client:
@@ -47,13 +80,29 @@ class Client:
     ...     for event in client.events(job.id):
     ...         print(event.message)
 
-    Every method raises ServiceError for what the service refuses and ServiceUnreachable when it does not answer.
+    Every method raises ServiceError for what the service refuses, ServiceUnreachable when nothing answers, and
+    UnexpectedAnswer when something else does. Raises: ValueError for what is no http(s) URL.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._url = url
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, follow_redirects=True)
+    def __init__(
+        self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0, patience_s: float = PATIENCE_S
+    ) -> None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{url!r} is no URL: {error}") from error
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError(f"{url!r} is no URL of a service; it looks like http://127.0.0.1:8000")
+        self._url = url.rstrip("/")
+        self._patience_s = patience_s
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=timeout_s,
+            follow_redirects=True,
+            # HTTP_PROXY is set on many machines, and no proxy reaches this one's own loopback.
+            trust_env=not _is_loopback(parsed.host),
+        )
 
     def __enter__(self) -> Client:
         return self
@@ -70,27 +119,35 @@ class Client:
     def create(self, spec: JobSpec | Mapping[str, Any]) -> Job:
         """Submit a job."""
         body = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
-        return Job.model_validate(self._json("POST", "/v1/jobs", json=body))
+        return self._fetch(Job, "POST", "/v1/jobs", json=body)
 
     def get(self, job_id: str) -> Job:
         """The job as it is now."""
-        return Job.model_validate(self._json("GET", f"/v1/jobs/{job_id}"))
+        return self._fetch(Job, "GET", _job_path(job_id))
 
-    def jobs(self, *, limit: int = 20, after: str | None = None, status: JobStatus | None = None) -> Page[Job]:
-        """A page of jobs, newest first."""
-        wanted = {"limit": limit, "after": after, "status": status}
+    def jobs(
+        self,
+        *,
+        limit: int = 20,
+        after: str | None = None,
+        status: JobStatus | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Page[Job]:
+        """A page of jobs, newest first; only those with every label of `metadata`."""
+        wanted: dict[str, Any] = {"limit": limit, "after": after, "status": status}
         params = {name: value for name, value in wanted.items() if value is not None}
-        return Page[Job].model_validate(self._json("GET", "/v1/jobs", params=params))
+        params |= {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        return self._fetch(Page[Job], "GET", "/v1/jobs", params=params)
 
     def cancel(self, job_id: str) -> Job:
         """Ask the service to stop a job."""
-        return Job.model_validate(self._json("POST", f"/v1/jobs/{job_id}/cancel"))
+        return self._fetch(Job, "POST", f"{_job_path(job_id)}/cancel")
 
     def artifacts(self, job_id: str, *, stage: StageName | None = None) -> Iterator[Artifact]:
         """Every artifact of a job, page by page."""
         params: dict[str, Any] = {"limit": 100} | ({"stage": stage.value} if stage else {})
         while True:
-            page = Page[Artifact].model_validate(self._json("GET", f"/v1/jobs/{job_id}/artifacts", params=params))
+            page = self._fetch(Page[Artifact], "GET", f"{_job_path(job_id)}/artifacts", params=params)
             yield from page.data
             if not page.has_more:
                 return
@@ -99,90 +156,146 @@ class Client:
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
         """The job's events above number `after` as they happen, until its last.
 
-        A connection that breaks is taken up again where it ended, for up to `PATIENCE_S` without an answer.
+        A connection that breaks is taken up again after the last event that came.
         """
-        silent_since = time.monotonic()
+        patience = _Patience(self._url, self._patience_s)
         while True:
             try:
-                for event in self._stream(job_id, after):
-                    after, silent_since = event.number, time.monotonic()
+                for event in self._stream(job_id, after, patience):
+                    after = event.number
                     yield event
                     if event.type in FINAL_EVENTS:
                         return
                 if JobStatus(self.get(job_id).status).final:
                     return
-            except (httpx.TransportError, ServiceUnreachable) as error:
-                if time.monotonic() - silent_since > PATIENCE_S:
-                    raise ServiceUnreachable(f"{self._url} has not answered for {PATIENCE_S:.0f} s: {error}") from error
-                time.sleep(0.5)
+                time.sleep(RETRY_S)
+            except (httpx.RequestError, ClientError) as error:
+                if not _may_pass(error):
+                    raise
+                patience.wait(error)
 
-    def _stream(self, job_id: str, after: int) -> Iterator[Event]:
+    def _stream(self, job_id: str, after: int, patience: _Patience) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers, timeout=60) as response:
+        with self._http.stream("GET", f"{_job_path(job_id)}/events", headers=headers, timeout=60) as response:
             if response.status_code == 204:
                 return
             if not response.is_success:
                 response.read()
                 raise self._refusal(response)
+            if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                raise self._unexpected()
+            patience.heard()
             for message in EventSource(response).iter_sse():
-                yield Event.model_validate_json(message.data)
+                # A keep-alive comment comes out of the parser as a message without data.
+                if message.data:
+                    yield self._read(Event, message.data)
 
     def download(
-        self, job_id: str, artifact: Artifact, path: Path, *, on_bytes: Callable[[int], None] = lambda count: None
+        self, job_id: str, artifact: Artifact, path: Path, *, on_bytes: Callable[[int], None] = lambda held: None
     ) -> Path:
         """Download an artifact to `path`, which appears only when it is whole; an interrupted download goes on.
 
+        A file at `path` that is the artifact already is left alone. `on_bytes` hears how many bytes are there.
         Raises: CorruptDownload when the content's SHA-256 is not the recorded one; what was downloaded is deleted.
         """
+        if path.is_file() and path.stat().st_size == artifact.size and _sha256(path) == artifact.sha256:
+            on_bytes(artifact.size)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{artifact.sha256[:12]}.partial")
-        start = partial.stat().st_size if partial.exists() else 0
-        if start > artifact.size:
+        partial.touch()
+        if partial.stat().st_size > artifact.size:
             partial.unlink()
-            start = 0
-        on_bytes(start)
-        if start < artifact.size or artifact.size == 0:
-            self._append(f"/v1/jobs/{job_id}/artifacts/{artifact.id}/content", partial, start, on_bytes)
-        with partial.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            partial.touch()
+        patience = _Patience(self._url, self._patience_s)
+        while (held := partial.stat().st_size) < artifact.size:
+            try:
+                self._append(f"{_job_path(job_id)}/artifacts/{artifact.id}/content", partial, on_bytes)
+            except (httpx.RequestError, ClientError) as error:
+                if not _may_pass(error):
+                    raise
+                if partial.stat().st_size > held:
+                    patience.heard()
+                patience.wait(error)
+            else:
+                break
+        found = _sha256(partial)
         if found != artifact.sha256:
             partial.unlink()
             raise CorruptDownload(f"{artifact.name}: downloaded SHA-256 {found}, recorded {artifact.sha256}; try again")
+        on_bytes(artifact.size)
         return partial.replace(path)
 
-    def _append(self, url: str, partial: Path, start: int, on_bytes: Callable[[int], None]) -> None:
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        try:
-            with self._http.stream("GET", url, headers=headers) as response:
-                if not response.is_success:
-                    response.read()
-                    raise self._refusal(response)
-                with partial.open("ab" if response.status_code == 206 else "wb") as file:
-                    for piece in response.iter_bytes(READ_BYTES):
-                        file.write(piece)
-                        on_bytes(len(piece))
-        except httpx.TransportError as error:
-            raise ServiceUnreachable(f"the download broke off: {error}; run it again to go on") from error
+    def _append(self, url: str, partial: Path, on_bytes: Callable[[int], None]) -> None:
+        held = partial.stat().st_size
+        # Ranges count encoded bytes, so nothing may be compressed on the way.
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})
+        with self._http.stream("GET", url, headers=headers) as response:
+            if not response.is_success:
+                response.read()
+                raise self._refusal(response)
+            with partial.open("ab" if response.status_code == 206 else "wb") as file:
+                held = file.tell()
+                for piece in response.iter_bytes(READ_BYTES):
+                    file.write(piece)
+                    held += len(piece)
+                    on_bytes(held)
 
     def ready(self) -> bool:
         """Whether the service answers and says that it can take jobs."""
         try:
             return self._http.get("/readyz").is_success
-        except httpx.TransportError:
+        except httpx.RequestError:
             return False
 
-    def _json(self, method: str, url: str, **request: Any) -> Any:
+    def _fetch(self, kind: type[Answer], method: str, url: str, **request: Any) -> Answer:
         try:
             response = self._http.request(method, url, **request)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise ServiceUnreachable(
                 f"{self._url} does not answer ({error}); start the service with `pdtrim up`, or give its --url"
             ) from error
         if not response.is_success:
             raise self._refusal(response)
-        return response.json()
+        return self._read(kind, response.content)
 
-    def _refusal(self, response: httpx.Response) -> ServiceError | ServiceUnreachable:
+    def _read(self, kind: type[Answer], content: bytes | str) -> Answer:
+        try:
+            return kind.model_validate_json(content)
+        except ValidationError as error:
+            raise self._unexpected() from error
+
+    def _unexpected(self) -> UnexpectedAnswer:
+        return UnexpectedAnswer(f"{self._url} does not answer as PDTrim Service does; is it the right URL?")
+
+    def _refusal(self, response: httpx.Response) -> ClientError:
         if response.headers.get("Content-Type", "").startswith("application/problem+json"):
-            return ServiceError(Problem.model_validate_json(response.content))
-        return ServiceUnreachable(f"{self._url} answered {response.status_code}, but not as PDTrim Service does")
+            return ServiceError(self._read(Problem, response.content))
+        # A presigned link carries its credentials in the query.
+        where = response.url.copy_with(query=None)
+        if response.status_code in PASSING_STATUSES:
+            return ServiceUnreachable(f"{where} answered {response.status_code}: nothing works behind it now")
+        return UnexpectedAnswer(f"{where} answered {response.status_code}, but not as PDTrim Service does")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the next try may fare better."""
+    if isinstance(error, ServiceError):
+        return error.problem.status in PASSING_STATUSES
+    return isinstance(error, httpx.RequestError | ServiceUnreachable)
+
+
+def _job_path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
