@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+Environment = dict[str, str]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    """What a `pdtrim` process is started with: nothing of the tester's own configuration, and short leases."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PDTRIM_", "AWS_"))}
+    return kept | {
+        "PDTRIM_DATA_DIR": str(tmp_path / "data"),
+        "PDTRIM_LEASE_SECONDS": "4",
+        "PDTRIM_RECONCILE_SECONDS": "0.5",
+        "OMP_NUM_THREADS": "2",
+    }
