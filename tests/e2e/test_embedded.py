@@ -100,7 +100,7 @@ def test_a_worker_killed_in_the_middle_costs_neither_the_job_nor_a_finished_stag
 
 def test_a_job_survives_a_stop_of_the_whole_service(environment: dict[str, str], tmp_path: Path) -> None:
     with pdtrim_up(environment, tmp_path) as url, Client(url) as client:
-        job_id = client.create(reference_job(distillation={"heal_tokens": 65536})).id
+        job_id = client.create(reference_job(distillation={"heal_tokens": 16384})).id
         wait_until(lambda: client.get(job_id).stages[2].progress > 0, what="distillation to begin")
     assert processes_of("", Path(environment["PDTRIM_DATA_DIR"])) == []
     with pdtrim_up(environment, tmp_path) as url, Client(url) as client:

@@ -1,0 +1,53 @@
+"""What the README shows is run; what it lists is compared with the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from service.settings import Settings
+from tests.processes import pdtrim_up
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+# The walk-through's job with everything small, so that the test is short.
+SMALL = (
+    '"calibration": {"windows": 4, "window_tokens": 64}, "search": {"evaluations": 30}, '
+    '"distillation": {"heal_tokens": 4096}, "evaluation": {"windows": 4, "speed_tokens": 2, "speed_repeats": 1}}\''
+)
+
+
+def block_after(marker: str) -> str:
+    match = re.search(rf"<!-- {marker}: .*?-->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert match is not None
+    return match[1]
+
+
+def test_the_walk_through_ends_in_a_checkpoint_that_generates(environment: dict[str, str], tmp_path: Path) -> None:
+    with pdtrim_up(environment, tmp_path) as url:
+        script = block_after("walk-through").replace("http://127.0.0.1:8000", url)
+        assert script.count("4}}'") == 1
+        script = script.replace("4}}'", f"4}}, {SMALL}")
+        subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, check=True, timeout=280)
+    generated = subprocess.run(
+        [sys.executable, "-c", block_after("generate")], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert generated.stdout.startswith("def main(")
+
+
+def test_every_setting_is_in_the_configuration_table() -> None:
+    documented = set(re.findall(r"`PDTRIM_(\w+)`", README))
+    assert documented == {name.upper() for name in Settings.model_fields}
+
+
+def test_compose_sets_only_what_the_service_reads() -> None:
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    for name in ("gateway", "worker"):
+        variables = compose["services"][name]["environment"]
+        ours = {variable for variable in variables if variable.startswith("PDTRIM_")}
+        assert ours <= {f"PDTRIM_{field.upper()}" for field in Settings.model_fields}
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= variables.keys()
