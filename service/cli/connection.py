@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 
-from service.client import Client, CorruptDownload, ServiceError, ServiceUnreachable
+from service.client import Client, ClientError
 
 console = Console()
 errors = Console(stderr=True)
@@ -21,22 +22,28 @@ Key = Annotated[str | None, typer.Option("--api-key", envvar="PDTRIM_API_KEY", h
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 JobId = Annotated[str, typer.Argument(help="The job's id, as `submit` and `jobs` print it.", metavar="JOB")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+USAGE = 2
+"""Exit code of a command that was called wrongly."""
 
 
 @contextmanager
 def connected(url: str, api_key: str | None) -> Iterator[Client]:
-    """A client; what goes wrong is printed and ends the command with exit code 1."""
+    """A client; what goes wrong is printed and ends the command."""
     try:
-        with Client(url, api_key=api_key) as client:
+        client = Client(url, api_key=api_key)
+    except ValueError as error:
+        fail(str(error), code=USAGE)
+    try:
+        with client:
             yield client
-    except (ServiceError, ServiceUnreachable, CorruptDownload) as error:
+    except ClientError as error:
         fail(str(error))
 
 
-def fail(message: str) -> None:
+def fail(message: str, *, code: int = 1) -> NoReturn:
     """Print an error and end the command. Raises: typer.Exit."""
-    errors.print(f"[bold red]Error:[/] {message}", highlight=False)
-    raise typer.Exit(1)
+    errors.print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
 
 
 def print_json(shown: BaseModel) -> None:

@@ -1,4 +1,4 @@
-"""Jobs on a terminal: tables, a job's page, live progress."""
+"""Jobs and artifacts on a terminal. What users wrote is shown as it is, never read as markup."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from service.contract.jobs import Event, Job, JobStatus, Stage, StageName, StageStatus
+from service.contract.jobs import Artifact, Job, JobStatus, Stage, StageName, StageStatus
 from service.report import report
 
+ID_WIDTH = len("job_") + 32
 COLOURS = {
     JobStatus.QUEUED: "yellow",
     JobStatus.RUNNING: "cyan",
@@ -33,11 +36,26 @@ REMEDIES = {
 
 def job_table(jobs: Iterable[Job]) -> Table:
     """One line a job."""
-    table = Table("job", "status", "model", "removes", "created", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("job", no_wrap=True, min_width=ID_WIDTH)
+    for column in ("status", "model", "removes", "created"):
+        table.add_column(column, overflow="fold")
     for job in jobs:
-        removes = f"prefill −{job.spec.prefill.remove_blocks}, decode −{job.spec.decode.remove_blocks}"
+        removes = f"prefill {job.spec.prefill.remove_blocks}, decode {job.spec.decode.remove_blocks}"
         colour = COLOURS[job.status]
-        table.add_row(job.id, f"[{colour}]{job.status}", job.spec.model.source, removes, _when(job.created_at))
+        table.add_row(job.id, f"[{colour}]{job.status}", escape(job.spec.model.source), removes, when(job.created_at))
+    return table
+
+
+def artifact_table(artifacts: Iterable[Artifact]) -> Table:
+    """One line an artifact."""
+    table = Table(box=None, header_style="bold")
+    for column in ("stage", "name", "size", "SHA-256", "where"):
+        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
+    for artifact in artifacts:
+        table.add_row(
+            artifact.stage, Text(artifact.name), decimal(artifact.size), artifact.sha256[:12], Text(artifact.uri)
+        )
     return table
 
 
@@ -47,11 +65,12 @@ def job_page(job: Job) -> RenderableType:
     if job.error is not None:
         remedy = REMEDIES.get(job.error.code, "")
         field = f"\nField: {job.error.param}" if job.error.param else ""
-        parts.append(Panel(f"{job.error.message}{field}\n{remedy}".strip(), title=job.error.code, border_style="red"))
+        text = Text(f"{job.error.message}{field}\n{remedy}".strip())
+        parts.append(Panel(text, title=escape(job.error.code), title_align="left", border_style="red"))
     evaluation = next((stage for stage in job.stages if stage.name == StageName.EVALUATION), None)
     if evaluation is not None and evaluation.status == StageStatus.SUCCEEDED:
         parts.append(report(evaluation.metrics))
-    heading = f"[bold]{job.id}[/]  {job.spec.model.source}  [{COLOURS[job.status]}]{job.status}[/]"
+    heading = f"[bold]{job.id}[/]  {escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
     return Group(heading, "", *parts)
 
 
@@ -62,7 +81,7 @@ def _stages(stages: Iterable[Stage]) -> Table:
         if stage.started_at and stage.finished_at:
             took = f"{(stage.finished_at - stage.started_at).total_seconds():.1f} s"
         status = f"{stage.status} {stage.progress:.0%}" if stage.status == StageStatus.RUNNING else str(stage.status)
-        table.add_row(stage.name, status, took, stage.message or _figures(stage))
+        table.add_row(stage.name, status, took, Text(stage.message or _figures(stage)))
     return table
 
 
@@ -74,7 +93,7 @@ def _figures(stage: Stage) -> str:
     if stage.name == StageName.SCORING:
         return f"cosine {min(metrics['cosine']):.3f} to {max(metrics['cosine']):.3f} over {metrics['blocks']} blocks"
     if stage.name == StageName.REMOVAL:
-        return "; ".join(f"{half} −{_removed(metrics[half])}" for half in ("prefill", "decode"))
+        return "; ".join(f"{half} gives up {_removed(metrics[half])}" for half in ("prefill", "decode"))
     if stage.name == StageName.DISTILLATION:
         halves = [(half, metrics.get(half)) for half in ("prefill", "decode")]
         return (
@@ -86,52 +105,9 @@ def _figures(stage: Stage) -> str:
 
 
 def _removed(plan: dict[str, Any]) -> str:
-    return str(sorted([*plan["deleted"], *map(int, plan["distilled"])]))
+    return ", ".join(map(str, sorted([*plan["deleted"], *map(int, plan["distilled"])]))) or "nothing"
 
 
-def _when(moment: datetime) -> str:
+def when(moment: datetime) -> str:
+    """Local time to the second."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-class LiveProgress:
-    """A bar for every stage where there is a terminal, a line for every event where there is none."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.fields[stage]:<13}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", style="dim"),
-            console=console,
-        )
-        self._bars: dict[StageName, TaskID] = {}
-
-    def __enter__(self) -> LiveProgress:
-        if self._console.is_terminal:
-            self._bars = {name: self._progress.add_task("", start=False, stage=name, total=1.0) for name in StageName}
-            self._progress.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-
-    def show(self, event: Event) -> None:
-        """Take in one event."""
-        if not self._console.is_terminal:
-            share = f" {event.data['progress']:.0%}" if "progress" in event.data else ""
-            self._console.print(f"{_when(event.created_at)} {event.stage or 'job'}{share}: {event.message}")
-            return
-        if event.stage is None:
-            return
-        bar = self._bars[event.stage]
-        if event.type == "stage.started":
-            self._progress.start_task(bar)
-        done = 1.0 if event.type == "stage.succeeded" else event.data.get("progress")
-        figures = ", ".join(f"{k} {event.data[k]}" for k in ("evaluated", "step", "steps", "loss") if k in event.data)
-        text = "" if event.type == "stage.succeeded" else f"{event.message} {figures}".strip()
-        self._progress.update(bar, completed=done, description=text)
-        if event.type in ("stage.succeeded", "stage.failed"):
-            self._progress.stop_task(bar)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
-from service.cli.connection import DEFAULT_URL, JobId, Json, Key, Url, connected, console, fail, print_json
-from service.cli.display import LiveProgress, job_page, job_table
+from service.cli.connection import (
+    DEFAULT_URL,
+    USAGE,
+    JobId,
+    Json,
+    Key,
+    Url,
+    connected,
+    console,
+    errors,
+    fail,
+    print_json,
+)
+from service.cli.display import artifact_table, job_page, job_table
+from service.cli.progress import LiveProgress
 from service.client import Client
 from service.contract.jobs import Job, JobStatus, StageName
 
@@ -26,6 +39,9 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a job and print its id.
+
+    A job names a model and how many blocks each serving stage gives up; `/docs` of the service lists what else it may
+    set. Sources are `reference`, `hf://organisation/name`, `file:///folder` and `s3://bucket/prefix`.
 
     Example: `echo '{model: reference, prefill: {remove_blocks: 2}, decode: {remove_blocks: 4}}' | pdtrim submit -`
     """
@@ -48,11 +64,12 @@ def _read_spec(path: Path) -> dict[str, Any]:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
         body = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fail(f"{path} cannot be read: {error}")
+        json.dumps(body)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        fail(f"{path} cannot be read: {error}", code=USAGE)
     if not isinstance(body, dict):
-        fail(f"{path} holds no job: it must be a mapping with model, prefill and decode")
-    return dict(body)
+        fail(f"{path} holds no job: it must be a mapping with model, prefill and decode", code=USAGE)
+    return body
 
 
 def jobs(
@@ -136,7 +153,7 @@ Stage = Annotated[StageName | None, typer.Option("--stage", help="Only what this
 def artifacts(
     job: JobId, stage: Stage = None, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json = False
 ) -> None:
-    """List what a job left in the artifact store.
+    """List what a job left in the artifact store. With --json, one artifact a line.
 
     Example: `pdtrim artifacts job_0198a3f25e0e7c52b3a0d1f3b6a4c7de --stage export`
     """
@@ -146,38 +163,57 @@ def artifacts(
         for artifact in found:
             sys.stdout.write(artifact.model_dump_json() + "\n")
         return
-    table = Table("stage", "name", "size", "SHA-256", "where", box=None, header_style="bold")
-    for artifact in found:
-        table.add_row(artifact.stage, artifact.name, decimal(artifact.size), artifact.sha256[:12], artifact.uri)
-    console.print(table)
+    console.print(artifact_table(found))
 
 
 def download(
     job: JobId,
     to: Annotated[Path, typer.Option("--to", help="Folder to put the files in.")] = Path(),
     only: Annotated[str, typer.Option("--only", help="Only files whose name begins so, such as `decode/`.")] = "",
+    stage: Annotated[StageName, typer.Option("--stage", help="The stage whose files to get.")] = StageName.EXPORT,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
+    as_json: Json = False,
 ) -> None:
-    """Download a job's checkpoints. Interrupted downloads go on, and every file's SHA-256 is checked.
+    """Download a job's checkpoints, or what another of its stages left.
+
+    Every file's SHA-256 is checked. Files that are there already are left alone, and an interrupted download goes on.
 
     Example: `pdtrim download job_0198a3f25e0e7c52b3a0d1f3b6a4c7de --only decode/ --to ./model`
     """
     with connected(url, api_key) as client:
-        count = fetch(client, job, to, only)
-    if count == 0:
-        fail(f"{job} has no exported file whose name begins with {only!r}; list them with `pdtrim artifacts {job}`")
-    console.print(f"{count} files in {to.resolve()}", highlight=False)
+        paths = fetch(client, job, to, stage, only)
+    if not paths:
+        fail(f"{job} has no file of {stage} whose name begins with {only!r}; list them with `pdtrim artifacts {job}`")
+    if as_json:
+        sys.stdout.write(json.dumps([str(path) for path in paths], indent=2) + "\n")
+    else:
+        count = "1 file" if len(paths) == 1 else f"{len(paths)} files"
+        console.print(f"{count} in {to.resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
-def fetch(client: Client, job_id: str, folder: Path, only: str) -> int:
-    """Download a job's exported files below `folder` with a progress bar, and say how many there were."""
-    wanted = [file for file in client.artifacts(job_id, stage=StageName.EXPORT) if file.name.startswith(only)]
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("downloading", total=sum(artifact.size for artifact in wanted))
-        for artifact in wanted:
-            client.download(
-                job_id, artifact, folder / artifact.name, on_bytes=lambda count: progress.advance(bar, count)
-            )
-    return len(wanted)
+def fetch(client: Client, job_id: str, folder: Path, stage: StageName, only: str) -> list[Path]:
+    """Download a stage's files whose names begin with `only` below `folder`, with a progress bar."""
+    wanted = [file for file in client.artifacts(job_id, stage=stage) if file.name.startswith(only)]
+    targets = [_below(folder, file.name) for file in wanted]
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    done = 0
+    with Progress(*columns, console=errors, transient=True) as progress:
+        bar = progress.add_task("", total=sum(artifact.size for artifact in wanted))
+
+        def show(done: int, held: int) -> None:
+            progress.update(bar, completed=done + held)
+
+        for artifact, target in zip(wanted, targets, strict=True):
+            progress.update(bar, description=artifact.name)
+            client.download(job_id, artifact, target, on_bytes=partial(show, done))
+            done += artifact.size
+    return targets
+
+
+def _below(folder: Path, name: str) -> Path:
+    """Where an artifact goes. A service may not choose a place outside the folder."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        fail(f"the service names an artifact {name!r}, which would lie outside {folder}; nothing was downloaded")
+    return folder / relative

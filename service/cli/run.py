@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 from pydantic import ValidationError
-from rich.panel import Panel
+from pydantic_core import ErrorDetails
+from pydantic_settings import SettingsError
 
-from service.cli.connection import console, fail
+from service.cli.connection import USAGE, console, fail
 from service.cli.display import job_page
 from service.cli.jobs import fetch, follow
-from service.client import Client
-from service.contract.jobs import JobStatus
+from service.client import Client, ClientError
+from service.contract.jobs import JobStatus, StageName
 from service.db.session import connect
 from service.db.session import migrate as migrate_database
-from service.embedded import Embedded, EmbeddedFailure
+from service.embedded import Embedded, EmbeddedFailure, worker_name
 from service.queue import QUEUE
 from service.settings import Settings
 
@@ -39,12 +39,29 @@ DEMO_SPEC = {
 }
 
 
-def _settings(**overrides: object) -> Settings:
+WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets")
+# Importing the tasks first pins them: Celery would rather take a folder `workers` where the user happens to be.
+CELERY = "import workers.tasks, celery.__main__; celery.__main__.main()"
+
+
+def _settings(**given: object) -> Settings:
     try:
-        return Settings(**overrides)  # type: ignore[arg-type]
+        return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        fail("; ".join(f"PDTRIM_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()))
-        raise
+        fail("; ".join(map(_named, error.errors())), code=USAGE)
+    except SettingsError as error:
+        fail(f"{error}; is it JSON?", code=USAGE)
+
+
+def _named(error: ErrorDetails) -> str:
+    variable = f"PDTRIM_{'_'.join(map(str, error['loc'])).upper()}: " if error["loc"] else ""
+    return variable + error["msg"].removeprefix("Value error, ")
+
+
+def _require_worker() -> None:
+    missing = [name for name in WORKER_PACKAGES if find_spec(name) is None]
+    if missing:
+        fail(f"a worker needs {', '.join(missing)}: pip install 'pdtrim-service[worker]'")
 
 
 def serve() -> None:
@@ -52,6 +69,9 @@ def serve() -> None:
 
     Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… PDTRIM_BROKER_URL=redis://… pdtrim serve`
     """
+    # Only this command needs the web framework, and every command waits for what is imported above.
+    import uvicorn
+
     from service.app import create_app
 
     settings = _settings()
@@ -64,11 +84,12 @@ def worker() -> None:
 
     Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim worker`
     """
-    if find_spec("torch") is None or find_spec("transformers") is None:
-        fail("this installation has no worker: pip install 'pdtrim-service[worker]'")
+    _require_worker()
     _settings()
     options = ["--concurrency=1", "--pool=prefork", f"--queues={QUEUE}", "--without-gossip", "--without-mingle"]
-    command = [sys.executable, "-m", "celery", "-A", "workers.tasks", "worker", "--loglevel=INFO", *options]
+    named = f"--hostname={worker_name(os.getpid())}"
+    command = [sys.executable, "-P", "-c", CELERY, "-A", "workers.tasks", "worker", "--loglevel=INFO", named, *options]
+    sys.stdout.flush()
     os.execv(sys.executable, command)
 
 
@@ -82,66 +103,98 @@ def migrate() -> None:
 
 
 def up(
-    port: Annotated[int, typer.Option(envvar="PDTRIM_PORT", help="Port of the gateway.")] = 8000,
+    port: Annotated[
+        int, typer.Option(envvar="PDTRIM_PORT", min=0, max=65535, help="Port of the gateway; 0 takes a free one.")
+    ] = 8000,
     data_dir: DataDir = Path("pdtrim-data"),
 ) -> None:
     """Run the whole service here: gateway, worker, SQLite and a folder of artifacts. Ctrl-C stops it.
 
-    Jobs may name files below the current folder. Example: `pdtrim up --port 8080`
+    Jobs may name files below the current folder, unless PDTRIM_ALLOWED_SOURCES says otherwise. Other PDTRIM_ settings
+    count too: with PDTRIM_DATABASE_URL, PDTRIM_BROKER_URL or PDTRIM_ARTIFACTS_URL, real servers are used.
+
+    Example: `pdtrim up --port 8080 --data-dir /var/lib/pdtrim`
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    _require_worker()
     settings = _settings(port=port, data_dir=data_dir)
+    console.print("Starting the gateway and a worker …")
     try:
-        with Embedded(settings, Path.cwd()) as service:
-            console.print(
-                Panel(
-                    f"Service    {service.url}\nInterface  {service.url}/docs\nLogs       {service.logs}\n\n"
-                    f"In another shell:  pdtrim submit job.yaml --watch --url {service.url}\nCtrl-C stops it.",
-                    title="PDTrim Service is up",
-                    title_align="left",
-                    expand=False,
-                ),
-                highlight=False,
-            )
-            while True:
-                service.supervise(console.print)
-                time.sleep(0.5)
+        with _stopped_by_signals(), Embedded(settings, Path.cwd(), _tell) as service:
+            _welcome(service)
+            try:
+                service.wait()
+            except KeyboardInterrupt:
+                console.print("Stopping …")
     except EmbeddedFailure as error:
         fail(str(error))
     except KeyboardInterrupt:
-        console.print("Stopped. Jobs that were running go on with the next `pdtrim up`.")
+        fail("stopped before it had started")
+    console.print("Stopped. Jobs that were running go on with the next `pdtrim up`.", highlight=False)
+
+
+def _tell(message: str) -> None:
+    console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _welcome(service: Embedded) -> None:
+    lines = [("Service", service.url), ("Interface", f"{service.url}/docs"), ("Logs", str(service.logs))]
+    if service.shares_folder:
+        lines.append(("Jobs may read", Path.cwd().as_uri()))
+    console.print("[bold]PDTrim Service is up.[/] Ctrl-C stops it.")
+    example = "echo '{model: reference, prefill: {remove_blocks: 2}, decode: {remove_blocks: 4}}' > job.yaml"
+    text = "\n".join(f"{name:<14} {value}" for name, value in lines)
+    text += f"\n\nIn another shell:\n{example}\npdtrim submit job.yaml --watch --url {service.url}\n"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """A service manager's SIGTERM and a closed terminal's SIGHUP stop like Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # As under nohup.
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def demo(data_dir: DataDir = Path("pdtrim-data")) -> None:
     """Prune the reference model once, end to end over HTTP: start the service, submit, watch, report, stop.
 
+    Leaves the checkpoints in DATA_DIR/demo. Needs no network, no GPU and a few minutes.
+
     Example: `pdtrim demo`
     """
-    settings = _settings(port=_free_port(), data_dir=data_dir)
+    _require_worker()
+    settings = _settings(port=0, data_dir=data_dir)
+    folder = settings.data_dir / "demo"
+    console.print("Starting the gateway and a worker …")
     try:
-        with Embedded(settings, Path.cwd()) as service, Client(service.url) as client:
+        with _stopped_by_signals(), Embedded(settings, Path.cwd(), _tell) as service, service.client() as client:
             console.print(f"The service runs at {service.url} (logs in {service.logs}).", highlight=False)
-            job_id = client.create(DEMO_SPEC).id
-            console.print(f"Submitted {job_id}: prefill gives up 2 of 12 blocks, decode 4.", highlight=False)
-            job = follow(client, job_id)
-            console.print(job_page(job))
-            if job.status != JobStatus.SUCCEEDED:
-                fail(f"the job has {job.status}; the worker's log is {service.logs / 'worker.log'}")
-            folder = settings.data_dir / "demo"
-            fetch(client, job_id, folder, "")
+            _demo_job(service, client, folder)
     except EmbeddedFailure as error:
         fail(str(error))
+    except ClientError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped before the end; nothing runs any more")
+    load = f'AutoModelForCausalLM.from_pretrained("{folder / "decode"}")'
     console.print(
-        f"Checkpoints: {folder / 'prefill'} and {folder / 'decode'}\n"
-        f'Load one:    AutoModelForCausalLM.from_pretrained("{folder / "decode"}")\n'
-        "The service is stopped.",
-        highlight=False,
-        soft_wrap=True,
+        f"Checkpoints  {folder / 'prefill'}\n             {folder / 'decode'}", highlight=False, soft_wrap=True
     )
+    console.print(f"Load one     {load}", highlight=False, soft_wrap=True, markup=False)
+    console.print("The service is stopped.")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _demo_job(service: Embedded, client: Client, folder: Path) -> None:
+    job = client.create(DEMO_SPEC)
+    console.print(f"Submitted {job.id}: prefill gives up 2 of 12 blocks, decode 4.\n", highlight=False)
+    job = follow(client, job.id)
+    console.print(job_page(job))
+    if job.status != JobStatus.SUCCEEDED:
+        fail(f"the job has {job.status}; the worker's log is {service.logs / 'worker.log'}")
+    fetch(client, job.id, folder, StageName.EXPORT, "")
