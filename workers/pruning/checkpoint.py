@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.pruning.blocks import BLOCK_PREFIX, pruned_config
 
@@ -25,13 +26,18 @@ COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
 )
+"""Patterns of what a server reads beside config and weights, and of what a licence may ask to pass on."""
 BLOCK_TENSOR = re.compile(re.escape(BLOCK_PREFIX) + r"(\d+)\.(.+)")
 
 
@@ -49,8 +55,8 @@ class SourceTensors:
     def of(cls, folder: Path) -> SourceTensors:
         """Raises: BrokenCheckpoint when there are no safetensors, or the index lies."""
         if (folder / INDEX).exists():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-            for name in set(weight_map.values()):
+            weight_map = _weight_map(folder / INDEX)
+            for name in sorted(set(weight_map.values())):
                 if Path(name).name != name:
                     raise BrokenCheckpoint(f"{INDEX} points outside its folder: {name!r}")
                 if not (folder / name).is_file():
@@ -65,7 +71,7 @@ class SourceTensors:
     @classmethod
     def in_file(cls, path: Path) -> SourceTensors:
         """Every tensor of one safetensors file. Raises: BrokenCheckpoint."""
-        with _opened(path) as file:
+        with _opened(path, "its tensors") as file:
             return cls(dict.fromkeys(file.keys(), path))
 
     def read(self, name: str) -> Tensor:
@@ -73,18 +79,44 @@ class SourceTensors:
         if name not in self.files:
             raise BrokenCheckpoint(f"the source has no tensor {name}")
         path = self.files[name]
-        with _opened(path) as file:
+        with _opened(path, f"the tensor {name}") as file:
             if name not in file.keys():  # noqa: SIM118  (the handle is no mapping)
                 raise BrokenCheckpoint(f"{path.name} does not hold the tensor {name} that {INDEX} says it does")
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
 
-def _opened(path: Path) -> safe_open:
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {str(tensor): str(file) for tensor, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{index} maps no tensors to files: {error!r}") from error
+
+
+def _opened(path: Path, wanted: str) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise BrokenCheckpoint(f"{path.name} is not a whole safetensors file: {error}") from error
+        raise BrokenCheckpoint(
+            f"{path.name} is not a whole safetensors file, so {wanted} cannot be read: {error}"
+        ) from error
+
+
+def check_complete(folder: Path) -> SourceTensors:
+    """The tensors of a checkpoint that holds every weight of its model; transformers would make up missing ones.
+
+    Raises: BrokenCheckpoint naming a missing tensor and the file that should list it.
+    """
+    tensors = SourceTensors.of(folder)
+    config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    needed = {name for name, _ in model.named_parameters()}  # of tied weights, the embedding alone
+    if missing := sorted(needed - tensors.files.keys(), key=_natural):
+        place = INDEX if (folder / INDEX).exists() else SINGLE
+        raise BrokenCheckpoint(f"{place} in {folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
+    return tensors
 
 
 def write_checkpoint(
@@ -105,19 +137,27 @@ def write_checkpoint(
     Raises: BrokenCheckpoint; KeyError when an override names no tensor of a kept block.
     """
     target.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text())
-    _write_json(target / "config.json", pruned_config(config, kept))
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    _write_json(target / "config.json", pruned_config(_read_config(source), kept))
+    for path in (path for pattern in COPIED for path in source.glob(pattern)):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
     _write_json(target / "pdtrim.json", pdtrim)
     (target / "README.md").write_text(model_card)
 
-    tensors = SourceTensors.of(source)
+    tensors = check_complete(source)
     renamed = dict(_renamed(tensors.files, kept))
     if unknown := overrides.files.keys() - renamed.keys():
         raise KeyError(f"no kept tensor is called {min(unknown)}")
     _write_shards(target, tensors, renamed, overrides, max_shard_bytes)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """A model's configuration. What its class would derive from a layer's number becomes an explicit list."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    if layer_types := getattr(AutoConfig.for_model(**config), "layer_types", None):
+        config["layer_types"] = list(layer_types)
+    return config
 
 
 def _renamed(names: Mapping[str, Path], kept: Sequence[int]) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,14 @@ def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedCo
     """A cache for the decode model that holds what the prefill model's `cache` holds in the mapped layers.
 
     Keys and values keep their shape (batch, kv heads, time, head dimension) and are shared, not copied.
+    Raises: ValueError when the map does not name one prefill layer for each decode layer.
     """
+    layers = decode_config.num_hidden_layers
+    if len(layer_map) != layers or not set(layer_map) <= set(range(len(cache.layers))):
+        raise ValueError(
+            f"the KV layer map {list(layer_map)} does not fit a decode model of {layers} layers and a prefill cache "
+            f"of {len(cache.layers)}; use the kv_layer_map of this pair's pdtrim.json"
+        )
     received = DynamicCache(config=decode_config)
     # The layer objects also count the tokens that a sliding window has dropped.
     received.layers = [copy.copy(cache.layers[source]) for source in layer_map]

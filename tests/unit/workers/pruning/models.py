@@ -50,7 +50,8 @@ def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrained
         "qwen2-mixed": lambda: Qwen2Config(
             **shared, use_sliding_window=True, sliding_window=6, layer_types=layer_types, tie_word_embeddings=True
         ),
-        "qwen3": lambda: Qwen3Config(**shared, head_dim=16),
+        "qwen3": lambda: Qwen3Config(**shared, head_dim=16, tie_word_embeddings=False),
+        "qwen3-tied": lambda: Qwen3Config(**shared, head_dim=16, tie_word_embeddings=True),
     }[family]()
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from tests.unit.workers.pruning.models import FAMILIES, REFERENCE, TOLERANCE, random_ids, tiny_model
 from workers.pruning.blocks import drop_blocks
@@ -36,7 +36,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3-tied"])
 def test_the_checkpoint_computes_what_the_pruned_model_computes(family: str, shard_size: str, tmp_path: Path) -> None:
     model, source = saved(family, tmp_path / "source", shard_size=shard_size)
     target = write(source, tmp_path / "target", [0, 2, 3], max_shard_bytes=20_000)
@@ -63,6 +63,77 @@ def test_everything_that_a_server_reads_is_there(tmp_path: Path) -> None:
     assert json.loads((target / "pdtrim.json").read_text()) == {"k": 1}
     # The head is tied to the embedding, so it is not stored a second time.
     assert "lm_head.weight" not in load_file(target / "model.safetensors")
+
+
+def test_a_tied_head_that_the_source_stores_a_second_time_does_no_harm(tmp_path: Path) -> None:
+    model, source = saved("llama-tied", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = loaded(write(source, tmp_path / "target", [1, 2]))
+    ids = random_ids(1, 8)
+    assert result.lm_head.weight.data_ptr() == result.model.embed_tokens.weight.data_ptr()
+    difference = result(input_ids=ids).logits - drop_blocks(model, {0, 3, 4})(input_ids=ids).logits
+    assert difference.abs().max() <= TOLERANCE
+
+
+def test_attention_types_that_the_source_leaves_to_the_layer_numbers_stay_with_their_blocks(tmp_path: Path) -> None:
+    _, source = saved("qwen2-mixed", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["layer_types"]
+    (source / "config.json").write_text(json.dumps(config | {"max_window_layers": 3}))
+    model = loaded(source)
+    target = write(source, tmp_path / "target", [0, 2, 3])
+    ids = random_ids(2, 12)
+    expected = drop_blocks(model, {1, 4})(input_ids=ids).logits
+    assert (loaded(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
+    layer_types = json.loads((target / "config.json").read_text())["layer_types"]
+    assert layer_types == ["full_attention", "full_attention", "sliding_attention"]
+
+
+def test_chat_templates_and_licences_come_along(tmp_path: Path) -> None:
+    _, source = saved("llama", tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    names = {"chat_template.jinja", "additional_chat_templates/tools.jinja", "LICENSE.txt"}
+    for name in names:
+        (source / name).write_text(name)
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    target = write(source, tmp_path / "target", [0])
+    assert {name: (target / name).read_text() for name in names} == {name: name for name in names}
+    assert not (target / "pytorch_model.bin").exists()
+
+
+STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def memory_bytes(field: str) -> int:
+    """VmRSS, what the process holds, or VmHWM, the most it held since the peak was reset."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="peak memory is read from Linux's /proc")
+def test_writing_holds_about_one_shard_in_memory(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=256,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "source")
+    trained = {name: tensor for name, tensor in model.state_dict().items() if ".layers.4." in name or ".5." in name}
+    save_file(trained, tmp_path / "trained.safetensors")
+    shard = 6_000_000
+    RESET_PEAK.write_text("5")
+    before = memory_bytes("VmRSS")
+    overrides = SourceTensors.in_file(tmp_path / "trained.safetensors")
+    write(tmp_path / "source", tmp_path / "target", [0, 1, 2, 4, 5, 7], overrides, max_shard_bytes=shard)
+    growth = memory_bytes("VmHWM") - before
+    written = sum(path.stat().st_size for path in (tmp_path / "target").glob("*.safetensors"))
+    assert growth < 2 * shard < written / 3
 
 
 def test_no_shard_is_larger_than_allowed_and_the_index_names_every_tensor(tmp_path: Path) -> None:
@@ -105,12 +176,40 @@ def test_a_trained_tensor_that_fits_nowhere_is_refused(
         write(REFERENCE, tmp_path / "target", [0, 3], SourceTensors.in_file(tmp_path / "trained.safetensors"))
 
 
-def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     _, source = saved("llama", tmp_path / "source")
     shard = source / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(BrokenCheckpoint, match=r"model\.safetensors is not a whole safetensors file"):
         write(source, tmp_path / "target", [0])
+
+
+def test_a_truncated_shard_is_named_with_the_tensor_that_cannot_be_read(tmp_path: Path) -> None:
+    _, source = saved("llama", tmp_path / "source", shard_size="20KB")
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"][name]
+    (source / file).write_bytes((source / file).read_bytes()[:-100])
+    with pytest.raises(BrokenCheckpoint, match=rf"{file} is not a whole .* so the tensor {name} cannot be read"):
+        SourceTensors.of(source).read(name)
+    with pytest.raises(BrokenCheckpoint, match=rf"{file} is not a whole .* so the tensor "):
+        write(source, tmp_path / "target", [0])
+
+
+@pytest.mark.parametrize("missing", ["model.layers.3.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_model_that_lacks_a_tensor_is_refused_rather_than_filled_up_at_random(missing: str, tmp_path: Path) -> None:
+    _, source = saved("llama", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BrokenCheckpoint, match=rf"model\.safetensors in .* lacks 1 of .*, first {missing}"):
+        write(source, tmp_path / "target", [0, 3])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": ["model.safetensors"]}'])
+def test_a_damaged_index_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(BrokenCheckpoint, match=r"model\.safetensors\.index\.json maps no tensors to files"):
+        SourceTensors.of(tmp_path)
 
 
 def test_an_index_that_lies_is_caught(tmp_path: Path) -> None:
@@ -131,7 +230,7 @@ def test_an_index_that_lies_is_caught(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"num_hidden_layers": 1}')
+    tiny_model("llama").config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(BrokenCheckpoint, match=r"pytorch_model\.bin are pickles"):
         write(tmp_path, tmp_path / "target", [0])

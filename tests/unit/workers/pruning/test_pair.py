@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import DynamicCache, PreTrainedModel
 
-from tests.unit.workers.pruning.models import FAMILIES, TOLERANCE, random_ids, tiny_model
+from tests.unit.workers.pruning.models import (
+    FAMILIES,
+    REFERENCE,
+    TOLERANCE,
+    random_ids,
+    reference_model,
+    reference_windows,
+    tiny_model,
+)
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import SourceTensors, write_checkpoint
-from workers.pruning.pair import generate_pair, kv_cache_bytes, pair_logits, pd_loss
+from workers.pruning.distill import load_tensors
+from workers.pruning.pair import generate_pair, handover, kv_cache_bytes, pair_logits, pd_loss
 from workers.pruning.plan import BlockPlan, kv_layer_map
 
 ALL = [0, 1, 2, 3, 4]
@@ -63,45 +75,76 @@ PLAIN_PAIR = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-folder, prompt_tokens = sys.argv[1], int(sys.argv[2])
-prefill = AutoModelForCausalLM.from_pretrained(f"{folder}/prefill", dtype=torch.float32)
-decode = AutoModelForCausalLM.from_pretrained(f"{folder}/decode", dtype=torch.float32)
-layer_map = json.load(open(f"{folder}/decode/pdtrim.json"))["kv_layer_map"]
-ids = torch.tensor(json.load(open(f"{folder}/ids.json")))
-with torch.no_grad():
-    prompt = prefill(input_ids=ids[:, :prompt_tokens], use_cache=True)
-    cache = DynamicCache(config=decode.config)
-    for layer, source in enumerate(layer_map):
-        held = prompt.past_key_values.layers[source]
-        cache.update(held.keys, held.values, layer)
-    rest = decode(input_ids=ids[:, prompt_tokens:-1], past_key_values=cache, use_cache=True)
-logits = torch.cat([prompt.logits[:, -1:], rest.logits], dim=1)
-print(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt_tokens:].flatten())))
+for folder in sys.argv[1:]:
+    prefill = AutoModelForCausalLM.from_pretrained(f"{folder}/prefill", dtype=torch.float32)
+    decode = AutoModelForCausalLM.from_pretrained(f"{folder}/decode", dtype=torch.float32)
+    layer_map = json.load(open(f"{folder}/decode/pdtrim.json"))["kv_layer_map"]
+    ids = torch.tensor(json.load(open(f"{folder}/ids.json")))
+    prompt_tokens = ids.shape[1] // 2
+    with torch.no_grad():
+        prompt = prefill(input_ids=ids[:, :prompt_tokens], use_cache=True)
+        cache = DynamicCache(config=decode.config)
+        cache.layers = [prompt.past_key_values.layers[source] for source in layer_map]
+        rest = decode(input_ids=ids[:, prompt_tokens:-1], past_key_values=cache, use_cache=True)
+    logits = torch.cat([prompt.logits[:, -1:], rest.logits], dim=1)
+    print(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt_tokens:].flatten())))
 """
 
 
-def test_the_exported_files_alone_give_the_reported_loss(tmp_path: Path) -> None:
-    model, ids = tiny_model("llama"), random_ids(4, 24)
-    model.save_pretrained(tmp_path / "source")
-    plans = {"prefill": BlockPlan(5, frozenset({1})), "decode": BlockPlan(5, frozenset({1, 3}))}
+def exported_pair(source: Path, folder: Path, dense: list[PreTrainedModel], ids: torch.Tensor) -> float:
+    """Export a pair with a trained tensor in each half; returns the PD loss of the same models in memory."""
+    num_blocks = dense[0].config.num_hidden_layers
+    plans = {
+        "prefill": BlockPlan(num_blocks, frozenset({1})),
+        "decode": BlockPlan(num_blocks, frozenset({1}), {3: 2}),
+    }
     layer_map = kv_layer_map(plans["prefill"], plans["decode"])
-    for role, plan in plans.items():
+    halves = []
+    for (role, plan), model in zip(plans.items(), dense, strict=True):
+        name = f"model.layers.{max(plan.kept)}.mlp.up_proj.weight"
+        # What bfloat16 can hold, so that storing it loses nothing.
+        trained = {name: (1.25 * dict(model.named_parameters())[name]).bfloat16().float()}
+        save_file(trained, folder / f"{role}.safetensors")
         write_checkpoint(
-            tmp_path / "source",
-            tmp_path / role,
+            source,
+            folder / role,
             kept=plan.kept,
-            overrides=SourceTensors({}),
+            overrides=SourceTensors.in_file(folder / f"{role}.safetensors"),
             pdtrim={"kv_layer_map": layer_map},
             model_card="",
         )
-    (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
-    halves = (drop_blocks(model, plan.removed) for plan in plans.values())
-    reported = pd_loss(*halves, layer_map, ids, prompt_tokens=10, batch=4)
+        load_tensors(model, trained)
+        halves.append(drop_blocks(model, plan.removed))
+    (folder / "ids.json").write_text(json.dumps(ids.tolist()))
+    return pd_loss(*halves, layer_map, ids, prompt_tokens=ids.shape[1] // 2, batch=4)
+
+
+def test_the_exported_files_alone_give_the_reported_loss(tmp_path: Path) -> None:
+    reported = {}
+    for family in FAMILIES:
+        folder = tmp_path / family
+        tiny_model(family).save_pretrained(folder / "source")
+        models = [tiny_model(family), tiny_model(family)]
+        reported[str(folder)] = exported_pair(folder / "source", folder, models, random_ids(4, 24))
+    (folder := tmp_path / "reference").mkdir()
+    windows = reference_windows("validation", 4, 64)
+    reported[str(folder)] = exported_pair(REFERENCE, folder, [reference_model(), reference_model()], windows)
     plain = subprocess.run(
-        [sys.executable, "-c", PLAIN_PAIR, str(tmp_path), "10"],
+        [sys.executable, "-c", PLAIN_PAIR, *reported],
         cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert float(plain.stdout) == pytest.approx(reported, abs=1e-4)
+    found = dict(zip(reported, map(float, plain.stdout.split()), strict=True))
+    assert found == pytest.approx(reported, abs=1e-4)
+
+
+@pytest.mark.parametrize("layer_map", [[0, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, -1]])
+def test_a_layer_map_that_does_not_fit_the_pair_is_refused(layer_map: list[int]) -> None:
+    model, ids = tiny_model("llama"), random_ids(1, 6)
+    prefill, decode = drop_blocks(model, {1}), drop_blocks(model, {1, 3})
+    cache = prefill(input_ids=ids, past_key_values=DynamicCache(config=prefill.config)).past_key_values
+    with pytest.raises(ValueError, match="does not fit a decode model of 3 layers and a prefill cache of 4"):
+        handover(cache, layer_map, decode.config)
