@@ -7,8 +7,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.sources.names import check_prefix
 
 
 class Settings(BaseSettings):
@@ -54,6 +56,13 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="A queued stage that no worker took is sent again after this, then 2×, 4×, …"
     )
     max_attempts: int = Field(default=5, ge=1, description="Claims of one stage before its job fails.")
+
+    @field_validator("allowed_sources")
+    @classmethod
+    def _are_prefixes(cls, prefixes: list[str]) -> list[str]:
+        for prefix in prefixes:
+            check_prefix(prefix)
+        return prefixes
 
     @model_validator(mode="after")
     def _fill_from_data_dir(self) -> Self:

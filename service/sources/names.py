@@ -131,14 +131,14 @@ def parse_text_source(text: str) -> TextSource:
     )
 
 
-def check_allowed(source: ModelSource | TextSource, allowed: Sequence[str]) -> None:
-    """Hold a source against the operator's URI prefixes, which match on a path boundary.
+def check_prefix(prefix: str) -> None:
+    """Raises: ValueError naming an entry of the allow list that could match nothing."""
+    _matches(Reference(), prefix)
 
-    Raises: ForbiddenSource; ValueError for a prefix that could match nothing.
-    """
-    # Every prefix is looked at, so that a wrong one shows at the first job rather than at an unlucky one.
-    matching = [prefix for prefix in allowed if _matches(source, prefix)]
-    if matching:
+
+def check_allowed(source: ModelSource | TextSource, allowed: Sequence[str]) -> None:
+    """Hold a source against the operator's URI prefixes, which match on a path boundary. Raises: ForbiddenSource."""
+    if any(_matches(source, prefix) for prefix in allowed):
         return
     # What a link resolved to is nobody's business, so the message does not repeat the canonical form.
     raise ForbiddenSource(
@@ -149,7 +149,8 @@ def check_allowed(source: ModelSource | TextSource, allowed: Sequence[str]) -> N
 
 def _matches(source: ModelSource | TextSource, prefix: str) -> bool:
     if prefix.startswith("file://"):
-        return isinstance(source, LocalPath) and source.path.is_relative_to(_local_path(prefix))
+        folder = _local_path(prefix)
+        return isinstance(source, LocalPath) and source.path.is_relative_to(folder)
     if prefix.startswith(("s3://", "hf://")):
         start = prefix.rstrip("/")
         return not isinstance(source, LocalPath) and f"{source}/".startswith(f"{start}/")
