@@ -16,5 +16,5 @@ def environment(tmp_path: Path) -> Environment:
         "PDTRIM_DATA_DIR": str(tmp_path / "data"),
         "PDTRIM_LEASE_SECONDS": "4",
         "PDTRIM_RECONCILE_SECONDS": "0.5",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
     }
