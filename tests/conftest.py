@@ -11,6 +11,31 @@ import redis
 
 from tests import servers
 
+SERVERS = {"postgres_url": "PostgreSQL", "redis_url": "Valkey (Redis)", "s3": "SeaweedFS (S3)"}
+"""What runs on a real server, by the fixture that starts it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, server in SERVERS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.user_properties.append(("server", server))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What ran on which server, and the figures that tests recorded."""
+    for server in SERVERS.values():
+        counts = ", ".join(
+            f"{sum(('server', server) in report.user_properties for report in reports)} {outcome}"
+            for outcome in ("passed", "failed", "skipped")
+            if (reports := terminalreporter.getreports(outcome)) or outcome == "skipped"
+        )
+        terminalreporter.write_line(f"Tests on a real {server} server: {counts}")
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name != "server":
+                terminalreporter.write_line(f"{name}: {value}")
+
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:

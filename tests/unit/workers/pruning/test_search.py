@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -112,7 +112,7 @@ def test_an_impossible_count_is_refused(remove: int, base: Blocks) -> None:
 
 
 def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_optimum(
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     model = reference_model()
     engine = Engine(block_stack(model), reference_windows("calibration", 4, 64), "kl", chunk_windows=4)
@@ -132,12 +132,10 @@ def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_opt
         )
 
     found = {algorithm: frontier(algorithm).frontier for algorithm in ("greedy", "annealing", "exhaustive")}
-    with capsys.disabled():
-        print("\nKL to the dense model (nats a token), reference model, by blocks removed:")
-        for count in range(1, 5):
-            print(
-                f"  {count}",
-                *(f"{name} {best[count].loss:.4f} {sorted(best[count].removed)}" for name, best in found.items()),
-            )
+    for count in range(1, 5):
+        losses = ", ".join(
+            f"{name} {best[count].loss:.4f} {sorted(best[count].removed)}" for name, best in found.items()
+        )
+        record_property(f"KL to the dense reference model without {count} blocks", losses)
     for count in range(1, 5):
         assert found["exhaustive"][count].loss <= found["annealing"][count].loss <= found["greedy"][count].loss
