@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from workers.pruning.engine import windows_in
+from workers.pruning.streaming import load_streamed, parameter_bytes
+
+RESIDENT_SHARE = 0.7
+"""Weights may take this much of the free memory; the rest is for hidden states and logits."""
+RESIDENT_WALK_BYTES = 16 * 2**20
+"""Hidden states of a walk on the CPU, whose caches like small chunks; fixed, as a plan may not depend on free memory."""
+STREAMED_WALK_BYTES = 512 * 2**20
+"""The same when blocks are read from disk: the more windows a walk carries, the fewer times every block is read."""
 
 
 def device() -> torch.device:
@@ -31,6 +42,40 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     torch.nn.Module.to(model, device())
     model.eval().requires_grad_(False)
     return model
+
+
+def load_for_walks(folder: Path) -> PreTrainedModel:
+    """The model for passes over its blocks: resident where it fits, else with its blocks read one at a time.
+
+    Raises: BrokenCheckpoint, UnsupportedArchitecture.
+    """
+    if parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes():
+        return load_model(folder)
+    model, _ = load_streamed(folder, dtype=compute_dtype(), device=device())
+    return model
+
+
+def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
+    """How many calibration windows to walk through the blocks together when every block is tried for removal."""
+    if device().type == "cuda":
+        memory_bytes = free_memory_bytes() // 4
+    else:
+        streamed = any(parameter.is_meta for parameter in model.parameters())
+        memory_bytes = STREAMED_WALK_BYTES if streamed else RESIDENT_WALK_BYTES
+    return windows_in(
+        memory_bytes,
+        streams=model.config.num_hidden_layers + 1,
+        tokens=window_tokens,
+        hidden=model.config.hidden_size,
+        itemsize=compute_dtype().itemsize,
+    )
+
+
+def free_memory_bytes() -> int:
+    """What this worker's device could still hold."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -90,6 +91,9 @@ def _describe(error: Exception) -> ErrorInfo:
         return ErrorInfo(code=error.code, message=error.message, param=error.param)
     if isinstance(error, ValueError):
         return ErrorInfo(code="invalid_input", message=str(error))
+    # PyTorch's CPU allocator raises a plain RuntimeError.
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        return ErrorInfo(code="out_of_memory", message=str(error).splitlines()[0])
     return ErrorInfo(code="internal_error", message=f"{type(error).__name__}: {error}")
 
 

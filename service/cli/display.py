@@ -30,6 +30,8 @@ REMEDIES = {
     "model_unsupported": "Supported are Llama, Mistral, Qwen2 and Qwen3 models stored as safetensors.",
     "invalid_request": "Correct the specification and submit it again.",
     "invalid_input": "Correct the model or the specification and submit it again.",
+    "out_of_memory": "Use a worker with more memory, or fewer and shorter windows (calibration.windows, "
+    "calibration.window_tokens, distillation.batch_windows).",
     "internal_error": "Look at the worker's log; if the service is at fault, report it with the job's id.",
 }
 

@@ -31,6 +31,20 @@ class NonFiniteLoss(ValueError):
     """A candidate's loss is not a finite number."""
 
 
+def windows_in(memory_bytes: int, *, streams: int, tokens: int, hidden: int, itemsize: int) -> int:
+    """How many windows of `tokens` a walk may carry at once when the hidden states of all its streams have to fit."""
+    return max(1, memory_bytes // (streams * tokens * hidden * itemsize))
+
+
+def halved(chunk_windows: int, streams: int, error: torch.OutOfMemoryError) -> int:
+    """A smaller chunk after `error`. Raises: OutOfMemoryError with the numbers when it was one window already."""
+    if chunk_windows == 1:
+        raise torch.OutOfMemoryError(
+            f"one window in {streams} streams does not fit this device; use shorter windows or a larger device: {error}"
+        ) from error
+    return chunk_windows // 2
+
+
 @dataclass(frozen=True)
 class Prefix:
     """The keys and values that one layer cached for the prompt: a cache that supplies them and keeps nothing new."""
@@ -125,9 +139,16 @@ class Engine:
         self._chunk_windows = chunk_windows
         self._calls = capture_calls(stack, windows[:, :-1])
 
-    @torch.no_grad()
     def losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
-        """Mean loss a token of each candidate. Raises: NonFiniteLoss."""
+        """Mean loss a token of each candidate; smaller chunks when memory runs out. Raises: NonFiniteLoss."""
+        while True:
+            try:
+                return self._losses(candidates)
+            except torch.OutOfMemoryError as error:
+                self._chunk_windows = halved(self._chunk_windows, len(candidates) + 1, error)
+
+    @torch.no_grad()
+    def _losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
         totals = []
         for chunk in self._windows.split(self._chunk_windows):
             h, forwards = walk(self._stack, self._calls, self._stack.embed(chunk[:, :-1]), [NOTHING, *candidates], {})
@@ -175,7 +196,7 @@ class PairEngine:
         self._chunk_windows = chunk_windows
         self._windows = windows
         self._calls = capture_continuation_calls(stack, windows[:, :-1], prompt_tokens)
-        self._prompts = [self._process_prompt(chunk) for chunk in windows.split(chunk_windows)]
+        self._prompts: list[_Prompt] = []
 
     @torch.no_grad()
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
@@ -189,11 +210,21 @@ class PairEngine:
         caches = {block: Prefix.of(cache, block) for block in kept}
         return _Prompt(caches, h[self._prefill][:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
 
-    @torch.no_grad()
     def losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
         """Mean loss a continued token. Raises: NonFiniteLoss; ValueError when one keeps what prefill removed."""
         for candidate in candidates:
             check_nested(self._prefill, candidate)
+        while True:
+            try:
+                return self._losses(candidates)
+            except torch.OutOfMemoryError as error:
+                self._prompts = []
+                self._chunk_windows = halved(self._chunk_windows, len(candidates), error)
+
+    @torch.no_grad()
+    def _losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+        if not self._prompts:
+            self._prompts = [self._process_prompt(chunk) for chunk in self._windows.split(self._chunk_windows)]
         totals = []
         for chunk, prompt in zip(self._windows.split(self._chunk_windows), self._prompts, strict=True):
             fed = self._stack.embed(chunk[:, self._prompt_tokens : -1])

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.models import device, load_model
+from workers.models import device, load_for_walks, windows_at_once
 from workers.pruning.blocks import BlockStack, block_stack
 from workers.pruning.engine import NOTHING, Engine, Losses, PairEngine
 from workers.pruning.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
 from workers.pruning.scores import Scores
 from workers.pruning.search import Found, Memo, SearchResult, search
-from workers.stages.scoring import CHUNK_WINDOWS, SCORES, WINDOWS
+from workers.stages.scoring import SCORES, WINDOWS
 
 PLAN = "plan.json"
 SEARCH = "search.json"
@@ -74,10 +74,11 @@ def run(context: StageContext) -> dict[str, Any]:
     spec = context.spec
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     scores = Scores.from_json(context.input_json(StageName.SCORING, SCORES))
-    stack = block_stack(load_model(context.model_dir))
+    stack = block_stack(load_for_walks(context.model_dir))
     evaluated = Evaluated(context)
 
-    engine = Engine(stack, windows, spec.search.objective, chunk_windows=CHUNK_WINDOWS)
+    chunk_windows = windows_at_once(stack.model, windows.shape[1])
+    engine = Engine(stack, windows, spec.search.objective, chunk_windows=chunk_windows)
     memo = evaluated.memo("prefill", engine.losses)
     for_prefill = _search(context, memo, scores, NOTHING, spec.prefill.remove_blocks, (0.0, 0.45), "prefill")
     removed_in_prefill = for_prefill.frontier[spec.prefill.remove_blocks].removed
@@ -176,7 +177,7 @@ def _pair_engine(context: StageContext, stack: BlockStack, windows: Tensor, pref
         context.spec.search.objective,
         prefill=prefill,
         prompt_tokens=windows.shape[1] // 2,
-        chunk_windows=CHUNK_WINDOWS,
+        chunk_windows=windows_at_once(stack.model, windows.shape[1]),
     )
 
 

@@ -9,14 +9,12 @@ from safetensors.torch import save_file
 from service.contract.errors import ModelUnsupported, TooManyBlocks
 from workers.context import StageContext
 from workers.data import token_windows
-from workers.models import device, load_model, load_tokenizer
+from workers.models import device, load_for_walks, load_tokenizer, windows_at_once
 from workers.pruning.blocks import UnsupportedArchitecture, block_stack
 from workers.pruning.scores import block_scores
 
 WINDOWS = "windows.safetensors"
 SCORES = "scores.json"
-CHUNK_WINDOWS = 4
-"""Windows in a batch of scoring and search."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     context.report(0.4, "Scoring blocks.")
     try:
-        stack = block_stack(load_model(context.model_dir))
+        stack = block_stack(load_for_walks(context.model_dir))
     except UnsupportedArchitecture as error:
         raise ModelUnsupported(str(error), param="model.source") from error
     num_blocks = len(stack.blocks)
@@ -39,7 +37,8 @@ def run(context: StageContext) -> dict[str, Any]:
             f"The model has {num_blocks} blocks, so at most {num_blocks - 1} can be removed.",
             param="decode.remove_blocks",
         )
-    scores = block_scores(stack, windows["calibration"].to(device()), chunk_windows=CHUNK_WINDOWS)
+    calibration = windows["calibration"].to(device())
+    scores = block_scores(stack, calibration, chunk_windows=windows_at_once(stack.model, calibration.shape[1]))
     context.write_json(SCORES, scores.to_json())
     return {
         "blocks": num_blocks,

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 
 from service.contract.jobs import JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
@@ -286,6 +287,17 @@ def test_what_no_worker_can_do_fails_the_job_with_its_reason(
     run_stage(worker, job_id, StageName.SCORING)
     error = job_error(worker, job_id)
     assert (error["code"], error["param"]) == (code, param)
+
+
+def test_memory_that_does_not_suffice_fails_the_stage_by_name(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = create(worker, tiny_spec(model))
+    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, lambda context: torch.empty(2**60))
+    run_stage(worker, job_id, StageName.SCORING)
+    error = job_error(worker, job_id)
+    assert error["code"] == "out_of_memory"
+    assert "can't allocate memory" in error["message"]
 
 
 def test_a_model_of_another_architecture_fails_the_job_by_name(worker: Worker, model: Path) -> None:

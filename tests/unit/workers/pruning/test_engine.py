@@ -15,7 +15,7 @@ from tests.unit.workers.pruning.models import (
     tiny_model,
 )
 from workers.pruning.blocks import block_stack, drop_blocks
-from workers.pruning.engine import NOTHING, Engine, NonFiniteLoss, Objective, PairEngine
+from workers.pruning.engine import NOTHING, Engine, NonFiniteLoss, Objective, PairEngine, windows_in
 from workers.pruning.pair import pd_loss
 from workers.pruning.plan import BlockPlan, kv_layer_map
 
@@ -106,3 +106,41 @@ def test_a_prompt_that_fills_the_window_is_refused() -> None:
         PairEngine(
             block_stack(tiny_model("llama")), random_ids(1, 8), "kl", prefill=NOTHING, prompt_tokens=7, chunk_windows=1
         )
+
+
+def test_the_budget_bounds_how_many_windows_a_walk_carries() -> None:
+    assert windows_in(10 * 2**20, streams=13, tokens=256, hidden=192, itemsize=4) == 4
+    assert windows_in(1, streams=13, tokens=256, hidden=192, itemsize=4) == 1
+
+
+def short_of_memory(model: PreTrainedModel, windows: int) -> None:
+    """Blocks run out of memory when more than `windows` come at once."""
+
+    def check(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape[0] > windows:
+            raise torch.OutOfMemoryError("the allocator has no more")
+
+    for block in block_stack(model).blocks:
+        block.register_forward_pre_hook(check)
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
+    ids, candidates = random_ids(8, 12), [frozenset({1}), frozenset({1, 3})]
+    short = block_stack(tiny_model("llama"))
+    short_of_memory(short.model, windows=2)
+    plain = block_stack(tiny_model("llama"))
+    whole = [Engine(stack, ids, "kl", chunk_windows=8).losses(candidates) for stack in (short, plain)]
+    assert whole[0] == pytest.approx(whole[1], abs=TOLERANCE)
+    pair = [
+        PairEngine(stack, ids, "kl", prefill=frozenset({1}), prompt_tokens=6, chunk_windows=8).losses(candidates)
+        for stack in (short, plain)
+    ]
+    assert pair[0] == pytest.approx(pair[1], abs=TOLERANCE)
+
+
+def test_a_window_that_does_not_fit_alone_is_reported_with_its_numbers() -> None:
+    model = tiny_model("llama")
+    engine = Engine(block_stack(model), random_ids(2, 12), "kl", chunk_windows=2)
+    short_of_memory(model, windows=0)
+    with pytest.raises(torch.OutOfMemoryError, match=r"one window in 2 streams .*: the allocator has no more"):
+        engine.losses([frozenset({1})])
