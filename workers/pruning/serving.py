@@ -178,7 +178,7 @@ class DecodeHalf:
             )
         if config._attn_implementation not in MASKED_ATTENTION:
             raise ValueError(
-                f"decode layers may hold different tokens, but {config._attn_implementation!r} attention takes no mask; "
+                f"decode layers may hold different tokens; {config._attn_implementation!r} attention takes no mask, so "
                 f"load the model with attn_implementation {' or '.join(map(repr, MASKED_ATTENTION))}"
             )
 
