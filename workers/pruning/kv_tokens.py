@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from workers.pruning.blocks import block_stack
+from workers.pruning.blocks import BlockStack, block_stack
 from workers.pruning.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.pair import kv_cache_bytes
 from workers.pruning.serving import ContinuedKV, continue_logits, continued_kv, layer_windows, process_prompt, visible
@@ -91,10 +91,19 @@ def prompt_attention(
     """
     stack = block_stack(decode)
     total = torch.zeros(len(layer_map), prompt_tokens, dtype=torch.float64)
+    for ids in windows.split(batch):
+        _, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, EVERY_TOKEN)
+        total += _attention_to_prompt(stack, continued_kv(stack, handover), ids[:, prompt_tokens:-1])
+    return total / len(windows)
 
-    def hook(layer: int) -> Any:
+
+def _attention_to_prompt(stack: BlockStack, caches: Sequence[ContinuedKV], ids: Tensor) -> Tensor:
+    """(layers, prompt tokens): means over heads and queries `ids` (batch, time), summed over the batch."""
+    prompt_tokens = caches[0].next
+    total = torch.zeros(len(caches), prompt_tokens, dtype=torch.float64)
+
+    def hook(layer: int, held: ContinuedKV) -> Any:
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            held: ContinuedKV = kwargs["past_key_values"]
             queries, new_keys = _queries_and_keys(module, kwargs["hidden_states"], kwargs["position_embeddings"])
             query_positions, key_positions = held.incoming(queries.shape[2])
             received = received_attention(
@@ -106,22 +115,20 @@ def prompt_attention(
                 window=held.window,
             )
             prompt = key_positions < prompt_tokens
-            total[layer, key_positions[prompt]] += received[prompt] / (queries.shape[1] * queries.shape[2])
+            total[layer, key_positions[prompt]] = received[prompt] / (queries.shape[1] * queries.shape[2])
 
         return measure
 
     handles = [
-        block.self_attn.register_forward_pre_hook(hook(layer), with_kwargs=True)  # type: ignore[union-attr]
-        for layer, block in enumerate(stack.blocks)
+        block.self_attn.register_forward_pre_hook(hook(layer, held), with_kwargs=True)  # type: ignore[union-attr]
+        for layer, (block, held) in enumerate(zip(stack.blocks, caches, strict=True))
     ]
     try:
-        for ids in windows.split(batch):
-            _, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, EVERY_TOKEN)
-            continue_logits(stack, continued_kv(stack, handover), ids[:, prompt_tokens:-1])
+        continue_logits(stack, caches, ids)
     finally:
         for handle in handles:
             handle.remove()
-    return total / len(windows)
+    return total
 
 
 def _queries_and_keys(attention: Any, h: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
