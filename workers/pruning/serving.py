@@ -47,6 +47,7 @@ class ContinuedKV:
         self.next = prompt_tokens
         """The position of the next token."""
         self.window = window
+        self._leave_window()
 
     def incoming(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Positions of the next `tokens` queries, and of all keys once theirs have joined."""
@@ -58,9 +59,8 @@ class ContinuedKV:
         if tokens == 1:
             return None  # The newest token sees all that `update` has kept.
         hidden = ~visible(*self.incoming(tokens), self.window).to(like.device)
-        return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(hidden, -torch.inf)[
-            None, None
-        ]
+        mask = torch.zeros(1, 1, *hidden.shape, dtype=like.dtype, device=like.device)
+        return mask.masked_fill(hidden, -torch.inf)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add new keys and values and return all, as a transformers cache does; then drop what has left the window."""
@@ -68,11 +68,15 @@ class ContinuedKV:
         self.next += keys.shape[-2]
         every = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
         self.keys, self.values = every
+        self._leave_window()
+        return every
+
+    def _leave_window(self) -> None:
+        """Drop what the next token cannot see."""
         if self.window is not None:
             left = int((self.positions <= self.next - self.window).sum())
             self.positions = self.positions[left:]
             self.keys, self.values = self.keys[..., left:, :], self.values[..., left:, :]
-        return every
 
 
 def continued_kv(decode: BlockStack, handover: Handover) -> list[ContinuedKV]:
@@ -199,10 +203,11 @@ class DecodeHalf:
         stack = block_stack(self.model)
         caches = continued_kv(stack, handover)
         tokens = [torch.tensor(handover.first_tokens, device=stack.device)[:, None]]
-        ended = [int(token) in stop for token in tokens[-1][:, 0]]
+        ended = [token in stop for token in handover.first_tokens]
         while len(tokens) < max_new_tokens and not all(ended):
             tokens.append(continue_logits(stack, caches, tokens[-1])[:, -1].argmax(-1, keepdim=True))
-            ended = [was or int(token) in stop for was, token in zip(ended, tokens[-1][:, 0], strict=True)]
+            newest = tokens[-1][:, 0].tolist()
+            ended = [was or token in stop for was, token in zip(ended, newest, strict=True)]
         return torch.cat(tokens, dim=1)
 
     def _check(self, handover: Handover) -> None:

@@ -86,6 +86,23 @@ def test_layers_with_a_sliding_window_send_what_the_window_can_still_reach() -> 
     assert [layer.ranges for layer in handover.layers] == [((7, 12),), ((0, 12),), ((0, 12),), ((7, 12),)]
 
 
+def test_tokens_that_a_sliding_window_cannot_reach_are_ignored() -> None:
+    model, ids = tiny_model("mistral-sliding"), random_ids(1, 12)  # a window of 7
+    half = DecodeHalf(model, (0, 1, 2, 3, 4))
+    sent = PrefillHalf(model, (0, 1, 2, 3, 4)).prefill(ids)
+    noise = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    older = tuple(
+        dataclasses.replace(
+            layer,
+            ranges=((1, 5), (6, 12)),
+            keys=torch.cat([noise, layer.keys], dim=-2),
+            values=torch.cat([noise, layer.values], dim=-2),
+        )
+        for layer in sent.layers
+    )
+    assert torch.equal(half.decode(dataclasses.replace(sent, layers=older), 8), half.decode(sent, 8))
+
+
 def test_the_full_handover_of_a_model_without_windows_has_the_size_of_its_cache() -> None:
     pair = tiny_pair("qwen3")
     expected = kv_cache_bytes(pair.decode_half.model.config, 12, torch.float32)
@@ -149,8 +166,9 @@ def test_two_processes_over_a_socket_give_the_tokens_of_one(tmp_path: Path) -> N
         stdout=subprocess.PIPE,
         text=True,
     )
-    pair = PrefillDecodePair.load(tmp_path / "prefill", tmp_path / "decode", dtype=torch.float32)
     try:
+        pair = PrefillDecodePair.load(tmp_path / "prefill", tmp_path / "decode", dtype=torch.float32)
+        here = [pair.decode(pair.prefill(torch.tensor([prompt])), NEW_TOKENS) for prompt in prompts]
         assert prefill.stdout is not None
         port = int(prefill.stdout.readline())
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
@@ -162,9 +180,8 @@ def test_two_processes_over_a_socket_give_the_tokens_of_one(tmp_path: Path) -> N
         prefill.wait()
 
     assert [payload_bytes(frame) for frame in frames] == reported
-    for prompt, frame in zip(prompts, frames, strict=True):
-        here = pair.decode(pair.prefill(torch.tensor([prompt])), NEW_TOKENS)
-        assert torch.equal(pair.decode_half.decode(Handover.from_bytes(frame), NEW_TOKENS), here)
+    for frame, expected in zip(frames, here, strict=True):
+        assert torch.equal(pair.decode_half.decode(Handover.from_bytes(frame), NEW_TOKENS), expected)
 
 
 def test_checkpoints_that_hold_no_rule_send_every_token(tmp_path: Path) -> None:
