@@ -14,7 +14,7 @@ from workers.pruning.streaming import load_streamed, parameter_bytes
 RESIDENT_SHARE = 0.7
 """Weights may take this much of the free memory; the rest is for hidden states and logits."""
 RESIDENT_WALK_BYTES = 16 * 2**20
-"""Hidden states of a walk on the CPU, whose caches like small chunks; fixed, as a plan may not depend on free memory."""
+"""Hidden states of a walk on the CPU, whose caches like small chunks. Fixed: free memory must not change a plan."""
 STREAMED_WALK_BYTES = 512 * 2**20
 """The same when blocks are read from disk: the more windows a walk carries, the fewer times every block is read."""
 
