@@ -84,7 +84,8 @@ def kept_channels(scores: Sequence[Tensor], keep: int) -> dict[int, tuple[int, .
 def narrow(model: PreTrainedModel, channels: Channels) -> PreTrainedModel:
     """The model with only these MLP channels in every block, sharing all it does not slice; the original stays.
 
-    Raises: UnsupportedArchitecture when an MLP is not gated; ValueError when `channels` does not fit the model.
+    Of a model that lost blocks, `channels` counts the blocks that are left; narrowing first and dropping then is the
+    same. Raises: UnsupportedArchitecture when an MLP is not gated; ValueError when `channels` does not fit the model.
     """
     stack = block_stack(model)
     parts = [_gated_mlp(stack, block) for block in range(len(stack.blocks))]
@@ -162,7 +163,7 @@ def _gated_mlp(stack: BlockStack, block: int) -> dict[str, nn.Linear]:
         linear = module.get_submodule(f"mlp.{part}_proj")
         if not isinstance(linear, nn.Linear):
             raise UnsupportedArchitecture(
-                f"mlp.{part}_proj of block {block} is a {type(linear).__name__}, which cannot be sliced by channel"
+                f"mlp.{part}_proj of block {block} is of the class {type(linear).__name__}, not Linear"
             )
         projections[part] = linear
     return projections

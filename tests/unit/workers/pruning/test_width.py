@@ -216,6 +216,13 @@ def test_a_model_with_another_mlp_is_refused_in_memory() -> None:
         narrow(model, {block: [0] for block in ALL_BLOCKS})
 
 
+def test_a_projection_that_is_no_linear_layer_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.gate_proj = nn.Embedding(48, 32)
+    with pytest.raises(UnsupportedArchitecture, match="gate_proj of block 1 is of the class Embedding"):
+        narrow(model, {block: [0] for block in ALL_BLOCKS})
+
+
 @pytest.mark.parametrize("config", [GPT2Config(), Gemma3nTextConfig()])
 def test_a_configuration_without_one_width_is_refused(config: PretrainedConfig) -> None:
     with pytest.raises(
