@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from workers.pruning.blocks import BLOCK_PREFIX, pruned_config
+from workers.pruning.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -127,17 +128,23 @@ def write_checkpoint(
     overrides: SourceTensors,
     pdtrim: Mapping[str, Any],
     model_card: str,
+    kept_channels: Channels | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the model of folder `source` without the blocks not in `kept` to the new folder `target`.
 
-    `overrides` replaces tensors, called as in the dense model, and is cast to the stored dtype. `pdtrim` becomes
+    `overrides` replaces tensors, called as in the dense model, and is cast to the stored dtype. `kept_channels` names
+    the MLP channels that stay in each kept block, by its dense index; overrides are then as narrow. `pdtrim` becomes
     `pdtrim.json` and `model_card` README.md. Memory holds one shard of at most `max_shard_bytes` (or one tensor).
 
-    Raises: BrokenCheckpoint; KeyError when an override names no tensor of a kept block.
+    Raises: BrokenCheckpoint; KeyError when an override names no tensor of a kept block; UnsupportedArchitecture or
+    ValueError when the channels do not fit the model.
     """
+    config = pruned_config(_read_config(source), kept)
+    if kept_channels is not None:
+        config["intermediate_size"] = _check_width(source, kept, kept_channels, AutoConfig.for_model(**config))
     target.mkdir(parents=True)
-    _write_json(target / "config.json", pruned_config(_read_config(source), kept))
+    _write_json(target / "config.json", config)
     for path in (path for pattern in COPIED for path in source.glob(pattern)):
         copied = target / path.relative_to(source)
         copied.parent.mkdir(exist_ok=True)
@@ -149,7 +156,17 @@ def write_checkpoint(
     renamed = dict(_renamed(tensors.files, kept))
     if unknown := overrides.files.keys() - renamed.keys():
         raise KeyError(f"no kept tensor is called {min(unknown)}")
-    _write_shards(target, tensors, renamed, overrides, max_shard_bytes)
+    _write_shards(target, tensors, renamed, overrides, kept_channels or {}, max_shard_bytes)
+
+
+def _check_width(source: Path, kept: Sequence[int], channels: Channels, config: PretrainedConfig) -> int:
+    names: dict[int, list[str]] = {block: [] for block in kept}
+    for match in map(BLOCK_TENSOR.fullmatch, SourceTensors.of(source).files):
+        if match is not None and int(match[1]) in names:
+            names[int(match[1])].append(match[2])
+    for block in kept:
+        check_gated(names[block], block)
+    return check_channels(channels, kept, intermediate_size(config))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -180,6 +197,7 @@ def _write_shards(
     tensors: SourceTensors,
     renamed: Mapping[str, str],
     overrides: SourceTensors,
+    channels: Channels,
     max_shard_bytes: int,
 ) -> None:
     shards: list[list[str]] = []
@@ -194,6 +212,9 @@ def _write_shards(
 
     for old, new in renamed.items():
         tensor = tensors.read(old)
+        match = BLOCK_TENSOR.fullmatch(old)
+        if match is not None and int(match[1]) in channels:
+            tensor = sliced_tensor(match[2], tensor, channels[int(match[1])])
         if old in overrides.files:
             tensor = _override(old, overrides.read(old), tensor)
         if shard and size + tensor.nbytes > max_shard_bytes:

@@ -66,48 +66,70 @@ def merge(
     settings: TrainingSettings,
     journal: Journal,
 ) -> tuple[dict[str, Tensor], dict[int, tuple[float, float]]]:
-    """Fit every pair (removed → absorber) of the dense `model` at once; each has weights of its own.
+    """Fit every pair (removed → absorber) of the dense `model` at once, as `fit_spans` does.
 
-    The loss of a pair that starts at block a is ‖f(h_a) − h_{a+2}‖² / ‖h_{a+2} − h_a‖², with h from the dense model;
-    1 is what deleting both would give. Returns the trained tensors by their dense names and, by removed block, the
-    held-out loss before and after; a pair that did not improve keeps its first weights. `model` is left as it was.
+    Returns the trained tensors by their dense names and, by removed block, the held-out loss before and after.
+    """
+    spans = {absorber: (min(removed, absorber), max(removed, absorber)) for removed, absorber in pairs.items()}
+    tensors, losses = fit_spans(
+        model, spans, frozen=frozen, windows=windows, held_out=held_out, settings=settings, journal=journal
+    )
+    return tensors, {removed: losses[absorber] for removed, absorber in pairs.items()}
+
+
+def fit_spans(
+    model: PreTrainedModel,
+    spans: Mapping[int, tuple[int, int]],
+    *,
+    frozen: set[str],
+    windows: Tensor,
+    held_out: Tensor,
+    settings: TrainingSettings,
+    journal: Journal,
+) -> tuple[dict[str, Tensor], dict[int, tuple[float, float]]]:
+    """Train blocks of the dense `model`, all at once, each to stand for the span (first block, last block) it is given.
+
+    The loss of a span a…b is ‖f(h_a) − h_{b+1}‖² / ‖h_{b+1} − h_a‖², with h from the dense model; 1 is what deleting
+    the whole span would give. Every block has weights of its own. Returns the trained tensors by their dense names and,
+    by trained block, the held-out loss before and after; one that did not improve keeps its first weights. `model` is
+    left as it was.
     """
     stack = block_stack(model)
     calls = capture_calls(stack, windows)
-    fitted = {absorber: _copy_block(stack, absorber) for absorber in pairs.values()}
+    fitted = {block: _copy_block(stack, block) for block in spans}
     parameters = {
-        f"{BLOCK_PREFIX}{absorber}.{name}": parameter
-        for absorber, block in fitted.items()
-        for name, parameter in block.named_parameters()
-        if f"{BLOCK_PREFIX}{absorber}.{name}" not in frozen
+        f"{BLOCK_PREFIX}{block}.{name}": parameter
+        for block, module in fitted.items()
+        for name, parameter in module.named_parameters()
+        if f"{BLOCK_PREFIX}{block}.{name}" not in frozen
     }
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    first = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    def pair_losses(ids: Tensor) -> dict[int, Tensor]:
+    def span_losses(ids: Tensor) -> dict[int, Tensor]:
         with torch.no_grad():
             hidden = [stack.embed(ids)]  # h_0 … h_L, each (batch, time, hidden)
-            for block in range(max(max(pair) for pair in pairs.items()) + 1):
+            for block in range(max(last for _, last in spans.values()) + 1):
                 hidden.append(calls.run(stack, block, hidden[-1]))
         losses = {}
-        for removed, absorber in pairs.items():
-            enters, leaves = hidden[min(removed, absorber)], hidden[max(removed, absorber) + 1]
+        for block, (first, last) in spans.items():
+            enters, leaves = hidden[first], hidden[last + 1]
             with _mixed_precision(ids.device):
-                out = fitted[absorber](enters, past_key_values=None, **calls.kwargs[absorber])
+                out = fitted[block](enters, past_key_values=None, **calls.kwargs[block])
             out = out[0] if isinstance(out, tuple) else out
-            losses[removed] = F.mse_loss(out.float(), leaves.float()) / (leaves - enters).float().pow(2).mean()
+            losses[block] = F.mse_loss(out.float(), leaves.float()) / (leaves - enters).float().pow(2).mean()
         return losses
 
     @torch.no_grad()
     def held_out_losses() -> dict[int, float]:
-        parts = [pair_losses(ids) for ids in held_out.split(settings.batch_windows)]
-        return {removed: sum(float(part[removed]) for part in parts) / len(parts) for removed in pairs}
+        parts = [span_losses(ids) for ids in held_out.split(settings.batch_windows)]
+        return {block: sum(float(part[block]) for part in parts) / len(parts) for block in spans}
 
     before = held_out_losses()
     train(
         parameters,
-        lambda ids: torch.stack(list(pair_losses(ids).values())).sum(),
+        lambda ids: torch.stack(list(span_losses(ids).values())).sum(),
         lambda: sum(held_out_losses().values()),
         windows,
         settings,
@@ -115,13 +137,13 @@ def merge(
     )
     after = held_out_losses()
     tensors = {}
-    for removed, absorber in pairs.items():
-        improved = after[removed] < before[removed]
-        after[removed] = min(after[removed], before[removed])
+    for block in spans:
+        improved = after[block] < before[block]
+        after[block] = min(after[block], before[block])
         for name, parameter in parameters.items():
-            if name.startswith(f"{BLOCK_PREFIX}{absorber}."):
-                tensors[name] = parameter.detach() if improved else first[name]
-    return tensors, {removed: (before[removed], after[removed]) for removed in pairs}
+            if name.startswith(f"{BLOCK_PREFIX}{block}."):
+                tensors[name] = parameter.detach() if improved else start[name]
+    return tensors, {block: (before[block], after[block]) for block in spans}
 
 
 def _copy_block(stack: BlockStack, index: int) -> nn.Module:

@@ -1,0 +1,225 @@
+"""PDTrim beside published methods on the reference model: what each removes, at what loss, before and after training.
+
+    python benchmarks/peers.py --removed 1 2 3 4 5 --heal-tokens 131072
+
+All methods see the same calibration windows. With --heal-tokens all train on as many tokens, too: a method that first
+fits blocks to stand for removed ones (PDTrim's merging, LLM-Streamline's replacement) spends --fit-share of them there
+and the rest on healing; the others heal with all of them. The search is that of a job with one unified checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import workers
+from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
+from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.distill import fit_spans, heal, load_tensors, trainable
+from workers.pruning.engine import Engine
+from workers.pruning.measure import perplexity
+from workers.pruning.peers import PEERS, PeerPlan
+from workers.pruning.plan import Blocks, assign_actions
+from workers.pruning.scores import block_scores
+from workers.pruning.search import Memo, search
+from workers.pruning.training import Journal, TrainingSettings
+
+REFERENCE = Path(workers.__file__).parent / "reference_model"
+CHUNK_WINDOWS = 4
+HELD_OUT_WINDOWS = 8
+PDTRIM = "PDTrim"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one count."""
+
+    method: str
+    plan: PeerPlan
+    seconds: float
+    """Wall time of choosing the blocks."""
+
+
+def load() -> PreTrainedModel:
+    """A fresh float32 copy of the reference model."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def pdtrim(stack: BlockStack, windows: Tensor, remove: int, args: argparse.Namespace) -> PeerPlan:
+    """The project's own choice, by annealing, with every action it assigns."""
+    num_blocks = len(stack.blocks)
+    scores = block_scores(stack, windows, chunk_windows=CHUNK_WINDOWS)
+    engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
+    found = search(
+        Memo(engine.losses),
+        algorithm="annealing",
+        num_blocks=num_blocks,
+        remove=remove,
+        base=frozenset(),
+        scores=scores.cosine,
+        evaluations=args.evaluations,
+        seed=args.seed,
+        on_progress=lambda done, best: None,
+    )
+    removed = found.frontier[remove].removed
+    plan = assign_actions(
+        removed,
+        num_blocks=num_blocks,
+        scores=scores.cosine,
+        threshold=args.threshold,
+        merge_errors=scores.merge_errors,
+    )
+    block_forwards_of_one_pass = num_blocks * math.ceil(len(windows) / CHUNK_WINDOWS)
+    passes = math.ceil(engine.block_forwards / block_forwards_of_one_pass)
+    # Scoring ran every block twice: as itself, and as the stand-in for its neighbour.
+    spans = {absorber: (min(block, absorber), max(block, absorber)) for block, absorber in plan.distilled.items()}
+    return PeerPlan(removed, passes + 2, spans)
+
+
+def choose(stack: BlockStack, windows: Tensor, remove: int, method: str, args: argparse.Namespace) -> Row:
+    """Run one method from nothing, so that its time is its own."""
+    start = time.perf_counter()
+    if method == PDTRIM:
+        plan = pdtrim(stack, windows, remove, args)
+    else:
+        plan = PEERS[method](stack, windows, remove, chunk_windows=CHUNK_WINDOWS)
+    return Row(method, plan, time.perf_counter() - start)
+
+
+def distilled(
+    dense: PreTrainedModel, plan: PeerPlan, windows: Mapping[Split, Tensor], args: argparse.Namespace
+) -> PreTrainedModel:
+    """The pruned model after its share of fitting, if it has spans to fit, and of healing."""
+
+    def settings(tokens: int) -> TrainingSettings:
+        steps = max(1, tokens // (args.batch_windows * args.window_tokens))
+        return TrainingSettings(steps, args.batch_windows, args.learning_rate, args.seed)
+
+    fit_tokens = round(args.heal_tokens * args.fit_share) if plan.spans else 0
+    held_out = windows["calibration"][:HELD_OUT_WINDOWS]
+    weights = load()
+    if plan.spans:
+        tensors, _ = fit_spans(
+            dense,
+            plan.spans,
+            frozen=set(),
+            windows=windows["train"],
+            held_out=held_out,
+            settings=settings(fit_tokens),
+            journal=Journal(),
+        )
+        load_tensors(weights, tensors)
+    student = drop_blocks(weights, plan.removed)
+    kept = [block for block in range(dense.config.num_hidden_layers) if block not in plan.removed]
+    heal(
+        student,
+        dense,
+        trainable(weights, kept, frozen=set()),
+        windows=windows["train"],
+        held_out=held_out,
+        settings=settings(args.heal_tokens - fit_tokens),
+        journal=Journal(),
+    )
+    return student
+
+
+def shown(model: PreTrainedModel, windows: Tensor) -> str:
+    measured = perplexity(model, windows, batch=8)
+    return f"{measured.value:.2f} ± {measured.standard_error:.2f}"
+
+
+def cells(row: Row, loss: float, pruned: str, after: str) -> str:
+    """One row of the table."""
+    spans = ", ".join(f"{block} for {first}–{last}" for block, (first, last) in sorted(row.plan.spans.items()))
+    values = (
+        len(row.plan.removed),
+        row.method,
+        ", ".join(map(str, sorted(row.plan.removed))),
+        spans or "–",
+        row.plan.forwards,
+        f"{row.seconds:.1f}",
+        f"{loss:.3f}",
+        pruned,
+        after,
+    )
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N", help="numbers of blocks to remove"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[PDTRIM, *PEERS],
+        default=[PDTRIM, *PEERS],
+        metavar="METHOD",
+        help=f"of {', '.join([PDTRIM, *PEERS])}",
+    )
+    parser.add_argument("--calibration-windows", type=int, default=24)
+    parser.add_argument("--validation-windows", type=int, default=48)
+    parser.add_argument("--window-tokens", type=int, default=256)
+    parser.add_argument("--heal-tokens", type=int, default=0, help="training tokens for each method; 0 trains none")
+    parser.add_argument("--fit-share", type=float, default=0.2, help="part of them that fits blocks for spans")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--batch-windows", type=int, default=8)
+    parser.add_argument("--threshold", type=float, default=0.95, help="cosine from which PDTrim deletes outright")
+    parser.add_argument(
+        "--objective",
+        choices=["kl", "cross_entropy", "hidden"],
+        default="kl",
+        help="what PDTrim's search lowers; SLEB and PPL lower cross-entropy",
+    )
+    parser.add_argument("--evaluations", type=int, default=150, help="sets that PDTrim's annealing may visit")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    counts: dict[Split, int] = {
+        "calibration": args.calibration_windows,
+        "validation": args.validation_windows,
+        "train": args.heal_tokens // args.window_tokens + 1,
+    }
+    windows = {
+        split: cut_windows(
+            token_stream(stdlib_documents(split), tokenizer), count=count, tokens=args.window_tokens, seed=args.seed
+        )
+        for split, count in counts.items()
+    }
+    dense = load()
+    stack = block_stack(dense)
+    cross_entropy = Engine(stack, windows["calibration"], "cross_entropy", chunk_windows=CHUNK_WINDOWS)
+    nothing: Blocks = frozenset()
+    lines = [
+        f"Dense: calibration loss {cross_entropy.losses([nothing])[nothing]:.3f}, "
+        f"validation perplexity {shown(dense, windows['validation'])}.",
+        "",
+        "| n | method | removed | trained to stand for | forwards | seconds | calibration loss | pruned | distilled |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    jobs = [(remove, method) for remove in args.removed for method in args.methods]
+    for remove, method in track(jobs, description="comparing"):
+        row = choose(stack, windows["calibration"], remove, method, args)
+        removed = row.plan.removed
+        loss = cross_entropy.losses([removed])[removed]
+        pruned = shown(drop_blocks(dense, removed), windows["validation"])
+        after = shown(distilled(dense, row.plan, windows, args), windows["validation"]) if args.heal_tokens else "–"
+        lines.append(cells(row, loss, pruned, after))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
