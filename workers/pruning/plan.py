@@ -46,7 +46,7 @@ class BlockPlan:
 
     @property
     def removed(self) -> Blocks:
-        return self.deleted | self.distilled.keys()
+        return self.deleted.union(self.distilled)
 
     @property
     def kept(self) -> tuple[int, ...]:
