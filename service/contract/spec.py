@@ -99,6 +99,23 @@ class SearchSpec(SpecModel):
     )
 
 
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class LossesSpec(SpecModel):
+    """Weights of the parts of the healing loss; at least one is positive."""
+
+    kl: Weight = Field(default=1.0, description="KL divergence to the dense model's next-token distribution.")
+    label: Weight = Field(default=0.0, description="Cross-entropy on the text's own next token.")
+    hidden: Weight = Field(default=0.0, description="Distance of the last hidden state to the dense model's.")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Self:
+        if not (self.kl or self.label or self.hidden):
+            raise ValueError("give at least one of `kl`, `label` and `hidden` a positive weight")
+        return self
+
+
 class DistillationSpec(SpecModel):
     """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
 
@@ -117,6 +134,7 @@ class DistillationSpec(SpecModel):
     trainable: Literal["all", "distilled"] = Field(
         default="all", description="Blocks that healing trains: every kept block, or only those that absorbed another."
     )
+    losses: LossesSpec = LossesSpec()
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
 

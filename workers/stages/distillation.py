@@ -18,6 +18,7 @@ from workers.models import device, load_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import stored_dtype
 from workers.pruning.distill import heal, heal_decode, kv_tensor_names, load_tensors, merge, trainable
+from workers.pruning.losses import LossWeights
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.training import Journal, TrainingResult, TrainingSettings
 from workers.stages.removal import Plans, read_plans
@@ -104,6 +105,10 @@ def _settings(context: StageContext, tokens: int, window_tokens: int) -> Trainin
     )
 
 
+def _losses(context: StageContext) -> LossWeights:
+    return LossWeights(**context.spec.distillation.losses.model_dump())
+
+
 def _journal(context: StageContext, phase: str, span: tuple[float, float], message: str) -> Journal:
     """Progress between the two fractions of `span`, and a state in the store every so often."""
     saved_at = time.monotonic()
@@ -163,6 +168,7 @@ def _heal_prefill(
         drop_blocks(weights, plans.prefill.removed),
         teacher,
         parameters,
+        losses=_losses(context),
         windows=data.training,
         held_out=data.held_out,
         settings=settings,
@@ -193,6 +199,7 @@ def _heal_decode(
         kv_layer_map(plans.prefill, plans.decode),
         teacher,
         parameters,
+        losses=_losses(context),
         prompt_tokens=data.prompt_tokens,
         windows=data.training,
         held_out=data.held_out,
