@@ -137,6 +137,38 @@ class DistillationSpec(SpecModel):
     losses: LossesSpec = LossesSpec()
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
+    gradient_accumulation: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Parts in which a training batch is computed, one after the other; the result is the same, the "
+        "memory less. At most `batch_windows`.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute each block again in the backward pass of healing: less memory, a third more time.",
+    )
+    patience: int | None = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Checks of the held-out loss in a row, of ten in a full run, without a new best after which "
+        "training stops early; null never stops. The best weights are kept in any case.",
+    )
+
+    @model_validator(mode="after")
+    def _no_empty_parts(self) -> Self:
+        if self.gradient_accumulation > self.batch_windows:
+            raise PydanticCustomError(
+                "accumulation_exceeds_batch",
+                "gradient_accumulation ({parts}) may not exceed batch_windows ({windows})",
+                {
+                    "parts": self.gradient_accumulation,
+                    "windows": self.batch_windows,
+                    "param": "distillation.gradient_accumulation",
+                },
+            )
+        return self
 
 
 class EvaluationSpec(SpecModel):

@@ -90,10 +90,10 @@ def fit_spans(
 ) -> tuple[dict[str, Tensor], dict[int, tuple[float, float]]]:
     """Train blocks of the dense `model`, all at once, each to stand for the span (first block, last block) it is given.
 
-    The loss of a span a…b is ‖f(h_a) − h_{b+1}‖² / ‖h_{b+1} − h_a‖², with h from the dense model; 1 is what deleting
-    the whole span would give. Every block has weights of its own. Returns the trained tensors by their dense names and,
-    by trained block, the held-out loss before and after; one that did not improve keeps its first weights. `model` is
-    left as it was.
+    The loss of a span a…b is ‖f(h_a) − h_{b+1}‖² / ‖h_{b+1} − h_a‖², with h from the dense model and the denominator's
+    mean over `held_out`; there 1 is what deleting the whole span would give. Every block has weights of its own.
+    Returns the trained tensors by their dense names and, by trained block, the held-out loss before and after; one that
+    did not improve keeps its first weights. `model` is left as it was.
     """
     stack = block_stack(model)
     calls = capture_calls(stack, windows)
@@ -108,24 +108,38 @@ def fit_spans(
         parameter.requires_grad_(True)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
+    @torch.no_grad()
+    def dense_states(ids: Tensor) -> list[Tensor]:
+        hidden = [stack.embed(ids)]  # h_0 … h_L, each (batch, time, hidden)
+        for block in range(max(last for _, last in spans.values()) + 1):
+            hidden.append(calls.run(stack, block, hidden[-1]))
+        return hidden
+
+    def mean_change(first: int, last: int, hidden: Sequence[Tensor]) -> float:
+        return float((hidden[last + 1] - hidden[first]).float().pow(2).mean())
+
+    # A constant, so that the loss of a batch is the mean of its windows' losses.
+    changes = dict.fromkeys(spans, 0.0)
+    for ids in held_out.split(settings.batch_windows):
+        hidden = dense_states(ids)
+        for block, (first, last) in spans.items():
+            changes[block] += mean_change(first, last, hidden) * len(ids) / len(held_out)
+
     def span_losses(ids: Tensor) -> dict[int, Tensor]:
-        with torch.no_grad():
-            hidden = [stack.embed(ids)]  # h_0 … h_L, each (batch, time, hidden)
-            for block in range(max(last for _, last in spans.values()) + 1):
-                hidden.append(calls.run(stack, block, hidden[-1]))
+        hidden = dense_states(ids)
         losses = {}
         for block, (first, last) in spans.items():
             enters, leaves = hidden[first], hidden[last + 1]
             with _mixed_precision(ids.device):
                 out = fitted[block](enters, past_key_values=None, **calls.kwargs[block])
             out = out[0] if isinstance(out, tuple) else out
-            losses[block] = F.mse_loss(out.float(), leaves.float()) / (leaves - enters).float().pow(2).mean()
+            losses[block] = F.mse_loss(out.float(), leaves.float()) / changes[block]
         return losses
 
     @torch.no_grad()
     def held_out_losses() -> dict[int, float]:
-        parts = [span_losses(ids) for ids in held_out.split(settings.batch_windows)]
-        return {block: sum(float(part[block]) for part in parts) / len(parts) for block in spans}
+        parts = [(span_losses(ids), len(ids) / len(held_out)) for ids in held_out.split(settings.batch_windows)]
+        return {block: sum(float(losses[block]) * share for losses, share in parts) for block in spans}
 
     before = held_out_losses()
     train(

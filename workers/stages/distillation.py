@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from workers.pruning.checkpoint import stored_dtype
 from workers.pruning.distill import heal, heal_decode, kv_tensor_names, load_tensors, merge, trainable
 from workers.pruning.losses import LossWeights
 from workers.pruning.plan import BlockPlan, kv_layer_map
+from workers.pruning.recompute import recomputed_blocks
 from workers.pruning.training import Journal, TrainingResult, TrainingSettings
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
@@ -102,11 +104,17 @@ def _settings(context: StageContext, tokens: int, window_tokens: int) -> Trainin
         batch_windows=spec.batch_windows,
         learning_rate=spec.learning_rate,
         seed=context.spec.seed,
+        parts=spec.gradient_accumulation,
+        patience=spec.patience,
     )
 
 
 def _losses(context: StageContext) -> LossWeights:
     return LossWeights(**context.spec.distillation.losses.model_dump())
+
+
+def _memory_saved(context: StageContext, student: PreTrainedModel) -> AbstractContextManager[None]:
+    return recomputed_blocks(student) if context.spec.distillation.gradient_checkpointing else nullcontext()
 
 
 def _journal(context: StageContext, phase: str, span: tuple[float, float], message: str) -> Journal:
@@ -164,16 +172,18 @@ def _heal_prefill(
     if not plans.prefill.removed or settings.steps == 0 or not parameters:
         weights.requires_grad_(False)
         return {}, None
-    result = heal(
-        drop_blocks(weights, plans.prefill.removed),
-        teacher,
-        parameters,
-        losses=_losses(context),
-        windows=data.training,
-        held_out=data.held_out,
-        settings=settings,
-        journal=_journal(context, "heal-prefill", (0.2, 0.6), "Healing the prefill model."),
-    )
+    student = drop_blocks(weights, plans.prefill.removed)
+    with _memory_saved(context, student):
+        result = heal(
+            student,
+            teacher,
+            parameters,
+            losses=_losses(context),
+            windows=data.training,
+            held_out=data.held_out,
+            settings=settings,
+            journal=_journal(context, "heal-prefill", (0.2, 0.6), "Healing the prefill model."),
+        )
     weights.requires_grad_(False)
     return {name: parameter.detach() for name, parameter in parameters.items()}, result
 
@@ -193,17 +203,19 @@ def _heal_decode(
     parameters = trainable(weights, _trained_blocks(context, plans.decode), frozen=frozen)
     if settings.steps == 0 or not parameters:
         return {}, None
-    result = heal_decode(
-        drop_blocks(prefill_weights, plans.prefill.removed),
-        drop_blocks(weights, plans.decode.removed),
-        kv_layer_map(plans.prefill, plans.decode),
-        teacher,
-        parameters,
-        losses=_losses(context),
-        prompt_tokens=data.prompt_tokens,
-        windows=data.training,
-        held_out=data.held_out,
-        settings=settings,
-        journal=_journal(context, "heal-decode", (0.6, 1.0), "Healing the decode model."),
-    )
+    student = drop_blocks(weights, plans.decode.removed)
+    with _memory_saved(context, student):
+        result = heal_decode(
+            drop_blocks(prefill_weights, plans.prefill.removed),
+            student,
+            kv_layer_map(plans.prefill, plans.decode),
+            teacher,
+            parameters,
+            prompt_tokens=data.prompt_tokens,
+            losses=_losses(context),
+            windows=data.training,
+            held_out=data.held_out,
+            settings=settings,
+            journal=_journal(context, "heal-decode", (0.6, 1.0), "Healing the decode model."),
+        )
     return {name: parameter.detach() for name, parameter in parameters.items()}, result

@@ -193,7 +193,14 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
 ) -> None:
     monkeypatch.setattr("workers.stages.removal.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
-    unbroken, broken = (create(worker, tiny_spec(model)) for _ in range(2))
+    spec = tiny_spec(model)
+    spec["distillation"] |= {
+        "losses": {"kl": 1, "label": 0.5, "hidden": 0.5},
+        "gradient_accumulation": 2,
+        "gradient_checkpointing": True,
+        "patience": 2,
+    }
+    unbroken, broken = (create(worker, spec) for _ in range(2))
     for job_id in (unbroken, broken):
         for earlier in list(StageName)[: list(StageName).index(stage)]:
             run_stage(worker, job_id, earlier)

@@ -59,6 +59,8 @@ def test_specification_is_shown_with_its_defaults(gateway: Gateway) -> None:
         ({"distillation": {"losses": {"hidden": -1}}}, "distillation.losses.hidden"),
         ({"distillation": {"losses": {"label": float("nan")}}}, "distillation.losses.label"),
         ({"distillation": {"losses": {"kl": 0}}}, "distillation.losses"),
+        ({"distillation": {"patience": 0}}, "distillation.patience"),
+        ({"distillation": {"batch_windows": 2, "gradient_accumulation": 3}}, "distillation.gradient_accumulation"),
     ],
 )
 def test_invalid_field_is_named(gateway: Gateway, changes: dict[str, Any], param: str) -> None:
