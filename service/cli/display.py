@@ -98,12 +98,16 @@ def _figures(stage: Stage) -> str:
         return "; ".join(f"{half} gives up {_removed(metrics[half])}" for half in ("prefill", "decode"))
     if stage.name == StageName.DISTILLATION:
         halves = [(half, metrics.get(half)) for half in ("prefill", "decode")]
-        return (
-            "; ".join(f"{half} KL {r['before']:.3f} → {r['after']:.3f}" for half, r in halves if r) or "not asked for"
-        )
+        return "; ".join(f"{half} {_distilled(found)}" for half, found in halves if found) or "not asked for"
     if stage.name == StageName.EXPORT:
         return "; ".join(f"{role} {c['bytes'] / (1 << 20):.1f} MiB" for role, c in metrics["checkpoints"].items())
     return ""
+
+
+def _distilled(found: dict[str, Any]) -> str:
+    if found["kept"] == "undistilled":
+        return f"kept undistilled (loss {found['before']:.3f}, distilled {found['after']:.3f})"
+    return f"loss {found['before']:.3f} → {found['after']:.3f}"
 
 
 def _removed(plan: dict[str, Any]) -> str:

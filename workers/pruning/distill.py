@@ -227,7 +227,7 @@ def heal(
     journal: Journal,
 ) -> TrainingResult:
     """Train `parameters` of the pruned `student` on whole windows."""
-    return _train_on(sequence_loss(student, teacher, losses), parameters, windows, held_out, settings, journal)
+    return train_on(sequence_loss(student, teacher, losses), parameters, windows, held_out, settings, journal)
 
 
 def heal_decode(
@@ -246,10 +246,10 @@ def heal_decode(
 ) -> TrainingResult:
     """Train `parameters` of the decode `student` as `continuation_loss` says."""
     loss_of = continuation_loss(prefill, student, layer_map, teacher, losses, prompt_tokens=prompt_tokens)
-    return _train_on(loss_of, parameters, windows, held_out, settings, journal)
+    return train_on(loss_of, parameters, windows, held_out, settings, journal)
 
 
-def _train_on(
+def train_on(
     loss_of: Loss,
     parameters: Mapping[str, nn.Parameter],
     windows: Tensor,
@@ -257,6 +257,8 @@ def _train_on(
     settings: TrainingSettings,
     journal: Journal,
 ) -> TrainingResult:
+    """Train `parameters` on `loss_of` windows (windows, time); the best of them on `held_out` stay."""
+
     def held_out_loss() -> float:
         return mean_loss(loss_of, held_out, settings.batch_windows)
 

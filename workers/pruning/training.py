@@ -1,4 +1,4 @@
-"""The training loop that merging and healing share: AdamW, warm-up, cosine, early stop, best weights, exact resuming."""
+"""The training loop of merging and healing: AdamW, warm-up, cosine, early stop, best weights, exact resuming."""
 
 from __future__ import annotations
 
