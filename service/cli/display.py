@@ -31,7 +31,7 @@ REMEDIES = {
     "invalid_request": "Correct the specification and submit it again.",
     "invalid_input": "Correct the model or the specification and submit it again.",
     "out_of_memory": "Use a worker with more memory, or fewer and shorter windows (calibration.windows, "
-    "calibration.window_tokens, distillation.batch_windows).",
+    "calibration.window_tokens), or set distillation.gradient_accumulation and distillation.gradient_checkpointing.",
     "internal_error": "Look at the worker's log; if the service is at fault, report it with the job's id.",
 }
 
