@@ -99,6 +99,23 @@ class SearchSpec(SpecModel):
     )
 
 
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class LossesSpec(SpecModel):
+    """Weights of the parts of the healing loss; at least one is positive."""
+
+    kl: Weight = Field(default=1.0, description="KL divergence to the dense model's next-token distribution.")
+    label: Weight = Field(default=0.0, description="Cross-entropy on the text's own next token.")
+    hidden: Weight = Field(default=0.0, description="Distance of the last hidden state to the dense model's.")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Self:
+        if not (self.kl or self.label or self.hidden):
+            raise ValueError("give at least one of `kl`, `label` and `hidden` a positive weight")
+        return self
+
+
 class DistillationSpec(SpecModel):
     """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
 
@@ -117,8 +134,41 @@ class DistillationSpec(SpecModel):
     trainable: Literal["all", "distilled"] = Field(
         default="all", description="Blocks that healing trains: every kept block, or only those that absorbed another."
     )
+    losses: LossesSpec = LossesSpec()
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
+    gradient_accumulation: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Parts in which a training batch is computed, one after the other; the result is the same, the "
+        "memory less. At most `batch_windows`.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute each block again in the backward pass of healing: less memory, a third more time.",
+    )
+    patience: int | None = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Checks of the held-out loss in a row, of ten in a full run, without a new best after which "
+        "training stops early; null never stops. The best weights are kept in any case.",
+    )
+
+    @model_validator(mode="after")
+    def _no_empty_parts(self) -> Self:
+        if self.gradient_accumulation > self.batch_windows:
+            raise PydanticCustomError(
+                "accumulation_exceeds_batch",
+                "gradient_accumulation ({parts}) may not exceed batch_windows ({windows})",
+                {
+                    "parts": self.gradient_accumulation,
+                    "windows": self.batch_windows,
+                    "param": "distillation.gradient_accumulation",
+                },
+            )
+        return self
 
 
 class EvaluationSpec(SpecModel):
