@@ -51,6 +51,11 @@ def _pair(pair: Mapping[str, Any]) -> Table:
     table.add_row(f"KV cache, {kv['tokens']}-token request", f"{kv['dense'] / 1024:.0f} KiB", ratio, ratio)
     sent = f"{kv['sent'] / 1024:.0f} KiB"
     table.add_row("KV sent to decode a request", f"{kv['dense_sent'] / 1024:.0f} KiB", sent, sent)
+    if rule := pair["kv_tokens"]:
+        asked = "" if rule["ratio_reached"] in (None, True) else f"; {rule['ratio_asked']:g}× asked for"
+        less = f"{rule['bytes_sent'] / 1024:.0f} KiB ({rule['ratio']:.2f}× less{asked})"
+        table.add_row("KV sent with the token rule", f"{kv['dense_sent'] / 1024:.0f} KiB", "", less)
+        table.add_row("PD loss with the token rule", "", "", f"{rule['loss']:.4f}")
     return table
 
 
