@@ -16,7 +16,7 @@ from workers.context import StageContext
 from workers.models import device, load_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import stored_dtype
-from workers.pruning.measure import Speed, parameters, perplexity, speeds
+from workers.pruning.measure import Speed, parameters, perplexity, quality, speeds
 from workers.pruning.pair import kv_cache_bytes, pd_loss
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving import read_rule
@@ -39,7 +39,7 @@ class Subject:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes and returns the report: perplexity, PD loss, parameters, KV bytes, throughput."""
+    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory."""
     plans = read_plans(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.report(0.05, "Loading the exported checkpoints.")
@@ -83,7 +83,7 @@ def _describe(
         "distilled_blocks": subject.plan.to_json()["distilled"],
         "parameters": parameters(subject.model),
         "bytes": sum(path.stat().st_size for path in weights),
-        "perplexity": asdict(perplexity(subject.model, windows, batch=BATCH_WINDOWS)),
+        **asdict(quality(subject.model, dense, windows, batch=BATCH_WINDOWS)),
         "undistilled_perplexity": undistilled,
         **asdict(speed),
     }

@@ -125,6 +125,10 @@ def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: P
     assert pair["kv_bytes_per_request"]["dense"] == 2 * 5 * 2 * 8 * 32 * 4
     assert pair["kv_bytes_per_request"]["sent"] == 2 * 3 * 2 * 8 * 16 * 4
     assert len(pair["kv_layer_map"]) == 3
+    assert [models["dense"][key] for key in ("kl_to_dense", "top1_agreement", "peak_memory_bytes")] == [0.0, 1.0, None]
+    assert models["decode"]["kl_to_dense"] > 0
+    assert models["decode"]["top1_agreement"] < 1
+    assert all(models[name]["time_to_first_token_ms"] > 0 for name in models)
     assert all(models[name]["undistilled_perplexity"] for name in ("prefill", "decode"))
 
 
