@@ -171,6 +171,47 @@ class DistillationSpec(SpecModel):
         return self
 
 
+class EdgeAttentionSpec(SpecModel):
+    """Restrict the decode layers that attend mostly to the prompt's first and last tokens."""
+
+    threshold: float = Field(
+        gt=0.0,
+        le=1.0,
+        description="Least share of a layer's attention to the prompt that these tokens must get.",
+        examples=[0.7],
+    )
+    first: int = Field(default=4, ge=0, le=32768, description="First prompt tokens that a restricted layer is sent.")
+    last: int = Field(default=28, ge=0, le=32768, description="Last prompt tokens that a restricted layer is sent.")
+
+    @model_validator(mode="after")
+    def _some_token(self) -> Self:
+        if self.first + self.last == 0:
+            raise ValueError("`first` and `last` may not both be 0: a layer needs a token")
+        return self
+
+
+class KvTokensSpec(SpecModel):
+    """Which prompt tokens' keys and values prefill sends to decode: chosen by how little is sent, or by attention."""
+
+    ratio: float | None = Field(
+        default=None,
+        ge=1.0,
+        le=1e6,
+        description="Send at most 1/ratio of the bytes that the dense model would send for a prompt of half a "
+        "calibration window, at the least PD loss found. Every layer is sent a token, which bounds the ratio.",
+        examples=[4.95],
+    )
+    attention: EdgeAttentionSpec | None = Field(
+        default=None, description="Instead: send first and last tokens to the layers that attend mostly to them."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.ratio is None) == (self.attention is None):
+            raise ValueError("give either `ratio` or `attention`")
+        return self
+
+
 class EvaluationSpec(SpecModel):
     """What is measured on the exported checkpoints."""
 
@@ -208,6 +249,9 @@ class JobSpec(SpecModel):
     calibration: CalibrationSpec = CalibrationSpec()
     search: SearchSpec = SearchSpec()
     distillation: DistillationSpec = DistillationSpec()
+    kv_tokens: KvTokensSpec | None = Field(
+        default=None, description="Send decode only some prompt tokens' keys and values; by default all are sent."
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
     seed: int = Field(default=0, ge=0, lt=2**31, description="Everything random follows from it.")
     metadata: dict[MetadataKey, MetadataValue] = Field(

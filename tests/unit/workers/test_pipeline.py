@@ -30,6 +30,7 @@ from tests.tiny_job import tiny_spec, write_tiny_model
 from workers import pipeline
 from workers.pipeline import Worker, run_stage
 from workers.pruning.distill import KV_TENSORS
+from workers.pruning.serving import PrefillDecodePair
 
 
 @pytest.fixture
@@ -130,6 +131,10 @@ def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: P
     assert pair["kv_bytes_per_request"]["dense"] == 2 * 5 * 2 * 8 * 32 * 4
     assert pair["kv_bytes_per_request"]["sent"] == 2 * 3 * 2 * 8 * 16 * 4
     assert len(pair["kv_layer_map"]) == 3
+    assert [models["dense"][key] for key in ("kl_to_dense", "top1_agreement", "peak_memory_bytes")] == [0.0, 1.0, None]
+    assert models["decode"]["kl_to_dense"] > 0
+    assert models["decode"]["top1_agreement"] < 1
+    assert all(models[name]["time_to_first_token_ms"] > 0 for name in models)
     assert all(models[name]["undistilled_perplexity"] for name in ("prefill", "decode"))
 
 
@@ -154,6 +159,54 @@ def test_equal_counts_give_one_unified_checkpoint(worker: Worker, model: Path) -
     assert {name.split("/")[0] for name in names} == {"unified"}
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
     assert plan["prefill"] == plan["decode"]
+
+
+@pytest.mark.parametrize(
+    ("prefill_removes", "asked", "sent_tokens", "reached"),
+    [
+        (1, {"ratio": 4}, 20, True),  # of the dense model's 5 · 16 prompt tokens
+        (1, {"ratio": 1000}, 3, False),
+        (1, {"attention": {"threshold": 1e-6, "first": 2, "last": 3}}, 15, None),
+        (2, {"ratio": 4}, 20, True),
+    ],
+)
+def test_a_kv_token_rule_is_chosen_exported_and_measured(
+    prefill_removes: int,
+    asked: dict[str, Any],
+    sent_tokens: int,
+    reached: bool | None,
+    worker: Worker,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    quick = {"prefill": {"remove_blocks": prefill_removes}, "distillation": {"enabled": False}}
+    job_id = create(worker, tiny_spec(model, kv_tokens=asked, **quick))
+    run_through(worker, job_id)
+
+    pair = stage_row(worker, job_id, StageName.EVALUATION).metrics["pair"]
+    measured = pair["kv_tokens"]
+    rule = measured["rule"]
+    roles = {name.split("/")[0] for name in recorded(worker, job_id, StageName.EXPORT)}
+    for name, row in recorded(worker, job_id, StageName.EXPORT).items():
+        (tmp_path / "served" / name).parent.mkdir(parents=True, exist_ok=True)
+        worker.store.download(row.key, tmp_path / "served" / name)
+    for role in roles:
+        assert json.loads((tmp_path / "served" / role / "pdtrim.json").read_text())["kv_tokens"] == rule
+        assert "are sent the keys and values" in (tmp_path / "served" / role / "README.md").read_text()
+    served = PrefillDecodePair.load(*(tmp_path / "served" / role for role in (max(roles), min(roles))))
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))["validation"]
+    handover = served.prefill(windows[:1, :16])
+    assert measured["bytes_sent"] == handover.nbytes <= 2 * 2 * 8 * 4 * sent_tokens
+    assert measured["ratio"] == pair["kv_bytes_per_request"]["dense_sent"] / handover.nbytes
+    assert (measured["ratio_asked"], measured["ratio_reached"]) == (asked.get("ratio"), reached)
+    assert measured["loss"] != pytest.approx(pair["distilled_loss"], abs=1e-6)
+
+
+def test_without_kv_tokens_every_token_is_sent(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model, distillation={"enabled": False}))
+    run_through(worker, job_id)
+    assert stage_row(worker, job_id, StageName.EVALUATION).metrics["pair"]["kv_tokens"] is None
+    assert "kv_tokens" not in json.loads(content(worker, job_id, StageName.EXPORT, "decode/pdtrim.json"))
 
 
 def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Path) -> None:
