@@ -29,12 +29,13 @@ def _models(models: Mapping[str, Any]) -> Table:
         ("distilled blocks", lambda m: _list(f"{r}→{a}" for r, a in m["distilled_blocks"].items())),
         ("perplexity pruned", lambda m: _perplexity(m["undistilled_perplexity"])),
         ("perplexity distilled", lambda m: _perplexity(m["perplexity"])),
-        ("KL to dense, nats a token", lambda m: "" if m is dense else f"{m['kl_to_dense']:.4f}"),
-        ("same top token as dense", lambda m: "" if m is dense else f"{m['top1_agreement']:.1%}"),
+        ("KL to dense, nats", lambda m: "" if m is dense else f"{m['kl_to_dense']:.4f}"),
+        ("same top token", lambda m: "" if m is dense else f"{m['top1_agreement']:.1%}"),
         ("parameters", lambda m: f"{m['parameters']:,} ({m['parameters'] / dense['parameters']:.0%})"),
         ("weights MiB", lambda m: f"{m['bytes'] / MIB:.1f}"),
-        ("time to first token, ms", lambda m: _latency(m, dense, "time_to_first_token_ms")),
-        ("inter-token latency, ms", lambda m: _latency(m, dense, "inter_token_latency_ms")),
+        ("first token ms", lambda m: _latency(m, dense, "time_to_first_token_ms")),
+        ("each next token ms", lambda m: _latency(m, dense, "inter_token_latency_ms")),
+        ("decode tokens/s", lambda m: f"{m['decode_tokens_per_second']:,.0f}"),
     )
     if dense["peak_memory_bytes"] is not None:
         rows = (*rows, ("peak memory MiB", lambda m: f"{m['peak_memory_bytes'] / MIB:.1f}"))
@@ -72,5 +73,5 @@ def _perplexity(found: Mapping[str, float] | None) -> str:
 
 
 def _latency(model: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> str:
-    faster = "" if model is dense else f" ({dense[key] / model[key]:.2f}× as fast)"
+    faster = "" if model is dense else f" ({dense[key] / model[key]:.2f}×)"
     return f"{model[key]:.1f}{faster}"
