@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 from httpx_sse import EventSource
 from pydantic import BaseModel, ValidationError
 
-from service.contract.errors import Problem
+from service.contract.errors import Problem, RequestInFlight
 from service.contract.jobs import Artifact, Event, Job, JobStatus, Page, StageName
 from service.contract.spec import JobSpec
 
@@ -25,6 +26,8 @@ PATIENCE_S = 60.0
 """How long streams and downloads keep trying to reach a service that went away."""
 RETRY_S = 0.5
 PASSING_STATUSES = {502, 503, 504}
+LOST = (httpx.ReadError, httpx.ReadTimeout, httpx.WriteError, httpx.WriteTimeout, httpx.RemoteProtocolError)
+"""What breaks a request that may have arrived."""
 READ_BYTES = 1 << 16
 
 
@@ -43,6 +46,10 @@ class ServiceError(ClientError):
 
 class ServiceUnreachable(ClientError):
     """Nothing answers at the URL, or only a proxy that finds nothing behind it."""
+
+
+class AnswerLost(ServiceUnreachable):
+    """The connection broke after the request went out: what it asked for may have been done."""
 
 
 class UnexpectedAnswer(ClientError):
@@ -117,9 +124,19 @@ class Client:
         self._http.close()
 
     def create(self, spec: JobSpec | Mapping[str, Any]) -> Job:
-        """Submit a job."""
+        """Submit a job. When the answer is lost on its way it is asked for again, which never makes a second job."""
         body = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
-        return self._fetch(Job, "POST", "/v1/jobs", json=body)
+        headers = {"Idempotency-Key": f'"{uuid4()}"'}
+        patience = _Patience(self._url, self._patience_s)
+        lost = False
+        while True:
+            try:
+                return self._fetch(Job, "POST", "/v1/jobs", json=body, headers=headers)
+            except ClientError as error:
+                lost = lost or isinstance(error, AnswerLost)
+                if not lost or not (_may_pass(error) or _in_flight(error)):
+                    raise
+                patience.wait(error)
 
     def get(self, job_id: str) -> Job:
         """The job as it is now."""
@@ -252,7 +269,8 @@ class Client:
         try:
             response = self._http.request(method, url, **request)
         except httpx.RequestError as error:
-            raise ServiceUnreachable(
+            kind_of_silence = AnswerLost if isinstance(error, LOST) else ServiceUnreachable
+            raise kind_of_silence(
                 f"{self._url} does not answer ({error}); start the service with `pdtrim up`, or give its --url"
             ) from error
         if not response.is_success:
@@ -274,7 +292,9 @@ class Client:
         # A presigned link carries its credentials in the query.
         where = response.url.copy_with(query=None)
         if response.status_code in PASSING_STATUSES:
-            return ServiceUnreachable(f"{where} answered {response.status_code}: nothing works behind it now")
+            # 503 comes from a proxy that passed nothing on; after 502 and 504 the service may have acted.
+            kind_of_silence = ServiceUnreachable if response.status_code == 503 else AnswerLost
+            return kind_of_silence(f"{where} answered {response.status_code}: nothing works behind it now")
         return UnexpectedAnswer(f"{where} answered {response.status_code}, but not as PDTrim Service does")
 
 
@@ -283,6 +303,10 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, ServiceError):
         return error.problem.status in PASSING_STATUSES
     return isinstance(error, httpx.RequestError | ServiceUnreachable)
+
+
+def _in_flight(error: Exception) -> bool:
+    return isinstance(error, ServiceError) and error.problem.code == RequestInFlight.code
 
 
 def _job_path(job_id: str) -> str:

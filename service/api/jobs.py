@@ -13,14 +13,18 @@ from service import preflight, queue
 from service.api import examples, views
 from service.api.auth import declared
 from service.api.deps import AfterJob, EngineDep, JobId, Limit, SettingsDep
+from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, reserved
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
 from service.contract.errors import (
     CursorNotFound,
     DependencyUnavailable,
+    IdempotencyKeyReused,
+    InvalidIdempotencyKey,
     InvalidRequest,
     JobNotCancellable,
     JobNotFound,
     ModelUnsupported,
+    RequestInFlight,
     SourceNotAllowed,
     SourceUnreadable,
     TooManyBlocks,
@@ -28,8 +32,10 @@ from service.contract.errors import (
 )
 from service.contract.jobs import Job, JobStatus, Page, StageName
 from service.contract.spec import JobSpec, MetadataKey, MetadataValue
-from service.db import jobs
+from service.db import idempotency, jobs
+from service.db.idempotency import Answered
 from service.db.session import transaction
+from service.db.tables import DEFAULT_PROJECT
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared])
 
@@ -69,11 +75,17 @@ def metadata_filter(request: Request) -> dict[str, str]:
     responses={
         201: {
             **examples.response(examples.JOB, "The job, queued."),
-            "headers": {"Location": {"description": "Path of the job.", "schema": {"type": "string"}}},
+            "headers": {
+                "Location": {"description": "Path of the job.", "schema": {"type": "string"}},
+                **REPLAYED_HEADER,
+            },
         },
         **documented(
             MalformedBody,
+            InvalidIdempotencyKey,
             Unauthorized,
+            RequestInFlight,
+            IdempotencyKeyReused,
             BodyTooLarge,
             UnsupportedMediaType,
             InvalidRequest,
@@ -90,12 +102,19 @@ def create_job(
     response: Response,
     settings: SettingsDep,
     engine: EngineDep,
+    idempotency_key: IdempotencyKey,
 ) -> Job:
     """Check what can be checked without weights, then queue a job that scores, removes, distils, exports, evaluates."""
-    revision = preflight.check(spec, settings)
-    with transaction(engine) as session:
-        row = jobs.create(session, spec, model_revision=revision)
-        shown = views.job(row, jobs.stages(session, [row.id])[row.id])
+    with reserved(engine, DEFAULT_PROJECT, idempotency_key, spec) as held:
+        if isinstance(held, Answered):
+            response.headers.update({"Location": f"/v1/jobs/{held.job_id}", REPLAYED: "true"})
+            return Job.model_validate(held.response)
+        revision = preflight.check(spec, settings)
+        with transaction(engine) as session:
+            row = jobs.create(session, spec, model_revision=revision)
+            shown = views.job(row, jobs.stages(session, [row.id])[row.id])
+            if held is not None:
+                idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
     queue.send(settings, row.id, StageName.SCORING)
     response.headers["Location"] = f"/v1/jobs/{row.id}"
     return shown

@@ -15,7 +15,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service.contract.errors import ArtifactNotFound, DependencyUnavailable, InvalidRequest, PDTrimError, Problem
+from service.contract.errors import (
+    ArtifactNotFound,
+    DependencyUnavailable,
+    InvalidRequest,
+    PDTrimError,
+    Problem,
+    RequestInFlight,
+    Unauthorized,
+)
 from service.storage import ObjectNotFound, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -23,6 +31,7 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_LISTED_ERRORS = 5
 MAX_ECHO = 80
+HEADERS = {Unauthorized: {"WWW-Authenticate": "Bearer"}, RequestInFlight: {"Retry-After": "1"}}
 
 
 class NotFound(PDTrimError):
@@ -120,8 +129,7 @@ def _from_http(request: Request, error: HTTPException) -> Response:
 
 
 def _from_pdtrim(request: Request, error: PDTrimError) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
-    return problem(request, error, headers=headers)
+    return problem(request, error, headers=HEADERS.get(type(error)))
 
 
 def _from_database(request: Request, error: Exception) -> Response:

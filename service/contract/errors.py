@@ -55,6 +55,18 @@ class JobNotCancellable(PDTrimError):
     code, title, status = "job_not_cancellable", "The job is already finished", 409
 
 
+class InvalidIdempotencyKey(PDTrimError):
+    code, title, status = "invalid_idempotency_key", "The Idempotency-Key is not valid", 400
+
+
+class IdempotencyKeyReused(PDTrimError):
+    code, title, status = "idempotency_key_reused", "The Idempotency-Key belongs to another request", 422
+
+
+class RequestInFlight(PDTrimError):
+    code, title, status = "request_in_flight", "The first request with this Idempotency-Key is not answered yet", 409
+
+
 class RangeNotSatisfiable(PDTrimError):
     code, title, status = "range_not_satisfiable", "The range lies outside the artifact", 416
 

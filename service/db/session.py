@@ -55,9 +55,9 @@ def _alembic_config(engine: Engine) -> Config:
     return config
 
 
-def migrate(engine: Engine) -> None:
-    """Bring the database to the newest schema. Safe to call from several processes at once."""
-    command.upgrade(_alembic_config(engine), "head")
+def migrate(engine: Engine, to: str = "head") -> None:
+    """Bring the database to the newest schema, or to a revision. Safe to call from several processes at once."""
+    command.upgrade(_alembic_config(engine), to)
 
 
 def schema_is_current(engine: Engine) -> bool:

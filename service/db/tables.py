@@ -31,6 +31,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 Name = String(32)
+DEFAULT_PROJECT = "default"
 
 
 class JobRow(SQLModel, table=True):
@@ -103,3 +104,20 @@ class ArtifactRow(SQLModel, table=True):
     size: int = Field(sa_type=BigInteger)
     sha256: str = Field(max_length=64)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class IdempotencyRow(SQLModel, table=True):
+    """A client's name for a request to create a job. Without `job_id` the request is not answered yet.
+
+    `token` names the request that holds the key and fences out one whose reservation was taken over.
+    """
+
+    __tablename__ = "idempotency_keys"
+
+    project: str = Field(primary_key=True, max_length=64)
+    key: str = Field(primary_key=True, max_length=128)
+    fingerprint: str = Field(max_length=64)
+    token: str = Field(max_length=32)
+    job_id: str | None = Field(default=None, foreign_key="jobs.id", max_length=40, ondelete="CASCADE", index=True)
+    response: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    reserved_at: datetime = Field(default_factory=now, sa_type=UtcDateTime, index=True)

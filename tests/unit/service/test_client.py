@@ -192,6 +192,27 @@ def test_a_stream_goes_on_where_it_was_when_the_gateway_restarts(gateway: LiveGa
     assert [event.number for event in found] == [1, 2, 3, 4]
 
 
+def test_a_create_whose_answer_is_lost_is_sent_again_and_makes_one_job(gateway: LiveGateway, client: Client) -> None:
+    with relay(gateway.settings.port, break_after=[1, 40]) as broken, Client(broken.url, patience_s=20) as through:
+        job = through.create(gateway.played.spec)
+
+    assert [listed.id for listed in client.jobs().data] == [job.id]
+    assert sum(request.startswith(b"POST /v1/jobs") for request in broken.requests) == 3
+
+
+def test_every_create_makes_a_job_of_its_own(gateway: LiveGateway, client: Client) -> None:
+    assert client.create(gateway.played.spec).id != client.create(gateway.played.spec).id
+
+
+def test_a_create_whose_answers_are_all_lost_says_so(gateway: LiveGateway) -> None:
+    with (
+        relay(gateway.settings.port, break_after=[1] * 99) as broken,
+        Client(broken.url, patience_s=1) as through,
+        pytest.raises(ServiceUnreachable, match="has not answered"),
+    ):
+        through.create(gateway.played.spec)
+
+
 def test_a_stream_goes_on_when_its_connection_breaks(gateway: LiveGateway) -> None:
     job_id = gateway.played.create()
     gateway.played.run(job_id)

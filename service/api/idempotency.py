@@ -1,0 +1,82 @@
+"""The header `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header), read and enforced."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Request
+from sqlalchemy import Engine
+
+from service.contract.errors import InvalidIdempotencyKey
+from service.contract.spec import JobSpec
+from service.db import idempotency
+from service.db.idempotency import Answered, Reservation
+from service.db.session import transaction
+
+HEADER = "Idempotency-Key"
+REPLAYED = "Idempotency-Replayed"
+# The draft has a quoted string; much software sends it bare.
+KEY = re.compile(r'("?)([A-Za-z0-9._:~+/=-]{1,128})\1')
+REPLAYED_HEADER: dict[str, Any] = {
+    REPLAYED: {
+        "description": "`true` where the answer repeats that of an earlier request with the same key.",
+        "schema": {"type": "string"},
+    }
+}
+
+
+def _key(
+    request: Request,
+    given: Annotated[
+        str | None,
+        Header(
+            alias=HEADER,
+            description="Makes sending again safe: the same key with the same body gives the same job for 24 h. "
+            "1 to 128 letters, digits and `._:~+/=-`, in double quotes or bare. A refused request frees its key.",
+            examples=['"0198a3f2-5e0e-7c52-b3a0-d1f3b6a4c7de"'],
+        ),
+    ] = None,
+) -> str | None:
+    sent = request.headers.getlist(HEADER)
+    if given is None or not sent:
+        return None
+    found = KEY.fullmatch(sent[0].strip())
+    if len(sent) > 1 or found is None:
+        raise InvalidIdempotencyKey(
+            "Send one Idempotency-Key of 1 to 128 letters, digits and ._:~+/=- in double quotes or bare.", param=HEADER
+        )
+    return found[2]
+
+
+IdempotencyKey = Annotated[str | None, Depends(_key)]
+
+
+def fingerprint(spec: JobSpec) -> str:
+    """SHA-256 of what a body says, whatever its order and spacing."""
+    said = spec.model_dump(mode="json", exclude_unset=True)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def reserved(engine: Engine, project: str, key: str | None, spec: JobSpec) -> Iterator[Reservation | Answered | None]:
+    """The right to create a job under `key`, or the answer given before; None without a key.
+
+    A block that raises frees the key. Raises: IdempotencyKeyReused, RequestInFlight.
+    """
+    if key is None:
+        yield None
+        return
+    with transaction(engine) as session:
+        held = idempotency.reserve(session, project, key, fingerprint(spec))
+    try:
+        yield held
+    except Exception:
+        if isinstance(held, Reservation):
+            with transaction(engine) as session:
+                idempotency.release(session, held)
+        raise
