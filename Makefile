@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/.worker
 	$(BIN)/pdtrim demo
@@ -20,6 +20,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.worker
+	$(BIN)/python benchmarks/engine.py --streamed
+	$(BIN)/python benchmarks/distillation.py --learning-rate 5e-4
+	$(BIN)/python benchmarks/kv_tokens.py
 
 clean:
 	rm -rf $(VENV) pdtrim-data .coverage*

@@ -18,10 +18,8 @@ from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
-from kombu.exceptions import OperationalError
-
 from service.client import Client
-from service.queue import celery_app
+from service.queue import BROKER_ERRORS, celery_app
 from service.settings import Settings
 
 START_SECONDS = 120.0
@@ -190,7 +188,7 @@ class Embedded:
         name = worker_name(self._worker.pid or 0)
         try:
             return bool(celery_app(self._settings.broker_url).control.ping([name], timeout=1.0, limit=1))
-        except (OperationalError, OSError):
+        except BROKER_ERRORS:
             return False
 
     def _supervise(self) -> None:

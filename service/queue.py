@@ -14,12 +14,16 @@ from urllib.parse import urlsplit
 
 from celery import Celery
 from kombu import Queue
-from kombu.exceptions import OperationalError
+from kombu.exceptions import ChannelError, OperationalError
 
 from service.contract.jobs import StageName
 from service.settings import Settings
 
 QUEUE = "pdtrim"
+BROKER_ERRORS = (OperationalError, ChannelError, OSError, ValueError)
+"""What a transport raises when the broker is out of reach. ValueError: the files of `filesystem://` are not written in
+one piece, so that another process may read half of one.
+"""
 log = logging.getLogger(__name__)
 
 
@@ -77,7 +81,7 @@ def send(settings: Settings, job_id: str, stage: StageName) -> bool:
         celery_app(settings.broker_url).send_task(
             task_name(stage), args=[job_id], retry=False, argsrepr=job_id, ignore_result=True
         )
-    except (OperationalError, OSError) as error:
+    except BROKER_ERRORS as error:
         log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
         return False
     return True

@@ -29,11 +29,16 @@ def _models(models: Mapping[str, Any]) -> Table:
         ("distilled blocks", lambda m: _list(f"{r}→{a}" for r, a in m["distilled_blocks"].items())),
         ("perplexity pruned", lambda m: _perplexity(m["undistilled_perplexity"])),
         ("perplexity distilled", lambda m: _perplexity(m["perplexity"])),
+        ("KL to dense, nats", lambda m: "" if m is dense else f"{m['kl_to_dense']:.4f}"),
+        ("same top token", lambda m: "" if m is dense else f"{m['top1_agreement']:.1%}"),
         ("parameters", lambda m: f"{m['parameters']:,} ({m['parameters'] / dense['parameters']:.0%})"),
         ("weights MiB", lambda m: f"{m['bytes'] / MIB:.1f}"),
-        ("prefill tokens/s", lambda m: _speed(m, dense, "prefill_tokens_per_second")),
-        ("decode tokens/s", lambda m: _speed(m, dense, "decode_tokens_per_second")),
+        ("first token ms", lambda m: _latency(m, dense, "time_to_first_token_ms")),
+        ("each next token ms", lambda m: _latency(m, dense, "inter_token_latency_ms")),
+        ("decode tokens/s", lambda m: f"{m['decode_tokens_per_second']:,.0f}"),
     )
+    if dense["peak_memory_bytes"] is not None:
+        rows = (*rows, ("peak memory MiB", lambda m: f"{m['peak_memory_bytes'] / MIB:.1f}"))
     for label, cell in rows:
         table.add_row(label, *(cell(model) for model in models.values()))
     return table
@@ -51,6 +56,11 @@ def _pair(pair: Mapping[str, Any]) -> Table:
     table.add_row(f"KV cache, {kv['tokens']}-token request", f"{kv['dense'] / 1024:.0f} KiB", ratio, ratio)
     sent = f"{kv['sent'] / 1024:.0f} KiB"
     table.add_row("KV sent to decode a request", f"{kv['dense_sent'] / 1024:.0f} KiB", sent, sent)
+    if rule := pair["kv_tokens"]:
+        asked = "" if rule["ratio_reached"] in (None, True) else f"; {rule['ratio_asked']:g}× asked for"
+        less = f"{rule['bytes_sent'] / 1024:.0f} KiB ({rule['ratio']:.2f}× less{asked})"
+        table.add_row("KV sent with the token rule", f"{kv['dense_sent'] / 1024:.0f} KiB", "", less)
+        table.add_row("PD loss with the token rule", "", "", f"{rule['loss']:.4f}")
     return table
 
 
@@ -62,6 +72,6 @@ def _perplexity(found: Mapping[str, float] | None) -> str:
     return "" if found is None else f"{found['value']:.2f} ± {found['standard_error']:.2f}"
 
 
-def _speed(model: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> str:
-    ratio = "" if model is dense else f" ({model[key] / dense[key]:.2f}×)"
-    return f"{model[key]:,.0f}{ratio}"
+def _latency(model: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> str:
+    faster = "" if model is dense else f" ({dense[key] / model[key]:.2f}×)"
+    return f"{model[key]:.1f}{faster}"

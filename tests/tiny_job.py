@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 import workers
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """A float32 Llama of 5 blocks and hidden size 32."""
+def write_tiny_model(folder: Path, family: type[PretrainedConfig] = LlamaConfig, *, blocks: int = 5) -> Path:
+    """A float32 model of hidden size 32, a Llama of 5 blocks unless told."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = family(
         vocab_size=4096,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=5,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.pruning.checkpoint import load_checkpoint
 from workers.pruning.engine import windows_in
 from workers.pruning.streaming import load_streamed, parameter_bytes
 
@@ -31,17 +32,7 @@ def compute_dtype() -> torch.dtype:
 
 def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode on this worker's device; safetensors only, no remote code."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or compute_dtype(),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    torch.nn.Module.to(model, device())
-    model.eval().requires_grad_(False)
-    return model
+    return load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device())
 
 
 def load_for_walks(folder: Path) -> PreTrainedModel:

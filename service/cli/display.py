@@ -31,7 +31,7 @@ REMEDIES = {
     "invalid_request": "Correct the specification and submit it again.",
     "invalid_input": "Correct the model or the specification and submit it again.",
     "out_of_memory": "Use a worker with more memory, or fewer and shorter windows (calibration.windows, "
-    "calibration.window_tokens, distillation.batch_windows).",
+    "calibration.window_tokens), or set distillation.gradient_accumulation and distillation.gradient_checkpointing.",
     "internal_error": "Look at the worker's log; if the service is at fault, report it with the job's id.",
 }
 
@@ -98,12 +98,16 @@ def _figures(stage: Stage) -> str:
         return "; ".join(f"{half} gives up {_removed(metrics[half])}" for half in ("prefill", "decode"))
     if stage.name == StageName.DISTILLATION:
         halves = [(half, metrics.get(half)) for half in ("prefill", "decode")]
-        return (
-            "; ".join(f"{half} KL {r['before']:.3f} → {r['after']:.3f}" for half, r in halves if r) or "not asked for"
-        )
+        return "; ".join(f"{half} {_distilled(found)}" for half, found in halves if found) or "not asked for"
     if stage.name == StageName.EXPORT:
         return "; ".join(f"{role} {c['bytes'] / (1 << 20):.1f} MiB" for role, c in metrics["checkpoints"].items())
     return ""
+
+
+def _distilled(found: dict[str, Any]) -> str:
+    if found["kept"] == "undistilled":
+        return f"kept undistilled (loss {found['before']:.3f}, distilled {found['after']:.3f})"
+    return f"loss {found['before']:.3f} → {found['after']:.3f}"
 
 
 def _removed(plan: dict[str, Any]) -> str:

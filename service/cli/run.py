@@ -34,7 +34,8 @@ DEMO_SPEC = {
     "decode": {"remove_blocks": 4},
     "calibration": {"windows": 16, "window_tokens": 128},
     "search": {"evaluations": 60},
-    "distillation": {"heal_tokens": 40_960, "merge_tokens": 8192, "threshold": 0.965},
+    "distillation": {"heal_tokens": 20_480, "merge_tokens": 8192, "threshold": 0.965},
+    "evaluation": {"speed_tokens": 32},
     "metadata": {"made-by": "pdtrim demo"},
 }
 
@@ -90,6 +91,8 @@ def worker() -> None:
     options = ["--concurrency=1", "--pool=prefork", f"--queues={QUEUE}", "--without-gossip", "--without-mingle"]
     named = f"--hostname={worker_name(os.getpid())}"
     command = [sys.executable, "-P", "-c", CELERY, "-A", "workers.tasks", "worker", "--loglevel=INFO", named, *options]
+    # OpenMP's threads spin while they wait; on a machine that others use too, for much longer than it pays.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

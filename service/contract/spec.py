@@ -99,6 +99,23 @@ class SearchSpec(SpecModel):
     )
 
 
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class LossesSpec(SpecModel):
+    """Weights of the parts of the healing loss; at least one is positive."""
+
+    kl: Weight = Field(default=1.0, description="KL divergence to the dense model's next-token distribution.")
+    label: Weight = Field(default=0.0, description="Cross-entropy on the text's own next token.")
+    hidden: Weight = Field(default=0.0, description="Distance of the last hidden state to the dense model's.")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Self:
+        if not (self.kl or self.label or self.hidden):
+            raise ValueError("give at least one of `kl`, `label` and `hidden` a positive weight")
+        return self
+
+
 class DistillationSpec(SpecModel):
     """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
 
@@ -117,8 +134,82 @@ class DistillationSpec(SpecModel):
     trainable: Literal["all", "distilled"] = Field(
         default="all", description="Blocks that healing trains: every kept block, or only those that absorbed another."
     )
+    losses: LossesSpec = LossesSpec()
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
+    gradient_accumulation: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Parts in which a training batch is computed, one after the other; the result is the same, the "
+        "memory less. At most `batch_windows`.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute each block again in the backward pass of healing: less memory, a third more time.",
+    )
+    patience: int | None = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Checks of the held-out loss in a row, of ten in a full run, without a new best after which "
+        "training stops early; null never stops. The best weights are kept in any case.",
+    )
+
+    @model_validator(mode="after")
+    def _no_empty_parts(self) -> Self:
+        if self.gradient_accumulation > self.batch_windows:
+            raise PydanticCustomError(
+                "accumulation_exceeds_batch",
+                "gradient_accumulation ({parts}) may not exceed batch_windows ({windows})",
+                {
+                    "parts": self.gradient_accumulation,
+                    "windows": self.batch_windows,
+                    "param": "distillation.gradient_accumulation",
+                },
+            )
+        return self
+
+
+class EdgeAttentionSpec(SpecModel):
+    """Restrict the decode layers that attend mostly to the prompt's first and last tokens."""
+
+    threshold: float = Field(
+        gt=0.0,
+        le=1.0,
+        description="Least share of a layer's attention to the prompt that these tokens must get.",
+        examples=[0.7],
+    )
+    first: int = Field(default=4, ge=0, le=32768, description="First prompt tokens that a restricted layer is sent.")
+    last: int = Field(default=28, ge=0, le=32768, description="Last prompt tokens that a restricted layer is sent.")
+
+    @model_validator(mode="after")
+    def _some_token(self) -> Self:
+        if self.first + self.last == 0:
+            raise ValueError("`first` and `last` may not both be 0: a layer needs a token")
+        return self
+
+
+class KvTokensSpec(SpecModel):
+    """Which prompt tokens' keys and values prefill sends to decode: chosen by how little is sent, or by attention."""
+
+    ratio: float | None = Field(
+        default=None,
+        ge=1.0,
+        le=1e6,
+        description="Send at most 1/ratio of the bytes that the dense model would send for a prompt of half a "
+        "calibration window, at the least PD loss found. Every layer is sent a token, which bounds the ratio.",
+        examples=[4.95],
+    )
+    attention: EdgeAttentionSpec | None = Field(
+        default=None, description="Instead: send first and last tokens to the layers that attend mostly to them."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.ratio is None) == (self.attention is None):
+            raise ValueError("give either `ratio` or `attention`")
+        return self
 
 
 class EvaluationSpec(SpecModel):
@@ -158,6 +249,9 @@ class JobSpec(SpecModel):
     calibration: CalibrationSpec = CalibrationSpec()
     search: SearchSpec = SearchSpec()
     distillation: DistillationSpec = DistillationSpec()
+    kv_tokens: KvTokensSpec | None = Field(
+        default=None, description="Send decode only some prompt tokens' keys and values; by default all are sent."
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
     seed: int = Field(default=0, ge=0, lt=2**31, description="Everything random follows from it.")
     metadata: dict[MetadataKey, MetadataValue] = Field(

@@ -13,7 +13,12 @@ from tests.processes import pdtrim_up, processes_of, wait_until
 from tests.tiny_job import tiny_spec, write_tiny_model
 
 # Long enough on the tiny model to be met in the middle.
-LONG_SEARCH = {"calibration": {"windows": 64, "window_tokens": 128}, "search": {"algorithm": "exhaustive"}}
+LONG_SEARCH = {
+    "prefill": {"remove_blocks": 3},
+    "decode": {"remove_blocks": 4},
+    "calibration": {"windows": 96, "window_tokens": 128},
+    "search": {"algorithm": "exhaustive"},
+}
 LONG_HEALING = {"heal_tokens": 12_288, "merge_tokens": 256, "batch_windows": 4, "threshold": 1.0}
 
 
@@ -21,14 +26,14 @@ def test_a_worker_killed_in_the_middle_costs_neither_the_job_nor_a_finished_stag
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     data_dir = Path(environment["PDTRIM_DATA_DIR"])
-    spec = tiny_spec(write_tiny_model(tmp_path / "model"), distillation=LONG_HEALING, **LONG_SEARCH)
+    spec = tiny_spec(write_tiny_model(tmp_path / "model", blocks=8), distillation=LONG_HEALING, **LONG_SEARCH)
     with pdtrim_up(environment, tmp_path) as url, Client(url) as client:
         job_id = client.create(spec).id
         events: list[Event] = []
         to_kill = [StageName.REMOVAL, StageName.DISTILLATION]
         for event in client.events(job_id):
             events.append(event)
-            if event.stage in to_kill and event.data.get("progress", 0) > 0.1:
+            if event.stage in to_kill and event.data.get("progress", 0) > 0:
                 to_kill.remove(event.stage)
                 for process in processes_of("celery", data_dir):
                     process.kill()

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from workers.pruning.blocks import BLOCK_PREFIX, pruned_config
 from workers.pruning.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
@@ -249,3 +249,18 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which a checkpoint's first weight is stored. Raises: BrokenCheckpoint."""
     tensors = SourceTensors.of(folder)
     return tensors.read(min(tensors.files)).dtype
+
+
+def load_checkpoint(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """A causal language model in evaluation mode; safetensors only, no remote code; as stored when `dtype` is None."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    torch.nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
+    return model

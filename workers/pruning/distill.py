@@ -1,9 +1,9 @@
 """Repair of a pruned model: merge block pairs, then heal on the dense model's predictions.
 
 Merging follows PDTrim (Zhang et al., ACL 2026): the pair {removed, absorber} becomes one block, started from the
-absorber and trained to map the hidden state that enters the pair to the one that leaves it. Healing distils the dense
-model's next-token distribution: the prefill model on whole sequences, the decode model on continuations that read the
-frozen prefill model's KV cache.
+absorber and trained to map the hidden state that enters the pair to the one that leaves it. Healing distils the
+dense model: the prefill model on whole sequences, the decode model on continuations that read the frozen prefill
+model's KV cache.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from workers.pruning.blocks import BLOCK_PREFIX, BlockStack, block_stack, capture_calls
-from workers.pruning.engine import HEAD_ELEMENTS
-from workers.pruning.pair import pair_logits
+from workers.pruning.losses import LossWeights, Outputs, healing_loss, outputs
+from workers.pruning.pair import pair_hidden
 from workers.pruning.training import Journal, TrainingResult, TrainingSettings, train
 
+KL_ALONE = LossWeights()
 KV_TENSORS = (
     "input_layernorm.weight",
     "self_attn.k_proj.weight",
@@ -89,10 +90,10 @@ def fit_spans(
 ) -> tuple[dict[str, Tensor], dict[int, tuple[float, float]]]:
     """Train blocks of the dense `model`, all at once, each to stand for the span (first block, last block) it is given.
 
-    The loss of a span a…b is ‖f(h_a) − h_{b+1}‖² / ‖h_{b+1} − h_a‖², with h from the dense model; 1 is what deleting
-    the whole span would give. Every block has weights of its own. Returns the trained tensors by their dense names and,
-    by trained block, the held-out loss before and after; one that did not improve keeps its first weights. `model` is
-    left as it was.
+    The loss of a span a…b is ‖f(h_a) − h_{b+1}‖² / ‖h_{b+1} − h_a‖², with h from the dense model and the denominator's
+    mean over `held_out`; there 1 is what deleting the whole span would give. Every block has weights of its own.
+    Returns the trained tensors by their dense names and, by trained block, the held-out loss before and after; one that
+    did not improve keeps its first weights. `model` is left as it was.
     """
     stack = block_stack(model)
     calls = capture_calls(stack, windows)
@@ -107,24 +108,38 @@ def fit_spans(
         parameter.requires_grad_(True)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
+    @torch.no_grad()
+    def dense_states(ids: Tensor) -> list[Tensor]:
+        hidden = [stack.embed(ids)]  # h_0 … h_L, each (batch, time, hidden)
+        for block in range(max(last for _, last in spans.values()) + 1):
+            hidden.append(calls.run(stack, block, hidden[-1]))
+        return hidden
+
+    def mean_change(first: int, last: int, hidden: Sequence[Tensor]) -> float:
+        return float((hidden[last + 1] - hidden[first]).float().pow(2).mean())
+
+    # A constant, so that the loss of a batch is the mean of its windows' losses.
+    changes = dict.fromkeys(spans, 0.0)
+    for ids in held_out.split(settings.batch_windows):
+        hidden = dense_states(ids)
+        for block, (first, last) in spans.items():
+            changes[block] += mean_change(first, last, hidden) * len(ids) / len(held_out)
+
     def span_losses(ids: Tensor) -> dict[int, Tensor]:
-        with torch.no_grad():
-            hidden = [stack.embed(ids)]  # h_0 … h_L, each (batch, time, hidden)
-            for block in range(max(last for _, last in spans.values()) + 1):
-                hidden.append(calls.run(stack, block, hidden[-1]))
+        hidden = dense_states(ids)
         losses = {}
         for block, (first, last) in spans.items():
             enters, leaves = hidden[first], hidden[last + 1]
             with _mixed_precision(ids.device):
                 out = fitted[block](enters, past_key_values=None, **calls.kwargs[block])
             out = out[0] if isinstance(out, tuple) else out
-            losses[block] = F.mse_loss(out.float(), leaves.float()) / (leaves - enters).float().pow(2).mean()
+            losses[block] = F.mse_loss(out.float(), leaves.float()) / changes[block]
         return losses
 
     @torch.no_grad()
     def held_out_losses() -> dict[int, float]:
-        parts = [span_losses(ids) for ids in held_out.split(settings.batch_windows)]
-        return {block: sum(float(part[block]) for part in parts) / len(parts) for block in spans}
+        parts = [(span_losses(ids), len(ids) / len(held_out)) for ids in held_out.split(settings.batch_windows)]
+        return {block: sum(float(losses[block]) * share for losses, share in parts) for block in spans}
 
     before = held_out_losses()
     train(
@@ -151,27 +166,68 @@ def _copy_block(stack: BlockStack, index: int) -> nn.Module:
     return block.float().requires_grad_(False)
 
 
+Loss = Callable[[Tensor], Tensor]
+"""Windows of token ids (batch, time) → the mean loss of a model on them."""
+
+
+def sequence_loss(student: PreTrainedModel, teacher: PreTrainedModel, weights: LossWeights) -> Loss:
+    """The healing loss of the pruned `student` on whole windows."""
+
+    def loss(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = outputs(teacher, ids)
+        with _mixed_precision(ids.device):
+            given = outputs(student, ids)
+        return healing_loss(given, wanted, ids[:, 1:], weights)
+
+    return loss
+
+
+def continuation_loss(
+    prefill: PreTrainedModel,
+    student: PreTrainedModel,
+    layer_map: Sequence[int],
+    teacher: PreTrainedModel,
+    weights: LossWeights,
+    *,
+    prompt_tokens: int,
+) -> Loss:
+    """The healing loss of the decode `student` on what follows the prompt, reading the frozen prefill model's cache.
+
+    The first token after the prompt is the prefill model's, so the loss is over the others.
+    """
+
+    def loss(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = teacher.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, prompt_tokens:]
+            wanted = Outputs(hidden, teacher.lm_head(hidden))
+        with _mixed_precision(ids.device):
+            hidden = pair_hidden(prefill, student, layer_map, ids, prompt_tokens)[1]
+            given = Outputs(hidden, student.lm_head(hidden))
+        return healing_loss(given, wanted, ids[:, prompt_tokens + 1 :], weights)
+
+    return loss
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Loss, windows: Tensor, batch: int) -> float:
+    """The loss over all `windows` (windows, time), `batch` of them at a time."""
+    return sum(float(loss_of(ids)) * len(ids) for ids in windows.split(batch)) / len(windows)
+
+
 def heal(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     parameters: Mapping[str, nn.Parameter],
     *,
+    losses: LossWeights = KL_ALONE,
     windows: Tensor,
     held_out: Tensor,
     settings: TrainingSettings,
     journal: Journal,
 ) -> TrainingResult:
-    """Train `parameters` of the pruned `student` on KL(teacher ‖ student), nats a token, on whole windows."""
-
-    def student_logits(ids: Tensor) -> Tensor:
-        logits: Tensor = student(input_ids=ids, use_cache=False).logits
-        return logits
-
-    def teacher_logits(ids: Tensor) -> Tensor:
-        logits: Tensor = teacher(input_ids=ids, use_cache=False).logits
-        return logits
-
-    return _train_on_kl(student_logits, teacher_logits, parameters, windows, held_out, settings, journal)
+    """Train `parameters` of the pruned `student` on whole windows."""
+    return train_on(sequence_loss(student, teacher, losses), parameters, windows, held_out, settings, journal)
 
 
 def heal_decode(
@@ -182,58 +238,31 @@ def heal_decode(
     parameters: Mapping[str, nn.Parameter],
     *,
     prompt_tokens: int,
+    losses: LossWeights = KL_ALONE,
     windows: Tensor,
     held_out: Tensor,
     settings: TrainingSettings,
     journal: Journal,
 ) -> TrainingResult:
-    """Train `parameters` of the decode `student` on what follows the prompt, reading the frozen prefill model's cache.
-
-    The first token after the prompt is the prefill model's, so KL(teacher ‖ student) is over the others.
-    """
-
-    def student_logits(ids: Tensor) -> Tensor:
-        return pair_logits(prefill, student, layer_map, ids, prompt_tokens)[1]
-
-    def teacher_logits(ids: Tensor) -> Tensor:
-        logits: Tensor = teacher(input_ids=ids[:, :-1], use_cache=False).logits[:, prompt_tokens:]
-        return logits
-
-    return _train_on_kl(student_logits, teacher_logits, parameters, windows, held_out, settings, journal)
+    """Train `parameters` of the decode `student` as `continuation_loss` says."""
+    loss_of = continuation_loss(prefill, student, layer_map, teacher, losses, prompt_tokens=prompt_tokens)
+    return train_on(loss_of, parameters, windows, held_out, settings, journal)
 
 
-def _train_on_kl(
-    student_logits: Callable[[Tensor], Tensor],
-    teacher_logits: Callable[[Tensor], Tensor],
+def train_on(
+    loss_of: Loss,
     parameters: Mapping[str, nn.Parameter],
     windows: Tensor,
     held_out: Tensor,
     settings: TrainingSettings,
     journal: Journal,
 ) -> TrainingResult:
-    def loss_of(ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher_logits(ids)
-        with _mixed_precision(ids.device):
-            given = student_logits(ids)
-        return kl_divergence(wanted, given)
+    """Train `parameters` on `loss_of` windows (windows, time); the best of them on `held_out` stay."""
 
-    @torch.no_grad()
     def held_out_loss() -> float:
-        parts = held_out.split(settings.batch_windows)
-        return sum(float(loss_of(ids)) * len(ids) for ids in parts) / len(held_out)
+        return mean_loss(loss_of, held_out, settings.batch_windows)
 
     return train(parameters, loss_of, held_out_loss, windows, settings, journal)
-
-
-def kl_divergence(wanted: Tensor, given: Tensor) -> Tensor:
-    """Mean KL(wanted ‖ given) in nats a token, of logits (…, vocabulary); a bounded number of logits at a time."""
-    rows = max(1, HEAD_ELEMENTS // wanted.shape[-1])
-    parts = [
-        F.kl_div(F.log_softmax(g.float(), -1), F.log_softmax(w.float(), -1), reduction="sum", log_target=True)
-        for w, g in zip(wanted.flatten(0, -2).split(rows), given.flatten(0, -2).split(rows), strict=True)
-    ]
-    return torch.stack(parts).sum() / wanted[..., 0].numel()
 
 
 def _mixed_precision(device: torch.device) -> torch.autocast:

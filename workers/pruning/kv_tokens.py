@@ -169,8 +169,8 @@ def rule_by_ratio(
 ) -> KvTokenRule:
     """Send at most 1/`ratio` of the dense model's bytes: layers of the highest edge mass first, then fewer tokens.
 
-    Once every layer receives only first and last tokens, these become fewer, split as the attention asks.
-    Raises: ValueError when even one token a layer is too much.
+    Once every layer receives only first and last tokens, these become fewer, split as the attention asks: one token a
+    layer at the least, even where that is more than asked for.
     """
     prompt_tokens = attention.shape[1]
     budget = sent_tokens(dense, EVERY_TOKEN, prompt_tokens) / ratio
@@ -180,10 +180,7 @@ def rule_by_ratio(
         rule = KvTokenRule(first, last, frozenset(order[:count]))
         if sent_tokens(decode, rule, prompt_tokens) <= budget:
             return rule
-    fewer = _largest_rule(attention, decode, order, budget, first=first, last=last)
-    if fewer is None:
-        raise ValueError(_out_of_reach(prompt_tokens, ratio, len(order)))
-    return fewer
+    return _largest_rule(attention, decode, order, budget, first=first, last=last)
 
 
 def rule_by_loss(
@@ -198,7 +195,8 @@ def rule_by_loss(
 
     Layers are ordered by the loss with each alone restricted to its even share of tokens; for every number of
     restricted layers the most tokens that fit are tried, so a few layers may keep the whole prompt while others get
-    little. Calls `loss` at most twice a layer. Raises: ValueError when even one token a layer is too much.
+    little. Every layer gets at least one token, even where that is more than asked for. Calls `loss` at most twice a
+    layer.
     """
     prompt_tokens = attention.shape[1]
     layers = list(range(len(attention)))
@@ -206,34 +204,30 @@ def rule_by_loss(
     if sent_tokens(decode, EVERY_TOKEN, prompt_tokens) <= budget:
         return EVERY_TOKEN
     even = _largest_rule(attention, decode, layers, budget, first=prompt_tokens, last=prompt_tokens)
-    if even is None:
-        raise ValueError(_out_of_reach(prompt_tokens, ratio, len(layers)))
     alone = [loss(KvTokenRule(even.first, even.last, frozenset({layer}))) for layer in layers]
     order = sorted(layers, key=lambda layer: (alone[layer], layer))
     rules = [
         _largest_rule(attention, decode, order[:count], budget, first=prompt_tokens, last=prompt_tokens)
         for count in range(1, len(order))
     ]
-    return min([even, *(rule for rule in rules if rule is not None)], key=loss)
-
-
-def _out_of_reach(prompt_tokens: int, ratio: float, layers: int) -> str:
-    return (
-        f"a prompt of {prompt_tokens} tokens cannot be sent in 1/{ratio:g} of the dense model's bytes: one token for "
-        f"each of {layers} decode layers is more"
-    )
+    fitting = [rule for rule in rules if sent_tokens(decode, rule, prompt_tokens) <= budget]
+    return min([even, *fitting], key=loss)
 
 
 def _largest_rule(
     attention: Tensor, decode: PretrainedConfig, layers: Sequence[int], budget: float, *, first: int, last: int
-) -> KvTokenRule | None:
-    """The most first (up to `first`) and last tokens for `layers`, with which all that is sent fits the budget."""
+) -> KvTokenRule:
+    """The most first (up to `first`) and last tokens for `layers`, with which all that is sent fits the budget.
+
+    One token where nothing does.
+    """
     prompt_tokens = attention.shape[1]
-    for tokens in range(min(first + last, prompt_tokens - 1), 0, -1):
-        rule = KvTokenRule(*_best_split(attention[list(layers)], tokens, first, last), frozenset(layers))
-        if sent_tokens(decode, rule, prompt_tokens) <= budget:
-            return rule
-    return None
+
+    def of(tokens: int) -> KvTokenRule:
+        return KvTokenRule(*_best_split(attention[list(layers)], tokens, first, last), frozenset(layers))
+
+    fewer = map(of, range(min(first + last, prompt_tokens - 1), 0, -1))
+    return next((rule for rule in fewer if sent_tokens(decode, rule, prompt_tokens) <= budget), of(1))
 
 
 def _best_split(attention: Tensor, tokens: int, first: int, last: int) -> tuple[int, int]:

@@ -39,6 +39,22 @@ def kv_cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) ->
     return numbers * dtype.itemsize
 
 
+def pair_hidden(
+    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, prompt_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states, after the final norm, from which `pair_logits` predicts; the same shapes with `hidden` last.
+
+    Gradients reach the decode model only.
+    """
+    with torch.no_grad():
+        prompt = prefill.model(
+            input_ids=ids[:, :prompt_tokens], past_key_values=DynamicCache(config=prefill.config), use_cache=True
+        )
+    received = handover(prompt.past_key_values, layer_map, decode.config)
+    continued = decode.model(input_ids=ids[:, prompt_tokens:-1], past_key_values=received, use_cache=True)
+    return prompt.last_hidden_state[:, -1:], continued.last_hidden_state
+
+
 def pair_logits(
     prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, prompt_tokens: int
 ) -> tuple[Tensor, Tensor]:
@@ -46,16 +62,8 @@ def pair_logits(
 
     Shapes (batch, 1, vocabulary) and (batch, time − prompt − 1, vocabulary). Gradients reach the decode model only.
     """
-    with torch.no_grad():
-        prompt = prefill(
-            input_ids=ids[:, :prompt_tokens],
-            past_key_values=DynamicCache(config=prefill.config),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    received = handover(prompt.past_key_values, layer_map, decode.config)
-    continued = decode(input_ids=ids[:, prompt_tokens:-1], past_key_values=received, use_cache=True)
-    return prompt.logits, continued.logits
+    first, others = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens)
+    return prefill.lm_head(first), decode.lm_head(others)
 
 
 @torch.no_grad()

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from workers.models import load_model
 from workers.pruning.blocks import BlockCalls, BlockStack, block_stack
+from workers.pruning.checkpoint import load_checkpoint
 from workers.pruning.handover import EVERY_TOKEN, BrokenHandover, Handover, KvTokenRule, LayerKV, Ranges
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a mask for each layer."""
+CPU = torch.device("cpu")
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
@@ -155,11 +156,10 @@ class PrefillHalf:
             raise ValueError(f"the KV token rule names decode layer {unknown[0]} of {len(self.layer_map)}")
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype | None = None) -> PrefillHalf:
-        """From an exported checkpoint, with the KV token rule that its pdtrim.json may hold."""
-        pdtrim = read_pdtrim(folder)
-        rule = KvTokenRule.from_json(pdtrim["kv_tokens"]) if "kv_tokens" in pdtrim else EVERY_TOKEN
-        return cls(load_model(folder, dtype=dtype), tuple(pdtrim["kv_layer_map"]), rule)
+    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = CPU) -> PrefillHalf:
+        """From an exported checkpoint, with its KV token rule; as `load_checkpoint`."""
+        layer_map = tuple(read_pdtrim(folder)["kv_layer_map"])
+        return cls(load_checkpoint(folder, dtype=dtype, device=device), layer_map, read_rule(folder))
 
     def prefill(self, ids: Tensor) -> Handover:
         """Process prompts `ids` (batch, time) of one length."""
@@ -187,10 +187,10 @@ class DecodeHalf:
             )
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype | None = None) -> DecodeHalf:
-        """From an exported checkpoint."""
+    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = CPU) -> DecodeHalf:
+        """From an exported checkpoint; as `load_checkpoint`."""
         layer_map = tuple(read_pdtrim(folder)["kv_layer_map"])
-        return cls(load_model(folder, dtype=dtype), layer_map)
+        return cls(load_checkpoint(folder, dtype=dtype, device=device), layer_map)
 
     @torch.no_grad()
     def decode(self, handover: Handover, max_new_tokens: int, *, stop: Collection[int] = ()) -> Tensor:
@@ -245,9 +245,15 @@ class PrefillDecodePair:
             )
 
     @classmethod
-    def load(cls, prefill: Path, decode: Path, *, dtype: torch.dtype | None = None) -> PrefillDecodePair:
+    def load(
+        cls, prefill: Path, decode: Path, *, dtype: torch.dtype | None = None, device: torch.device = CPU
+    ) -> PrefillDecodePair:
         """From two exported checkpoints, which may be one folder when prefill and decode share a checkpoint."""
-        return cls(PrefillHalf.load(prefill, dtype=dtype), DecodeHalf.load(decode, dtype=dtype))
+        halves = (
+            PrefillHalf.load(prefill, dtype=dtype, device=device),
+            DecodeHalf.load(decode, dtype=dtype, device=device),
+        )
+        return cls(*halves)
 
     def prefill(self, ids: Tensor) -> Handover:
         """Process prompts `ids` (batch, time) of one length."""
@@ -267,3 +273,9 @@ def read_pdtrim(folder: Path) -> dict[str, Any]:
     if "kv_layer_map" not in content:
         raise ValueError(f"{path} holds no kv_layer_map; export the pair again")
     return content
+
+
+def read_rule(folder: Path) -> KvTokenRule:
+    """The KV token rule of an exported checkpoint; every token when its pdtrim.json holds none."""
+    pdtrim = read_pdtrim(folder)
+    return KvTokenRule.from_json(pdtrim["kv_tokens"]) if "kv_tokens" in pdtrim else EVERY_TOKEN

@@ -1,4 +1,4 @@
-"""The training loop that merging and healing share: AdamW, warm-up and cosine, best weights, exact resuming."""
+"""The training loop of merging and healing: AdamW, warm-up, cosine, early stop, best weights, exact resuming."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FLOOR = 0.05
 """Last learning rate as a fraction of the peak."""
 CLIP_NORM = 1.0
 BETAS = (0.9, 0.95)
-HELD_OUT_CHECKS = 5
-"""How often the held-out loss is measured in a run."""
+HELD_OUT_CHECKS = 10
+"""How often the held-out loss is measured in a run that goes to its end."""
 
 
 class NonFiniteTraining(ValueError):
@@ -33,15 +33,32 @@ class TrainingSettings:
     learning_rate: float
     """Peak learning rate."""
     seed: int
+    parts: int = 1
+    """A batch is computed in so many parts whose gradients add up to the batch's: less memory, the same step."""
+    patience: int | None = None
+    """Held-out checks in a row without a new best after which training stops; None never stops early."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Held-out loss before training and of the weights that were kept, the best ones seen."""
+    """Held-out loss before training and of the weights that were kept, the best ones seen, and the steps it took."""
 
     before: float
     after: float
     steps: int
+
+
+@dataclass
+class _Progress:
+    step: int
+    before: float
+    best: float
+    stale: int
+    """Held-out checks since the best one."""
+
+    def ended(self, settings: TrainingSettings) -> bool:
+        exhausted = settings.patience is not None and self.stale >= settings.patience
+        return exhausted or self.step >= settings.steps
 
 
 @dataclass(frozen=True)
@@ -91,47 +108,55 @@ def train(
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
     best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     if journal.resume is None:
-        start, before = 0, held_out_loss()
-        best_loss = before
+        before = held_out_loss()
+        at = _Progress(step=0, before=before, best=before, stale=0)
     else:
-        start, before, best_loss = _restore(journal.resume, parameters, optimizer, best)
+        at = _restore(journal.resume, parameters, optimizer, best)
 
-    for step in range(start, settings.steps):
+    while not at.ended(settings):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        loss = loss_of(windows[batch_indices(step, len(windows), settings).to(windows.device)])
-        if not torch.isfinite(loss):
-            raise NonFiniteTraining(f"the training loss is {loss.item()} at step {step}; lower the learning rate")
-        loss.backward()
+            group["lr"] = learning_rate(at.step, settings)
+        batch = windows[batch_indices(at.step, len(windows), settings).to(windows.device)]
+        loss = _accumulate(batch, loss_of, at.step, settings)
         nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        done = step + 1
-        if done == settings.steps or done % max(1, settings.steps // HELD_OUT_CHECKS) == 0:
+        at.step += 1
+        if at.step == settings.steps or at.step % max(1, settings.steps // HELD_OUT_CHECKS) == 0:
             held_out = held_out_loss()
-            if held_out < best_loss:
-                best_loss = held_out
+            at.stale += 1
+            if held_out < at.best:
+                at.best, at.stale = held_out, 0
                 for name, parameter in parameters.items():
                     best[name].copy_(parameter.detach())
-        state = partial(_state, done, before, best_loss, parameters, optimizer, best)
-        journal.save(done == settings.steps, state)
-        journal.report(done, settings.steps, float(loss.detach()))
+        journal.save(at.ended(settings), partial(_state, at, parameters, optimizer, best))
+        journal.report(at.step, settings.steps, loss)
 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(best[name])
-    return TrainingResult(before, best_loss, settings.steps)
+    return TrainingResult(at.before, at.best, at.step)
+
+
+def _accumulate(batch: Tensor, loss_of: Callable[[Tensor], Tensor], step: int, settings: TrainingSettings) -> float:
+    """Add the gradients of the mean loss over `batch` (windows, tokens), part by part, and return that loss."""
+    total = 0.0
+    for part in batch.tensor_split(min(settings.parts, len(batch))):
+        loss = loss_of(part) * (len(part) / len(batch))
+        if not torch.isfinite(loss):
+            raise NonFiniteTraining(f"the training loss is {loss.item()} at step {step}; lower the learning rate")
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def _state(
-    step: int,
-    before: float,
-    best_loss: float,
+    at: _Progress,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     best: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    state = {"progress": torch.tensor([step, before, best_loss], dtype=torch.float64)}
+    state = {"progress": torch.tensor([at.step, at.before, at.best, at.stale], dtype=torch.float64)}
     for name, parameter in parameters.items():
         state[f"weight.{name}"] = parameter.detach().cpu()
         state[f"best.{name}"] = best[name].cpu()
@@ -145,8 +170,8 @@ def _restore(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     best: Mapping[str, Tensor],
-) -> tuple[int, float, float]:
-    step, before, best_loss = state["progress"].tolist()
+) -> _Progress:
+    step, before, best_loss, stale = state["progress"].tolist()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[f"weight.{name}"])
@@ -156,4 +181,4 @@ def _restore(
                 "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
                 "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
             }
-    return int(step), before, best_loss
+    return _Progress(int(step), before, best_loss, int(stale))

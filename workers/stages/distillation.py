@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,26 @@ from workers.context import StageContext
 from workers.models import device, load_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import stored_dtype
-from workers.pruning.distill import heal, heal_decode, kv_tensor_names, load_tensors, merge, trainable
+from workers.pruning.distill import (
+    Loss,
+    continuation_loss,
+    kv_tensor_names,
+    load_tensors,
+    mean_loss,
+    merge,
+    sequence_loss,
+    train_on,
+    trainable,
+)
+from workers.pruning.losses import LossWeights
 from workers.pruning.plan import BlockPlan, kv_layer_map
-from workers.pruning.training import Journal, TrainingResult, TrainingSettings
+from workers.pruning.recompute import recomputed_blocks
+from workers.pruning.training import Journal, TrainingSettings
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
 
 PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
+DISTILLED, UNDISTILLED = "distilled", "undistilled"
 HELD_OUT_WINDOWS = 8
 SAVE_INTERVAL_S = 15.0
 Tensors = dict[str, Tensor]
@@ -50,34 +64,20 @@ def run(context: StageContext) -> dict[str, Any]:
         return {"enabled": False}
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     data = Data(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
-    dtype = stored_dtype(context.model_dir)
     teacher = load_model(context.model_dir)
 
     merged, merge_metrics = _merge(context, plans, teacher, data)
-    prefill_tensors = {name: t for name, t in merged.items() if _block(name) in plans.prefill.distilled.values()}
     prefill_weights = load_model(context.model_dir, dtype=torch.float32)
-    load_tensors(prefill_weights, prefill_tensors)
-    prefill, prefill_result = _heal_prefill(context, plans, prefill_weights, teacher, data)
-    # What decode reads must be what the exported prefill checkpoint computes, so it is rounded first.
-    prefill_tensors = {name: t.to(dtype) for name, t in {**prefill_tensors, **prefill}.items()}
-    load_tensors(prefill_weights, prefill_tensors)
-    save_file(prefill_tensors, context.out / PREFILL)
-
+    prefill, prefill_metrics = _distil_prefill(context, plans, merged, prefill_weights, teacher, data)
+    save_file(prefill, context.out / PREFILL)
     if plans.unified:
-        decode_tensors, decode_result = prefill_tensors, prefill_result
+        decode, decode_metrics = prefill, prefill_metrics
     else:
-        start = {name: t for name, t in {**merged, **prefill_tensors}.items() if _block(name) in plans.decode.kept}
-        only_decode = _only_in_decode(plans)
-        start |= {name: t for name, t in merged.items() if _block(name) in only_decode.values()}
-        trained, decode_result = _heal_decode(context, plans, start, prefill_weights, teacher, data)
-        decode_tensors = {name: t.to(dtype) for name, t in {**start, **trained}.items()}
-    save_file({name: t.contiguous() for name, t in decode_tensors.items()}, context.out / DECODE)
-    return {
-        "enabled": True,
-        "merged": merge_metrics,
-        "prefill": asdict(prefill_result) if prefill_result else None,
-        "decode": asdict(decode_result) if decode_result else None,
-    }
+        inherited = {name: t for name, t in prefill.items() if _block(name) in plans.decode.kept}
+        trained, decode_metrics = _distil_decode(context, plans, merged, inherited, prefill_weights, teacher, data)
+        decode = inherited | trained
+    save_file(decode, context.out / DECODE)
+    return {"enabled": True, "merged": merge_metrics, "prefill": prefill_metrics, "decode": decode_metrics}
 
 
 def _block(name: str) -> int:
@@ -101,7 +101,17 @@ def _settings(context: StageContext, tokens: int, window_tokens: int) -> Trainin
         batch_windows=spec.batch_windows,
         learning_rate=spec.learning_rate,
         seed=context.spec.seed,
+        parts=spec.gradient_accumulation,
+        patience=spec.patience,
     )
+
+
+def _losses(context: StageContext) -> LossWeights:
+    return LossWeights(**context.spec.distillation.losses.model_dump())
+
+
+def _memory_saved(context: StageContext, student: PreTrainedModel) -> AbstractContextManager[None]:
+    return recomputed_blocks(student) if context.spec.distillation.gradient_checkpointing else nullcontext()
 
 
 def _journal(context: StageContext, phase: str, span: tuple[float, float], message: str) -> Journal:
@@ -140,7 +150,7 @@ def _merge(context: StageContext, plans: Plans, teacher: PreTrainedModel, data: 
         journal=_journal(context, "merge", (0.0, 0.2), "Merging distilled pairs."),
     )
     return tensors, {
-        str(removed): {"into": pairs[removed], "before": before, "after": after}
+        str(removed): {"into": pairs[removed], "before": before, "after": after, "kept": _verdict(before, after)}
         for removed, (before, after) in losses.items()
     }
 
@@ -151,52 +161,107 @@ def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
     return sorted(plan.distilled.values())
 
 
-def _heal_prefill(
-    context: StageContext, plans: Plans, weights: PreTrainedModel, teacher: PreTrainedModel, data: Data
-) -> tuple[Tensors, TrainingResult | None]:
-    settings = _settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
-    parameters = trainable(weights, _trained_blocks(context, plans.prefill), frozen=set())
-    if not plans.prefill.removed or settings.steps == 0 or not parameters:
-        weights.requires_grad_(False)
-        return {}, None
-    result = heal(
-        drop_blocks(weights, plans.prefill.removed),
-        teacher,
-        parameters,
-        windows=data.training,
-        held_out=data.held_out,
-        settings=settings,
-        journal=_journal(context, "heal-prefill", (0.2, 0.6), "Healing the prefill model."),
-    )
-    weights.requires_grad_(False)
-    return {name: parameter.detach() for name, parameter in parameters.items()}, result
-
-
-def _heal_decode(
+def _distil_prefill(
     context: StageContext,
     plans: Plans,
-    start: Tensors,
+    merged: Tensors,
+    weights: PreTrainedModel,
+    teacher: PreTrainedModel,
+    data: Data,
+) -> tuple[Tensors, dict[str, Any] | None]:
+    """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
+    student = drop_blocks(weights, plans.prefill.removed)
+    return _distil(
+        context,
+        weights,
+        student,
+        sequence_loss(student, teacher, _losses(context)),
+        start={name: t for name, t in merged.items() if _block(name) in plans.prefill.distilled.values()},
+        blocks=_trained_blocks(context, plans.prefill),
+        frozen=set(),
+        data=data,
+        journal=_journal(context, "heal-prefill", (0.2, 0.6), "Healing the prefill model."),
+    )
+
+
+def _distil_decode(
+    context: StageContext,
+    plans: Plans,
+    merged: Tensors,
+    inherited: Tensors,
     prefill_weights: PreTrainedModel,
     teacher: PreTrainedModel,
     data: Data,
-) -> tuple[Tensors, TrainingResult | None]:
-    settings = _settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
+) -> tuple[Tensors, dict[str, Any] | None]:
+    """Starts from the prefill weights that it inherits; those are also what it falls back to."""
+    only_decode = _only_in_decode(plans).values()
     weights = load_model(context.model_dir, dtype=torch.float32)
-    load_tensors(weights, start)
-    frozen = {name for absorber in _only_in_decode(plans).values() for name in kv_tensor_names(absorber)}
-    parameters = trainable(weights, _trained_blocks(context, plans.decode), frozen=frozen)
-    if settings.steps == 0 or not parameters:
-        return {}, None
-    result = heal_decode(
+    load_tensors(weights, inherited)
+    student = drop_blocks(weights, plans.decode.removed)
+    loss = continuation_loss(
         drop_blocks(prefill_weights, plans.prefill.removed),
-        drop_blocks(weights, plans.decode.removed),
+        student,
         kv_layer_map(plans.prefill, plans.decode),
         teacher,
-        parameters,
+        _losses(context),
         prompt_tokens=data.prompt_tokens,
-        windows=data.training,
-        held_out=data.held_out,
-        settings=settings,
+    )
+    return _distil(
+        context,
+        weights,
+        student,
+        loss,
+        start={name: t for name, t in merged.items() if _block(name) in only_decode},
+        blocks=_trained_blocks(context, plans.decode),
+        frozen={name for absorber in only_decode for name in kv_tensor_names(absorber)},
+        data=data,
         journal=_journal(context, "heal-decode", (0.6, 1.0), "Healing the decode model."),
     )
-    return {name: parameter.detach() for name, parameter in parameters.items()}, result
+
+
+def _distil(
+    context: StageContext,
+    weights: PreTrainedModel,
+    student: PreTrainedModel,
+    loss: Loss,
+    *,
+    start: Tensors,
+    blocks: list[int],
+    frozen: set[str],
+    data: Data,
+    journal: Journal,
+) -> tuple[Tensors, dict[str, Any] | None]:
+    """Heal `weights`, which `student` shares, from the merged tensors `start`.
+
+    Returns the trained tensors in the stored dtype and the held-out loss of the weights given and of those. Weights
+    that do no better than those given are put back, and nothing is returned as trained.
+    """
+    settings = _settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
+    removes = student.config.num_hidden_layers < weights.config.num_hidden_layers
+    healed = trainable(weights, blocks, frozen=frozen) if removes and settings.steps else {}
+    if not start and not healed:
+        weights.requires_grad_(False)
+        return {}, None
+    named = dict(weights.named_parameters())
+    given = {name: named[name].detach().cpu().clone() for name in {*start, *healed}}
+    before = mean_loss(loss, data.held_out, settings.batch_windows)
+    load_tensors(weights, start)
+    steps = 0
+    if healed:
+        with _memory_saved(context, student):
+            steps = train_on(loss, healed, data.training, data.held_out, settings, journal).steps
+    weights.requires_grad_(False)
+    dtype = stored_dtype(context.model_dir)
+    trained = {name: named[name].detach().to(dtype, copy=True).contiguous() for name in given}
+    load_tensors(weights, trained)
+    after = mean_loss(loss, data.held_out, settings.batch_windows)
+    kept = _verdict(before, after)
+    if kept == UNDISTILLED:
+        load_tensors(weights, given)
+        trained = {}
+    return trained, {"before": before, "after": after, "steps": steps, "kept": kept}
+
+
+def _verdict(before: float, after: float) -> str:
+    """Which weights are kept, by their held-out loss without and with distillation."""
+    return DISTILLED if after < before else UNDISTILLED

@@ -16,10 +16,12 @@ from workers.context import StageContext
 from workers.models import device, load_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import stored_dtype
-from workers.pruning.measure import Speed, parameters, perplexity, speeds
+from workers.pruning.measure import Speed, parameters, perplexity, quality, speeds
 from workers.pruning.pair import kv_cache_bytes, pd_loss
 from workers.pruning.plan import BlockPlan, kv_layer_map
+from workers.pruning.serving import read_rule
 from workers.stages.export import roles
+from workers.stages.kv_tokens import measure_rule
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
 
@@ -37,7 +39,7 @@ class Subject:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes and returns the report: perplexity, PD loss, parameters, KV bytes, throughput."""
+    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory."""
     plans = read_plans(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.report(0.05, "Loading the exported checkpoints.")
@@ -81,7 +83,7 @@ def _describe(
         "distilled_blocks": subject.plan.to_json()["distilled"],
         "parameters": parameters(subject.model),
         "bytes": sum(path.stat().st_size for path in weights),
-        "perplexity": asdict(perplexity(subject.model, windows, batch=BATCH_WINDOWS)),
+        **asdict(quality(subject.model, dense, windows, batch=BATCH_WINDOWS)),
         "undistilled_perplexity": undistilled,
         **asdict(speed),
     }
@@ -103,6 +105,12 @@ def _measure_pair(
         return pd_loss(prefill, decode, layer_map, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS)
 
     dtype = stored_dtype(context.model_dir)
+    kv_tokens = None
+    if context.spec.kv_tokens is not None:
+        rule = read_rule((subjects.get("prefill") or subjects["unified"]).folder)
+        kv_tokens = measure_rule(
+            context.spec.kv_tokens, rule, dense.config, (prefill, decode), layer_map, windows, dtype
+        )
     pruned = (drop_blocks(dense, plans.prefill.removed), drop_blocks(dense, plans.decode.removed))
     return {
         "prompt_tokens": prompt_tokens,
@@ -111,6 +119,7 @@ def _measure_pair(
         "pruned_loss": loss(*pruned, layer_map),
         "distilled_loss": loss(prefill, decode, layer_map),
         "kv_layer_map": layer_map,
+        "kv_tokens": kv_tokens,
         "kv_bytes_per_request": {
             "tokens": tokens,
             "dense": kv_cache_bytes(dense.config, tokens, dtype),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
@@ -17,8 +17,10 @@ from workers.models import device, load_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.distill import load_tensors
+from workers.pruning.handover import KvTokenRule
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.stages import distillation
+from workers.stages.kv_tokens import choose_rule
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
 
@@ -41,10 +43,13 @@ def roles(plans: Plans) -> dict[str, tuple[BlockPlan, str]]:
 def run(context: StageContext) -> dict[str, Any]:
     """Writes one folder a checkpoint. Raises: BrokenCheckpoint, ExportMismatch."""
     plans = read_plans(context)
-    proof = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"][:1, :PROOF_TOKENS].to(device())
+    windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
+    proof = windows[:1, :PROOF_TOKENS]
+    rule = _choose_rule(context, plans, windows)
     metrics = {}
     for number, (role, (plan, trained)) in enumerate(roles(plans).items()):
-        context.report(number / 2, f"Writing the {role} checkpoint.")
+        start = 0.4 + 0.3 * number
+        context.report(start, f"Writing the {role} checkpoint.")
         overrides = context.input(StageName.DISTILLATION, trained)
         target = context.out / role
         write_checkpoint(
@@ -52,20 +57,39 @@ def run(context: StageContext) -> dict[str, Any]:
             target,
             kept=plan.kept,
             overrides=SourceTensors.in_file(overrides),
-            pdtrim=pdtrim_json(context, role, plan, plans),
-            model_card=model_card(context, role, plan),
+            pdtrim=pdtrim_json(context, role, plan, plans, rule),
+            model_card=model_card(context, role, plan, rule),
         )
-        context.report(number / 2 + 0.25, f"Proving the {role} checkpoint.")
-        expected = load_model(context.model_dir, dtype=torch.float32)
-        load_tensors(expected, load_file(overrides))
-        difference = _prove(target, drop_blocks(expected, plan.removed), proof)
+        context.report(start + 0.15, f"Proving the {role} checkpoint.")
+        difference = _prove(target, _healed(context, plan, trained, dtype=torch.float32), proof)
         files = [path for path in target.iterdir() if path.is_file()]
         metrics[role] = {
             "files": len(files),
             "bytes": sum(path.stat().st_size for path in files),
             "max_logit_difference": difference,
         }
-    return {"checkpoints": metrics}
+    return {"checkpoints": metrics, "kv_tokens": None if rule is None else rule.to_json()}
+
+
+def _healed(
+    context: StageContext, plan: BlockPlan, trained: str, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """What a checkpoint has to compute: the dense model with the trained tensors, without the removed blocks."""
+    weights = load_model(context.model_dir, dtype=dtype)
+    load_tensors(weights, load_file(context.input(StageName.DISTILLATION, trained)))
+    return drop_blocks(weights, plan.removed)
+
+
+def _choose_rule(context: StageContext, plans: Plans, windows: Tensor) -> KvTokenRule | None:
+    """The KV token rule, when the job asks for one. A unified checkpoint hands its cache to another copy of itself."""
+    asked = context.spec.kv_tokens
+    if asked is None:
+        return None
+    context.report(0.0, "Choosing the KV tokens that decode is sent.")
+    models = [_healed(context, plan, trained) for plan, trained in roles(plans).values()]
+    dense = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False, local_files_only=True)
+    layer_map = kv_layer_map(plans.prefill, plans.decode)
+    return choose_rule(context, asked, dense, (models[0], models[-1]), layer_map, windows)
 
 
 def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor) -> float:
@@ -85,7 +109,9 @@ def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor) -> float:
     return difference
 
 
-def pdtrim_json(context: StageContext, role: str, plan: BlockPlan, plans: Plans) -> dict[str, Any]:
+def pdtrim_json(
+    context: StageContext, role: str, plan: BlockPlan, plans: Plans, rule: KvTokenRule | None
+) -> dict[str, Any]:
     """What a serving stack has to know about a checkpoint; documented in the README."""
     return {
         "format_version": 1,
@@ -95,6 +121,7 @@ def pdtrim_json(context: StageContext, role: str, plan: BlockPlan, plans: Plans)
         "kept_blocks": list(plan.kept),
         "distilled_blocks": {str(removed): absorber for removed, absorber in sorted(plan.distilled.items())},
         "kv_layer_map": kv_layer_map(plans.prefill, plans.decode),
+        **({} if rule is None else {"kv_tokens": rule.to_json()}),
         "first_token": "prefill",
         "job": context.job_id,
         "seed": context.spec.seed,
@@ -102,11 +129,17 @@ def pdtrim_json(context: StageContext, role: str, plan: BlockPlan, plans: Plans)
     }
 
 
-def model_card(context: StageContext, role: str, plan: BlockPlan) -> str:
+def model_card(context: StageContext, role: str, plan: BlockPlan, rule: KvTokenRule | None) -> str:
     """The checkpoint's README.md."""
     source = context.spec.model.source
     removed = ", ".join(str(block) for block in sorted(plan.removed)) or "none"
     merged = "".join(f"\n- block {r} was distilled into block {a}" for r, a in sorted(plan.distilled.items()))
+    tokens = ""
+    if rule is not None and rule.layers:
+        tokens = f"""
+Of each prompt, layers {", ".join(map(str, sorted(rule.layers)))} of the decode checkpoint are sent the keys and values
+of the first {rule.first} and the last {rule.last} tokens only (`kv_tokens`).
+"""
     return f"""---
 library_name: transformers
 tags: [pruned, pdtrim, {role}]
@@ -122,4 +155,4 @@ tags: [pruned, pdtrim, {role}]
 Load it with `AutoModelForCausalLM.from_pretrained`. `pdtrim.json` lists the kept blocks and, for a prefill/decode
 pair, `kv_layer_map`: layer k of the decode checkpoint continues the KV cache of layer `kv_layer_map[k]` of the prefill
 checkpoint, which also emits the first generated token.
-"""
+{tokens}"""

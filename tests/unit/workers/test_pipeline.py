@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load, load_file
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
+from service.api import views
+from service.cli.display import job_page
 from service.contract.jobs import JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import artifacts, events, jobs, stages
@@ -23,6 +29,8 @@ from service.storage import open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers import pipeline
 from workers.pipeline import Worker, run_stage
+from workers.pruning.distill import KV_TENSORS
+from workers.pruning.serving import PrefillDecodePair
 
 
 @pytest.fixture
@@ -123,6 +131,10 @@ def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: P
     assert pair["kv_bytes_per_request"]["dense"] == 2 * 5 * 2 * 8 * 32 * 4
     assert pair["kv_bytes_per_request"]["sent"] == 2 * 3 * 2 * 8 * 16 * 4
     assert len(pair["kv_layer_map"]) == 3
+    assert [models["dense"][key] for key in ("kl_to_dense", "top1_agreement", "peak_memory_bytes")] == [0.0, 1.0, None]
+    assert models["decode"]["kl_to_dense"] > 0
+    assert models["decode"]["top1_agreement"] < 1
+    assert all(models[name]["time_to_first_token_ms"] > 0 for name in models)
     assert all(models[name]["undistilled_perplexity"] for name in ("prefill", "decode"))
 
 
@@ -149,6 +161,54 @@ def test_equal_counts_give_one_unified_checkpoint(worker: Worker, model: Path) -
     assert plan["prefill"] == plan["decode"]
 
 
+@pytest.mark.parametrize(
+    ("prefill_removes", "asked", "sent_tokens", "reached"),
+    [
+        (1, {"ratio": 4}, 20, True),  # of the dense model's 5 · 16 prompt tokens
+        (1, {"ratio": 1000}, 3, False),
+        (1, {"attention": {"threshold": 1e-6, "first": 2, "last": 3}}, 15, None),
+        (2, {"ratio": 4}, 20, True),
+    ],
+)
+def test_a_kv_token_rule_is_chosen_exported_and_measured(
+    prefill_removes: int,
+    asked: dict[str, Any],
+    sent_tokens: int,
+    reached: bool | None,
+    worker: Worker,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    quick = {"prefill": {"remove_blocks": prefill_removes}, "distillation": {"enabled": False}}
+    job_id = create(worker, tiny_spec(model, kv_tokens=asked, **quick))
+    run_through(worker, job_id)
+
+    pair = stage_row(worker, job_id, StageName.EVALUATION).metrics["pair"]
+    measured = pair["kv_tokens"]
+    rule = measured["rule"]
+    roles = {name.split("/")[0] for name in recorded(worker, job_id, StageName.EXPORT)}
+    for name, row in recorded(worker, job_id, StageName.EXPORT).items():
+        (tmp_path / "served" / name).parent.mkdir(parents=True, exist_ok=True)
+        worker.store.download(row.key, tmp_path / "served" / name)
+    for role in roles:
+        assert json.loads((tmp_path / "served" / role / "pdtrim.json").read_text())["kv_tokens"] == rule
+        assert "are sent the keys and values" in (tmp_path / "served" / role / "README.md").read_text()
+    served = PrefillDecodePair.load(*(tmp_path / "served" / role for role in (max(roles), min(roles))))
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))["validation"]
+    handover = served.prefill(windows[:1, :16])
+    assert measured["bytes_sent"] == handover.nbytes <= 2 * 2 * 8 * 4 * sent_tokens
+    assert measured["ratio"] == pair["kv_bytes_per_request"]["dense_sent"] / handover.nbytes
+    assert (measured["ratio_asked"], measured["ratio_reached"]) == (asked.get("ratio"), reached)
+    assert measured["loss"] != pytest.approx(pair["distilled_loss"], abs=1e-6)
+
+
+def test_without_kv_tokens_every_token_is_sent(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model, distillation={"enabled": False}))
+    run_through(worker, job_id)
+    assert stage_row(worker, job_id, StageName.EVALUATION).metrics["pair"]["kv_tokens"] is None
+    assert "kv_tokens" not in json.loads(content(worker, job_id, StageName.EXPORT, "decode/pdtrim.json"))
+
+
 def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Path) -> None:
     plans = []
     for _ in range(2):
@@ -163,6 +223,57 @@ def test_undistilled_export_keeps_the_source_weights(worker: Worker, model: Path
     run_through(worker, job_id)
     decode = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]["decode"]
     assert decode["perplexity"] == decode["undistilled_perplexity"]
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 1.0])
+def test_distillation_that_does_not_help_is_left_out_and_said_so(threshold: float, worker: Worker, model: Path) -> None:
+    spec = tiny_spec(model)
+    spec["distillation"] |= {"threshold": threshold, "learning_rate": 1.0}
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+    found = stage_row(worker, job_id, StageName.DISTILLATION).metrics
+    assert {found[half]["kept"] for half in ("prefill", "decode")} == {"undistilled"}
+    assert all(pair["kept"] == "undistilled" for pair in found["merged"].values())
+    models = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]
+    for half in ("prefill", "decode"):
+        assert models[half]["perplexity"] == models[half]["undistilled_perplexity"]
+    with transaction(worker.engine) as session:
+        told = Console(width=300, record=True, file=io.StringIO())
+        told.print(job_page(views.job(jobs.get(session, job_id), jobs.stages(session, [job_id])[job_id])))
+    assert "prefill kept undistilled" in told.export_text()
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+def test_a_block_distilled_for_decode_alone_reads_the_keys_and_values_it_would_make(
+    config: type[PretrainedConfig], worker: Worker, tmp_path: Path
+) -> None:
+    model = write_tiny_model(tmp_path / "models" / "tiny", config)
+    spec = tiny_spec(model)
+    spec["distillation"] |= {"learning_rate": 5e-4, "heal_tokens": 2048}
+    job_id = create(worker, spec)
+    run_through(worker, job_id, StageName.EXPORT)
+    metrics = stage_row(worker, job_id, StageName.DISTILLATION).metrics
+    assert [metrics[half]["kept"] for half in ("prefill", "decode")] == ["distilled", "distilled"]
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    [(removed, absorber)] = plan["decode"]["distilled"].items() - plan["prefill"]["distilled"].items()
+    assert metrics["merged"][removed]["kept"] == "distilled"
+
+    prefill, decode = (
+        load(content(worker, job_id, StageName.EXPORT, f"{half}/model.safetensors")) for half in ("prefill", "decode")
+    )
+    described = json.loads(content(worker, job_id, StageName.EXPORT, "decode/pdtrim.json"))
+    layer = described["kept_blocks"].index(absorber)
+    source = described["kv_layer_map"][layer]
+    dense = load_file(model / "model.safetensors")
+    shaping = [name for name in KV_TENSORS if f"model.layers.{source}.{name}" in prefill]
+    assert len(shaping) == (4 if config is Qwen3Config else 3)
+    for name in shaping:
+        sent = prefill[f"model.layers.{source}.{name}"]
+        assert torch.equal(decode[f"model.layers.{layer}.{name}"], sent)
+        # Healing did change them: decode has to hold prefill's, not the dense model's.
+        assert not torch.equal(sent, dense[f"model.layers.{absorber}.{name}"])
+    trained = "mlp.down_proj.weight"
+    assert not torch.equal(decode[f"model.layers.{layer}.{trained}"], prefill[f"model.layers.{source}.{trained}"])
 
 
 def test_a_repeated_delivery_of_a_finished_stage_does_nothing(worker: Worker, model: Path) -> None:
@@ -193,7 +304,14 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
 ) -> None:
     monkeypatch.setattr("workers.stages.removal.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
-    unbroken, broken = (create(worker, tiny_spec(model)) for _ in range(2))
+    spec = tiny_spec(model)
+    spec["distillation"] |= {
+        "losses": {"kl": 1, "label": 0.5, "hidden": 0.5},
+        "gradient_accumulation": 2,
+        "gradient_checkpointing": True,
+        "patience": 2,
+    }
+    unbroken, broken = (create(worker, spec) for _ in range(2))
     for job_id in (unbroken, broken):
         for earlier in list(StageName)[: list(StageName).index(stage)]:
             run_stage(worker, job_id, earlier)

@@ -56,6 +56,16 @@ def test_specification_is_shown_with_its_defaults(gateway: Gateway) -> None:
         ({"search": {"algorithm": "luck"}}, "search.algorithm"),
         ({"distillation": {"threshold": float("nan")}}, "distillation.threshold"),
         ({"distillation": {"learning_rate": float("inf")}}, "distillation.learning_rate"),
+        ({"distillation": {"losses": {"hidden": -1}}}, "distillation.losses.hidden"),
+        ({"distillation": {"losses": {"label": float("nan")}}}, "distillation.losses.label"),
+        ({"distillation": {"losses": {"kl": 0}}}, "distillation.losses"),
+        ({"distillation": {"patience": 0}}, "distillation.patience"),
+        ({"distillation": {"batch_windows": 2, "gradient_accumulation": 3}}, "distillation.gradient_accumulation"),
+        ({"kv_tokens": {}}, "kv_tokens"),
+        ({"kv_tokens": {"ratio": 2, "attention": {"threshold": 0.5}}}, "kv_tokens"),
+        ({"kv_tokens": {"ratio": 0.5}}, "kv_tokens.ratio"),
+        ({"kv_tokens": {"attention": {"first": 4}}}, "kv_tokens.attention.threshold"),
+        ({"kv_tokens": {"attention": {"threshold": 0.5, "first": 0, "last": 0}}}, "kv_tokens.attention"),
     ],
 )
 def test_invalid_field_is_named(gateway: Gateway, changes: dict[str, Any], param: str) -> None:

@@ -202,10 +202,8 @@ def test_a_rule_by_loss_spares_the_layer_that_needs_its_tokens() -> None:
     assert rule_by_loss(loss, ATTENTION, dense, decode, ratio=1.25) == EVERY_TOKEN
 
 
-def test_a_ratio_out_of_reach_is_refused() -> None:
+def test_a_ratio_out_of_reach_sends_one_token_a_layer() -> None:
     dense, decode = configs()
-    reason = "8 tokens cannot be sent in 1/11 of the dense model's bytes: one token for each of 4 decode layers is more"
-    with pytest.raises(ValueError, match=reason):
-        rule_by_ratio(ATTENTION, dense, decode, first=1, last=2, ratio=11)
-    with pytest.raises(ValueError, match=reason):
-        rule_by_loss(lambda rule: 0.0, ATTENTION, dense, decode, ratio=11)
+    one = KvTokenRule(1, 0, frozenset({0, 1, 2, 3}))
+    assert rule_by_ratio(ATTENTION, dense, decode, first=1, last=2, ratio=11) == one
+    assert rule_by_loss(lambda rule: 0.0, ATTENTION, dense, decode, ratio=11) == one

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from workers.pruning.training import (
 )
 
 SETTINGS = TrainingSettings(steps=20, batch_windows=2, learning_rate=0.05, seed=1)
+HASTY = TrainingSettings(steps=60, batch_windows=2, learning_rate=0.9, seed=1)
+"""Improves for a few steps, then oscillates."""
 
 
 class Regression:
@@ -51,14 +56,45 @@ def test_a_run_that_only_does_harm_leaves_the_weights_as_they_were() -> None:
     assert torch.equal(problem.weight, torch.ones(3))
 
 
-@pytest.mark.parametrize("kept_step", [1, 9, 20])
-def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(kept_step: int) -> None:
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, parts=2), replace(HASTY, patience=2)])
+@pytest.mark.parametrize("kept_step", [1, 5, 9, -1])
+def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(kept_step: int, settings: TrainingSettings) -> None:
     states: list[dict[str, Tensor]] = []
     unbroken = Regression()
-    expected = unbroken.run(Journal(save=lambda last, state: states.append({k: v.clone() for k, v in state().items()})))
+    keep = Journal(save=lambda last, state: states.append({k: v.clone() for k, v in state().items()}))
+    expected = unbroken.run(keep, settings)
     resumed = Regression()
-    assert resumed.run(Journal(resume=states[kept_step - 1])) == expected
+    assert resumed.run(Journal(resume=states[kept_step if kept_step < 0 else kept_step - 1]), settings) == expected
     assert torch.equal(resumed.weight, unbroken.weight)
+
+
+def test_training_stops_when_the_held_out_loss_has_not_fallen_for_long_and_leaves_the_best_weights() -> None:
+    problem, losses = Regression(), iter([5.0, 4.0, 6.0, 3.0, 3.0, 7.0, 1.0])  # before, then one a check
+    best: list[Tensor] = []
+
+    def note(step: int, steps: int, loss: float) -> None:
+        if step == 6:
+            best.append(problem.weight.detach().clone())
+
+    settings = replace(SETTINGS, patience=2)  # 20 steps with a check every second one
+    announced: list[bool] = []
+    journal = Journal(report=note, save=lambda last, state: announced.append(last))
+    result = train({"w": problem.weight}, problem.loss, lambda: next(losses), problem.windows, settings, journal)
+    assert result == TrainingResult(before=5.0, after=3.0, steps=10)
+    assert torch.equal(problem.weight, best[0])
+    assert announced == [False] * 9 + [True]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6, 100])
+def test_a_batch_in_parts_trains_as_the_whole_batch_does(parts: int) -> None:
+    whole, in_parts = Regression(), Regression()
+    settings = TrainingSettings(steps=20, batch_windows=6, learning_rate=0.05, seed=1)
+    losses: dict[int, list[float]] = {1: [], parts: []}
+    for problem, count in ((whole, 1), (in_parts, parts)):
+        report = partial(lambda kept, step, steps, loss: kept.append(loss), losses[count])
+        problem.run(Journal(report=report), replace(settings, parts=count))
+    torch.testing.assert_close(in_parts.weight, whole.weight, rtol=1e-6, atol=1e-6)
+    assert losses[parts] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
 
 
 def test_the_last_state_is_announced_as_the_last() -> None:

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+
+from service.report import report
+
+DENSE: dict[str, Any] = {
+    "blocks": 12,
+    "deleted_blocks": [],
+    "distilled_blocks": {},
+    "undistilled_perplexity": None,
+    "perplexity": {"value": 20.0, "standard_error": 1.0},
+    "kl_to_dense": 0.0,
+    "top1_agreement": 1.0,
+    "parameters": 1000,
+    "bytes": 1 << 20,
+    "time_to_first_token_ms": 30.0,
+    "inter_token_latency_ms": 6.0,
+    "decode_tokens_per_second": 150.0,
+    "peak_memory_bytes": None,
+}
+DECODE = {
+    **DENSE,
+    "blocks": 8,
+    "kl_to_dense": 0.125,
+    "top1_agreement": 0.875,
+    "time_to_first_token_ms": 20.0,
+    "inter_token_latency_ms": 4.0,
+}
+RULE = {"loss": 3.25, "bytes_sent": 1024, "ratio": 4.0, "ratio_asked": 4.0, "ratio_reached": True}
+PAIR: dict[str, Any] = {
+    "prompt_tokens": 128,
+    "continuation_tokens": 128,
+    "dense_loss": 3.0,
+    "pruned_loss": 3.5,
+    "distilled_loss": 3.2,
+    "kv_tokens": None,
+    "kv_bytes_per_request": {"tokens": 256, "dense": 8192, "pruned": 4096, "dense_sent": 4096, "sent": 2048},
+}
+
+
+def shown(models: dict[str, Any], pair: dict[str, Any]) -> dict[str, str]:
+    """Each row's cells by its label, as a terminal shows them."""
+    page = StringIO()
+    Console(width=160, file=page).print(report({"models": models, "pair": pair}))
+    lines = [line.strip().split("  ", 1) for line in page.getvalue().splitlines()]
+    return {line[0]: " ".join(line[1].split()) for line in lines if len(line) == 2}
+
+
+def test_likeness_and_latency_are_shown_beside_the_dense_model() -> None:
+    rows = shown({"dense": DENSE, "decode": DECODE}, PAIR)
+    assert rows["KL to dense, nats"] == "0.1250"
+    assert rows["same top token"] == "87.5%"
+    assert rows["first token ms"] == "30.0 20.0 (1.50×)"
+    assert rows["each next token ms"] == "6.0 4.0 (1.50×)"
+
+
+def test_peak_memory_is_shown_where_it_was_measured() -> None:
+    measured = {name: {**model, "peak_memory_bytes": 3 << 20} for name, model in (("dense", DENSE), ("decode", DECODE))}
+    assert "peak memory MiB" not in shown({"dense": DENSE, "decode": DECODE}, PAIR)
+    assert shown(measured, PAIR)["peak memory MiB"] == "3.0 3.0"
+
+
+def test_a_token_rule_is_shown_with_what_it_saves_and_costs() -> None:
+    models = {"dense": DENSE, "decode": DECODE}
+    assert "KV sent with the token rule" not in shown(models, PAIR)
+    rows = shown(models, {**PAIR, "kv_tokens": RULE})
+    assert rows["KV sent with the token rule"] == "4 KiB 1 KiB (4.00× less)"
+    assert rows["PD loss with the token rule"] == "3.2500"
+    short = {**RULE, "ratio_asked": 9.0, "ratio_reached": False}
+    rows = shown(models, {**PAIR, "kv_tokens": short})
+    assert rows["KV sent with the token rule"] == "4 KiB 1 KiB (4.00× less; 9× asked for)"
