@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated
@@ -101,7 +101,7 @@ def revoke(
         console.print(f"The key {revoked.prefix} opens nothing any more.", highlight=False)
 
 
-COMMANDS = {"create": create, "list": list_, "revoke": revoke}
+COMMANDS: dict[str, Callable[..., None]] = {"create": create, "list": list_, "revoke": revoke}
 for command_name, command in COMMANDS.items():
     app.command(command_name)(command)
 
