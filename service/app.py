@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Engine
 
 from service.api import artifacts, events, health, jobs, methods, problems
-from service.api.auth import ApiKey
+from service.api.auth import ApiKey, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
@@ -60,6 +60,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     engine = connect(settings.database_url)
     await run_in_threadpool(migrate, engine)
+    await run_in_threadpool(warn_if_open, engine, settings)
     app.state.engine = engine
     app.state.store = open_store(
         settings.artifacts_url,

@@ -19,6 +19,7 @@ from service.contract.errors import (
     DependencyUnavailable,
     InvalidRequest,
     JobNotFound,
+    MissingScope,
     RangeNotSatisfiable,
     Unauthorized,
 )
@@ -48,7 +49,7 @@ BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "b
     response_model=Page[Artifact],
     responses={
         200: examples.response(examples.ARTIFACTS, "A page of artifacts, stage by stage."),
-        **documented(Unauthorized, JobNotFound, InvalidRequest, CursorNotFound, DependencyUnavailable),
+        **documented(Unauthorized, MissingScope, JobNotFound, InvalidRequest, CursorNotFound, DependencyUnavailable),
     },
 )
 def list_artifacts(
@@ -82,7 +83,9 @@ def list_artifacts(
             "description": "The file is in S3, at a link that is valid for a while.",
             "headers": {"Location": {"description": "Presigned link.", "schema": {"type": "string"}}},
         },
-        **documented(Unauthorized, ArtifactNotFound, JobNotFound, RangeNotSatisfiable, DependencyUnavailable),
+        **documented(
+            Unauthorized, MissingScope, ArtifactNotFound, JobNotFound, RangeNotSatisfiable, DependencyUnavailable
+        ),
     },
 )
 def get_artifact_content(
@@ -116,7 +119,7 @@ def get_artifact_content(
     response_class=Response,
     responses={
         200: {"description": "The headers of the whole file, wherever it is stored.", "headers": HEADERS},
-        **documented(Unauthorized, ArtifactNotFound, JobNotFound, DependencyUnavailable),
+        **documented(Unauthorized, MissingScope, ArtifactNotFound, JobNotFound, DependencyUnavailable),
     },
 )
 def head_artifact_content(job_id: JobId, artifact_id: ArtifactId, engine: EngineDep) -> Response:

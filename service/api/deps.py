@@ -8,7 +8,10 @@ from typing import Annotated
 from fastapi import Depends, Path, Query, Request
 from sqlalchemy import Engine
 
+from service.api.auth import Caller
 from service.contract.errors import ArtifactNotFound, CursorNotFound, JobNotFound
+from service.db import jobs
+from service.db.session import transaction
 from service.settings import Settings
 from service.storage import ArtifactStore
 
@@ -31,10 +34,24 @@ def _store(request: Request) -> ArtifactStore:
     return store
 
 
-def _job_id(job_id: Annotated[str, Path(examples=["job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])]) -> str:
-    """Refuse what cannot be an id here: a database may refuse to look for it at all."""
+def _project(request: Request) -> str:
+    caller: Caller = request.state.caller
+    return caller.project
+
+
+def _job_id(
+    job_id: Annotated[str, Path(examples=["job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])],
+    engine: Annotated[Engine, Depends(_engine)],
+    project: Annotated[str, Depends(_project)],
+) -> str:
+    """The id of a job of the caller's project: what takes a `JobId` cannot reach across the border.
+
+    What cannot be an id is refused here: a database may refuse to look for it at all.
+    """
     if not JOB_ID.fullmatch(job_id):
         raise JobNotFound("No such job exists: an id is `job_` and 32 hexadecimal digits. List jobs with GET /v1/jobs.")
+    with transaction(engine) as session:
+        jobs.check_project(session, job_id, project)
     return job_id
 
 
@@ -63,6 +80,7 @@ def _after_artifact(
 SettingsDep = Annotated[Settings, Depends(_settings)]
 EngineDep = Annotated[Engine, Depends(_engine)]
 StoreDep = Annotated[ArtifactStore, Depends(_store)]
+Project = Annotated[str, Depends(_project)]
 JobId = Annotated[str, Depends(_job_id)]
 ArtifactId = Annotated[str, Depends(_artifact_id)]
 AfterJob = Annotated[str | None, Depends(_after_job)]

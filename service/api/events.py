@@ -17,7 +17,7 @@ from service.api import examples, views
 from service.api.auth import declared
 from service.api.deps import EngineDep, JobId, Limit
 from service.api.problems import documented
-from service.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, Unauthorized
+from service.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, MissingScope, Unauthorized
 from service.contract.jobs import Event, JobStatus, Page
 from service.db import events, jobs
 from service.db.session import transaction
@@ -88,7 +88,7 @@ async def stream(engine: Engine, job_id: str, batch: Batch, *, after: int) -> As
             },
         },
         204: {"description": "Asked for a stream: the job is over and has no event after the given one."},
-        **documented(Unauthorized, JobNotFound, InvalidRequest, DependencyUnavailable),
+        **documented(Unauthorized, MissingScope, JobNotFound, InvalidRequest, DependencyUnavailable),
     },
 )
 def list_events(

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from service import preflight, queue
 from service.api import examples, views
 from service.api.auth import declared
-from service.api.deps import AfterJob, EngineDep, JobId, Limit, SettingsDep
+from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep
 from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, reserved
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
 from service.contract.errors import (
@@ -23,6 +23,7 @@ from service.contract.errors import (
     InvalidRequest,
     JobNotCancellable,
     JobNotFound,
+    MissingScope,
     ModelUnsupported,
     RequestInFlight,
     SourceNotAllowed,
@@ -35,7 +36,6 @@ from service.contract.spec import JobSpec, MetadataKey, MetadataValue
 from service.db import idempotency, jobs
 from service.db.idempotency import Answered
 from service.db.session import transaction
-from service.db.tables import DEFAULT_PROJECT
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared])
 
@@ -84,6 +84,7 @@ def metadata_filter(request: Request) -> dict[str, str]:
             MalformedBody,
             InvalidIdempotencyKey,
             Unauthorized,
+            MissingScope,
             RequestInFlight,
             IdempotencyKeyReused,
             BodyTooLarge,
@@ -102,16 +103,17 @@ def create_job(
     response: Response,
     settings: SettingsDep,
     engine: EngineDep,
+    project: Project,
     idempotency_key: IdempotencyKey,
 ) -> Job:
     """Check what can be checked without weights, then queue a job that scores, removes, distils, exports, evaluates."""
-    with reserved(engine, DEFAULT_PROJECT, idempotency_key, spec) as held:
+    with reserved(engine, project, idempotency_key, spec) as held:
         if isinstance(held, Answered):
             response.headers.update({"Location": f"/v1/jobs/{held.job_id}", REPLAYED: "true"})
             return Job.model_validate(held.response)
         revision = preflight.check(spec, settings)
         with transaction(engine) as session:
-            row = jobs.create(session, spec, model_revision=revision)
+            row = jobs.create(session, spec, project=project, model_revision=revision)
             shown = views.job(row, jobs.stages(session, [row.id])[row.id])
             if held is not None:
                 idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
@@ -127,7 +129,7 @@ def create_job(
     response_model=Page[Job],
     responses={
         200: examples.response(examples.JOBS, "A page of jobs, newest first."),
-        **documented(Unauthorized, InvalidRequest, CursorNotFound, DependencyUnavailable),
+        **documented(Unauthorized, MissingScope, InvalidRequest, CursorNotFound, DependencyUnavailable),
     },
     openapi_extra={
         "parameters": [
@@ -144,6 +146,7 @@ def create_job(
 )
 def list_jobs(
     engine: EngineDep,
+    project: Project,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
     after: AfterJob,
     limit: Limit = 20,
@@ -151,7 +154,7 @@ def list_jobs(
 ) -> Page[Job]:
     """Newest first. Read on with `after` set to the page's `last_id` while `has_more` is true."""
     with transaction(engine) as session:
-        rows, has_more = jobs.page(session, limit=limit, after=after, status=status, metadata=metadata)
+        rows, has_more = jobs.page(session, project, limit=limit, after=after, status=status, metadata=metadata)
         return views.jobs(rows, jobs.stages(session, [row.id for row in rows]), has_more)
 
 
@@ -162,7 +165,7 @@ def list_jobs(
     response_model=Job,
     responses={
         200: examples.response(examples.JOB, "The job with its stages."),
-        **documented(Unauthorized, JobNotFound, DependencyUnavailable),
+        **documented(Unauthorized, MissingScope, JobNotFound, DependencyUnavailable),
     },
 )
 def get_job(job_id: JobId, engine: EngineDep) -> Job:
@@ -181,7 +184,7 @@ def get_job(job_id: JobId, engine: EngineDep) -> Job:
             {**examples.JOB, "status": "cancelling", "estimated_finish": None},
             "The job, `cancelled`, or `cancelling` until the worker has stopped the running stage.",
         ),
-        **documented(Unauthorized, JobNotFound, JobNotCancellable, DependencyUnavailable),
+        **documented(Unauthorized, MissingScope, JobNotFound, JobNotCancellable, DependencyUnavailable),
     },
 )
 def cancel_job(job_id: JobId, engine: EngineDep) -> Job:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from service.api.auth import declared
 from service.api.problems import documented
-from service.contract.errors import Unauthorized
+from service.contract.errors import MissingScope, Unauthorized
 from service.contract.jobs import Page
 from service.contract.methods import Method, methods
 
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/methods", tags=["methods"], dependencies=[declare
     summary="List pruning methods",
     operation_id="list_methods",
     response_model=Page[Method],
-    responses=documented(Unauthorized),
+    responses=documented(Unauthorized, MissingScope),
 )
 def list_methods() -> Page[Method]:
     """Each method with a summary, its source, and its parameters as JSON Schema."""

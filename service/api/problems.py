@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_LISTED_ERRORS = 5
 MAX_ECHO = 80
+DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeout)
 HEADERS = {Unauthorized: {"WWW-Authenticate": "Bearer"}, RequestInFlight: {"Retry-After": "1"}}
 
 
@@ -132,7 +133,8 @@ def _from_pdtrim(request: Request, error: PDTrimError) -> Response:
     return problem(request, error, headers=HEADERS.get(type(error)))
 
 
-def _from_database(request: Request, error: Exception) -> Response:
+def database_unavailable(request: Request, error: Exception) -> Response:
+    """The problem response while the database does not answer."""
     log.error("database: %s", error)
     unavailable = DependencyUnavailable("The database does not answer. Try again; GET /readyz says what is wrong.")
     return problem(request, unavailable, headers={"Retry-After": "5"})
@@ -154,8 +156,8 @@ def install(app: FastAPI) -> None:
     app.exception_handler(RequestValidationError)(_from_validation)
     app.exception_handler(HTTPException)(_from_http)
     app.exception_handler(PDTrimError)(_from_pdtrim)
-    for error in (OperationalError, InterfaceError, PoolTimeout):
-        app.exception_handler(error)(_from_database)
+    for error in DATABASE_ERRORS:
+        app.exception_handler(error)(database_unavailable)
     app.exception_handler(StoreUnavailable)(_from_store)
     app.exception_handler(ObjectNotFound)(_from_missing_object)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from service.cli import jobs, run
+from service.cli import jobs, keys, run
 
 app = typer.Typer(
     name="pdtrim",
@@ -23,3 +23,4 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(keys.app, rich_help_panel="Service")

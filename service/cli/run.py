@@ -45,7 +45,8 @@ WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets")
 CELERY = "import workers.tasks, celery.__main__; celery.__main__.main()"
 
 
-def _settings(**given: object) -> Settings:
+def configured(**given: object) -> Settings:
+    """The settings; what is wrong with them ends the command."""
     try:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -75,7 +76,7 @@ def serve() -> None:
 
     from service.app import create_app
 
-    settings = _settings()
+    settings = configured()
     # Open event streams would hold up a stop for ever; clients take them up again elsewhere.
     uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=2)
 
@@ -86,7 +87,7 @@ def worker() -> None:
     Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim worker`
     """
     _require_worker()
-    _settings()
+    configured()
     options = ["--concurrency=1", "--pool=prefork", f"--queues={QUEUE}", "--without-gossip", "--without-mingle"]
     named = f"--hostname={worker_name(os.getpid())}"
     command = [sys.executable, "-P", "-c", CELERY, "-A", "workers.tasks", "worker", "--loglevel=INFO", named, *options]
@@ -101,7 +102,7 @@ def migrate() -> None:
 
     Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… pdtrim migrate`
     """
-    migrate_database(connect(_settings().database_url))
+    migrate_database(connect(configured().database_url))
     console.print("The database's schema is current.")
 
 
@@ -119,7 +120,7 @@ def up(
     Example: `pdtrim up --port 8080 --data-dir /var/lib/pdtrim`
     """
     _require_worker()
-    settings = _settings(port=port, data_dir=data_dir)
+    settings = configured(port=port, data_dir=data_dir)
     console.print("Starting the gateway and a worker …")
     try:
         with _stopped_by_signals(), Embedded(settings, Path.cwd(), _tell) as service:
@@ -172,7 +173,7 @@ def demo(data_dir: DataDir = Path("pdtrim-data")) -> None:
     Example: `pdtrim demo`
     """
     _require_worker()
-    settings = _settings(port=0, data_dir=data_dir)
+    settings = configured(port=0, data_dir=data_dir)
     folder = settings.data_dir / "demo"
     console.print("Starting the gateway and a worker …")
     try:

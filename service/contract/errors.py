@@ -75,6 +75,10 @@ class Unauthorized(PDTrimError):
     code, title, status = "unauthorized", "A valid API key is needed", 401
 
 
+class MissingScope(PDTrimError):
+    code, title, status = "missing_scope", "The API key does not allow this", 403
+
+
 class SourceNotAllowed(PDTrimError):
     code, title, status = "source_not_allowed", "The source is not on the allow list", 422
 

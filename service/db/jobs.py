@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
+from service.contract.access import DEFAULT_PROJECT
 from service.contract.errors import CursorNotFound, JobNotCancellable, JobNotFound
 from service.contract.jobs import JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
@@ -14,10 +15,13 @@ from service.db import events
 from service.db.tables import JobRow, StageRow, now
 
 
-def create(session: Session, spec: JobSpec, *, model_revision: str | None = None) -> JobRow:
+def create(
+    session: Session, spec: JobSpec, *, project: str = DEFAULT_PROJECT, model_revision: str | None = None
+) -> JobRow:
     """Insert a job, its stages (the first one queued, to be sent after the commit) and its first event."""
     job = JobRow(
         id=f"job_{uuid7().hex}",
+        project=project,
         status=JobStatus.QUEUED,
         spec=spec.model_dump(mode="json"),
         labels=dict(spec.metadata),
@@ -43,6 +47,13 @@ def get(session: Session, job_id: str) -> JobRow:
     return row
 
 
+def check_project(session: Session, job_id: str, project: str) -> None:
+    """Raises: JobNotFound when the project has no such job, whether another has it or not."""
+    found = select(JobRow.id).where(JobRow.id == job_id, JobRow.project == project)
+    if session.exec(found).first() is None:
+        raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
+
+
 def lock(session: Session, job_id: str) -> JobRow:
     """The job, locked until the transaction ends; every change of a job or stage begins here. Raises: JobNotFound."""
     row = session.exec(
@@ -64,20 +75,22 @@ def stages(session: Session, job_ids: list[str]) -> dict[str, list[StageRow]]:
 
 def page(
     session: Session,
+    project: str,
     *,
     limit: int,
     after: str | None = None,
     status: JobStatus | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[list[JobRow], bool]:
-    """Jobs, newest first, and whether more follow. Raises: CursorNotFound."""
-    query = select(JobRow)
+    """Jobs of a project, newest first, and whether more follow. Raises: CursorNotFound."""
+    query = select(JobRow).where(JobRow.project == project)
     if status is not None:
         query = query.where(JobRow.status == status)
     for key, value in (metadata or {}).items():
         query = query.where(col(JobRow.labels)[key].as_string() == value)
     if after is not None:
-        if session.get(JobRow, after) is None:
+        cursor = session.get(JobRow, after)
+        if cursor is None or cursor.project != project:
             raise CursorNotFound(f"`after` names no job: {after}", param="after")
         query = query.where(JobRow.id < after)
     rows = session.exec(query.order_by(col(JobRow.id).desc()).limit(limit + 1)).all()

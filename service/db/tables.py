@@ -9,6 +9,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, String, Uniqu
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
+from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import JobStatus, StageName, StageStatus
 
 
@@ -31,15 +32,16 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 Name = String(32)
-DEFAULT_PROJECT = "default"
 
 
 class JobRow(SQLModel, table=True):
     """A job. Its id is a UUID version 7, so ids sort by creation."""
 
     __tablename__ = "jobs"
+    __table_args__ = (Index("ix_jobs_project_id", "project", "id"),)
 
     id: str = Field(primary_key=True, max_length=40)
+    project: str = Field(default=DEFAULT_PROJECT, max_length=64)
     status: JobStatus = Field(sa_type=Name, index=True)
     spec: dict[str, Any] = Field(sa_type=JSON)
     labels: dict[str, str] = Field(sa_type=JSON)
@@ -121,3 +123,18 @@ class IdempotencyRow(SQLModel, table=True):
     job_id: str | None = Field(default=None, foreign_key="jobs.id", max_length=40, ondelete="CASCADE", index=True)
     response: dict[str, Any] | None = Field(default=None, sa_type=JSON)
     reserved_at: datetime = Field(default_factory=now, sa_type=UtcDateTime, index=True)
+
+
+class ApiKeyRow(SQLModel, table=True):
+    """An API key. Its secret is not here, only the SHA-256 of it."""
+
+    __tablename__ = "api_keys"
+
+    prefix: str = Field(primary_key=True, max_length=12)
+    secret_sha256: str = Field(max_length=64)
+    project: str = Field(max_length=64)
+    name: str = Field(max_length=128)
+    scopes: list[str] = Field(sa_type=JSON)
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)

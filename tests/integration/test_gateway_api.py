@@ -15,6 +15,7 @@ from service.settings import Settings
 from service.storage import content_disposition, open_store
 from tests import servers
 from tests.gateway import Gateway, gateway, model, problem_of, serve
+from tests.unit.service.api.test_access import *  # noqa: F403
 from tests.unit.service.api.test_artifacts import *  # noqa: F403
 from tests.unit.service.api.test_event_stream import *  # noqa: F403
 from tests.unit.service.api.test_events import *  # noqa: F403

@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import text
 
 from service.api.idempotency import fingerprint
+from service.contract.access import DEFAULT_PROJECT
 from service.contract.spec import JobSpec
 from service.db import idempotency
 from service.db.session import transaction
-from service.db.tables import DEFAULT_PROJECT
 from tests.gateway import Gateway, listening, problem_of
 
 KEY = {"Idempotency-Key": '"8e03978e-40d5-43dd-bc93-6894a57f9324"'}

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlmodel import select
 
+from service.contract.access import DEFAULT_PROJECT
 from service.contract.errors import IdempotencyKeyReused, JobNotFound, RequestInFlight
 from service.contract.spec import JobSpec
 from service.db import idempotency, jobs
@@ -81,7 +82,7 @@ def test_a_request_whose_reservation_was_taken_over_creates_nothing(engine: Engi
     job_id = create(engine, fast)
 
     with transaction(engine) as session:
-        assert [row.id for row in jobs.page(session, limit=10)[0]] == [job_id]
+        assert [row.id for row in jobs.page(session, DEFAULT_PROJECT, limit=10)[0]] == [job_id]
 
 
 def test_of_many_requests_at_once_one_gets_the_key(engine: Engine) -> None:

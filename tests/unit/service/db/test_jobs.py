@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import Engine
 
+from service.contract.access import DEFAULT_PROJECT
 from service.contract.errors import CursorNotFound, JobNotCancellable, JobNotFound
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
@@ -34,8 +35,8 @@ def test_a_new_job_has_its_stages_and_only_the_first_is_queued(engine: Engine) -
 def test_pages_run_from_newest_to_oldest_without_gap_or_overlap(engine: Engine) -> None:
     created = [create_job(engine) for _ in range(5)]
     with transaction(engine) as session:
-        first, more = jobs.page(session, limit=3)
-        second, end = jobs.page(session, limit=3, after=first[-1].id)
+        first, more = jobs.page(session, DEFAULT_PROJECT, limit=3)
+        second, end = jobs.page(session, DEFAULT_PROJECT, limit=3, after=first[-1].id)
     assert [row.id for row in first + second] == created[::-1]
     assert (more, end) == (True, False)
 
@@ -44,15 +45,15 @@ def test_jobs_are_filtered_by_status_and_by_every_label(engine: Engine) -> None:
     wanted = create_job(engine, team="serving", tier="gold")
     create_job(engine, team="serving")
     with transaction(engine) as session:
-        by_labels, _ = jobs.page(session, limit=10, metadata={"team": "serving", "tier": "gold"})
-        running, _ = jobs.page(session, limit=10, status=JobStatus.RUNNING)
+        by_labels, _ = jobs.page(session, DEFAULT_PROJECT, limit=10, metadata={"team": "serving", "tier": "gold"})
+        running, _ = jobs.page(session, DEFAULT_PROJECT, limit=10, status=JobStatus.RUNNING)
     assert [row.id for row in by_labels] == [wanted]
     assert running == []
 
 
 def test_an_unknown_cursor_is_refused(engine: Engine) -> None:
     with pytest.raises(CursorNotFound, match="job_nowhere"), transaction(engine) as session:
-        jobs.page(session, limit=1, after="job_nowhere")
+        jobs.page(session, DEFAULT_PROJECT, limit=1, after="job_nowhere")
 
 
 def test_an_unknown_job_is_named(engine: Engine) -> None:

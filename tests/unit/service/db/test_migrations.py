@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
+from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import StageName
 from service.contract.spec import JobSpec
 from service.db import events, jobs
@@ -46,7 +47,7 @@ def test_a_job_of_the_first_version_is_there_after_migrating(first_version: Engi
 
     assert schema_is_current(first_version)
     with transaction(first_version) as session:
-        assert [row.id for row in jobs.page(session, limit=10)[0]] == [JOB_ID]
+        assert [row.id for row in jobs.page(session, DEFAULT_PROJECT, limit=10)[0]] == [JOB_ID]
         job = jobs.get(session, JOB_ID)
         assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(SPEC)
         assert [row.name for row in jobs.stages(session, [JOB_ID])[JOB_ID]] == [StageName.SCORING]

@@ -1,0 +1,181 @@
+"""Keys, scopes, and the border between projects, which every route under /v1 is tried across."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.routing import iter_route_contexts
+from pydantic import SecretStr
+
+from service.app import create_app
+from service.contract.access import Scope
+from service.contract.jobs import StageName
+from service.db import keys
+from service.db.session import transaction
+from service.db.tables import now
+from service.settings import Settings
+from tests.gateway import Gateway, problem_of, serve
+
+OPERATOR_KEY = "operator"
+CALLS = sorted(
+    (method, route.path)
+    for route in iter_route_contexts(create_app(Settings()).routes)
+    if route.path is not None and route.path.startswith("/v1")
+    for method in route.methods or ()
+)
+"""Every operation under /v1, by being there."""
+NOBODYS = {"job_id": "job_" + "0" * 32, "artifact_id": "art_" + "0" * 32}
+
+
+@pytest.fixture
+def guarded(gateway_settings: Settings, model: Path) -> Iterator[Gateway]:
+    """A gateway that asks for a key."""
+    with serve(gateway_settings.model_copy(update={"api_key": SecretStr(OPERATOR_KEY)}), model) as running:
+        yield running
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def new_key(gateway: Gateway, project: str, *scopes: Scope, days: float | None = None) -> str:
+    expires_at = None if days is None else now() + timedelta(days=days)
+    with transaction(gateway.engine) as session:
+        return keys.create(session, project=project, name="test", scopes=scopes, expires_at=expires_at)[1]
+
+
+def owned(gateway: Gateway, owner: dict[str, str]) -> dict[str, str]:
+    """The ids of a job with an artifact, by the name of their part of a path."""
+    created = gateway.client.post("/v1/jobs", json={**gateway.spec, "metadata": {"whose": "ours"}}, headers=owner)
+    job_id = created.json()["id"]
+    gateway.store(job_id, StageName.SCORING, {"plan.json": b"{}"})
+    (artifact,) = gateway.client.get(f"/v1/jobs/{job_id}/artifacts", headers=owner).json()["data"]
+    return {"job_id": job_id, "artifact_id": artifact["id"]}
+
+
+def shown(response: Any, ids: dict[str, str]) -> tuple[int, str]:
+    """A response without what differs from request to request."""
+    text = response.text.replace(response.headers["x-request-id"], "")
+    for name, value in ids.items():
+        text = text.replace(value, name)
+    return response.status_code, text
+
+
+def test_the_table_of_routes_is_read() -> None:
+    assert ("POST", "/v1/jobs/{job_id}/cancel") in CALLS
+    assert len(CALLS) >= 9
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+def test_another_projects_things_are_as_if_they_did_not_exist(guarded: Gateway, method: str, path: str) -> None:
+    owner = bearer(new_key(guarded, "ours", Scope.ADMIN))
+    stranger = bearer(new_key(guarded, "theirs", Scope.ADMIN))
+    ids = owned(guarded, owner)
+    job = guarded.client.get(f"/v1/jobs/{ids['job_id']}", headers=owner).json()
+
+    def ask(who: dict[str, str], named: dict[str, str]) -> Any:
+        body = dict(guarded.spec) if method not in ("GET", "HEAD") else None
+        return guarded.client.request(
+            method, path.format(**named), json=body, headers=who, params={"whose": "ours"}, follow_redirects=False
+        )
+
+    answer = ask(stranger, ids)
+
+    if re.search(r"\{\w+\}", path):
+        assert answer.status_code == 404
+        assert shown(answer, ids) == shown(ask(stranger, NOBODYS), NOBODYS)
+    assert not any(value in answer.text for value in ids.values() if "{" not in path)
+    assert guarded.client.get(f"/v1/jobs/{ids['job_id']}", headers=owner).json() == job
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+def test_a_key_opens_what_its_scope_allows(guarded: Gateway, method: str, path: str) -> None:
+    needed, other = (Scope.READ, Scope.SUBMIT) if method in ("GET", "HEAD") else (Scope.SUBMIT, Scope.READ)
+    ids = owned(guarded, bearer(new_key(guarded, "ours", Scope.ADMIN)))
+    url, body = path.format(**ids), dict(guarded.spec) if method == "POST" else None
+
+    refused = guarded.client.request(method, url, json=body, headers=bearer(new_key(guarded, "ours", other)))
+    opened = [
+        guarded.client.request(
+            method, url, json=body, headers=bearer(new_key(guarded, "ours", scope)), follow_redirects=False
+        )
+        for scope in (needed, Scope.ADMIN)
+    ]
+
+    assert refused.status_code == 403
+    assert refused.headers["www-authenticate"] == f'Bearer error="insufficient_scope", scope="{needed}"'
+    if method != "HEAD":
+        problem_of(refused, 403, "missing_scope")
+    assert all(answer.status_code < 400 for answer in opened)
+
+
+def test_another_projects_job_is_no_cursor(guarded: Gateway) -> None:
+    theirs = bearer(new_key(guarded, "theirs", Scope.ADMIN))
+    ids = owned(guarded, bearer(new_key(guarded, "ours", Scope.ADMIN)))
+
+    for job_id in (ids["job_id"], NOBODYS["job_id"]):
+        problem_of(guarded.client.get(f"/v1/jobs?after={job_id}", headers=theirs), 422, "cursor_not_found")
+
+
+def test_an_event_stream_stops_at_the_border(guarded: Gateway) -> None:
+    ids = owned(guarded, bearer(new_key(guarded, "ours", Scope.ADMIN)))
+    headers = {**bearer(new_key(guarded, "theirs", Scope.ADMIN)), "Accept": "text/event-stream"}
+
+    problem_of(guarded.client.get(f"/v1/jobs/{ids['job_id']}/events", headers=headers), 404, "job_not_found")
+
+
+def test_projects_share_no_idempotency_keys(guarded: Gateway) -> None:
+    created = [
+        guarded.client.post(
+            "/v1/jobs",
+            json=dict(guarded.spec),
+            headers={**bearer(new_key(guarded, project, Scope.SUBMIT)), "Idempotency-Key": "one"},
+        )
+        for project in ("ours", "theirs", "ours")
+    ]
+
+    first, second, again = (answer.json()["id"] for answer in created)
+    assert first != second
+    assert first == again
+
+
+def test_what_does_not_open_is_refused_without_telling_why(guarded: Gateway) -> None:
+    good = new_key(guarded, "ours", Scope.ADMIN, days=1)
+    expired = new_key(guarded, "ours", Scope.ADMIN, days=-1)
+    revoked = new_key(guarded, "ours", Scope.ADMIN)
+    wrong = good[:-1] + ("0" if good[-1] != "0" else "1")
+    with transaction(guarded.engine) as session:
+        keys.revoke(session, revoked.split("_")[1])
+
+    answers = [
+        guarded.client.get("/v1/jobs", headers=bearer(key))
+        for key in (wrong, expired, revoked, "pdt_" + "0" * 12 + "_" + "0" * 64, good.upper(), "nonsense", "")
+    ]
+
+    assert guarded.client.get("/v1/jobs", headers=bearer(good)).status_code == 200
+    assert all(problem_of(answer, 401, "unauthorized") for answer in answers)
+    assert len({shown(answer, {}) for answer in answers}) == 1
+
+
+def test_the_configured_key_is_the_default_projects(guarded: Gateway) -> None:
+    mine = bearer(new_key(guarded, "default", Scope.READ))
+    job_id = guarded.client.post("/v1/jobs", json=dict(guarded.spec), headers=bearer(OPERATOR_KEY)).json()["id"]
+
+    assert guarded.client.get(f"/v1/jobs/{job_id}", headers=mine).status_code == 200
+
+
+def test_the_first_key_closes_an_open_gateway_and_revoking_it_does_not_open_it(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    key = new_key(gateway, "default", Scope.ADMIN)
+    opened = gateway.client.get(f"/v1/jobs/{job_id}", headers=bearer(key))
+    problem_of(gateway.client.get("/v1/jobs"), 401, "unauthorized")
+    with transaction(gateway.engine) as session:
+        keys.revoke(session, key.split("_")[1])
+
+    assert opened.status_code == 200
+    problem_of(gateway.client.get("/v1/jobs"), 401, "unauthorized")
