@@ -23,6 +23,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.worker
 	$(BIN)/python benchmarks/engine.py --streamed
+	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/distillation.py --learning-rate 5e-4
 	$(BIN)/python benchmarks/kv_tokens.py
 

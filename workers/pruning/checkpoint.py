@@ -21,7 +21,6 @@ from workers.pruning.width import Channels, check_channels, check_gated, interme
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_SHARD_BYTES = 4 << 30
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -129,13 +128,14 @@ def write_checkpoint(
     pdtrim: Mapping[str, Any],
     model_card: str,
     kept_channels: Channels | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write the model of folder `source` without the blocks not in `kept` to the new folder `target`.
 
     `overrides` replaces tensors, called as in the dense model, and is cast to the stored dtype. `kept_channels` names
     the MLP channels that stay in each kept block, by its dense index; overrides are then as narrow. `pdtrim` becomes
-    `pdtrim.json` and `model_card` README.md. Memory holds one shard of at most `max_shard_bytes` (or one tensor).
+    `pdtrim.json` and `model_card` README.md. Memory holds one shard of at most `max_shard_bytes` (or one tensor), by
+    default as much as the source's largest file.
 
     Raises: BrokenCheckpoint; KeyError when an override names no tensor of a kept block; UnsupportedArchitecture or
     ValueError when the channels do not fit the model.
@@ -156,7 +156,8 @@ def write_checkpoint(
     renamed = dict(_renamed(tensors.files, kept))
     if unknown := overrides.files.keys() - renamed.keys():
         raise KeyError(f"no kept tensor is called {min(unknown)}")
-    _write_shards(target, tensors, renamed, overrides, kept_channels or {}, max_shard_bytes)
+    largest = max(path.stat().st_size for path in set(tensors.files.values()))
+    _write_shards(target, tensors, renamed, overrides, kept_channels or {}, max_shard_bytes or largest)
 
 
 def _check_width(source: Path, kept: Sequence[int], channels: Channels, config: PretrainedConfig) -> int:

@@ -32,6 +32,8 @@ class BlockReader:
         self._device = device
         self._blocks = block_stack(model).blocks
         self._held: int | None = None
+        # Reused: where every block is allocated anew, the heap grows to several blocks.
+        self._buffers: dict[tuple[str, torch.Size], torch.Tensor] = {}
         for index, block in enumerate(self._blocks):
             block.register_forward_pre_hook(self._on_call(index))
 
@@ -46,7 +48,10 @@ class BlockReader:
     def _read(self, index: int) -> None:
         for name, _ in self._blocks[index].named_parameters():
             value = self._tensors.read(f"{BLOCK_PREFIX}{index}.{name}")
-            set_module_tensor_to_device(self._blocks[index], name, self._device, value, dtype=self._dtype)
+            key = (name, value.shape)
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(value.shape, dtype=self._dtype, device=self._device)
+            set_module_tensor_to_device(self._blocks[index], name, self._device, self._buffers[key].copy_(value))
         self._held = index
         self.blocks_read += 1
 
