@@ -116,6 +116,18 @@ class LossesSpec(SpecModel):
         return self
 
 
+class LoraSpec(SpecModel):
+    """Low-rank adapters, merged into the weights at the end; read with `trainable` = `lora`."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of each adapter.")
+    alpha: float = Field(
+        default=32.0, gt=0.0, le=1e6, description="An adapter's product counts alpha / rank times what it is."
+    )
+    target: Literal["all-linear"] = Field(
+        default="all-linear", description="Layers with an adapter: every linear layer of every kept block."
+    )
+
+
 class DistillationSpec(SpecModel):
     """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
 
@@ -131,9 +143,12 @@ class DistillationSpec(SpecModel):
     heal_tokens: int = Field(
         default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."
     )
-    trainable: Literal["all", "distilled"] = Field(
-        default="all", description="Blocks that healing trains: every kept block, or only those that absorbed another."
+    trainable: Literal["all", "distilled", "lora"] = Field(
+        default="all",
+        description="What healing trains: every kept block, only those that absorbed another, or low-rank adapters of "
+        "every kept block, which take a fraction of the optimiser's memory.",
     )
+    lora: LoraSpec = LoraSpec()
     losses: LossesSpec = LossesSpec()
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load, load_file, save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from service.contract.jobs import StageName
@@ -29,6 +29,7 @@ from workers.pruning.distill import (
     train_on,
     trainable,
 )
+from workers.pruning.lora import linear_weights, lora_adapters
 from workers.pruning.losses import LossWeights
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.recompute import recomputed_blocks
@@ -156,9 +157,28 @@ def _merge(context: StageContext, plans: Plans, teacher: PreTrainedModel, data: 
 
 
 def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
-    if context.spec.distillation.trainable == "all":
-        return list(plan.kept)
-    return sorted(plan.distilled.values())
+    if context.spec.distillation.trainable == "distilled":
+        return sorted(plan.distilled.values())
+    return list(plan.kept)
+
+
+def _healed_weights(
+    context: StageContext, weights: PreTrainedModel, blocks: list[int], frozen: set[str]
+) -> dict[str, nn.Parameter]:
+    """The parameters that healing changes, by name."""
+    if context.spec.distillation.trainable == "lora":
+        return linear_weights(weights, blocks, frozen=frozen)
+    return trainable(weights, blocks, frozen=frozen)
+
+
+def _trained(
+    context: StageContext, student: PreTrainedModel, healed: Mapping[str, nn.Parameter]
+) -> AbstractContextManager[Mapping[str, nn.Parameter]]:
+    """The parameters to optimise while this lasts, after which `healed` hold what they learned."""
+    spec = context.spec.distillation
+    if spec.trainable == "lora":
+        return lora_adapters(student, healed, rank=spec.lora.rank, alpha=spec.lora.alpha, seed=context.spec.seed)
+    return nullcontext(healed)
 
 
 def _distil_prefill(
@@ -238,7 +258,7 @@ def _distil(
     """
     settings = _settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
     removes = student.config.num_hidden_layers < weights.config.num_hidden_layers
-    healed = trainable(weights, blocks, frozen=frozen) if removes and settings.steps else {}
+    healed = _healed_weights(context, weights, blocks, frozen) if removes and settings.steps else {}
     if not start and not healed:
         weights.requires_grad_(False)
         return {}, None
@@ -248,8 +268,8 @@ def _distil(
     load_tensors(weights, start)
     steps = 0
     if healed:
-        with _memory_saved(context, student):
-            steps = train_on(loss, healed, data.training, data.held_out, settings, journal).steps
+        with _memory_saved(context, student), _trained(context, student, healed) as parameters:
+            steps = train_on(loss, parameters, data.training, data.held_out, settings, journal).steps
     weights.requires_grad_(False)
     dtype = stored_dtype(context.model_dir)
     trained = {name: named[name].detach().to(dtype, copy=True).contiguous() for name in given}
