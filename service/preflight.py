@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from service.contract.errors import DependencyUnavailable, InvalidRequest, ModelUnsupported, TooManyBlocks
+from service.contract.errors import (
+    DependencyUnavailable,
+    InvalidRequest,
+    ModelUnsupported,
+    SourceNotAllowed,
+    TooManyBlocks,
+)
 from service.contract.spec import DataSpec, JobSpec, ModelSpec
 from service.settings import Settings
 from service.sources import (
@@ -31,6 +37,7 @@ def check(spec: JobSpec, settings: Settings) -> str | None:
     """
     model = _describe(spec.model, settings)
     _check_text(spec.data, settings)
+    _check_tasks(spec, settings)
     check_config(spec, model.config)
     return model.revision
 
@@ -83,6 +90,17 @@ def _check_text(data: DataSpec, settings: Settings) -> None:
     with _blamed_on("data.source"):
         check_allowed(parse_text_source(data.origin), settings.allowed_sources)
         check_text(data.origin, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+
+
+def _check_tasks(spec: JobSpec, settings: Settings) -> None:
+    """Tasks given by name read whatever data set on the hub the harness says, so the whole hub must be allowed."""
+    named = [number for number, task in enumerate(spec.evaluation.tasks) if isinstance(task, str)]
+    if named and not {prefix.rstrip("/") for prefix in settings.allowed_sources} & {"hf:", "hf://datasets"}:
+        raise SourceNotAllowed(
+            "A task given by name reads a data set on the hub, and PDTRIM_ALLOWED_SOURCES has neither hf:// nor "
+            "hf://datasets/. Give the task's questions in the job instead.",
+            param=f"evaluation.tasks[{named[0]}]",
+        )
 
 
 @contextmanager

@@ -86,12 +86,16 @@ def worker() -> None:
     Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim worker`
     """
     _require_worker()
-    _settings()
+    settings = _settings()
     options = ["--concurrency=1", "--pool=prefork", f"--queues={QUEUE}", "--without-gossip", "--without-mingle"]
     named = f"--hostname={worker_name(os.getpid())}"
     command = [sys.executable, "-P", "-c", CELERY, "-A", "workers.tasks", "worker", "--loglevel=INFO", named, *options]
     # OpenMP's threads spin while they wait; on a machine that others use too, for much longer than it pays.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # What evaluation tasks download stays in the scratch folder, unless the operator has a place for it.
+    if "HF_HOME" not in os.environ:
+        for cache in ("HUB", "DATASETS", "MODULES"):
+            os.environ.setdefault(f"HF_{cache}_CACHE", f"{settings.scratch_dir}/huggingface/{cache.lower()}")
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from service.contract.base import SpecModel, storable
+from service.contract.tasks import InlineTask, parse_tasks
 
 MAX_BLOCKS = 1024
 
 
-def _storable(value: str) -> str:
-    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("text may contain neither NUL nor lone surrogates, which PostgreSQL and UTF-8 cannot store")
-    return value
-
-
-SourceString = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
-
-
-class SpecModel(BaseModel):
-    """Base of everything a user writes: unknown fields are errors and values are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+SourceString = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(storable)]
 
 
 class ModelSpec(SpecModel):
@@ -60,7 +51,7 @@ class DataSpec(SpecModel):
         "`.jsonl`, `s3://bucket/key`, `hf://datasets/organisation/name`.",
         examples=["builtin:stdlib"],
     )
-    text: Annotated[str, AfterValidator(_storable)] | None = Field(
+    text: Annotated[str, AfterValidator(storable)] | None = Field(
         default=None, min_length=1, max_length=1_000_000, description="Inline text instead."
     )
 
@@ -233,10 +224,21 @@ class EvaluationSpec(SpecModel):
     windows: int = Field(default=32, ge=1, le=65536, description="Validation windows.")
     speed_tokens: int = Field(default=64, ge=1, le=4096, description="Tokens generated when decode speed is timed.")
     speed_repeats: int = Field(default=5, ge=1, le=100, description="Timed repeats after one warm-up; medians count.")
+    tasks: Annotated[
+        tuple[str | InlineTask, ...], BeforeValidator(parse_tasks, json_schema_input_type=list[str | InlineTask])
+    ] = Field(
+        default=(),
+        description="Tasks of lm-evaluation-harness on which the dense model and every checkpoint are measured: names "
+        "of the harness's own, whose data comes from the hub, or tasks of the job's own, as objects or as YAML text.",
+        examples=[["arc_easy"]],
+    )
+    task_limit: int | None = Field(
+        default=None, ge=1, le=10**6, description="Questions of each task that are asked, the first ones; null: all."
+    )
 
 
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(_storable)]
+MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(storable)]
 
 
 class JobSpec(SpecModel):

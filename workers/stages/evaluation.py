@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.models import device, load_model
+from workers.models import device, load_model, load_tokenizer
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import stored_dtype
 from workers.pruning.measure import Speed, parameters, perplexity, quality, speeds
@@ -24,6 +25,7 @@ from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
+from workers.stages.tasks import TaskResult, load_tasks, measure_tasks
 
 REPORT = "report.json"
 BATCH_WINDOWS = 8
@@ -39,7 +41,7 @@ class Subject:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory."""
+    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory, tasks."""
     plans = read_plans(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.report(0.05, "Loading the exported checkpoints.")
@@ -58,14 +60,34 @@ def run(context: StageContext) -> dict[str, Any]:
         repeats=spec.speed_repeats,
     )
     context.report(0.5, "Measuring perplexity.")
-    report = {
+    report: dict[str, Any] = {
         "models": {
             name: _describe(context, subject, timed[name], windows, dense) for name, subject in subjects.items()
         },
         "pair": _measure_pair(context, subjects, plans, windows),
     }
+    report["tasks"] = _measure_tasks(context, subjects)
     context.write_json(REPORT, report)
     return report
+
+
+def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> dict[str, dict[str, TaskResult]]:
+    """Task → model → metrics."""
+    spec = context.spec.evaluation
+    tasks = load_tasks(spec.tasks)
+    if tasks is None:
+        return {}
+    tokenizer = load_tokenizer(context.model_dir)
+    found: dict[str, dict[str, TaskResult]] = {}
+    for number, (name, subject) in enumerate(subjects.items()):
+        progress = 0.85 + 0.15 * number / len(subjects)
+        ask = partial(context.report, progress, f"Asking the {name} model the evaluation tasks.")
+        results = measure_tasks(
+            subject.model, tokenizer, tasks, limit=spec.task_limit, seed=context.spec.seed, on_forward=ask
+        )
+        for task, result in results.items():
+            found.setdefault(task, {})[name] = result
+    return found
 
 
 def _describe(

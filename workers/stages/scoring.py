@@ -12,6 +12,7 @@ from workers.data import token_windows
 from workers.models import device, load_for_walks, load_tokenizer, windows_at_once
 from workers.pruning.blocks import UnsupportedArchitecture, block_stack
 from workers.pruning.scores import block_scores
+from workers.stages.tasks import load_tasks
 
 WINDOWS = "windows.safetensors"
 SCORES = "scores.json"
@@ -20,8 +21,10 @@ SCORES = "scores.json"
 def run(context: StageContext) -> dict[str, Any]:
     """Writes the windows that every later stage reads, and each block's scores.
 
-    Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable.
+    Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable; as `load_tasks`.
     """
+    context.report(0.0, "Loading the evaluation tasks.")
+    load_tasks(context.spec.evaluation.tasks)  # What they lack should show now, not after hours of work.
     context.report(0.05, "Cutting the text into windows.")
     windows = token_windows(context.spec, context.documents(), load_tokenizer(context.model_dir))
     save_file(windows, context.out / WINDOWS)

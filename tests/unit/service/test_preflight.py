@@ -96,6 +96,8 @@ def test_inline_text_needs_no_source(gateway: Gateway) -> None:
         ({"model": {"source": "reference", "revision": "main"}}, "invalid_request", "model.revision"),
         ({"data": {"source": "file:///etc/passwd"}}, "invalid_request", "data.source"),
         ({"data": {"source": "file:///etc/passwd.txt"}}, "source_not_allowed", "data.source"),
+        ({"evaluation": {"tasks": ["arc_easy"]}}, "source_not_allowed", "evaluation.tasks[0]"),
+        ({"evaluation": {"tasks": ["!function a.b: 1"]}}, "invalid_request", "evaluation.tasks[0]"),
     ],
 )
 def test_a_source_that_may_not_be_read_is_named(

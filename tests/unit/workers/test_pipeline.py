@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -282,6 +283,46 @@ def test_a_block_distilled_for_decode_alone_reads_the_keys_and_values_it_would_m
         assert torch.equal(sent, dense[f"model.layers.{absorber}.{name}"]) != healed
     trained = "mlp.down_proj.weight"
     assert not torch.equal(decode[f"model.layers.{layer}.{trained}"], prefill[f"model.layers.{source}.{trained}"])
+
+
+TASK = {
+    "task": "sums",
+    "docs": [{"asked": f"{n} + {n} =", "right": str(2 * n), "wrong": str(n)} for n in range(1, 9)],
+    "doc_to_text": "asked",
+    "doc_to_choice": ["{{right}}", "{{wrong}}"],
+    "doc_to_target": 0,
+}
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
+@pytest.mark.parametrize(("prefill_removes", "roles"), [(1, {"prefill", "decode"}), (2, {"unified"})])
+def test_tasks_of_the_job_are_asked_of_the_dense_model_and_of_every_checkpoint(
+    prefill_removes: int, roles: set[str], worker: Worker, model: Path
+) -> None:
+    spec = tiny_spec(model, prefill={"remove_blocks": prefill_removes}, distillation={"enabled": False})
+    spec["evaluation"]["tasks"] = [TASK]
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+    report = stage_row(worker, job_id, StageName.EVALUATION).metrics
+    assert json.loads(content(worker, job_id, StageName.EVALUATION, "report.json"))["tasks"] == report["tasks"]
+    assert report["tasks"].keys() == {"sums"}
+    assert report["tasks"]["sums"].keys() == {"dense", *roles}
+    for found in report["tasks"]["sums"].values():
+        assert 0 <= found["acc"]["value"] <= 1
+        assert found["acc"]["stderr"] is not None
+
+
+def test_tasks_that_a_worker_cannot_run_fail_the_job_in_its_first_stage(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.stages.tasks.find_spec", lambda name: None)
+    spec = tiny_spec(model)
+    spec["evaluation"]["tasks"] = [TASK]
+    job_id = create(worker, spec)
+    run_stage(worker, job_id, StageName.SCORING)
+    error = job_error(worker, job_id)
+    assert (error["code"], error["param"]) == ("extra_not_installed", "evaluation.tasks")
+    assert "pip install 'pdtrim-service[eval]'" in error["message"]
 
 
 def test_a_repeated_delivery_of_a_finished_stage_does_nothing(worker: Worker, model: Path) -> None:
