@@ -13,7 +13,7 @@ from service.contract.errors import (
     SourceNotAllowed,
     TooManyBlocks,
 )
-from service.contract.spec import DataSpec, JobSpec, ModelSpec
+from service.contract.spec import DataSpec, JobSpec, ModelSpec, StageTarget
 from service.settings import Settings
 from service.sources import (
     ModelDescription,
@@ -27,6 +27,10 @@ from service.sources import (
 from service.storage import StoreUnavailable
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+GATED_MLPS = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose every block has one gated MLP."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+"""Keys of a configuration that only a mixture of experts has."""
 
 
 def check(spec: JobSpec, settings: Settings) -> str | None:
@@ -67,12 +71,33 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
                 f"one: at most {blocks - 1} can be removed.",
                 param=f"{stage}.remove_blocks",
             )
+        _check_mlp_width(stage, target, config)
     context = config.get("max_position_embeddings")
     if type(context) is int and spec.calibration.window_tokens > context:
         raise InvalidRequest(
             f"calibration.window_tokens is {spec.calibration.window_tokens}, but the model reads at most {context} "
             "tokens.",
             param="calibration.window_tokens",
+        )
+
+
+def _check_mlp_width(stage: str, target: StageTarget, config: Mapping[str, Any]) -> None:
+    """Only one gated MLP a block can be narrowed, as wide in every block as `intermediate_size` says."""
+    if target.mlp_width == 1:
+        return
+    param = f"{stage}.mlp_width"
+    kind, size = config["model_type"], config.get("intermediate_size")
+    if kind not in GATED_MLPS or any(config.get(key) is not None for key in EXPERTS):
+        raise ModelUnsupported(
+            f"{param} narrows gated MLPs (gate, up and down projection), and no experts; this {kind} model has another "
+            f"kind. Leave {param} out.",
+            param=param,
+        )
+    if type(size) is not int or size < 1:
+        raise ModelUnsupported(
+            f"{param} needs one MLP width for all blocks, but the model's config.json has intermediate_size = "
+            f"{repr(size)[:80]}.",
+            param=param,
         )
 
 

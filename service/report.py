@@ -40,6 +40,8 @@ def _models(models: Mapping[str, Any]) -> Table:
         ("each next token ms", lambda m: _latency(m, dense, "inter_token_latency_ms")),
         ("decode tokens/s", lambda m: f"{m['decode_tokens_per_second']:,.0f}"),
     )
+    if len({model.get("mlp_channels") for model in models.values()}) > 1:
+        rows = (rows[0], ("MLP channels", lambda m: f"{m['mlp_channels']:,}"), *rows[1:])
     if dense["peak_memory_bytes"] is not None:
         rows = (*rows, ("peak memory MiB", lambda m: f"{m['peak_memory_bytes'] / MIB:.1f}"))
     for label, cell in rows:

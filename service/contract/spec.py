@@ -36,10 +36,28 @@ def _model_from_string(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+CHANNEL_MULTIPLE = 8
+
+
 class StageTarget(SpecModel):
-    """How many blocks one serving stage gives up."""
+    """What one serving stage gives up: blocks, and channels of the MLP of every block that stays."""
 
     remove_blocks: int = Field(ge=0, le=MAX_BLOCKS, description="Transformer blocks to remove.", examples=[2])
+    mlp_width: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Share of MLP channels that every block keeps, rounded to a multiple of 8 channels; the "
+        "checkpoint's `intermediate_size`. Keys and values stay as they are, so prefill and decode may differ.",
+        examples=[0.75],
+    )
+
+    def mlp_channels(self, available: int) -> int:
+        """How many of `available` MLP channels every block keeps: a multiple of 8, as tensor cores want it, or all."""
+        if self.mlp_width == 1.0:
+            return available
+        wanted = round(self.mlp_width * available / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+        return min(max(wanted, CHANNEL_MULTIPLE), available)
 
 
 class DataSpec(SpecModel):
@@ -242,7 +260,7 @@ MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(storable)]
 
 
 class JobSpec(SpecModel):
-    """One pruning job. Prefill may not give up more blocks than decode; equal counts give one checkpoint for both."""
+    """One pruning job. Prefill may not give up more blocks than decode; equal targets give one checkpoint for both."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -293,4 +311,4 @@ class JobSpec(SpecModel):
     @property
     def unified(self) -> bool:
         """Whether one checkpoint serves both stages."""
-        return self.prefill.remove_blocks == self.decode.remove_blocks
+        return self.prefill == self.decode

@@ -75,6 +75,13 @@ def test_a_token_rule_is_shown_with_what_it_saves_and_costs() -> None:
     assert rows["KV sent with the token rule"] == "4 KiB 1 KiB (4.00× less; 9× asked for)"
 
 
+def test_mlp_channels_are_shown_where_they_differ() -> None:
+    dense, slim = {**DENSE, "mlp_channels": 1536}, {**DECODE, "mlp_channels": 768}
+    assert "MLP channels" not in shown({"dense": DENSE, "decode": DECODE}, PAIR)
+    assert "MLP channels" not in shown({"dense": dense, "decode": {**DECODE, "mlp_channels": 1536}}, PAIR)
+    assert shown({"dense": dense, "decode": slim}, PAIR)["MLP channels"] == "1,536 768"
+
+
 def test_tasks_are_shown_with_their_standard_errors() -> None:
     tasks = {
         "sums": {
