@@ -40,7 +40,7 @@ DEMO_SPEC = {
 }
 
 
-WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets")
+WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "peft")
 # Importing the tasks first pins them: Celery would rather take a folder `workers` where the user happens to be.
 CELERY = "import workers.tasks, celery.__main__; celery.__main__.main()"
 

@@ -23,7 +23,8 @@ def load_tasks(tasks: Sequence[str | InlineTask]) -> Any | None:
     """The tasks with their questions, as the harness holds them; None when there are none.
 
     A name is looked up among the harness's own tasks only: it is never a path. No remote code is run.
-    Raises: ExtraNotInstalled; InvalidRequest for an unknown name; SourceUnreadable when its data cannot be had.
+    Raises: ExtraNotInstalled; InvalidRequest for a name that is unknown, given twice or not to be run here;
+    SourceUnreadable when its data cannot be had.
     """
     if not tasks:
         return None
@@ -34,39 +35,58 @@ def load_tasks(tasks: Sequence[str | InlineTask]) -> Any | None:
             param="evaluation.tasks",
         )
     # Takes seconds to import and is not everywhere installed.
+    import evaluate.config
     from lm_eval.tasks import TaskManager
+
+    # Metrics that the harness lacks are Python files on the hub, which `evaluate` would fetch and run.
+    evaluate.config.HF_EVALUATE_OFFLINE = True
 
     # Reading the index of all the harness's tasks takes a while too.
     manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
-    known = set(manager.all_tasks)
-    loaded = []
+    loaded: list[Any] = []
+    owners: dict[str, int] = {}  # leaf task → position of the given task that it belongs to
     for number, task in enumerate(tasks):
-        if isinstance(task, InlineTask):
-            loaded.append(_inline_task(task))
-            continue
         param = f"evaluation.tasks[{number}]"
-        if task not in known:
-            raise InvalidRequest(
-                f"lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists those it has.", param=param
-            )
-        try:
-            found = manager.load([task])
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SourceUnreadable(f"The task {task} cannot be loaded: {reason}", param=param) from error
-        traits = ("UNSAFE_CODE", "MULTIMODAL")
-        if unfit := [name for name, one in found["tasks"].items() if any(getattr(one, t, False) for t in traits)]:
-            raise InvalidRequest(
-                f"The task {unfit[0]} runs code that the model writes, or asks about images or sound; this service "
-                "measures text alone and runs no code.",
-                param=param,
-            )
-        group = found["groups"].get(task)  # Its own figures are wanted beside its tasks'.
+        if isinstance(task, InlineTask):
+            found = manager.load([_inline_task(task)])
+        else:
+            found = _named_task(manager, task, param)
+        for name in found["tasks"]:
+            if name in owners:
+                raise InvalidRequest(f"The task {name} is part of evaluation.tasks[{owners[name]}] too.", param=param)
+            owners[name] = number
+        # A group's own figures are wanted beside its tasks'.
+        group = None if isinstance(task, InlineTask) else found["groups"].get(task)
         loaded += found["tasks"].values() if group is None else [group]
+    return manager.load(loaded)
+
+
+def _named_task(manager: Any, task: str, param: str) -> Any:
+    if task not in manager.all_tasks:
+        raise InvalidRequest(
+            f"lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists those it has.", param=param
+        )
     try:
-        return manager.load(loaded)
-    except ValueError as error:
-        raise InvalidRequest(f"The tasks overlap: {error}", param="evaluation.tasks") from error
+        found = manager.load([task])
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceUnreadable(f"The task {task} cannot be loaded: {first_line}", param=param) from error
+    for name, part in found["tasks"].items():
+        if reason := _unfit(part):
+            raise InvalidRequest(f"The task {name} cannot be run here: {reason}.", param=param)
+    return found
+
+
+def _unfit(task: Any) -> str | None:
+    """Why one of the harness's tasks is not run, if it is not."""
+    if getattr(task, "UNSAFE_CODE", False):
+        return "it runs code that the model writes"
+    if getattr(task, "MULTIMODAL", False):
+        return "it asks about images or sound"
+    metrics = getattr(task, "_metric_fn_list", {})
+    if task.get_config("process_results") is None and None in metrics.values():
+        return f"its metric {next(name for name, found in metrics.items() if found is None)} is code on the hub"
+    return None
 
 
 def _inline_task(task: InlineTask) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 from service.contract.errors import ExtraNotInstalled, InvalidRequest, SourceUnreadable
 from service.contract.tasks import InlineTask
@@ -80,6 +82,59 @@ def test_tasks_stop_between_two_forward_passes(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         measure_tasks(model, load_tokenizer(folder), load_tasks([TASK]), limit=None, seed=0, on_forward=stop)
     model(input_ids=torch.ones(1, 2, dtype=torch.long))
+
+
+ARC = [
+    {
+        "question": f"What is {n} and {n}?",
+        "choices": {"label": ["A", "B"], "text": [str(2 * n), str(n)]},
+        "answerKey": "AB"[n % 2],
+    }
+    for n in range(1, 9)
+]
+
+
+@harness
+def test_the_harness_s_own_tasks_are_asked_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def local(path: str, name: str, **options: object) -> DatasetDict:
+        assert path == "allenai/ai2_arc"
+        asked.append(name)
+        return DatasetDict(dict.fromkeys(("train", "validation", "test"), Dataset.from_list(ARC)))
+
+    monkeypatch.setattr("datasets.load_dataset", local)
+    folder = write_tiny_model(tmp_path / "tiny")
+    tasks = load_tasks(["ai2_arc", TASK])
+    assert sorted(asked) == ["ARC-Challenge", "ARC-Easy"]
+    found = measure_tasks(
+        load_model(folder), load_tokenizer(folder), tasks, limit=None, seed=0, on_forward=lambda: None
+    )
+    assert found.keys() == {"arc_easy", "arc_challenge", "sums"}
+    assert found["arc_easy"] == found["arc_challenge"]
+    assert 0 <= (found["arc_easy"]["acc"]["value"] or 0) <= 1
+    with pytest.raises(InvalidRequest, match=r"arc_easy is part of evaluation.tasks\[0\] too") as overlapping:
+        load_tasks([TASK.model_copy(update={"task": "arc_easy"}), "ai2_arc"])
+    assert overlapping.value.param == "evaluation.tasks[1]"
+
+
+@harness
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        (SimpleNamespace(UNSAFE_CODE=True), "code that the model writes"),
+        (SimpleNamespace(MULTIMODAL=True), "images or sound"),
+        (SimpleNamespace(_metric_fn_list={"acc": max, "rouge": None}, get_config=lambda key: None), "metric rouge is"),
+    ],
+)
+def test_tasks_that_need_more_than_text_and_the_harness_are_refused(
+    task: SimpleNamespace, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = SimpleNamespace(all_tasks=["odd"], load=lambda names: {"tasks": {"odd": task}, "groups": {}})
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: manager)
+    with pytest.raises(InvalidRequest, match=f"The task odd cannot be run here: .*{reason}") as refused:
+        load_tasks(["odd"])
+    assert refused.value.param == "evaluation.tasks[0]"
 
 
 @harness
