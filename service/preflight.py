@@ -6,8 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from service.contract.errors import DependencyUnavailable, InvalidRequest, ModelUnsupported, TooManyBlocks
-from service.contract.spec import DataSpec, JobSpec, ModelSpec
+from service.contract.errors import (
+    DependencyUnavailable,
+    InvalidRequest,
+    ModelUnsupported,
+    SourceNotAllowed,
+    TooManyBlocks,
+)
+from service.contract.spec import DataSpec, JobSpec, ModelSpec, StageTarget
 from service.settings import Settings
 from service.sources import (
     ModelDescription,
@@ -21,6 +27,10 @@ from service.sources import (
 from service.storage import StoreUnavailable
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+GATED_MLPS = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose every block has one gated MLP."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+"""Keys of a configuration that only a mixture of experts has."""
 
 
 def check(spec: JobSpec, settings: Settings) -> str | None:
@@ -31,6 +41,7 @@ def check(spec: JobSpec, settings: Settings) -> str | None:
     """
     model = _describe(spec.model, settings)
     _check_text(spec.data, settings)
+    _check_tasks(spec, settings)
     check_config(spec, model.config)
     return model.revision
 
@@ -60,12 +71,33 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
                 f"one: at most {blocks - 1} can be removed.",
                 param=f"{stage}.remove_blocks",
             )
+        _check_mlp_width(stage, target, config)
     context = config.get("max_position_embeddings")
     if type(context) is int and spec.calibration.window_tokens > context:
         raise InvalidRequest(
             f"calibration.window_tokens is {spec.calibration.window_tokens}, but the model reads at most {context} "
             "tokens.",
             param="calibration.window_tokens",
+        )
+
+
+def _check_mlp_width(stage: str, target: StageTarget, config: Mapping[str, Any]) -> None:
+    """Only one gated MLP a block can be narrowed, as wide in every block as `intermediate_size` says."""
+    if target.mlp_width == 1:
+        return
+    param = f"{stage}.mlp_width"
+    kind, size = config["model_type"], config.get("intermediate_size")
+    if kind not in GATED_MLPS or any(config.get(key) is not None for key in EXPERTS):
+        raise ModelUnsupported(
+            f"{param} narrows gated MLPs (gate, up and down projection), and no experts; this {kind} model has another "
+            f"kind. Leave {param} out.",
+            param=param,
+        )
+    if type(size) is not int or size < 1:
+        raise ModelUnsupported(
+            f"{param} needs one MLP width for all blocks, but the model's config.json has intermediate_size = "
+            f"{repr(size)[:80]}.",
+            param=param,
         )
 
 
@@ -83,6 +115,17 @@ def _check_text(data: DataSpec, settings: Settings) -> None:
     with _blamed_on("data.source"):
         check_allowed(parse_text_source(data.origin), settings.allowed_sources)
         check_text(data.origin, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+
+
+def _check_tasks(spec: JobSpec, settings: Settings) -> None:
+    """Tasks given by name read whatever data set on the hub the harness says, so the whole hub must be allowed."""
+    named = [number for number, task in enumerate(spec.evaluation.tasks) if isinstance(task, str)]
+    if named and not {prefix.rstrip("/") for prefix in settings.allowed_sources} & {"hf:", "hf://datasets"}:
+        raise SourceNotAllowed(
+            "A task given by name reads a data set on the hub, and PDTRIM_ALLOWED_SOURCES has neither hf:// nor "
+            "hf://datasets/. Give the task's questions in the job instead.",
+            param=f"evaluation.tasks[{named[0]}]",
+        )
 
 
 @contextmanager

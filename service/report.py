@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -14,7 +14,10 @@ MIB = 1 << 20
 
 def report(evaluation: Mapping[str, Any]) -> RenderableType:
     """The evaluation stage's metrics: what each checkpoint gave up, what it is worth and what it costs."""
-    return Group(_models(evaluation["models"]), _pair(evaluation["pair"]))
+    tables = [_models(evaluation["models"]), _pair(evaluation["pair"])]
+    if tasks := evaluation.get("tasks"):
+        tables.append(_tasks(tasks, evaluation["models"]))
+    return Group(*tables)
 
 
 def _models(models: Mapping[str, Any]) -> Table:
@@ -37,6 +40,8 @@ def _models(models: Mapping[str, Any]) -> Table:
         ("each next token ms", lambda m: _latency(m, dense, "inter_token_latency_ms")),
         ("decode tokens/s", lambda m: f"{m['decode_tokens_per_second']:,.0f}"),
     )
+    if len({model.get("mlp_channels") for model in models.values()}) > 1:
+        rows = (rows[0], ("MLP channels", lambda m: f"{m['mlp_channels']:,}"), *rows[1:])
     if dense["peak_memory_bytes"] is not None:
         rows = (*rows, ("peak memory MiB", lambda m: f"{m['peak_memory_bytes'] / MIB:.1f}"))
     for label, cell in rows:
@@ -62,6 +67,24 @@ def _pair(pair: Mapping[str, Any]) -> Table:
         table.add_row("KV sent with the token rule", f"{kv['dense_sent'] / 1024:.0f} KiB", "", less)
         table.add_row("PD loss with the token rule", "", "", f"{rule['loss']:.4f}")
     return table
+
+
+def _tasks(tasks: Mapping[str, Any], models: Iterable[str]) -> Table:
+    table = Table(title="Tasks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right")
+    for task, found in tasks.items():
+        for metric in found["dense"]:
+            table.add_row(f"{task} {metric}", *(_metric(found[name][metric]) for name in models))
+    return table
+
+
+def _metric(found: Mapping[str, float | None]) -> str:
+    if found["value"] is None:
+        return "none"
+    error = "" if found["stderr"] is None else f" ± {found['stderr']:.3f}"
+    return f"{found['value']:.3f}{error}"
 
 
 def _list(items: Any) -> str:

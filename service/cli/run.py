@@ -40,7 +40,7 @@ DEMO_SPEC = {
 }
 
 
-WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets")
+WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "peft")
 # Importing the tasks first pins them: Celery would rather take a folder `workers` where the user happens to be.
 CELERY = "import workers.tasks, celery.__main__; celery.__main__.main()"
 
@@ -87,12 +87,16 @@ def worker() -> None:
     Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim worker`
     """
     _require_worker()
-    configured()
+    settings = configured()
     options = ["--concurrency=1", "--pool=prefork", f"--queues={QUEUE}", "--without-gossip", "--without-mingle"]
     named = f"--hostname={worker_name(os.getpid())}"
     command = [sys.executable, "-P", "-c", CELERY, "-A", "workers.tasks", "worker", "--loglevel=INFO", named, *options]
     # OpenMP's threads spin while they wait; on a machine that others use too, for much longer than it pays.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # What evaluation tasks download stays in the scratch folder, unless the operator has a place for it.
+    if "HF_HOME" not in os.environ:
+        for cache in ("HUB", "DATASETS", "MODULES"):
+            os.environ.setdefault(f"HF_{cache}_CACHE", f"{settings.scratch_dir}/huggingface/{cache.lower()}")
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

@@ -91,6 +91,10 @@ class ModelUnsupported(PDTrimError):
     code, title, status = "model_unsupported", "The model cannot be pruned", 422
 
 
+class ExtraNotInstalled(PDTrimError):
+    code, title, status = "extra_not_installed", "The worker lacks an optional package that the job needs", 501
+
+
 class TooManyBlocks(PDTrimError):
     code, title, status = "too_many_blocks", "More blocks to remove than the model can give up", 422
 

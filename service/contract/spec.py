@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from service.contract.base import SpecModel, storable
+from service.contract.tasks import InlineTask, parse_tasks
 
 MAX_BLOCKS = 1024
 
 
-def _storable(value: str) -> str:
-    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("text may contain neither NUL nor lone surrogates, which PostgreSQL and UTF-8 cannot store")
-    return value
-
-
-SourceString = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
-
-
-class SpecModel(BaseModel):
-    """Base of everything a user writes: unknown fields are errors and values are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+SourceString = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(storable)]
 
 
 class ModelSpec(SpecModel):
@@ -45,10 +36,28 @@ def _model_from_string(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+CHANNEL_MULTIPLE = 8
+
+
 class StageTarget(SpecModel):
-    """How many blocks one serving stage gives up."""
+    """What one serving stage gives up: blocks, and channels of the MLP of every block that stays."""
 
     remove_blocks: int = Field(ge=0, le=MAX_BLOCKS, description="Transformer blocks to remove.", examples=[2])
+    mlp_width: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Share of MLP channels that every block keeps, rounded to a multiple of 8 channels; the "
+        "checkpoint's `intermediate_size`. Keys and values stay as they are, so prefill and decode may differ.",
+        examples=[0.75],
+    )
+
+    def mlp_channels(self, available: int) -> int:
+        """How many of `available` MLP channels every block keeps: a multiple of 8, as tensor cores want it, or all."""
+        if self.mlp_width == 1.0:
+            return available
+        wanted = round(self.mlp_width * available / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+        return min(max(wanted, CHANNEL_MULTIPLE), available)
 
 
 class DataSpec(SpecModel):
@@ -60,7 +69,7 @@ class DataSpec(SpecModel):
         "`.jsonl`, `s3://bucket/key`, `hf://datasets/organisation/name`.",
         examples=["builtin:stdlib"],
     )
-    text: Annotated[str, AfterValidator(_storable)] | None = Field(
+    text: Annotated[str, AfterValidator(storable)] | None = Field(
         default=None, min_length=1, max_length=1_000_000, description="Inline text instead."
     )
 
@@ -116,6 +125,18 @@ class LossesSpec(SpecModel):
         return self
 
 
+class LoraSpec(SpecModel):
+    """Low-rank adapters, merged into the weights at the end; read with `trainable` = `lora`."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of each adapter.")
+    alpha: float = Field(
+        default=32.0, gt=0.0, le=1e6, description="An adapter's product counts alpha / rank times what it is."
+    )
+    target: Literal["all-linear"] = Field(
+        default="all-linear", description="Layers with an adapter: every linear layer of every kept block."
+    )
+
+
 class DistillationSpec(SpecModel):
     """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
 
@@ -131,9 +152,12 @@ class DistillationSpec(SpecModel):
     heal_tokens: int = Field(
         default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."
     )
-    trainable: Literal["all", "distilled"] = Field(
-        default="all", description="Blocks that healing trains: every kept block, or only those that absorbed another."
+    trainable: Literal["all", "distilled", "lora"] = Field(
+        default="all",
+        description="What healing trains: every kept block, only those that absorbed another, or low-rank adapters of "
+        "every kept block, which take a fraction of the optimiser's memory.",
     )
+    lora: LoraSpec = LoraSpec()
     losses: LossesSpec = LossesSpec()
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
@@ -218,14 +242,25 @@ class EvaluationSpec(SpecModel):
     windows: int = Field(default=32, ge=1, le=65536, description="Validation windows.")
     speed_tokens: int = Field(default=64, ge=1, le=4096, description="Tokens generated when decode speed is timed.")
     speed_repeats: int = Field(default=5, ge=1, le=100, description="Timed repeats after one warm-up; medians count.")
+    tasks: Annotated[
+        tuple[str | InlineTask, ...], BeforeValidator(parse_tasks, json_schema_input_type=list[str | InlineTask])
+    ] = Field(
+        default=(),
+        description="Tasks of lm-evaluation-harness on which the dense model and every checkpoint are measured: names "
+        "of the harness's own, whose data comes from the hub, or tasks of the job's own, as objects or as YAML text.",
+        examples=[["arc_easy"]],
+    )
+    task_limit: int | None = Field(
+        default=None, ge=1, le=10**6, description="Questions of each task that are asked, the first ones; null: all."
+    )
 
 
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(_storable)]
+MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(storable)]
 
 
 class JobSpec(SpecModel):
-    """One pruning job. Prefill may not give up more blocks than decode; equal counts give one checkpoint for both."""
+    """One pruning job. Prefill may not give up more blocks than decode; equal targets give one checkpoint for both."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -276,4 +311,4 @@ class JobSpec(SpecModel):
     @property
     def unified(self) -> bool:
         """Whether one checkpoint serves both stages."""
-        return self.prefill.remove_blocks == self.decode.remove_blocks
+        return self.prefill == self.decode

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from workers.pruning.blocks import BlockStack, UnsupportedArchitecture, block_stack
+from workers.pruning.blocks import BLOCK_PREFIX, BlockStack, UnsupportedArchitecture, block_stack
 
 Channels = Mapping[int, Sequence[int]]
 """Block → the channels of its MLP that stay, ascending."""
@@ -27,6 +28,7 @@ CHANNEL_DIMENSION = {
     "mlp.down_proj.weight": 1,
 }
 """A block's tensors with one slice a channel, and the dimension along which the slices lie."""
+BLOCK_TENSOR = re.compile(re.escape(BLOCK_PREFIX) + r"(\d+)\.(.+)")
 GATED_MLP = {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
@@ -41,16 +43,19 @@ def channel_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) ->
     Raises: UnsupportedArchitecture when an MLP is not gated; ValueError naming a block whose scores are not finite.
     """
     projections = [_gated_mlp(stack, block)["down"] for block in range(len(stack.blocks))]
-    totals = [torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device) for down in projections]
+    totals = [torch.zeros(down.in_features, dtype=torch.float64, device=stack.device) for down in projections]
+    norms = [torch.empty_like(total) for total in totals]
 
-    def adding_to(total: Tensor) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def adding_to(total: Tensor, norm: Tensor) -> Any:
+        def record(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
             total.add_(args[0].detach().abs().double().flatten(0, -2).sum(0))  # (…, channels) → (channels,)
+            norm.copy_(module.weight.detach().double().norm(dim=0))  # Now: a streamed block has no weights later.
 
         return record
 
     handles = [
-        down.register_forward_pre_hook(adding_to(total)) for down, total in zip(projections, totals, strict=True)
+        down.register_forward_pre_hook(adding_to(total, norm))
+        for down, total, norm in zip(projections, totals, norms, strict=True)
     ]
     try:
         with torch.no_grad():
@@ -61,8 +66,8 @@ def channel_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) ->
             handle.remove()
 
     scores = []
-    for block, (down, total) in enumerate(zip(projections, totals, strict=True)):
-        score = (total / windows.numel() * down.weight.detach().double().norm(dim=0)).cpu()
+    for block, (total, norm) in enumerate(zip(totals, norms, strict=True)):
+        score = (total / windows.numel() * norm).cpu()
         if not torch.isfinite(score).all():
             raise ValueError(f"the MLP of block {block} gives activations that are not finite on the windows")
         scores.append(score)
@@ -152,6 +157,41 @@ def sliced_tensor(name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
     if dimension is None:
         return tensor
     return tensor.index_select(dimension, torch.tensor(kept, device=tensor.device))
+
+
+def narrow_tensors(tensors: Mapping[str, Tensor], channels: Channels | None) -> dict[str, Tensor]:
+    """Tensors called as in the dense model, with only the `channels` of their blocks; None keeps every channel."""
+    if channels is None:
+        return dict(tensors)
+    return {
+        name: tensor if (found := _with_channels(name)) is None else sliced_tensor(found[1], tensor, channels[found[0]])
+        for name, tensor in tensors.items()
+    }
+
+
+def change_width(
+    tensors: Mapping[str, Tensor], old: Channels | None, new: Channels | None, dense: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors called as in the dense model that have the channels `old`, with the channels `new`; None is all.
+
+    What `tensors` lack of these comes from `dense`, the same tensors at full width.
+    """
+    if old == new:
+        return dict(tensors)
+    full = dict(tensors)
+    for name, tensor in tensors.items():
+        if old is not None and (found := _with_channels(name)) is not None:
+            block, part = found
+            kept = torch.tensor(old[block], device=tensor.device)
+            wide = dense[name].detach().to(device=tensor.device, dtype=tensor.dtype)
+            full[name] = wide.index_copy(CHANNEL_DIMENSION[part], kept, tensor)
+    return narrow_tensors(full, new)
+
+
+def _with_channels(name: str) -> tuple[int, str] | None:
+    """Block and name within it of a tensor that has one slice a channel."""
+    match = BLOCK_TENSOR.fullmatch(name)
+    return (int(match[1]), match[2]) if match is not None and match[2] in CHANNEL_DIMENSION else None
 
 
 def _gated_mlp(stack: BlockStack, block: int) -> dict[str, nn.Linear]:

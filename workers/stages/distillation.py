@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load, load_file, save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from service.contract.jobs import StageName
@@ -29,12 +29,15 @@ from workers.pruning.distill import (
     train_on,
     trainable,
 )
+from workers.pruning.lora import linear_weights, lora_adapters
 from workers.pruning.losses import LossWeights
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.recompute import recomputed_blocks
 from workers.pruning.training import Journal, TrainingSettings
+from workers.pruning.width import change_width, narrow_tensors
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
+from workers.stages.width import StageChannels, narrowed, read_channels
 
 PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
 DISTILLED, UNDISTILLED = "distilled", "undistilled"
@@ -57,7 +60,7 @@ class Data:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Writes the trained tensors of each serving stage, called as in the dense model, in its stored dtype."""
-    plans, spec = read_plans(context), context.spec.distillation
+    plans, channels, spec = read_plans(context), read_channels(context), context.spec.distillation
     if not spec.enabled:
         for name in (PREFILL, DECODE):
             save_file({}, context.out / name)
@@ -67,14 +70,25 @@ def run(context: StageContext) -> dict[str, Any]:
     teacher = load_model(context.model_dir)
 
     merged, merge_metrics = _merge(context, plans, teacher, data)
-    prefill_weights = load_model(context.model_dir, dtype=torch.float32)
-    prefill, prefill_metrics = _distil_prefill(context, plans, merged, prefill_weights, teacher, data)
+    prefill_weights = narrowed(load_model(context.model_dir, dtype=torch.float32), channels.prefill)
+    prefill, prefill_metrics = _distil_prefill(context, plans, channels, merged, prefill_weights, teacher, data)
     save_file(prefill, context.out / PREFILL)
     if plans.unified:
         decode, decode_metrics = prefill, prefill_metrics
     else:
-        inherited = {name: t for name, t in prefill.items() if _block(name) in plans.decode.kept}
-        trained, decode_metrics = _distil_decode(context, plans, merged, inherited, prefill_weights, teacher, data)
+        dense = load_model(context.model_dir, dtype=torch.float32)
+        inherited = change_width(
+            {name: t for name, t in prefill.items() if _block(name) in plans.decode.kept},
+            channels.prefill,
+            channels.decode,
+            dict(dense.named_parameters()),
+        )
+        weights = narrowed(dense, channels.decode)
+        load_tensors(weights, inherited)
+        del dense
+        trained, decode_metrics = _distil_decode(
+            context, plans, channels, merged, weights, prefill_weights, teacher, data
+        )
         decode = inherited | trained
     save_file(decode, context.out / DECODE)
     return {"enabled": True, "merged": merge_metrics, "prefill": prefill_metrics, "decode": decode_metrics}
@@ -156,14 +170,34 @@ def _merge(context: StageContext, plans: Plans, teacher: PreTrainedModel, data: 
 
 
 def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
-    if context.spec.distillation.trainable == "all":
-        return list(plan.kept)
-    return sorted(plan.distilled.values())
+    if context.spec.distillation.trainable == "distilled":
+        return sorted(plan.distilled.values())
+    return list(plan.kept)
+
+
+def _healed_weights(
+    context: StageContext, weights: PreTrainedModel, blocks: list[int], frozen: set[str]
+) -> dict[str, nn.Parameter]:
+    """The parameters that healing changes, by name."""
+    if context.spec.distillation.trainable == "lora":
+        return linear_weights(weights, blocks, frozen=frozen)
+    return trainable(weights, blocks, frozen=frozen)
+
+
+def _trained(
+    context: StageContext, student: PreTrainedModel, healed: Mapping[str, nn.Parameter]
+) -> AbstractContextManager[Mapping[str, nn.Parameter]]:
+    """The parameters to optimise while this lasts, after which `healed` hold what they learned."""
+    spec = context.spec.distillation
+    if spec.trainable == "lora":
+        return lora_adapters(student, healed, rank=spec.lora.rank, alpha=spec.lora.alpha, seed=context.spec.seed)
+    return nullcontext(healed)
 
 
 def _distil_prefill(
     context: StageContext,
     plans: Plans,
+    channels: StageChannels,
     merged: Tensors,
     weights: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -171,12 +205,14 @@ def _distil_prefill(
 ) -> tuple[Tensors, dict[str, Any] | None]:
     """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
     student = drop_blocks(weights, plans.prefill.removed)
+    start = {name: t for name, t in merged.items() if _block(name) in plans.prefill.distilled.values()}
     return _distil(
         context,
         weights,
         student,
         sequence_loss(student, teacher, _losses(context)),
-        start={name: t for name, t in merged.items() if _block(name) in plans.prefill.distilled.values()},
+        pruned=bool(plans.prefill.removed) or channels.prefill is not None,
+        start=narrow_tensors(start, channels.prefill),
         blocks=_trained_blocks(context, plans.prefill),
         frozen=set(),
         data=data,
@@ -187,16 +223,15 @@ def _distil_prefill(
 def _distil_decode(
     context: StageContext,
     plans: Plans,
+    channels: StageChannels,
     merged: Tensors,
-    inherited: Tensors,
+    weights: PreTrainedModel,
     prefill_weights: PreTrainedModel,
     teacher: PreTrainedModel,
     data: Data,
 ) -> tuple[Tensors, dict[str, Any] | None]:
-    """Starts from the prefill weights that it inherits; those are also what it falls back to."""
+    """`weights` hold what decode inherits of the prefill weights; those are also what it falls back to."""
     only_decode = _only_in_decode(plans).values()
-    weights = load_model(context.model_dir, dtype=torch.float32)
-    load_tensors(weights, inherited)
     student = drop_blocks(weights, plans.decode.removed)
     loss = continuation_loss(
         drop_blocks(prefill_weights, plans.prefill.removed),
@@ -206,12 +241,14 @@ def _distil_decode(
         _losses(context),
         prompt_tokens=data.prompt_tokens,
     )
+    start = {name: t for name, t in merged.items() if _block(name) in only_decode}
     return _distil(
         context,
         weights,
         student,
         loss,
-        start={name: t for name, t in merged.items() if _block(name) in only_decode},
+        pruned=bool(plans.decode.removed) or channels.decode is not None,
+        start=narrow_tensors(start, channels.decode),
         blocks=_trained_blocks(context, plans.decode),
         frozen={name for absorber in only_decode for name in kv_tensor_names(absorber)},
         data=data,
@@ -225,6 +262,7 @@ def _distil(
     student: PreTrainedModel,
     loss: Loss,
     *,
+    pruned: bool,
     start: Tensors,
     blocks: list[int],
     frozen: set[str],
@@ -237,8 +275,7 @@ def _distil(
     that do no better than those given are put back, and nothing is returned as trained.
     """
     settings = _settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
-    removes = student.config.num_hidden_layers < weights.config.num_hidden_layers
-    healed = trainable(weights, blocks, frozen=frozen) if removes and settings.steps else {}
+    healed = _healed_weights(context, weights, blocks, frozen) if pruned and settings.steps else {}
     if not start and not healed:
         weights.requires_grad_(False)
         return {}, None
@@ -248,8 +285,8 @@ def _distil(
     load_tensors(weights, start)
     steps = 0
     if healed:
-        with _memory_saved(context, student):
-            steps = train_on(loss, healed, data.training, data.held_out, settings, journal).steps
+        with _memory_saved(context, student), _trained(context, student, healed) as parameters:
+            steps = train_on(loss, parameters, data.training, data.held_out, settings, journal).steps
     weights.requires_grad_(False)
     dtype = stored_dtype(context.model_dir)
     trained = {name: named[name].detach().to(dtype, copy=True).contiguous() for name in given}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ from transformers import PreTrainedModel
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.models import device, load_model
+from workers.models import device, load_model, load_tokenizer
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import stored_dtype
 from workers.pruning.measure import Speed, parameters, perplexity, quality, speeds
 from workers.pruning.pair import kv_cache_bytes, pd_loss
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving import read_rule
+from workers.pruning.width import Channels
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
+from workers.stages.tasks import TaskResult, load_tasks, measure_tasks
+from workers.stages.width import narrowed, read_channels
 
 REPORT = "report.json"
 BATCH_WINDOWS = 8
@@ -36,18 +40,23 @@ class Subject:
     model: PreTrainedModel
     folder: Path
     plan: BlockPlan
+    channels: Channels | None = None
+
+    @property
+    def pruned(self) -> bool:
+        return bool(self.plan.removed) or self.channels is not None
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory."""
-    plans = read_plans(context)
+    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory, tasks."""
+    plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.report(0.05, "Loading the exported checkpoints.")
     dense = load_model(context.model_dir)
     subjects = {"dense": Subject(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
     for role, (plan, _) in roles(plans).items():
         folder = context.input_folder(StageName.EXPORT, role)
-        subjects[role] = Subject(load_model(folder), folder, plan)
+        subjects[role] = Subject(load_model(folder), folder, plan, channels.of(role))
 
     context.report(0.2, "Measuring speed.")
     spec = context.spec.evaluation
@@ -58,14 +67,34 @@ def run(context: StageContext) -> dict[str, Any]:
         repeats=spec.speed_repeats,
     )
     context.report(0.5, "Measuring perplexity.")
-    report = {
+    report: dict[str, Any] = {
         "models": {
             name: _describe(context, subject, timed[name], windows, dense) for name, subject in subjects.items()
         },
         "pair": _measure_pair(context, subjects, plans, windows),
     }
+    report["tasks"] = _measure_tasks(context, subjects)
     context.write_json(REPORT, report)
     return report
+
+
+def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> dict[str, dict[str, TaskResult]]:
+    """Task → model → metrics."""
+    spec = context.spec.evaluation
+    tasks = load_tasks(spec.tasks)
+    if tasks is None:
+        return {}
+    tokenizer = load_tokenizer(context.model_dir)
+    found: dict[str, dict[str, TaskResult]] = {}
+    for number, (name, subject) in enumerate(subjects.items()):
+        progress = 0.85 + 0.15 * number / len(subjects)
+        ask = partial(context.report, progress, f"Asking the {name} model the evaluation tasks.")
+        results = measure_tasks(
+            subject.model, tokenizer, tasks, limit=spec.task_limit, seed=context.spec.seed, on_forward=ask
+        )
+        for task, result in results.items():
+            found.setdefault(task, {})[name] = result
+    return found
 
 
 def _describe(
@@ -73,14 +102,15 @@ def _describe(
 ) -> dict[str, Any]:
     context.check()
     undistilled = None
-    if subject.plan.removed:
-        undistilled = asdict(perplexity(drop_blocks(dense, subject.plan.removed), windows, batch=BATCH_WINDOWS))
+    if subject.pruned:
+        undistilled = asdict(perplexity(_pruned(dense, subject), windows, batch=BATCH_WINDOWS))
     weights = subject.folder.glob("*.safetensors")
     return {
         "blocks": len(subject.plan.kept),
         "kept_blocks": list(subject.plan.kept),
         "deleted_blocks": sorted(subject.plan.deleted),
         "distilled_blocks": subject.plan.to_json()["distilled"],
+        "mlp_channels": getattr(subject.model.config, "intermediate_size", None),
         "parameters": parameters(subject.model),
         "bytes": sum(path.stat().st_size for path in weights),
         **asdict(quality(subject.model, dense, windows, batch=BATCH_WINDOWS)),
@@ -89,13 +119,18 @@ def _describe(
     }
 
 
+def _pruned(dense: PreTrainedModel, subject: Subject) -> PreTrainedModel:
+    """What the subject was before distillation."""
+    return drop_blocks(narrowed(dense, subject.channels), subject.plan.removed)
+
+
 def _measure_pair(
     context: StageContext, subjects: Mapping[str, Subject], plans: Plans, windows: Tensor
 ) -> dict[str, Any]:
     context.report(0.8, "Measuring the prefill/decode pair.")
     dense = subjects["dense"].model
-    prefill = (subjects.get("prefill") or subjects["unified"]).model
-    decode = (subjects.get("decode") or subjects["unified"]).model
+    prefill_subject, decode_subject = (subjects.get(half) or subjects["unified"] for half in ("prefill", "decode"))
+    prefill, decode = prefill_subject.model, decode_subject.model
     layer_map = kv_layer_map(plans.prefill, plans.decode)
     tokens = windows.shape[1]
     prompt_tokens = tokens // 2
@@ -107,11 +142,11 @@ def _measure_pair(
     dtype = stored_dtype(context.model_dir)
     kv_tokens = None
     if context.spec.kv_tokens is not None:
-        rule = read_rule((subjects.get("prefill") or subjects["unified"]).folder)
+        rule = read_rule(prefill_subject.folder)
         kv_tokens = measure_rule(
             context.spec.kv_tokens, rule, dense.config, (prefill, decode), layer_map, windows, dtype
         )
-    pruned = (drop_blocks(dense, plans.prefill.removed), drop_blocks(dense, plans.decode.removed))
+    pruned = (_pruned(dense, prefill_subject), _pruned(dense, decode_subject))
     return {
         "prompt_tokens": prompt_tokens,
         "continuation_tokens": tokens - prompt_tokens,

@@ -19,10 +19,12 @@ from workers.pruning.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.distill import load_tensors
 from workers.pruning.handover import KvTokenRule
 from workers.pruning.plan import BlockPlan, kv_layer_map
+from workers.pruning.width import Channels
 from workers.stages import distillation
 from workers.stages.kv_tokens import choose_rule
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
+from workers.stages.width import StageChannels, narrowed, read_channels
 
 PROOF_TOKENS = 32
 GENERATED_TOKENS = 8
@@ -42,10 +44,10 @@ def roles(plans: Plans) -> dict[str, tuple[BlockPlan, str]]:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Writes one folder a checkpoint. Raises: BrokenCheckpoint, ExportMismatch."""
-    plans = read_plans(context)
+    plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     proof = windows[:1, :PROOF_TOKENS]
-    rule = _choose_rule(context, plans, windows)
+    rule = _choose_rule(context, plans, channels, windows)
     metrics = {}
     for number, (role, (plan, trained)) in enumerate(roles(plans).items()):
         start = 0.4 + 0.3 * number
@@ -59,9 +61,11 @@ def run(context: StageContext) -> dict[str, Any]:
             overrides=SourceTensors.in_file(overrides),
             pdtrim=pdtrim_json(context, role, plan, plans, rule),
             model_card=model_card(context, role, plan, rule),
+            kept_channels=channels.of(role),
         )
         context.report(start + 0.15, f"Proving the {role} checkpoint.")
-        difference = _prove(target, _healed(context, plan, trained, dtype=torch.float32), proof)
+        expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
+        difference = _prove(target, expected, proof)
         files = [path for path in target.iterdir() if path.is_file()]
         metrics[role] = {
             "files": len(files),
@@ -72,21 +76,21 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _healed(
-    context: StageContext, plan: BlockPlan, trained: str, *, dtype: torch.dtype | None = None
+    context: StageContext, plan: BlockPlan, channels: Channels | None, trained: str, *, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """What a checkpoint has to compute: the dense model with the trained tensors, without the removed blocks."""
-    weights = load_model(context.model_dir, dtype=dtype)
+    """What a checkpoint has to compute: the narrowed dense model with the trained tensors, without removed blocks."""
+    weights = narrowed(load_model(context.model_dir, dtype=dtype), channels)
     load_tensors(weights, load_file(context.input(StageName.DISTILLATION, trained)))
     return drop_blocks(weights, plan.removed)
 
 
-def _choose_rule(context: StageContext, plans: Plans, windows: Tensor) -> KvTokenRule | None:
+def _choose_rule(context: StageContext, plans: Plans, channels: StageChannels, windows: Tensor) -> KvTokenRule | None:
     """The KV token rule, when the job asks for one. A unified checkpoint hands its cache to another copy of itself."""
     asked = context.spec.kv_tokens
     if asked is None:
         return None
     context.report(0.0, "Choosing the KV tokens that decode is sent.")
-    models = [_healed(context, plan, trained) for plan, trained in roles(plans).values()]
+    models = [_healed(context, plan, channels.of(role), trained) for role, (plan, trained) in roles(plans).items()]
     dense = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False, local_files_only=True)
     layer_map = kv_layer_map(plans.prefill, plans.decode)
     return choose_rule(context, asked, dense, (models[0], models[-1]), layer_map, windows)
@@ -113,6 +117,7 @@ def pdtrim_json(
     context: StageContext, role: str, plan: BlockPlan, plans: Plans, rule: KvTokenRule | None
 ) -> dict[str, Any]:
     """What a serving stack has to know about a checkpoint; documented in the README."""
+    share = _mlp_width(context, role)
     return {
         "format_version": 1,
         "role": role,
@@ -121,6 +126,7 @@ def pdtrim_json(
         "kept_blocks": list(plan.kept),
         "distilled_blocks": {str(removed): absorber for removed, absorber in sorted(plan.distilled.items())},
         "kv_layer_map": kv_layer_map(plans.prefill, plans.decode),
+        **({} if share == 1 else {"mlp_width": share}),
         **({} if rule is None else {"kv_tokens": rule.to_json()}),
         "first_token": "prefill",
         "job": context.job_id,
@@ -129,11 +135,17 @@ def pdtrim_json(
     }
 
 
+def _mlp_width(context: StageContext, role: str) -> float:
+    return (context.spec.decode if role == "decode" else context.spec.prefill).mlp_width
+
+
 def model_card(context: StageContext, role: str, plan: BlockPlan, rule: KvTokenRule | None) -> str:
     """The checkpoint's README.md."""
     source = context.spec.model.source
     removed = ", ".join(str(block) for block in sorted(plan.removed)) or "none"
     merged = "".join(f"\n- block {r} was distilled into block {a}" for r, a in sorted(plan.distilled.items()))
+    width = _mlp_width(context, role)
+    channels = "" if width == 1 else f"\n- MLP channels: {width:g} of the dense model's, those that weigh most"
     tokens = ""
     if rule is not None and rule.layers:
         tokens = f"""
@@ -149,7 +161,7 @@ tags: [pruned, pdtrim, {role}]
 {len(plan.kept)} of {plan.num_blocks} transformer blocks of `{source}`, chosen and repaired with the PDTrim method
 (Zhang et al., ACL 2026, arXiv 2509.04467).
 
-- removed blocks (indices of the dense model): {removed}{merged}
+- removed blocks (indices of the dense model): {removed}{merged}{channels}
 - serves: {"prefill and decode" if role == "unified" else role}
 
 Load it with `AutoModelForCausalLM.from_pretrained`. `pdtrim.json` lists the kept blocks and, for a prefill/decode

@@ -33,16 +33,22 @@ class Plans:
 
     prefill: BlockPlan
     decode: BlockPlan
+    same_width: bool = True
+    """Whether both keep as many MLP channels; then they keep the same ones."""
 
     @property
     def unified(self) -> bool:
-        return self.prefill == self.decode
+        return self.prefill == self.decode and self.same_width
 
 
 def read_plans(context: StageContext) -> Plans:
     """What the removal stage decided."""
     content = context.input_json(StageName.REMOVAL, PLAN)
-    return Plans(BlockPlan.from_json(content["prefill"]), BlockPlan.from_json(content["decode"]))
+    return Plans(
+        BlockPlan.from_json(content["prefill"]),
+        BlockPlan.from_json(content["decode"]),
+        same_width=context.spec.prefill.mlp_width == context.spec.decode.mlp_width,
+    )
 
 
 class Evaluated:

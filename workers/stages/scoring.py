@@ -12,16 +12,20 @@ from workers.data import token_windows
 from workers.models import device, load_for_walks, load_tokenizer, windows_at_once
 from workers.pruning.blocks import UnsupportedArchitecture, block_stack
 from workers.pruning.scores import block_scores
+from workers.stages.tasks import load_tasks
+from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
 SCORES = "scores.json"
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes the windows that every later stage reads, and each block's scores.
+    """Writes the windows that every later stage reads, each block's scores, and the MLP channels that stay.
 
-    Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable.
+    Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable; as `load_tasks`.
     """
+    context.report(0.0, "Loading the evaluation tasks.")
+    load_tasks(context.spec.evaluation.tasks)  # What they lack should show now, not after hours of work.
     context.report(0.05, "Cutting the text into windows.")
     windows = token_windows(context.spec, context.documents(), load_tokenizer(context.model_dir))
     save_file(windows, context.out / WINDOWS)
@@ -38,8 +42,11 @@ def run(context: StageContext) -> dict[str, Any]:
             param="decode.remove_blocks",
         )
     calibration = windows["calibration"].to(device())
-    scores = block_scores(stack, calibration, chunk_windows=windows_at_once(stack.model, calibration.shape[1]))
+    chunk_windows = windows_at_once(stack.model, calibration.shape[1])
+    scores = block_scores(stack, calibration, chunk_windows=chunk_windows)
     context.write_json(SCORES, scores.to_json())
+    context.report(0.9, "Scoring MLP channels.")
+    choose_channels(context, stack, calibration, chunk_windows=chunk_windows)
     return {
         "blocks": num_blocks,
         "cosine": [round(value, 6) for value in scores.cosine],

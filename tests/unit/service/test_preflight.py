@@ -8,7 +8,7 @@ import pytest
 
 from service import preflight
 from service.contract.errors import InvalidRequest, ModelUnsupported, TooManyBlocks
-from service.contract.spec import JobSpec
+from service.contract.spec import JobSpec, StageTarget
 from service.settings import Settings
 from tests.gateway import Gateway, gateway, model, problem_of, write_model
 
@@ -23,8 +23,9 @@ def gateway_settings(tmp_path: Path) -> Settings:
     return Settings(data_dir=tmp_path / "data", allowed_sources=allowed, s3_endpoint_url="http://127.0.0.1:1")
 
 
-def spec(prefill: int = 1, decode: int = 2, **changes: Any) -> JobSpec:
-    removals = {"prefill": {"remove_blocks": prefill}, "decode": {"remove_blocks": decode}}
+def spec(prefill: int = 1, decode: Any = 2, **changes: Any) -> JobSpec:
+    target = decode if isinstance(decode, dict) else {"remove_blocks": decode}
+    removals = {"prefill": {"remove_blocks": prefill}, "decode": target}
     return JobSpec.model_validate({"model": "reference", **removals, **changes})
 
 
@@ -70,6 +71,44 @@ def test_too_many_blocks_are_refused_at_the_stage_s_field(prefill: int, decode: 
     assert "at most 5 can be removed" in refused.value.message
 
 
+NARROW = spec(decode={"remove_blocks": 2, "mlp_width": 0.5})
+
+
+def test_gated_mlps_can_be_narrowed() -> None:
+    preflight.check_config(NARROW, {**CONFIG, "intermediate_size": 64})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gpt_neox"},
+        {"model_type": "mixtral", "num_local_experts": 8},
+        {"num_local_experts": 8},
+        {"num_experts": 128, "moe_intermediate_size": 16},
+        {"intermediate_size": [64, 32]},
+        {"intermediate_size": None},
+        {"intermediate_size": 0},
+    ],
+)
+def test_other_mlps_are_refused_at_the_width_s_field(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ARCHITECTURES", (*preflight.ARCHITECTURES, "gpt_neox", "mixtral"))
+    config = {**CONFIG, "intermediate_size": 64, **change}
+    preflight.check_config(spec(), config)
+    with pytest.raises(ModelUnsupported) as refused:
+        preflight.check_config(NARROW, config)
+    assert refused.value.param == "decode.mlp_width"
+    assert refused.value.status == 422
+
+
+@pytest.mark.parametrize(
+    ("width", "available", "kept"),
+    [(1, 50, 50), (0.5, 48, 24), (0.75, 48, 32), (0.99, 50, 48), (1e-9, 48, 8), (0.5, 3, 3), (0.75, 12288, 9216)],
+)
+def test_a_width_is_a_share_of_the_channels_in_multiples_of_8(width: float, available: int, kept: int) -> None:
+    target = StageTarget(remove_blocks=0, mlp_width=width)
+    assert target.mlp_channels(available) == kept
+
+
 def test_windows_longer_than_the_model_s_context_are_refused() -> None:
     with pytest.raises(InvalidRequest) as refused:
         preflight.check_config(spec(calibration={"window_tokens": 1025}), CONFIG)
@@ -96,6 +135,8 @@ def test_inline_text_needs_no_source(gateway: Gateway) -> None:
         ({"model": {"source": "reference", "revision": "main"}}, "invalid_request", "model.revision"),
         ({"data": {"source": "file:///etc/passwd"}}, "invalid_request", "data.source"),
         ({"data": {"source": "file:///etc/passwd.txt"}}, "source_not_allowed", "data.source"),
+        ({"evaluation": {"tasks": ["arc_easy"]}}, "source_not_allowed", "evaluation.tasks[0]"),
+        ({"evaluation": {"tasks": ["!function a.b: 1"]}}, "invalid_request", "evaluation.tasks[0]"),
     ],
 )
 def test_a_source_that_may_not_be_read_is_named(

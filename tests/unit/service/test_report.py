@@ -73,3 +73,27 @@ def test_a_token_rule_is_shown_with_what_it_saves_and_costs() -> None:
     short = {**RULE, "ratio_asked": 9.0, "ratio_reached": False}
     rows = shown(models, {**PAIR, "kv_tokens": short})
     assert rows["KV sent with the token rule"] == "4 KiB 1 KiB (4.00× less; 9× asked for)"
+
+
+def test_mlp_channels_are_shown_where_they_differ() -> None:
+    dense, slim = {**DENSE, "mlp_channels": 1536}, {**DECODE, "mlp_channels": 768}
+    assert "MLP channels" not in shown({"dense": DENSE, "decode": DECODE}, PAIR)
+    assert "MLP channels" not in shown({"dense": dense, "decode": {**DECODE, "mlp_channels": 1536}}, PAIR)
+    assert shown({"dense": dense, "decode": slim}, PAIR)["MLP channels"] == "1,536 768"
+
+
+def test_tasks_are_shown_with_their_standard_errors() -> None:
+    tasks = {
+        "sums": {
+            "dense": {"acc": {"value": 0.75, "stderr": 0.0125}, "f1": {"value": 0.5, "stderr": None}},
+            "decode": {"acc": {"value": 0.5, "stderr": 0.025}, "f1": {"value": None, "stderr": None}},
+        }
+    }
+    page = StringIO()
+    evaluation = {"models": {"dense": DENSE, "decode": DECODE}, "pair": PAIR}
+    Console(width=80, file=page).print(report(evaluation))
+    assert "Tasks" not in page.getvalue()
+    Console(width=80, file=page).print(report({**evaluation, "tasks": tasks}))
+    lines = [" ".join(line.split()) for line in page.getvalue().splitlines()]
+    assert "sums acc 0.750 ± 0.013 0.500 ± 0.025" in lines or "sums acc 0.750 ± 0.012 0.500 ± 0.025" in lines
+    assert "sums f1 0.500 none" in lines

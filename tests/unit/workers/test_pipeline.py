@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load, load_file
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from service.api import views
 from service.cli.display import job_page
@@ -29,8 +30,10 @@ from service.storage import open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers import pipeline
 from workers.pipeline import Worker, run_stage
+from workers.pruning.blocks import block_stack
 from workers.pruning.distill import KV_TENSORS
 from workers.pruning.serving import PrefillDecodePair
+from workers.pruning.width import channel_scores, kept_channels
 
 
 @pytest.fixture
@@ -243,13 +246,20 @@ def test_distillation_that_does_not_help_is_left_out_and_said_so(threshold: floa
     assert "prefill kept undistilled" in told.export_text()
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize(
+    ("config", "training"),
+    [
+        (LlamaConfig, {"learning_rate": 5e-4}),
+        (Qwen3Config, {"learning_rate": 5e-4}),
+        (Qwen3Config, {"learning_rate": 5e-3, "trainable": "lora", "lora": {"rank": 4, "alpha": 8}}),
+    ],
+)
 def test_a_block_distilled_for_decode_alone_reads_the_keys_and_values_it_would_make(
-    config: type[PretrainedConfig], worker: Worker, tmp_path: Path
+    config: type[PretrainedConfig], training: dict[str, Any], worker: Worker, tmp_path: Path
 ) -> None:
     model = write_tiny_model(tmp_path / "models" / "tiny", config)
     spec = tiny_spec(model)
-    spec["distillation"] |= {"learning_rate": 5e-4, "heal_tokens": 2048}
+    spec["distillation"] |= {"heal_tokens": 2048, **training}
     job_id = create(worker, spec)
     run_through(worker, job_id, StageName.EXPORT)
     metrics = stage_row(worker, job_id, StageName.DISTILLATION).metrics
@@ -270,10 +280,140 @@ def test_a_block_distilled_for_decode_alone_reads_the_keys_and_values_it_would_m
     for name in shaping:
         sent = prefill[f"model.layers.{source}.{name}"]
         assert torch.equal(decode[f"model.layers.{layer}.{name}"], sent)
-        # Healing did change them: decode has to hold prefill's, not the dense model's.
-        assert not torch.equal(sent, dense[f"model.layers.{absorber}.{name}"])
+        # Healing did change them: decode has to hold prefill's, not the dense model's. Norms have no adapters.
+        healed = "proj" in name or training.get("trainable") != "lora"
+        assert torch.equal(sent, dense[f"model.layers.{absorber}.{name}"]) != healed
     trained = "mlp.down_proj.weight"
     assert not torch.equal(decode[f"model.layers.{layer}.{trained}"], prefill[f"model.layers.{source}.{trained}"])
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "training", "channels"),
+    [
+        ((0, 0.5), (0, 0.5), {}, {"unified": 24}),
+        ((2, 0.25), (2, 0.25), {"trainable": "lora", "learning_rate": 5e-3}, {"unified": 16}),
+        ((1, 0.75), (2, 0.5), {}, {"prefill": 32, "decode": 24}),
+        ((1, 0.5), (2, 1), {"trainable": "lora", "learning_rate": 5e-3}, {"prefill": 24, "decode": 48}),
+        ((1, 1), (1, 0.5), {"gradient_checkpointing": True}, {"prefill": 48, "decode": 24}),
+        ((1, 0.5), (2, 0.75), {"enabled": False}, {"prefill": 24, "decode": 32}),
+    ],
+)
+def test_narrower_mlps_are_healed_exported_and_measured(
+    prefill: tuple[int, float],
+    decode: tuple[int, float],
+    training: dict[str, Any],
+    channels: dict[str, int],
+    worker: Worker,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    targets = {
+        half: {"remove_blocks": blocks, "mlp_width": width}
+        for half, (blocks, width) in {"prefill": prefill, "decode": decode}.items()
+    }
+    spec = tiny_spec(model, **targets)
+    spec["distillation"] |= {"heal_tokens": 2048, **training}
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+
+    report = stage_row(worker, job_id, StageName.EVALUATION).metrics
+    shown = {name: found["mlp_channels"] for name, found in report["models"].items()}
+    assert shown == {"dense": 48, **channels}
+    exported = recorded(worker, job_id, StageName.EXPORT)
+    proofs = stage_row(worker, job_id, StageName.EXPORT).metrics["checkpoints"]
+    healed = stage_row(worker, job_id, StageName.DISTILLATION).metrics
+    dense = load_file(model / "model.safetensors")
+    for role, kept in channels.items():
+        for name, row in exported.items():
+            if name.startswith(f"{role}/"):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                worker.store.download(row.key, tmp_path / name)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / role, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert loaded.config.intermediate_size == kept
+        assert proofs[role]["max_logit_difference"] <= 1e-5
+        described = json.loads((tmp_path / role / "pdtrim.json").read_text())
+        width = targets["decode" if role == "decode" else "prefill"]["mlp_width"]
+        assert described.get("mlp_width", 1) == width
+        assert ("MLP channels" in (tmp_path / role / "README.md").read_text()) == (width < 1)
+        undistilled = report["models"][role]["undistilled_perplexity"]["value"]
+        if spec["distillation"].get("enabled", True):
+            half = "decode" if role == "decode" else "prefill"
+            assert healed[half]["kept"] == "distilled"
+            assert healed[half]["after"] < healed[half]["before"]
+        else:
+            assert report["models"][role]["perplexity"]["value"] == undistilled
+            block = described["kept_blocks"][0]
+            chosen = load(content(worker, job_id, StageName.SCORING, "channels.safetensors"))[f"{role}.{block}"]
+            found = loaded.model.layers[0].mlp.down_proj.weight
+            assert torch.equal(found, dense[f"model.layers.{block}.mlp.down_proj.weight"][:, chosen.long()])
+
+    # The hand-over does not see the width: decode continues prefill's cache as in any job.
+    served = PrefillDecodePair.load(*(tmp_path / role for role in (max(channels), min(channels))))
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))["validation"]
+    sent = served.prefill(windows[:1, :16]).nbytes
+    assert sent == report["pair"]["kv_bytes_per_request"]["sent"] == 2 * (5 - decode[0]) * 2 * 8 * 16 * 4
+
+
+def test_mlp_channels_are_those_that_weigh_most_and_the_narrower_half_keeps_a_part_of_them(
+    worker: Worker, model: Path
+) -> None:
+    targets = {
+        "prefill": {"remove_blocks": 0, "mlp_width": 0.75},
+        "decode": {"remove_blocks": 0, "mlp_width": 0.5},
+    }
+    job_id = create(worker, tiny_spec(model, **targets))
+    run_through(worker, job_id, StageName.SCORING)
+    found = load(content(worker, job_id, StageName.SCORING, "channels.safetensors"))
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))["calibration"]
+    stack = block_stack(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+    expected = kept_channels(channel_scores(stack, windows, chunk_windows=len(windows)), 32)
+    assert {block: tuple(found[f"prefill.{block}"].tolist()) for block in range(5)} == expected
+    for block in range(5):
+        assert len(found[f"decode.{block}"]) == 24
+        assert set(found[f"decode.{block}"].tolist()) < set(expected[block])
+
+
+TASK = {
+    "task": "sums",
+    "docs": [{"asked": f"{n} + {n} =", "right": str(2 * n), "wrong": str(n)} for n in range(1, 9)],
+    "doc_to_text": "asked",
+    "doc_to_choice": ["{{right}}", "{{wrong}}"],
+    "doc_to_target": 0,
+}
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
+@pytest.mark.parametrize(("prefill_removes", "roles"), [(1, {"prefill", "decode"}), (2, {"unified"})])
+def test_tasks_of_the_job_are_asked_of_the_dense_model_and_of_every_checkpoint(
+    prefill_removes: int, roles: set[str], worker: Worker, model: Path
+) -> None:
+    spec = tiny_spec(model, prefill={"remove_blocks": prefill_removes}, distillation={"enabled": False})
+    spec["evaluation"]["tasks"] = [TASK]
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+    report = stage_row(worker, job_id, StageName.EVALUATION).metrics
+    assert json.loads(content(worker, job_id, StageName.EVALUATION, "report.json"))["tasks"] == report["tasks"]
+    assert report["tasks"].keys() == {"sums"}
+    assert report["tasks"]["sums"].keys() == {"dense", *roles}
+    for found in report["tasks"]["sums"].values():
+        assert 0 <= found["acc"]["value"] <= 1
+        assert found["acc"]["stderr"] is not None
+
+
+def test_tasks_that_a_worker_cannot_run_fail_the_job_in_its_first_stage(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.stages.tasks.find_spec", lambda name: None)
+    spec = tiny_spec(model)
+    spec["evaluation"]["tasks"] = [TASK]
+    job_id = create(worker, spec)
+    run_stage(worker, job_id, StageName.SCORING)
+    error = job_error(worker, job_id)
+    assert (error["code"], error["param"]) == ("extra_not_installed", "evaluation.tasks")
+    assert "pip install 'pdtrim-service[eval]'" in error["message"]
 
 
 def test_a_repeated_delivery_of_a_finished_stage_does_nothing(worker: Worker, model: Path) -> None:
@@ -298,9 +438,12 @@ def test_a_stage_finished_by_a_worker_that_died_before_recording_is_not_run_agai
     assert all("/scoring/1/" in artifact.key for artifact in recorded(worker, job_id, StageName.SCORING).values())
 
 
-@pytest.mark.parametrize("stage", [StageName.REMOVAL, StageName.DISTILLATION])
+@pytest.mark.parametrize(
+    ("stage", "trainable"),
+    [(StageName.REMOVAL, "all"), (StageName.DISTILLATION, "all"), (StageName.DISTILLATION, "lora")],
+)
 def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
-    stage: StageName, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+    stage: StageName, trainable: str, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.stages.removal.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
@@ -310,6 +453,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
         "gradient_accumulation": 2,
         "gradient_checkpointing": True,
         "patience": 2,
+        "trainable": trainable,
     }
     unbroken, broken = (create(worker, spec) for _ in range(2))
     for job_id in (unbroken, broken):

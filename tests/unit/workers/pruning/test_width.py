@@ -31,7 +31,16 @@ from tests.unit.workers.pruning.models import (
 from workers.pruning.blocks import UnsupportedArchitecture, block_stack, drop_blocks
 from workers.pruning.checkpoint import BrokenCheckpoint, SourceTensors, write_checkpoint
 from workers.pruning.measure import parameters, perplexity
-from workers.pruning.width import Channels, channel_scores, intermediate_size, kept_channels, narrow
+from workers.pruning.streaming import load_streamed
+from workers.pruning.width import (
+    Channels,
+    change_width,
+    channel_scores,
+    intermediate_size,
+    kept_channels,
+    narrow,
+    narrow_tensors,
+)
 
 KEEP = 20
 IDS = random_ids(2, 12)
@@ -134,6 +143,44 @@ def test_a_channel_scores_its_mean_magnitude_times_the_norm_of_what_it_writes_wi
     model(input_ids=windows)
     expected = entering[0].abs().mean((0, 1)) * down.weight.pow(2).sum(0).sqrt()
     assert torch.allclose(scores[3].float(), expected, rtol=1e-5)
+
+
+def test_channels_are_scored_alike_with_blocks_read_one_at_a_time(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path)
+    streamed, reader = load_streamed(tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+    expected = channel_scores(block_stack(model), IDS, chunk_windows=2)
+    found = channel_scores(block_stack(streamed), IDS, chunk_windows=2)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert reader.blocks_read == 5
+
+
+def test_tensors_change_their_width_as_the_model_does() -> None:
+    model = model_with_biases()
+    dense = dict(model.named_parameters())
+    wide, slim = best_channels(model, 32), best_channels(model, 8)
+    of_wide, of_slim = (dict(narrow(model, channels).named_parameters()) for channels in (wide, slim))
+    for found, expected in (
+        (narrow_tensors(dense, wide), of_wide),
+        (narrow_tensors(dense, None), dense),
+        (change_width(of_wide, wide, slim, dense), of_slim),
+        (change_width(of_slim, slim, wide, dense), of_wide),
+        (change_width(of_slim, slim, None, dense), dense),
+        (change_width(dense, None, slim, dense), of_slim),
+    ):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_what_was_trained_stays_when_the_width_changes() -> None:
+    model = tiny_model("llama")
+    dense, channels = dict(model.named_parameters()), best_channels(model, 8)
+    name = "model.layers.1.mlp.down_proj.weight"
+    trained = {name: torch.full((32, 8), 7.0)}
+    full = change_width(trained, channels, None, dense)[name]
+    others = [channel for channel in range(48) if channel not in channels[1]]
+    assert torch.equal(full[:, list(channels[1])], trained[name])
+    assert torch.equal(full[:, others], dense[name][:, others])
 
 
 def test_the_best_channels_stay_in_order() -> None:
