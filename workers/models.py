@@ -42,8 +42,9 @@ def load_for_walks(folder: Path) -> PreTrainedModel:
 
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
+    tensors = check_complete(folder)
     fits = parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes()
-    if fits or not check_complete(folder).one_to_one:
+    if fits or not tensors.one_to_one:
         return load_model(folder)
     model, _ = load_streamed(folder, dtype=compute_dtype(), device=device())
     return model

@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
@@ -585,7 +586,15 @@ def test_memory_that_does_not_suffice_fails_the_stage_by_name(
     assert "can't allocate memory" in error["message"]
 
 
-def test_a_model_of_another_architecture_fails_the_job_by_name(worker: Worker, model: Path) -> None:
+def test_a_model_whose_blocks_do_not_make_its_logits_fails_the_job_by_name(worker: Worker, tmp_path: Path) -> None:
+    job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "models" / "cohere", CohereConfig)))
+    run_stage(worker, job_id, StageName.SCORING)
+    error = job_error(worker, job_id)
+    assert error["code"] == "model_unsupported"
+    assert "cohere" in error["message"]
+
+
+def test_weights_of_another_model_fail_the_job_before_anything_is_measured(worker: Worker, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
         json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
@@ -593,8 +602,8 @@ def test_a_model_of_another_architecture_fails_the_job_by_name(worker: Worker, m
     job_id = create(worker, tiny_spec(model))
     run_stage(worker, job_id, StageName.SCORING)
     error = job_error(worker, job_id)
-    assert error["code"] == "model_unsupported"
-    assert "gpt2" in error["message"]
+    assert error["code"] == "invalid_input"
+    assert "of the model's tensors, first transformer.h.0" in error["message"]
 
 
 def test_text_from_the_standard_library_needs_no_source(worker: Worker, model: Path) -> None:
