@@ -26,9 +26,30 @@ from service.sources import (
 )
 from service.storage import StoreUnavailable
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-GATED_MLPS = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
+"""Architectures (`model_type`) that were tried. Other decoder-only ones are tried by the worker before it begins."""
+GATED_MLPS = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 """Architectures whose every block has one gated MLP."""
+OTHER_ATTENTION = ("gemma2", "gpt2", "gpt_neox", "opt", "phi3")
+"""Architectures whose attention to a prompt cannot be measured."""
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+CONTEXT_SIZES = ("max_position_embeddings", "n_positions")
+"""What configurations call the number of blocks, and the longest context."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 """Keys of a configuration that only a mixture of experts has."""
 
@@ -49,20 +70,20 @@ def check(spec: JobSpec, settings: Settings) -> str | None:
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     """Hold a job against its model's `config.json`. Raises: ModelUnsupported, TooManyBlocks, InvalidRequest."""
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if kind not in ARCHITECTURES and not _may_be_decoder_only(config):
         raise ModelUnsupported(
-            f"The model's architecture is {repr(kind)[:80]}; this service prunes {', '.join(ARCHITECTURES)}.",
+            f"The model's architecture is {repr(kind)[:80]}; this service prunes {', '.join(ARCHITECTURES)}, and tries "
+            "other decoder-only language models (`…ForCausalLM`) that need no code of their own.",
             param="model.source",
         )
     if config.get("quantization_config") is not None:
         raise ModelUnsupported(
             "The model's weights are quantised; give the model in bfloat16, float16 or float32.", param="model.source"
         )
-    blocks = config.get("num_hidden_layers")
+    count = next((key for key in BLOCK_COUNTS if key in config), BLOCK_COUNTS[0])
+    blocks = config.get(count)
     if type(blocks) is not int or blocks < 1:
-        raise ModelUnsupported(
-            f"The model's config.json has num_hidden_layers = {repr(blocks)[:80]}.", param="model.source"
-        )
+        raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
     # Decode removes at least as many as prefill does, so prefill is looked at first: both may be too many.
     for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
         if target.remove_blocks >= blocks:
@@ -72,13 +93,29 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
                 param=f"{stage}.remove_blocks",
             )
         _check_mlp_width(stage, target, config)
-    context = config.get("max_position_embeddings")
+    if spec.kv_tokens is not None and kind in OTHER_ATTENTION:
+        raise ModelUnsupported(
+            f"kv_tokens measures attention, which is not possible for {kind}. Leave kv_tokens out.", param="kv_tokens"
+        )
+    if spec.distillation.trainable == "lora" and kind == "gpt2":
+        raise ModelUnsupported(
+            "gpt2 has no linear layers that adapters fit; train `all` or `distilled`.", param="distillation.trainable"
+        )
+    context = next((config[key] for key in CONTEXT_SIZES if key in config), None)
     if type(context) is int and spec.calibration.window_tokens > context:
         raise InvalidRequest(
             f"calibration.window_tokens is {spec.calibration.window_tokens}, but the model reads at most {context} "
             "tokens.",
             param="calibration.window_tokens",
         )
+
+
+def _may_be_decoder_only(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration looks like a causal language model that transformers knows by itself."""
+    names = config.get("architectures")
+    named = isinstance(names, list) and len(names) == 1 and str(names[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    alien = config.get("is_encoder_decoder") or config.get("auto_map")
+    return named and not alien and isinstance(config.get("model_type"), str)
 
 
 def _check_mlp_width(stage: str, target: StageTarget, config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from workers.pruning.checkpoint import load_checkpoint
+from workers.pruning.checkpoint import check_complete, load_checkpoint
 from workers.pruning.engine import windows_in
 from workers.pruning.streaming import load_streamed, parameter_bytes
 
@@ -38,9 +38,13 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
 def load_for_walks(folder: Path) -> PreTrainedModel:
     """The model for passes over its blocks: resident where it fits, else with its blocks read one at a time.
 
+    Stacked experts, which checkpoints keep apart, are resident in any case.
+
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
-    if parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes():
+    tensors = check_complete(folder)
+    fits = parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes()
+    if fits or not tensors.one_to_one:
         return load_model(folder)
     model, _ = load_streamed(folder, dtype=compute_dtype(), device=device())
     return model

@@ -1,13 +1,16 @@
 """Where a model's transformer blocks are, how to run one of them, and how to take some away.
 
-Walking the blocks one by one gives the model's own logits bit for bit, because each block is called with the
-arguments (mask, positions, rotary embeddings) that one real forward of the model passed to it.
+Nothing here is written for one architecture: the blocks are found by structure, and each is called with the arguments
+(mask, positions, rotary embeddings) that the model itself passes to it, so that walking the blocks one by one gives
+the model's own logits bit for bit. `prove` shows it for a model whose architecture was never tried.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +18,33 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-BLOCK_PREFIX = "model.layers."
+FAMILIES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
+"""Architectures (`model_type`) that the tests prove; another is proved on the model itself, by `prove`."""
+COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configurations call their number of blocks."""
+CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+"""What blocks call the KV cache among their arguments."""
+PROOF_TOKENS = 12
+PROOF_TOLERANCE = 1e-4
 
 
 class UnsupportedArchitecture(ValueError):
-    """The model is of a family whose blocks this package does not know."""
+    """The model's blocks cannot be found, or running them one by one does not give what the model gives."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +52,112 @@ class BlockStack:
     """A causal language model seen as embedding, blocks, final norm and head."""
 
     model: PreTrainedModel
+    path: str
+    """Where the list of blocks is, as in `model.layers`."""
     blocks: nn.ModuleList
-    embed: nn.Module
-    norm: nn.Module
-    head: nn.Module
+    final: tuple[nn.Module, ...]
+    """What the model runs between the last block and the head."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all blocks' tensors begin with, as in `model.layers.`."""
+        return f"{self.path}."
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device  # type: ignore[return-value]
+        embedding: Any = self.model.get_input_embeddings()
+        device: torch.device = embedding.weight.device
+        return device
+
+    def embed(self, ids: Tensor, *, start: int = 0) -> Tensor:
+        """Token ids (batch, time) → h_0 (batch, time, hidden), the first of them at the position `start`."""
+        return self.enter(ids, start=start)[0]
+
+    def enter(self, ids: Tensor, *, start: int = 0) -> tuple[Tensor, BlockCalls]:
+        """h_0 of token ids (batch, time) from the position `start` on, and what each block is called with."""
+        return _entered(self, ids, start=start)
+
+    def norm(self, h: Tensor) -> Tensor:
+        """h_L (…, hidden) → what the head reads, same shape but where the model projects it."""
+        for module in self.final:
+            h = module(h)
+        return h
+
+    def head(self, normed: Tensor) -> Tensor:
+        """(…, hidden) after the final norm → logits (…, vocabulary), scaled and capped as the configuration says."""
+        return head(self.model, normed)
+
+
+def head(model: PreTrainedModel, normed: Tensor) -> Tensor:
+    """Last hidden states after the final norm (…, hidden) → logits (…, vocabulary) of a causal language model."""
+    output: Any = model.get_output_embeddings()
+    logits: Tensor = output(normed)
+    if divisor := getattr(model.config, "logits_scaling", None):  # Granite
+        logits = logits / divisor
+    if cap := getattr(model.config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def block_stack(model: PreTrainedModel) -> BlockStack:
-    """The parts of a Llama, Mistral, Qwen2 or Qwen3 model. Raises: UnsupportedArchitecture."""
-    family = model.config.model_type
-    if family not in FAMILIES:
-        raise UnsupportedArchitecture(f"model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
-    body = model.model
-    return BlockStack(model, body.layers, body.embed_tokens, body.norm, model.lm_head)
+    """The parts of a decoder-only model, found by structure: the one list of equal blocks, as long as its config says.
+
+    Raises: UnsupportedArchitecture saying what is missing.
+    """
+    config = model.config
+    kind = f"model_type {config.model_type!r} is not supported"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitecture(f"{kind}: it has an encoder")
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UnsupportedArchitecture(f"{kind} with scale_attn_by_inverse_layer_idx: a block depends on its number")
+    count = getattr(config, "num_hidden_layers", None)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(block) for block in module}) == 1
+    }
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        places = ", ".join(outermost) or "none"
+        raise UnsupportedArchitecture(f"{kind}: it should have one list of {count} equal blocks, and has {places}")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedArchitecture(f"{kind}: it has no language modelling head")
+    (path,) = outermost
+    body = model.get_submodule(path.rpartition(".")[0])
+    children = list(body.named_children())
+    final = [module for _, module in children if isinstance(module, nn.Module) and "Norm" in type(module).__name__]
+    # OPT may project after its norm, or instead of one.
+    final += [module for name, module in children if name == "project_out" and module is not None]
+    return BlockStack(model, path, found[path], tuple(final))
+
+
+@torch.no_grad()
+def prove(stack: BlockStack) -> None:
+    """Compare a walk over the blocks with the model's own forward, on random tokens, as logits in its dtype.
+
+    Raises: UnsupportedArchitecture with the difference when it is above 1e-4 of the largest logit (1e-2 in 16 bits).
+    """
+    vocabulary = stack.model.config.vocab_size
+    ids = torch.randint(vocabulary, (2, PROOF_TOKENS), generator=torch.Generator().manual_seed(0)).to(stack.device)
+    kind = stack.model.config.model_type
+    try:
+        calls = capture_calls(stack, ids)
+        h = stack.embed(ids)
+        for block in range(len(stack.blocks)):
+            h = calls.run(stack, block, h)
+        walked = stack.head(stack.norm(h)).float()
+    except (TypeError, RuntimeError, IndexError, AttributeError, ValueError) as error:
+        raise UnsupportedArchitecture(
+            f"model_type {kind!r} is not supported: its blocks cannot be run one by one ({error})"
+        ) from error
+    whole = stack.model(input_ids=ids, use_cache=False).logits.float()
+    difference = float((walked - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
+    tolerance = PROOF_TOLERANCE if h.dtype == torch.float32 else 100 * PROOF_TOLERANCE
+    if not difference <= tolerance:
+        raise UnsupportedArchitecture(
+            f"model_type {kind!r} is not supported: run block by block, its logits differ by {difference:.1e} of the "
+            "largest"
+        )
 
 
 @dataclass(frozen=True)
@@ -55,52 +168,118 @@ class BlockCalls:
 
     def run(self, stack: BlockStack, block: int, h: Tensor, cache: Any = None) -> Tensor:
         """h_i (batch, time, hidden) → h_{i+1}, same shape; `cache` takes and gives the block's keys and values."""
-        out = stack.blocks[block](h, past_key_values=cache, **self.kwargs[block])
-        after: Tensor = out[0] if isinstance(out, tuple) else out
-        return after
+        return run_block(stack.blocks[block], h, self.kwargs[block], cache)
 
 
-@torch.no_grad()
+def run_block(block: nn.Module, h: Tensor, kwargs: Mapping[str, Any], cache: Any = None) -> Tensor:
+    """One block, or another with its signature, on h_i (batch, time, hidden)."""
+    out = block(h, **{cache_name(block): cache}, **kwargs)
+    after: Tensor = out[0] if isinstance(out, tuple) else out
+    return after
+
+
+def cache_name(block: nn.Module) -> str:
+    """What a block calls its KV cache. Raises: UnsupportedArchitecture when it takes none."""
+    parameters = inspect.signature(type(block).forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedArchitecture(f"the blocks of the class {type(block).__name__} take no KV cache")
+
+
 def capture_calls(stack: BlockStack, ids: Tensor, cache: Cache | None = None) -> BlockCalls:
     """What the model passes to each block for windows like `ids` (batch, time), read from the first of them.
 
     With `cache`, which must hold one sequence, `ids` continue it.
     """
-    captured: list[Mapping[str, Any]] = [{} for _ in stack.blocks]
-
-    def hook(index: int) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured[index] = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-
-        return record
-
-    handles = [
-        block.register_forward_pre_hook(hook(index), with_kwargs=True) for index, block in enumerate(stack.blocks)
-    ]
-    try:
-        stack.model(input_ids=ids[:1], past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return BlockCalls(captured)
+    return _entered(stack, ids[:1], cache=cache)[1]
 
 
 @torch.no_grad()
 def capture_continuation_calls(stack: BlockStack, ids: Tensor, prompt_tokens: int) -> BlockCalls:
     """What the model passes to each block for tokens after a cached prompt: `ids` (batch, time) cut at the prompt."""
     cache = DynamicCache(config=stack.model.config)
-    stack.model(input_ids=ids[:1, :prompt_tokens], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    stack.model.base_model(input_ids=ids[:1, :prompt_tokens], past_key_values=cache, use_cache=True)
     return capture_calls(stack, ids[:, prompt_tokens:], cache)
+
+
+class _Recorder(nn.Module):
+    """Stands where a block stands: notes what the block would be called with, and passes the hidden state on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Not a submodule: a model that looks at its modules must not find the block twice.
+        object.__setattr__(self, "block", block)
+        self.entered: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        block: nn.Module = object.__getattribute__(self, "block")
+        signature = inspect.signature(type(block).forward)
+        bound = signature.bind(block, *args, **kwargs).arguments
+        _, hidden_name, *_ = signature.parameters
+        h: Tensor = bound[hidden_name]
+        named = {name: value for name, value in bound.items() if name not in ("self", hidden_name, "kwargs")}
+        named |= bound.get("kwargs", {})
+        self.kwargs = {name: value for name, value in named.items() if name not in (*CACHE_NAMES, "use_cache")}
+        self.entered = h
+        return h
+
+
+@torch.no_grad()
+def _entered(
+    stack: BlockStack, ids: Tensor, *, start: int = 0, cache: Cache | None = None
+) -> tuple[Tensor, BlockCalls]:
+    """h_0 of `ids` (batch, time) and what every block is called with; no block is run, or read from disk."""
+    positions = torch.arange(start, start + ids.shape[1], device=stack.device)[None] if start else None
+    recorders = [_Recorder(block) for block in stack.blocks]
+    with _blocks_replaced(stack, recorders):
+        stack.model.base_model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+        )
+    if recorders[0].entered is None:
+        raise UnsupportedArchitecture("the model runs without its blocks")
+    return recorders[0].entered, BlockCalls([recorder.kwargs for recorder in recorders])
+
+
+@contextmanager
+def _blocks_replaced(stack: BlockStack, modules: Sequence[nn.Module]) -> Iterator[None]:
+    parent, _, name = stack.path.rpartition(".")
+    body = stack.model.get_submodule(parent)
+    setattr(body, name, nn.ModuleList(modules))
+    try:
+        yield
+    finally:
+        setattr(body, name, stack.blocks)
+
+
+def count_key(config: Mapping[str, Any]) -> str:
+    """What a configuration calls its number of blocks. Raises: UnsupportedArchitecture."""
+    for key in COUNT_KEYS:
+        if key in config:
+            return key
+    raise UnsupportedArchitecture(f"the configuration has none of {', '.join(COUNT_KEYS)}")
 
 
 def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """A model's configuration with only the blocks `kept`: their count, and every list with one entry a layer."""
-    num_blocks = config["num_hidden_layers"]
+    count = count_key(config)
+    num_blocks = config[count]
     result = dict(config)
+    if step := config.get("decoder_sparse_step"):  # Qwen MoE: which blocks have experts follows from their numbers.
+        dense = {*(config.get("mlp_only_layers") or ()), *(b for b in range(num_blocks) if (b + 1) % step)}
+        result |= {"decoder_sparse_step": 1, "mlp_only_layers": [k for k, b in enumerate(kept) if b in dense]}
+        config = {key: value for key, value in config.items() if key != "mlp_only_layers"}
     for key, value in config.items():
         if "layer" in key and isinstance(value, (list, tuple)) and len(value) == num_blocks:
             result[key] = [value[block] for block in kept]
-    result["num_hidden_layers"] = len(kept)
+    result[count] = len(kept)
     return result
 
 
@@ -115,8 +294,10 @@ def drop_blocks(model: PreTrainedModel, removed: Iterable[int]) -> PreTrainedMod
         for module in stack.blocks[index].modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", layer)  # noqa: B010  (torch types attributes as modules)
-    pruned.model.layers = nn.ModuleList(stack.blocks[index] for index in kept)
-    for key, value in pruned_config(model.config.to_dict(), kept).items():
-        if key == "num_hidden_layers" or ("layer" in key and isinstance(value, list)):
+    parent, _, name = stack.path.rpartition(".")
+    setattr(pruned.get_submodule(parent), name, nn.ModuleList(stack.blocks[index] for index in kept))
+    before = model.config.to_dict()
+    for key, value in pruned_config(before, kept).items():
+        if value != before.get(key):
             setattr(pruned.config, key, value)
     return pruned

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
-from workers.pruning.blocks import BLOCK_PREFIX, pruned_config
+from workers.pruning.blocks import BlockStack, block_stack, pruned_config
 from workers.pruning.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +40,6 @@ COPIED = (
     "NOTICE*",
 )
 """Patterns of what a server reads beside config and weights, and of what a licence may ask to pass on."""
-BLOCK_TENSOR = re.compile(re.escape(BLOCK_PREFIX) + r"(\d+)\.(.+)")
 
 
 class BrokenCheckpoint(ValueError):
@@ -50,6 +51,8 @@ class SourceTensors:
     """The tensors of a safetensors checkpoint by name, each with the file that holds it."""
 
     files: Mapping[str, Path]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What the checkpoint calls each tensor of the model where that differs: several where the model stacks experts."""
 
     @classmethod
     def of(cls, folder: Path) -> SourceTensors:
@@ -74,8 +77,18 @@ class SourceTensors:
         with _opened(path, "its tensors") as file:
             return cls(dict.fromkeys(file.keys(), path))
 
+    @property
+    def one_to_one(self) -> bool:
+        """Whether every tensor of the model is one of the checkpoint, so that `read` can give it."""
+        return all(len(stored) == 1 for stored in self.names.values())
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """What the checkpoint calls the model's tensor `name`."""
+        return self.names.get(name, (name,))
+
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, as stored. Raises: BrokenCheckpoint."""
+        """One tensor of the model or the checkpoint, on the CPU, as stored. Raises: BrokenCheckpoint."""
+        (name,) = self.stored(name)
         if name not in self.files:
             raise BrokenCheckpoint(f"the source has no tensor {name}")
         path = self.files[name]
@@ -103,20 +116,56 @@ def _opened(path: Path, wanted: str) -> safe_open:
         ) from error
 
 
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model that a checkpoint folder's configuration describes, without weights: everything is on `meta`."""
+    config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
 def check_complete(folder: Path) -> SourceTensors:
     """The tensors of a checkpoint that holds every weight of its model; transformers would make up missing ones.
 
     Raises: BrokenCheckpoint naming a missing tensor and the file that should list it.
     """
-    tensors = SourceTensors.of(folder)
-    config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    needed = {name for name, _ in model.named_parameters()}  # of tied weights, the embedding alone
-    if missing := sorted(needed - tensors.files.keys(), key=_natural):
+    model = empty_model(folder)
+    files = SourceTensors.of(folder).files
+    stored = {name: _stored_names(model, name, parameter, files) for name, parameter in model.named_parameters()}
+    needed = [part for parts in stored.values() for part in parts]  # of tied weights, the embedding alone
+    if missing := sorted({name for name in needed if name not in files}, key=_natural):
         place = INDEX if (folder / INDEX).exists() else SINGLE
         raise BrokenCheckpoint(f"{place} in {folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
-    return tensors
+    return SourceTensors(files, {name: parts for name, parts in stored.items() if parts != (name,)})
+
+
+def _stored_names(model: PreTrainedModel, name: str, parameter: Tensor, files: Mapping[str, Path]) -> tuple[str, ...]:
+    """What a checkpoint calls a parameter: as the model does, as its architecture's checkpoints do, or without base."""
+    if name in files:
+        return (name,)
+    published = tuple(revert_weight_conversion(model, {name: parameter}))
+    bare = tuple(part.removeprefix(f"{model.base_model_prefix}.") for part in published)
+    return bare if all(part in files for part in bare) else published
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """How a checkpoint calls the tensors of its blocks, with or without the model's own first part."""
+
+    pattern: re.Pattern[str]
+    prefix: str
+    """As the model in memory calls them."""
+
+    @classmethod
+    def of(cls, stack: BlockStack) -> BlockNames:
+        base = f"{stack.model.base_model_prefix}."
+        rest = stack.prefix.removeprefix(base)
+        return cls(re.compile(rf"((?:{re.escape(base)})?{re.escape(rest)})(\d+)\.(.+)"), stack.prefix)
+
+    def split(self, name: str) -> tuple[str, int, str] | None:
+        """(prefix, block, rest) of a stored tensor's name; None when it belongs to no block."""
+        match = self.pattern.fullmatch(name)
+        return None if match is None else (match[1], int(match[2]), match[3])
 
 
 def write_checkpoint(
@@ -141,8 +190,10 @@ def write_checkpoint(
     ValueError when the channels do not fit the model.
     """
     config = pruned_config(_read_config(source), kept)
+    model = empty_model(source)
+    names = BlockNames.of(block_stack(model))
     if kept_channels is not None:
-        config["intermediate_size"] = _check_width(source, kept, kept_channels, AutoConfig.for_model(**config))
+        config["intermediate_size"] = _check_width(source, names, kept, kept_channels, AutoConfig.for_model(**config))
     target.mkdir(parents=True)
     _write_json(target / "config.json", config)
     for path in (path for pattern in COPIED for path in source.glob(pattern)):
@@ -153,20 +204,37 @@ def write_checkpoint(
     (target / "README.md").write_text(model_card)
 
     tensors = check_complete(source)
-    renamed = dict(_renamed(tensors.files, kept))
-    if unknown := overrides.files.keys() - renamed.keys():
+    renamed = dict(_renamed(tensors.files, names, kept))
+    replaced = {part: name for name in overrides.files for part in tensors.stored(name)}
+    if unknown := replaced.keys() - renamed.keys():
         raise KeyError(f"no kept tensor is called {min(unknown)}")
     largest = max(path.stat().st_size for path in set(tensors.files.values()))
-    _write_shards(target, tensors, renamed, overrides, kept_channels or {}, max_shard_bytes or largest)
+
+    # The two stacks of a block's experts, whose parts lie between each other in the source.
+    @lru_cache(maxsize=2)
+    def override(name: str) -> dict[str, Tensor]:
+        parts = revert_weight_conversion(model, {name: overrides.read(name)})
+        return dict(zip(tensors.stored(name), parts.values(), strict=True))
+
+    def tensor(old: str) -> Tensor:
+        value = tensors.read(old)
+        found = names.split(old)
+        if kept_channels is not None and found is not None:
+            value = sliced_tensor(found[2], value, kept_channels[found[1]])
+        return _override(old, override(replaced[old])[old], value) if old in replaced else value
+
+    _write_shards(target, renamed, tensor, max_shard_bytes or largest)
 
 
-def _check_width(source: Path, kept: Sequence[int], channels: Channels, config: PretrainedConfig) -> int:
-    names: dict[int, list[str]] = {block: [] for block in kept}
-    for match in map(BLOCK_TENSOR.fullmatch, SourceTensors.of(source).files):
-        if match is not None and int(match[1]) in names:
-            names[int(match[1])].append(match[2])
+def _check_width(
+    source: Path, names: BlockNames, kept: Sequence[int], channels: Channels, config: PretrainedConfig
+) -> int:
+    of_block: dict[int, list[str]] = {block: [] for block in kept}
+    for found in map(names.split, SourceTensors.of(source).files):
+        if found is not None and found[1] in of_block:
+            of_block[found[1]].append(found[2])
     for block in kept:
-        check_gated(names[block], block)
+        check_gated(of_block[block], block)
     return check_channels(channels, kept, intermediate_size(config))
 
 
@@ -178,15 +246,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _renamed(names: Mapping[str, Path], kept: Sequence[int]) -> Iterator[tuple[str, str]]:
+def _renamed(files: Mapping[str, Path], names: BlockNames, kept: Sequence[int]) -> Iterator[tuple[str, str]]:
     """(name in the source, name in the target) of every tensor that stays, file by file and block by block."""
     position = {block: layer for layer, block in enumerate(kept)}
-    for name in sorted(names, key=lambda name: (str(names[name]), _natural(name))):
-        match = BLOCK_TENSOR.fullmatch(name)
-        if match is None:
+    for name in sorted(files, key=lambda name: (str(files[name]), _natural(name))):
+        found = names.split(name)
+        if found is None:
             yield name, name
-        elif int(match[1]) in position:
-            yield name, f"{BLOCK_PREFIX}{position[int(match[1])]}.{match[2]}"
+        elif found[1] in position:
+            yield name, f"{found[0]}{position[found[1]]}.{found[2]}"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -194,12 +262,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _write_shards(
-    target: Path,
-    tensors: SourceTensors,
-    renamed: Mapping[str, str],
-    overrides: SourceTensors,
-    channels: Channels,
-    max_shard_bytes: int,
+    target: Path, renamed: Mapping[str, str], read: Callable[[str], Tensor], max_shard_bytes: int
 ) -> None:
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -212,12 +275,7 @@ def _write_shards(
         shard, size = {}, 0
 
     for old, new in renamed.items():
-        tensor = tensors.read(old)
-        match = BLOCK_TENSOR.fullmatch(old)
-        if match is not None and int(match[1]) in channels:
-            tensor = sliced_tensor(match[2], tensor, channels[int(match[1])])
-        if old in overrides.files:
-            tensor = _override(old, overrides.read(old), tensor)
+        tensor = read(old)
         if shard and size + tensor.nbytes > max_shard_bytes:
             flush()
         shard[new] = tensor
@@ -257,7 +315,6 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None, device: torch.de
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype or "auto",
-        attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,

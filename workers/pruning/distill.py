@@ -9,6 +9,7 @@ model's KV cache.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,31 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from workers.pruning.blocks import BLOCK_PREFIX, BlockStack, block_stack, capture_calls
+from workers.pruning.blocks import BlockStack, block_stack, capture_calls, head, run_block
 from workers.pruning.losses import LossWeights, Outputs, healing_loss, outputs
 from workers.pruning.pair import pair_hidden
 from workers.pruning.training import Journal, TrainingResult, TrainingSettings, train
 
 KL_ALONE = LossWeights()
-KV_TENSORS = (
-    "input_layernorm.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.k_proj.bias",
-    "self_attn.v_proj.weight",
-    "self_attn.v_proj.bias",
-    "self_attn.k_norm.weight",
+KV_TENSOR = re.compile(
+    r"(^|\.)(input_layernorm|ln_1|self_attn_layer_norm|k_proj|v_proj|k_norm|qkv_proj|query_key_value|c_attn)\."
 )
-"""What shapes a block's keys and values for a given input. Frozen in a block that is distilled for decode alone."""
+"""In a tensor's name: that it shapes its block's keys and values for a given input."""
 
 
-def kv_tensor_names(block: int) -> set[str]:
-    """Names of the tensors through which a block makes its keys and values, those included that it may not have."""
-    return {f"{BLOCK_PREFIX}{block}.{name}" for name in KV_TENSORS}
+def kv_tensor_names(stack: BlockStack, block: int) -> set[str]:
+    """Names of the tensors through which a block makes its keys and values, all of them where that cannot be told.
+
+    Frozen in a block that is distilled for decode alone, so that what prefill sends stays valid.
+    """
+    names = {f"{stack.prefix}{block}.{name}" for name, _ in stack.blocks[block].named_parameters()}
+    return {name for name in names if KV_TENSOR.search(name)} or names
 
 
 def trainable(model: PreTrainedModel, blocks: Sequence[int], *, frozen: set[str]) -> dict[str, nn.Parameter]:
     """The parameters of `blocks` in the dense model's numbering, except `frozen`; only these require gradients."""
-    prefixes = tuple(f"{BLOCK_PREFIX}{block}." for block in blocks)
+    prefix = block_stack(model).prefix
+    prefixes = tuple(f"{prefix}{block}." for block in blocks)
     chosen = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes) and name not in frozen)
@@ -99,10 +100,10 @@ def fit_spans(
     calls = capture_calls(stack, windows)
     fitted = {block: _copy_block(stack, block) for block in spans}
     parameters = {
-        f"{BLOCK_PREFIX}{block}.{name}": parameter
+        f"{stack.prefix}{block}.{name}": parameter
         for block, module in fitted.items()
         for name, parameter in module.named_parameters()
-        if f"{BLOCK_PREFIX}{block}.{name}" not in frozen
+        if f"{stack.prefix}{block}.{name}" not in frozen
     }
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -131,8 +132,7 @@ def fit_spans(
         for block, (first, last) in spans.items():
             enters, leaves = hidden[first], hidden[last + 1]
             with _mixed_precision(ids.device):
-                out = fitted[block](enters, past_key_values=None, **calls.kwargs[block])
-            out = out[0] if isinstance(out, tuple) else out
+                out = run_block(fitted[block], enters, calls.kwargs[block])
             losses[block] = F.mse_loss(out.float(), leaves.float()) / changes[block]
         return losses
 
@@ -156,7 +156,7 @@ def fit_spans(
         improved = after[block] < before[block]
         after[block] = min(after[block], before[block])
         for name, parameter in parameters.items():
-            if name.startswith(f"{BLOCK_PREFIX}{block}."):
+            if name.startswith(f"{stack.prefix}{block}."):
                 tensors[name] = parameter.detach() if improved else start[name]
     return tensors, {block: (before[block], after[block]) for block in spans}
 
@@ -199,11 +199,11 @@ def continuation_loss(
 
     def loss(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden = teacher.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, prompt_tokens:]
-            wanted = Outputs(hidden, teacher.lm_head(hidden))
+            hidden = teacher.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, prompt_tokens:]
+            wanted = Outputs(hidden, head(teacher, hidden))
         with _mixed_precision(ids.device):
             hidden = pair_hidden(prefill, student, layer_map, ids, prompt_tokens)[1]
-            given = Outputs(hidden, student.lm_head(hidden))
+            given = Outputs(hidden, head(student, hidden))
         return healing_loss(given, wanted, ids[:, prompt_tokens + 1 :], weights)
 
     return loss

@@ -227,7 +227,7 @@ class PairEngine:
             self._prompts = [self._process_prompt(chunk) for chunk in self._windows.split(self._chunk_windows)]
         totals = []
         for chunk, prompt in zip(self._windows.split(self._chunk_windows), self._prompts, strict=True):
-            fed = self._stack.embed(chunk[:, self._prompt_tokens : -1])
+            fed = self._stack.embed(chunk[:, self._prompt_tokens : -1], start=self._prompt_tokens)
             h, forwards = walk(self._stack, self._calls, fed, candidates, prompt.caches)
             self.block_forwards += forwards
             whole = {candidate: torch.cat([prompt.last, h[candidate]], dim=1) for candidate in candidates}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from workers.pruning.blocks import BlockStack, block_stack
+from workers.pruning.blocks import BlockStack, UnsupportedArchitecture, block_stack
 from workers.pruning.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.pair import kv_cache_bytes
 from workers.pruning.serving import ContinuedKV, continue_logits, continued_kv, layer_windows, process_prompt, visible
@@ -120,7 +120,7 @@ def _attention_to_prompt(stack: BlockStack, caches: Sequence[ContinuedKV], ids: 
         return measure
 
     handles = [
-        block.self_attn.register_forward_pre_hook(hook(layer, held), with_kwargs=True)  # type: ignore[union-attr]
+        _attention_module(block).register_forward_pre_hook(hook(layer, held), with_kwargs=True)
         for layer, (block, held) in enumerate(zip(stack.blocks, caches, strict=True))
     ]
     try:
@@ -131,14 +131,32 @@ def _attention_to_prompt(stack: BlockStack, caches: Sequence[ContinuedKV], ids: 
     return total
 
 
+def _attention_module(block: nn.Module) -> nn.Module:
+    """Raises: UnsupportedArchitecture when its queries and keys cannot be computed beside it."""
+    attention = getattr(block, "self_attn", None)
+    parts = ("q_proj", "k_proj", "head_dim", "scaling", "num_key_value_groups")
+    if not all(hasattr(attention, part) for part in parts) or getattr(attention, "attn_logit_softcapping", None):
+        raise UnsupportedArchitecture(
+            "KV tokens can be chosen for rotary attention with q_proj and k_proj and without capped scores only; "
+            f"blocks of the class {type(block).__name__} have another kind"
+        )
+    assert isinstance(attention, nn.Module)
+    return attention
+
+
 def _queries_and_keys(attention: Any, h: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """What an attention module computes from normed hidden states (batch, time, hidden), rotated to their positions.
 
     Shapes (batch, heads, time, head dimension) and (batch, kv heads, time, head dimension).
     """
     shape = (*h.shape[:-1], -1, attention.head_dim)
-    queries, keys = attention.q_proj(h).view(shape), attention.k_proj(h).view(shape)
-    if hasattr(attention, "q_norm"):
+    queries, keys = attention.q_proj(h), attention.k_proj(h)
+    normed = hasattr(attention, "q_norm")
+    by_head = normed and attention.q_norm.weight.shape[-1] == attention.head_dim  # OLMo 2 norms all heads together.
+    if normed and not by_head:
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    queries, keys = queries.view(shape), keys.view(shape)
+    if by_head:
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
     return rotated

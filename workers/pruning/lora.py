@@ -14,7 +14,7 @@ from peft import LoraConfig, LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.pruning.blocks import BLOCK_PREFIX
+from workers.pruning.blocks import UnsupportedArchitecture, block_stack
 
 ADAPTER = "healing"
 
@@ -22,14 +22,23 @@ ADAPTER = "healing"
 def linear_weights(
     model: PreTrainedModel, blocks: Iterable[int], *, frozen: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """The weights (out, in) of every linear layer of `blocks`, by name, except `frozen`."""
-    prefixes = tuple(f"{BLOCK_PREFIX}{block}." for block in blocks)
+    """The weights (out, in) of every linear layer of `blocks`, by name, except `frozen`.
+
+    Raises: UnsupportedArchitecture when there is none.
+    """
+    prefix = block_stack(model).prefix
+    prefixes = tuple(f"{prefix}{block}." for block in blocks)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {
+    weights = {
         name: parameter
         for name, parameter in model.named_parameters()
         if name in linears and name not in frozen and name.startswith(prefixes)
     }
+    if not weights:
+        raise UnsupportedArchitecture(
+            f"model_type {model.config.model_type!r} has no linear layers in its blocks that adapters fit"
+        )
+    return weights
 
 
 @contextmanager

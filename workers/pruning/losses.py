@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workers.pruning.blocks import head
 from workers.pruning.engine import HEAD_ELEMENTS
 
 
@@ -34,8 +35,8 @@ class Outputs:
 
 def outputs(model: PreTrainedModel, ids: Tensor) -> Outputs:
     """A forward over whole windows `ids` (batch, time)."""
-    hidden: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    return Outputs(hidden, model.lm_head(hidden))
+    hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return Outputs(hidden, head(model, hidden))
 
 
 def healing_loss(given: Outputs, wanted: Outputs, targets: Tensor, weights: LossWeights) -> Tensor:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from workers.pruning.blocks import head
+
 
 def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedConfig) -> DynamicCache:
     """A cache for the decode model that holds what the prefill model's `cache` holds in the mapped layers.
@@ -34,9 +36,16 @@ def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedCo
 
 def kv_cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one request's KV cache: 2 · layers · KV heads · head dimension · tokens · bytes a number."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens
+    heads, head_dim = kv_heads(config)
+    numbers: int = 2 * config.num_hidden_layers * heads * head_dim * tokens
     return numbers * dtype.itemsize
+
+
+def kv_heads(config: PretrainedConfig) -> tuple[int, int]:
+    """KV heads of each layer, and their dimension; without grouped queries there are as many as attention heads."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, head_dim
 
 
 def pair_hidden(
@@ -47,11 +56,11 @@ def pair_hidden(
     Gradients reach the decode model only.
     """
     with torch.no_grad():
-        prompt = prefill.model(
+        prompt = prefill.base_model(
             input_ids=ids[:, :prompt_tokens], past_key_values=DynamicCache(config=prefill.config), use_cache=True
         )
     received = handover(prompt.past_key_values, layer_map, decode.config)
-    continued = decode.model(input_ids=ids[:, prompt_tokens:-1], past_key_values=received, use_cache=True)
+    continued = decode.base_model(input_ids=ids[:, prompt_tokens:-1], past_key_values=received, use_cache=True)
     return prompt.last_hidden_state[:, -1:], continued.last_hidden_state
 
 
@@ -63,7 +72,7 @@ def pair_logits(
     Shapes (batch, 1, vocabulary) and (batch, time − prompt − 1, vocabulary). Gradients reach the decode model only.
     """
     first, others = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens)
-    return prefill.lm_head(first), decode.lm_head(others)
+    return head(prefill, first), head(decode, others)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from workers.pruning.blocks import BlockCalls, BlockStack, block_stack
 from workers.pruning.checkpoint import load_checkpoint
 from workers.pruning.handover import EVERY_TOKEN, BrokenHandover, Handover, KvTokenRule, LayerKV, Ranges
+from workers.pruning.pair import kv_heads
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a mask for each layer."""
@@ -91,17 +92,11 @@ def continued_kv(decode: BlockStack, handover: Handover) -> list[ContinuedKV]:
 
 def continue_logits(decode: BlockStack, caches: Sequence[ContinuedKV], ids: Tensor) -> Tensor:
     """Logits (batch, time, vocabulary) after each of the tokens `ids` (batch, time), which the caches then hold too."""
-    h = decode.embed(ids)  # (batch, time, hidden)
-    positions = caches[0].incoming(ids.shape[1])[0][None].to(h.device)
-    rotary = decode.model.model.rotary_emb(h, position_ids=positions)
+    h, given = decode.enter(ids, start=caches[0].next)  # (batch, time, hidden)
     calls = BlockCalls(
         [
-            {
-                "attention_mask": cache.mask(ids.shape[1], h),
-                "position_ids": positions,
-                "position_embeddings": rotary,
-            }
-            for cache in caches
+            {**kwargs, "attention_mask": cache.mask(ids.shape[1], h)}
+            for kwargs, cache in zip(given.kwargs, caches, strict=True)
         ]
     )
     for block, cache in enumerate(caches):
@@ -216,8 +211,7 @@ class DecodeHalf:
             raise BrokenHandover(
                 f"the handover holds prefill layers {list(sources)}; this decode model reads {list(self.layer_map)}"
             )
-        attention: Any = self.model.model.layers[0].self_attn
-        heads = (self.model.config.num_key_value_heads, attention.head_dim)
+        heads = kv_heads(self.model.config)
         for number, layer in enumerate(handover.layers):
             sent = (layer.keys.shape[1], layer.keys.shape[3])
             if sent != heads or layer.keys.dtype != self.model.dtype:

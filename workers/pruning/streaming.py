@@ -16,8 +16,8 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from workers.pruning.blocks import BLOCK_PREFIX, block_stack
-from workers.pruning.checkpoint import SourceTensors, check_complete
+from workers.pruning.blocks import block_stack
+from workers.pruning.checkpoint import SourceTensors, check_complete, empty_model
 
 
 class BlockReader:
@@ -30,7 +30,8 @@ class BlockReader:
         self._tensors = tensors
         self._dtype = dtype
         self._device = device
-        self._blocks = block_stack(model).blocks
+        stack = block_stack(model)
+        self._blocks, self._prefix = stack.blocks, stack.prefix
         self._held: int | None = None
         # Reused: where every block is allocated anew, the heap grows to several blocks.
         self._buffers: dict[tuple[str, torch.Size], torch.Tensor] = {}
@@ -47,7 +48,7 @@ class BlockReader:
 
     def _read(self, index: int) -> None:
         for name, _ in self._blocks[index].named_parameters():
-            value = self._tensors.read(f"{BLOCK_PREFIX}{index}.{name}")
+            value = self._tensors.read(f"{self._prefix}{index}.{name}")
             key = (name, value.shape)
             if key not in self._buffers:
                 self._buffers[key] = torch.empty(value.shape, dtype=self._dtype, device=self._device)
@@ -64,10 +65,7 @@ class BlockReader:
 
 def parameter_bytes(folder: Path, dtype: torch.dtype) -> int:
     """What the weights of a checkpoint folder take in memory as `dtype`."""
-    config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    elements: int = sum(parameter.numel() for parameter in model.parameters())
+    elements: int = sum(parameter.numel() for parameter in empty_model(folder).parameters())
     return elements * dtype.itemsize
 
 
@@ -79,12 +77,11 @@ def load_streamed(folder: Path, *, dtype: torch.dtype, device: torch.device) -> 
     tensors = check_complete(folder)
     config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
+    prefix = block_stack(model).prefix
     for name, _ in list(model.named_parameters()):  # of tied weights, the embedding alone
-        if not name.startswith(BLOCK_PREFIX):
+        if not name.startswith(prefix):
             set_module_tensor_to_device(model, name, device, tensors.read(name), dtype=dtype)
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):

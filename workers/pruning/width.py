@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from workers.pruning.blocks import BLOCK_PREFIX, BlockStack, UnsupportedArchitecture, block_stack
+from workers.pruning.blocks import BlockStack, UnsupportedArchitecture, block_stack
 
 Channels = Mapping[int, Sequence[int]]
 """Block → the channels of its MLP that stay, ascending."""
@@ -28,7 +28,8 @@ CHANNEL_DIMENSION = {
     "mlp.down_proj.weight": 1,
 }
 """A block's tensors with one slice a channel, and the dimension along which the slices lie."""
-BLOCK_TENSOR = re.compile(re.escape(BLOCK_PREFIX) + r"(\d+)\.(.+)")
+BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
+"""A tensor of a block, where every architecture with such an MLP keeps its blocks."""
 GATED_MLP = {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
@@ -60,7 +61,7 @@ def channel_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) ->
     try:
         with torch.no_grad():
             for ids in windows.split(chunk_windows):
-                stack.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                stack.model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from service.contract.jobs import StageName
 from workers.context import StageContext
 from workers.models import device, load_model
-from workers.pruning.blocks import drop_blocks
+from workers.pruning.blocks import block_stack, drop_blocks
 from workers.pruning.checkpoint import stored_dtype
 from workers.pruning.distill import (
     Loss,
@@ -95,7 +95,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _block(name: str) -> int:
-    return int(name.split(".")[2])
+    """The block of a tensor that is called as in the dense model; no other part of such a name is a number before."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def _only_in_decode(plans: Plans) -> dict[int, int]:
@@ -153,7 +154,8 @@ def _merge(context: StageContext, plans: Plans, teacher: PreTrainedModel, data: 
     settings = _settings(context, context.spec.distillation.merge_tokens, data.training.shape[1])
     if not pairs or settings.steps == 0:
         return {}, {}
-    frozen = {name for absorber in only_decode.values() for name in kv_tensor_names(absorber)}
+    stack = block_stack(teacher)
+    frozen = {name for absorber in only_decode.values() for name in kv_tensor_names(stack, absorber)}
     tensors, losses = merge(
         teacher,
         pairs,
@@ -250,7 +252,7 @@ def _distil_decode(
         pruned=bool(plans.decode.removed) or channels.decode is not None,
         start=narrow_tensors(start, channels.decode),
         blocks=_trained_blocks(context, plans.decode),
-        frozen={name for absorber in only_decode for name in kv_tensor_names(absorber)},
+        frozen={name for absorber in only_decode for name in kv_tensor_names(block_stack(weights), absorber)},
         data=data,
         journal=_journal(context, "heal-decode", (0.6, 1.0), "Healing the decode model."),
     )

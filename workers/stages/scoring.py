@@ -10,7 +10,7 @@ from service.contract.errors import ModelUnsupported, TooManyBlocks
 from workers.context import StageContext
 from workers.data import token_windows
 from workers.models import device, load_for_walks, load_tokenizer, windows_at_once
-from workers.pruning.blocks import UnsupportedArchitecture, block_stack
+from workers.pruning.blocks import FAMILIES, UnsupportedArchitecture, block_stack, prove
 from workers.pruning.scores import block_scores
 from workers.stages.tasks import load_tasks
 from workers.stages.width import choose_channels
@@ -33,6 +33,8 @@ def run(context: StageContext) -> dict[str, Any]:
     context.report(0.4, "Scoring blocks.")
     try:
         stack = block_stack(load_for_walks(context.model_dir))
+        if stack.model.config.model_type not in FAMILIES:
+            prove(stack)
     except UnsupportedArchitecture as error:
         raise ModelUnsupported(str(error), param="model.source") from error
     num_blocks = len(stack.blocks)

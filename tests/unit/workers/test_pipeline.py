@@ -16,7 +16,17 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load, load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3Config,
+    Starcoder2Config,
+)
 
 from service.api import views
 from service.cli.display import job_page
@@ -31,7 +41,7 @@ from tests.tiny_job import tiny_spec, write_tiny_model
 from workers import pipeline
 from workers.pipeline import Worker, run_stage
 from workers.pruning.blocks import block_stack
-from workers.pruning.distill import KV_TENSORS
+from workers.pruning.distill import KV_TENSOR
 from workers.pruning.serving import PrefillDecodePair
 from workers.pruning.width import channel_scores, kept_channels
 
@@ -247,6 +257,18 @@ def test_distillation_that_does_not_help_is_left_out_and_said_so(threshold: floa
 
 
 @pytest.mark.parametrize(
+    "family", [Gemma3TextConfig, MixtralConfig, Phi3Config, Starcoder2Config], ids=lambda family: family.model_type
+)
+def test_other_architectures_pass_every_stage(family: type[PretrainedConfig], worker: Worker, tmp_path: Path) -> None:
+    job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "models" / "tiny", family)))
+    run_through(worker, job_id, StageName.EVALUATION)
+    exported = stage_row(worker, job_id, StageName.EXPORT).metrics["checkpoints"]
+    assert max(checkpoint["max_logit_difference"] for checkpoint in exported.values()) <= 1e-5
+    models = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]
+    assert models["decode"]["blocks"] == 3
+
+
+@pytest.mark.parametrize(
     ("config", "training"),
     [
         (LlamaConfig, {"learning_rate": 5e-4}),
@@ -275,7 +297,9 @@ def test_a_block_distilled_for_decode_alone_reads_the_keys_and_values_it_would_m
     layer = described["kept_blocks"].index(absorber)
     source = described["kv_layer_map"][layer]
     dense = load_file(model / "model.safetensors")
-    shaping = [name for name in KV_TENSORS if f"model.layers.{source}.{name}" in prefill]
+    of_block = f"model.layers.{source}."
+    names = (name.removeprefix(of_block) for name in prefill if name.startswith(of_block))
+    shaping = [name for name in names if KV_TENSOR.search(name)]
     assert len(shaping) == (4 if config is Qwen3Config else 3)
     for name in shaping:
         sent = prefill[f"model.layers.{source}.{name}"]
@@ -562,7 +586,15 @@ def test_memory_that_does_not_suffice_fails_the_stage_by_name(
     assert "can't allocate memory" in error["message"]
 
 
-def test_a_model_of_another_architecture_fails_the_job_by_name(worker: Worker, model: Path) -> None:
+def test_a_model_whose_blocks_do_not_make_its_logits_fails_the_job_by_name(worker: Worker, tmp_path: Path) -> None:
+    job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "models" / "cohere", CohereConfig)))
+    run_stage(worker, job_id, StageName.SCORING)
+    error = job_error(worker, job_id)
+    assert error["code"] == "model_unsupported"
+    assert "cohere" in error["message"]
+
+
+def test_weights_of_another_model_fail_the_job_before_anything_is_measured(worker: Worker, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
         json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
@@ -570,8 +602,8 @@ def test_a_model_of_another_architecture_fails_the_job_by_name(worker: Worker, m
     job_id = create(worker, tiny_spec(model))
     run_stage(worker, job_id, StageName.SCORING)
     error = job_error(worker, job_id)
-    assert error["code"] == "model_unsupported"
-    assert "gpt2" in error["message"]
+    assert error["code"] == "invalid_input"
+    assert "of the model's tensors, first transformer.h.0" in error["message"]
 
 
 def test_text_from_the_standard_library_needs_no_source(worker: Worker, model: Path) -> None:

@@ -9,18 +9,33 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import workers
 from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
 
 FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-mixed", "qwen3")
+"""For what the same code does to every family."""
+OTHERS = ("gemma2", "gemma3", "gpt2", "gpt-neox", "granite", "olmo2", "opt", "opt-projected", "phi3")
+EXPERTS = ("mixtral", "qwen3-moe")
+"""Families with blocks of experts, which the model stacks and checkpoints keep apart."""
+"""For where the parts of a model are, and what their checkpoints look like."""
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 TOLERANCE = 1e-5
 
@@ -43,6 +58,9 @@ def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrained
         "attn_implementation": "sdpa",
     }
     layer_types = ["full_attention" if index % 2 else "sliding_attention" for index in range(num_blocks)]
+    ungrouped = {key: value for key, value in shared.items() if key != "num_key_value_heads"}
+    opt = {key: value for key, value in ungrouped.items() if key not in ("intermediate_size", "initializer_range")}
+    opt |= {"ffn_dim": 48, "init_std": 0.2}
     config = {
         "llama": lambda: LlamaConfig(**shared, tie_word_embeddings=False),
         "llama-tied": lambda: LlamaConfig(**shared, tie_word_embeddings=True),
@@ -51,6 +69,44 @@ def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrained
             **shared, use_sliding_window=True, sliding_window=6, layer_types=layer_types, tie_word_embeddings=True
         ),
         "qwen3": lambda: Qwen3Config(**shared, head_dim=16, tie_word_embeddings=False),
+        "gemma2": lambda: Gemma2Config(
+            **shared | {"attn_implementation": "eager"},
+            head_dim=16,
+            sliding_window=6,
+            query_pre_attn_scalar=16,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+        ),
+        "gemma3": lambda: Gemma3TextConfig(
+            **shared, head_dim=16, sliding_window=6, layer_types=layer_types, final_logit_softcapping=3.0
+        ),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=97,
+            n_embd=32,
+            n_layer=num_blocks,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            initializer_range=0.2,
+        ),
+        "gpt-neox": lambda: GPTNeoXConfig(**ungrouped, rotary_pct=0.5, use_parallel_residual=True),
+        "granite": lambda: GraniteConfig(
+            **shared,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.3,
+            logits_scaling=4.0,
+        ),
+        "mixtral": lambda: MixtralConfig(**shared, num_local_experts=3, num_experts_per_tok=2),
+        "olmo2": lambda: Olmo2Config(**shared),
+        "opt": lambda: OPTConfig(**opt, word_embed_proj_dim=32),
+        "opt-projected": lambda: OPTConfig(**opt, word_embed_proj_dim=16, do_layer_norm_before=False),
+        "phi3": lambda: Phi3Config(**shared),
+        "qwen3-moe": lambda: Qwen3MoeConfig(
+            **shared, head_dim=16, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2
+        ),
         "qwen3-tied": lambda: Qwen3Config(**shared, head_dim=16, tie_word_embeddings=True),
     }[family]()
     torch.manual_seed(seed)

@@ -2,13 +2,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GPT2Config,
+    PretrainedConfig,
+    StableLmConfig,
+    Starcoder2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from tests.unit.workers.pruning.models import FAMILIES, TOLERANCE, random_ids, tiny_model
-from workers.pruning.blocks import UnsupportedArchitecture, block_stack, capture_calls, drop_blocks, pruned_config
+from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, TOLERANCE, random_ids, tiny_model
+from workers.pruning.blocks import (
+    UnsupportedArchitecture,
+    block_stack,
+    capture_calls,
+    drop_blocks,
+    prove,
+    pruned_config,
+)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_walking_the_blocks_gives_the_models_own_logits(family: str) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
     stack = block_stack(model)
@@ -19,7 +36,7 @@ def test_walking_the_blocks_gives_the_models_own_logits(family: str) -> None:
     assert torch.equal(stack.head(stack.norm(h)), model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_a_model_without_blocks_generates_alike_with_and_without_cache(family: str) -> None:
     model, ids = tiny_model(family), random_ids(2, 12)
     pruned = drop_blocks(model, {1, 2})
@@ -27,7 +44,7 @@ def test_a_model_without_blocks_generates_alike_with_and_without_cache(family: s
     assert torch.equal(
         pruned.generate(ids, use_cache=True, **settings), pruned.generate(ids, use_cache=False, **settings)
     )
-    assert pruned.config.num_hidden_layers == len(pruned.model.layers) == 3
+    assert pruned.config.num_hidden_layers == len(block_stack(pruned).blocks) == 3
 
 
 def test_dropping_blocks_shares_weights_and_leaves_the_model_as_it_was() -> None:
@@ -64,7 +81,52 @@ def test_every_list_with_an_entry_a_layer_is_cut() -> None:
     }
 
 
-def test_an_unknown_architecture_is_refused_by_name() -> None:
-    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
-    with pytest.raises(UnsupportedArchitecture, match="'gpt2' is not supported"):
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("config", [Starcoder2Config(**SMALL), StableLmConfig(**SMALL)])
+def test_an_architecture_of_the_usual_structure_proves_itself(config: PretrainedConfig) -> None:
+    prove(block_stack(AutoModelForCausalLM.from_config(config).eval()))
+
+
+def test_an_architecture_whose_logits_the_walk_does_not_give_is_refused_with_the_difference() -> None:
+    stack = block_stack(AutoModelForCausalLM.from_config(CohereConfig(**SMALL, logit_scale=0.5)).eval())
+    with pytest.raises(UnsupportedArchitecture, match=r"'cohere' .* differ by 1.0e"):
+        prove(stack)
+
+
+def test_blocks_that_differ_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1] = nn.Identity()
+    with pytest.raises(UnsupportedArchitecture, match="one list of 5 equal blocks, and has none"):
         block_stack(model)
+
+
+def test_attention_that_depends_on_the_blocks_number_is_refused() -> None:
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(UnsupportedArchitecture, match="a block depends on its number"):
+        block_stack(AutoModelForCausalLM.from_config(config))
+
+
+def test_which_blocks_have_experts_becomes_explicit() -> None:
+    config = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
+    assert pruned_config(config, [0, 1, 3, 5]) == {
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0, 1],
+    }
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = T5Config(vocab_size=97, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
+    with pytest.raises(UnsupportedArchitecture, match="'t5' is not supported: it has an encoder"):
+        block_stack(T5ForConditionalGeneration(config))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from tests.unit.workers.pruning.models import FAMILIES, REFERENCE, TOLERANCE, random_ids, tiny_model
+from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, REFERENCE, TOLERANCE, random_ids, tiny_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import BrokenCheckpoint, SourceTensors, write_checkpoint
 from workers.pruning.distill import load_tensors
@@ -36,7 +36,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3-tied"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS, *EXPERTS, "qwen3-tied"])
 def test_the_checkpoint_computes_what_the_pruned_model_computes(family: str, shard_size: str, tmp_path: Path) -> None:
     model, source = saved(family, tmp_path / "source", shard_size=shard_size)
     target = write(source, tmp_path / "target", [0, 2, 3], max_shard_bytes=20_000)
@@ -47,6 +47,36 @@ def test_the_checkpoint_computes_what_the_pruned_model_computes(family: str, sha
     generated = expected.generate(ids, use_cache=False, **settings)
     assert torch.equal(result.generate(ids, use_cache=True, **settings), generated)
     assert len(list(target.glob("*.safetensors"))) > 1
+
+
+def test_a_checkpoint_whose_names_lack_the_models_first_part_keeps_them_so(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    model.transformer.save_pretrained(tmp_path / "source")  # As gpt2 is published: `h.0.…`, not `transformer.h.0.…`.
+    trained = {f"transformer.h.2.{name}": value + 1 for name, value in model.transformer.h[2].state_dict().items()}
+    save_file(trained, tmp_path / "trained.safetensors")
+    overrides = SourceTensors.in_file(tmp_path / "trained.safetensors")
+    target = write(tmp_path / "source", tmp_path / "target", [0, 2, 3], overrides)
+    model.load_state_dict(trained, strict=False)
+    ids = random_ids(2, 12)
+    expected = drop_blocks(model, {1, 4})(input_ids=ids).logits
+    assert (loaded(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
+    assert "h.2.ln_1.weight" in SourceTensors.of(target).files
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_trained_experts_replace_those_of_the_source(family: str, tmp_path: Path) -> None:
+    model, source = saved(family, tmp_path / "source")
+    trained = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3))
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("model.layers.0.", "model.layers.3."))
+    }
+    save_file(trained, tmp_path / "trained.safetensors")
+    target = write(source, tmp_path / "target", [0, 1, 3], SourceTensors.in_file(tmp_path / "trained.safetensors"))
+    model.load_state_dict(trained, strict=False)
+    ids = random_ids(2, 12)
+    expected = drop_blocks(model, {2, 4})(input_ids=ids).logits
+    assert (loaded(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
 
 
 def test_everything_that_a_server_reads_is_there(tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.workers.pruning.models import random_ids, reference_model, reference_windows, tiny_model
+from tests.unit.workers.pruning.models import (
+    EXPERTS,
+    OTHERS,
+    random_ids,
+    reference_model,
+    reference_windows,
+    tiny_model,
+)
 from workers.pruning.blocks import block_stack, capture_calls, drop_blocks
 from workers.pruning.distill import heal, heal_decode, kv_tensor_names, load_tensors, merge, trainable
 from workers.pruning.measure import perplexity
@@ -38,10 +45,10 @@ def test_the_reported_merge_error_is_that_of_the_merged_block_in_place() -> None
     assert losses[2][1] == pytest.approx(float(error), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "qwen3", *OTHERS, *EXPERTS])
 def test_a_block_merged_for_decode_alone_makes_the_same_keys_and_values(family: str) -> None:
     model, ids = tiny_model(family), random_ids(4, 16)
-    frozen = kv_tensor_names(1)
+    frozen = kv_tensor_names(block_stack(model), 1)
     tensors, _ = merge(model, {2: 1}, frozen=frozen, windows=ids, held_out=ids, settings=FAST, journal=Journal())
     assert not frozen & tensors.keys()
     dense_cache = model(input_ids=ids, use_cache=True).past_key_values
@@ -77,7 +84,7 @@ def test_healing_decode_trains_decode_alone_and_keeps_what_is_frozen() -> None:
     teacher, prefill_weights, weights = (tiny_model("llama") for _ in range(3))
     prefill, student = drop_blocks(prefill_weights, {1}), drop_blocks(weights, {1, 3})
     prefill_before = copy.deepcopy(prefill.state_dict())
-    frozen = kv_tensor_names(2)
+    frozen = kv_tensor_names(block_stack(weights), 2)
     start = {
         name: dict(weights.named_parameters())[name].clone()
         for name in frozen & dict(weights.named_parameters()).keys()

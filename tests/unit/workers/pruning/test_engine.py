@@ -7,7 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.unit.workers.pruning.models import (
+    EXPERTS,
     FAMILIES,
+    OTHERS,
     TOLERANCE,
     random_ids,
     reference_model,
@@ -30,12 +32,12 @@ def plain_loss(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, obje
     if objective == "kl":
         log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    h, wanted = (m.model(input_ids=ids).last_hidden_state[:, :-1] for m in (model, dense))
+    h, wanted = (m.base_model(input_ids=ids).last_hidden_state[:, :-1] for m in (model, dense))
     return float(((h - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1)).mean())
 
 
 @pytest.mark.parametrize("objective", ["kl", "cross_entropy", "hidden"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_losses_equal_those_of_the_pruned_models_run_on_their_own(family: str, objective: Objective) -> None:
     model, ids = tiny_model(family), random_ids(5, 18)
     engine = Engine(block_stack(model), ids, objective, chunk_windows=2)
@@ -44,7 +46,7 @@ def test_losses_equal_those_of_the_pruned_models_run_on_their_own(family: str, o
     assert found == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family: str) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
     prefill = frozenset({1})

@@ -9,14 +9,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.unit.workers.pruning.models import (
+    EXPERTS,
     FAMILIES,
+    OTHERS,
     TOLERANCE,
     random_ids,
     reference_model,
     reference_windows,
     tiny_model,
 )
-from workers.pruning.blocks import block_stack, drop_blocks
+from workers.pruning.blocks import UnsupportedArchitecture, block_stack, drop_blocks
 from workers.pruning.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.kv_tokens import (
     edge_mass,
@@ -45,7 +47,7 @@ def full_attention(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> T
     return torch.stack([layer[:, :, prompt_tokens:, :prompt_tokens].mean((0, 1, 2)) for layer in attentions]).double()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3", "granite", "mixtral", "olmo2", "qwen3-moe"])
 def test_the_attention_measured_block_by_block_is_that_of_the_full_matrices(family: str) -> None:
     model, ids = tiny_model(family), random_ids(3, 24)
     found = prompt_attention(model, model, ALL, ids, prompt_tokens=PROMPT, batch=2)
@@ -70,7 +72,13 @@ def test_no_block_size_changes_the_attention(block: int, window: int | None) -> 
     assert (found - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gemma2", "gpt-neox", "gpt2", "opt", "phi3"])
+def test_attention_of_another_kind_is_refused(family: str) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="q_proj and k_proj"):
+        prompt_attention(tiny_model(family), tiny_model(family), ALL, random_ids(1, 24), prompt_tokens=PROMPT, batch=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 @pytest.mark.parametrize("rule", [EVERY_TOKEN, KvTokenRule(6, PROMPT - 6, frozenset({0, 1, 2, 3}))])
 def test_with_every_token_sent_the_loss_is_the_plain_one(family: str, rule: KvTokenRule) -> None:
     model, ids = tiny_model(family), random_ids(3, 24)

@@ -17,7 +17,7 @@ from tests.unit.workers.pruning.models import (
     reference_windows,
     tiny_model,
 )
-from workers.pruning.blocks import drop_blocks
+from workers.pruning.blocks import block_stack, drop_blocks
 from workers.pruning.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.distill import heal, heal_decode, kv_tensor_names
 from workers.pruning.lora import linear_weights, lora_adapters
@@ -84,7 +84,8 @@ def test_adapters_lower_perplexity_on_text_they_never_saw() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "qwen3"])
 def test_a_block_distilled_for_decode_alone_has_no_adapter_where_it_makes_keys_and_values(family: str) -> None:
     teacher, prefill, weights = (tiny_model(family) for _ in range(3))
-    student, frozen, before = drop_blocks(weights, {1, 3}), kv_tensor_names(2), copy.deepcopy(weights.state_dict())
+    student, before = drop_blocks(weights, {1, 3}), copy.deepcopy(weights.state_dict())
+    frozen = kv_tensor_names(block_stack(weights), 2)
     healed = linear_weights(weights, [0, 2, 4], frozen=frozen)
     assert {name for name in healed if name.startswith("model.layers.2.")} == {
         f"model.layers.2.{name}.weight"

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.unit.workers.pruning.models import (
+    EXPERTS,
     FAMILIES,
+    OTHERS,
     REFERENCE,
     TOLERANCE,
     random_ids,
@@ -30,7 +32,7 @@ from workers.pruning.plan import BlockPlan, kv_layer_map
 ALL = [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_the_dense_model_as_both_halves_is_the_dense_model(family: str) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
     first, others = pair_logits(model, model, ALL, ids, 11)
@@ -40,7 +42,7 @@ def test_the_dense_model_as_both_halves_is_the_dense_model(family: str) -> None:
     assert pd_loss(model, model, ALL, ids, prompt_tokens=11, batch=2) == pytest.approx(float(nll), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_the_dense_pair_generates_what_the_dense_model_generates(family: str) -> None:
     model, ids = tiny_model(family), random_ids(2, 12)
     model.generation_config.eos_token_id = None

@@ -47,7 +47,7 @@ def hidden_states(stack: BlockStack, ids: Tensor) -> list[Tensor]:
     """h_0 … h_L by transformers' own hooks; its `hidden_states` would have the last one normed."""
     seen: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for block in stack.blocks]
-    hooks.append(stack.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
+    hooks.append(stack.final[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])))
     stack.model(input_ids=ids)
     for hook in hooks:
         hook.remove()

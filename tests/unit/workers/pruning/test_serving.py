@@ -16,7 +16,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.unit.workers.pruning.models import FAMILIES, REFERENCE, random_ids, reference_windows, tiny_model
+from tests.unit.workers.pruning.models import FAMILIES, OTHERS, REFERENCE, random_ids, reference_windows, tiny_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.handover import (
@@ -60,14 +60,14 @@ def export(folder: Path, removed: dict[str, set[int]], **pdtrim: object) -> None
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS)
 def test_a_pair_continues_as_plain_transformers_caches_do(family: str) -> None:
     pair, ids = tiny_pair(family), random_ids(2, 12)
     expected = generate_pair(pair.prefill_half.model, pair.decode_half.model, LAYER_MAP, ids, new_tokens=12)
     assert torch.equal(pair.decode(pair.prefill(ids), 12), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS)
 def test_a_handover_survives_its_bytes(family: str) -> None:
     pair = tiny_pair(family, KvTokenRule(2, 3, frozenset({0, 2})))
     sent = pair.prefill(random_ids(2, 12))

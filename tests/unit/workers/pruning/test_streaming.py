@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.workers.pruning.models import FAMILIES, random_ids, tiny_model
+from tests.unit.workers.pruning.models import FAMILIES, OTHERS, random_ids, tiny_model
 from workers.pruning.blocks import block_stack
 from workers.pruning.engine import Engine, PairEngine
 from workers.pruning.scores import block_scores
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 SINGLES = [frozenset({block}) for block in range(5)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHERS)
 def test_streamed_weights_give_what_resident_ones_give_bit_for_bit(family: str, tmp_path: Path) -> None:
     model, ids = tiny_model(family), random_ids(4, 12)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
