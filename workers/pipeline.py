@@ -25,7 +25,7 @@ from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.settings import Settings
 from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable
 from workers.context import CorruptArtifact, StageContext, StoredInput
-from workers.lease import Cancelled, Lease
+from workers.lease import Lease, StopRequested
 from workers.sources import model_folder, text_documents
 from workers.stages import STAGES
 
@@ -68,8 +68,8 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
             following = _record(worker, held, result)
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
-    except Cancelled:
-        _conclude(worker, held, lambda session: stages.cancelled(session, held))
+    except StopRequested:
+        _conclude(worker, held, lambda session: stages.stopped(session, held))
     except (StoreUnavailable, CorruptArtifact, SQLAlchemyError) as error:
         log.exception("%s of %s met a fault that may pass", stage, job_id)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""Jobs: create, list, look at, cancel."""
+"""Jobs: create, list, look at, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from service.contract.errors import (
     InvalidRequest,
     JobNotCancellable,
     JobNotFound,
+    JobNotPausable,
+    JobNotResumable,
     MissingScope,
     ModelUnsupported,
     RequestInFlight,
@@ -188,7 +190,54 @@ def get_job(job_id: JobId, engine: EngineDep) -> Job:
     },
 )
 def cancel_job(job_id: JobId, engine: EngineDep) -> Job:
-    """Stop a job. What finished stages left stays. Cancelling twice is no error; cancelling a finished job is."""
+    """Stop a job. What finished stages left stays. Cancelling twice is no error; cancelling a finished job is.
+
+    `POST /v1/jobs/{job_id}/resume` takes a cancelled job up again.
+    """
     with transaction(engine) as session:
         row = jobs.request_cancel(session, job_id)
         return views.job(row, jobs.stages(session, [job_id])[job_id])
+
+
+@router.post(
+    "/{job_id}/pause",
+    summary="Pause a job",
+    operation_id="pause_job",
+    response_model=Job,
+    responses={
+        200: examples.response(
+            {**examples.JOB, "status": "pausing", "estimated_finish": None},
+            "The job, `paused`, or `pausing` until the worker has stopped the running stage.",
+        ),
+        **documented(Unauthorized, MissingScope, JobNotFound, JobNotPausable, DependencyUnavailable),
+    },
+)
+def pause_job(job_id: JobId, engine: EngineDep) -> Job:
+    """Stop a job for a while and free its worker. Pausing twice is no error; pausing a finished job is."""
+    with transaction(engine) as session:
+        row = jobs.request_pause(session, job_id)
+        return views.job(row, jobs.stages(session, [job_id])[job_id])
+
+
+@router.post(
+    "/{job_id}/resume",
+    summary="Resume a paused, failed or cancelled job",
+    operation_id="resume_job",
+    response_model=Job,
+    responses={
+        200: examples.response(
+            {**examples.JOB, "status": "queued", "estimated_finish": None}, "The job, queued for a worker."
+        ),
+        **documented(Unauthorized, MissingScope, JobNotFound, JobNotResumable, DependencyUnavailable),
+    },
+)
+def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
+    """Go on where the job stopped: finished stages are not repeated, the one after them starts from its saved state.
+
+    What counted against the stage's attempts is forgiven.
+    """
+    with transaction(engine) as session:
+        row, stage = jobs.resume(session, job_id)
+        shown = views.job(row, jobs.stages(session, [job_id])[job_id])
+    queue.send(settings, job_id, stage)
+    return shown

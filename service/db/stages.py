@@ -19,6 +19,8 @@ from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.db import events, jobs
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
 
+STOPPING = (JobStatus.CANCELLING, JobStatus.PAUSING)
+
 
 class LeaseLost(Exception):
     """The stage was taken over by another worker, or its job ended; nothing more may be recorded for it."""
@@ -78,10 +80,10 @@ def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
 
 
 def renew(session: Session, held: Claim, *, lease_seconds: float) -> bool:
-    """Renew the lease. True when the job is to be cancelled. Raises: LeaseLost."""
+    """Renew the lease. True when the stage is to be stopped: its job is cancelled or paused. Raises: LeaseLost."""
     job, row = _held(session, held)
     row.lease_expires_at = now() + timedelta(seconds=lease_seconds)
-    return job.status == JobStatus.CANCELLING
+    return job.status in STOPPING
 
 
 def report(session: Session, held: Claim, *, progress: float, message: str, data: Mapping[str, Any]) -> None:
@@ -127,6 +129,9 @@ def complete(
     if following:
         following[0].status, following[0].sent_at, following[0].sends = StageStatus.QUEUED, now(), 1
         session.flush()
+        if job.status == JobStatus.PAUSING:
+            jobs.finish_pause(session, job)
+            return None
         return StageName(following[0].name)
     job.status, job.finished_at = JobStatus.SUCCEEDED, now()
     session.flush()
@@ -153,10 +158,21 @@ def _fail(session: Session, job: JobRow, row: StageRow, error: ErrorInfo) -> Non
     events.append(session, job.id, "job.failed", f"Job failed in {stage}: {error.message}", data=details)
 
 
-def cancelled(session: Session, held: Claim) -> None:
-    """Record that the worker stopped a stage because its job is being cancelled. Raises: LeaseLost."""
+def stopped(session: Session, held: Claim) -> None:
+    """Record that the worker stopped a stage because its job is cancelled or paused. Raises: LeaseLost."""
     job, _ = _held(session, held)
-    jobs.finish_cancel(session, job)
+    _finish_stop(session, job)
+
+
+def _finish_stop(session: Session, job: JobRow) -> bool:
+    """Finish what a locked job was asked for; False when it was asked for nothing."""
+    if job.status == JobStatus.CANCELLING:
+        jobs.finish_cancel(session, job)
+    elif job.status == JobStatus.PAUSING:
+        jobs.finish_pause(session, job)
+    else:
+        return False
+    return True
 
 
 def expired(session: Session) -> list[tuple[str, StageName]]:
@@ -168,7 +184,7 @@ def expired(session: Session) -> list[tuple[str, StageName]]:
 
 
 def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> None:
-    """Give up a dead worker's lease: queue the stage again, finish its cancellation, or fail after `max_attempts`."""
+    """Give up a dead worker's lease: queue the stage again, finish its stopping, or fail after `max_attempts`."""
     job = jobs.lock(session, job_id)
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
     if row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now():
@@ -182,15 +198,15 @@ def release(session: Session, held: Claim, reason: str, *, max_attempts: int) ->
 
 
 def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_attempts: int) -> None:
-    if job.status == JobStatus.CANCELLING:
-        jobs.finish_cancel(session, job)
+    if _finish_stop(session, job):
         return
-    if row.attempt >= max_attempts:
+    attempts = row.attempt - row.attempts_forgiven
+    if attempts >= max_attempts:
         _fail(
             session,
             job,
             row,
-            ErrorInfo(code="attempts_exhausted", message=f"Given up after {row.attempt} attempts. {reason}."),
+            ErrorInfo(code="attempts_exhausted", message=f"Given up after {attempts} attempts. {reason}."),
         )
         return
     row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 0, None

@@ -103,7 +103,8 @@ def test_unknown_job_is_not_found(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("job_id", ["x", "job_%00", "job_" + "0" * 31 + "%00", "%ED%A0%80", "job_" + "a" * 500])
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", ""), ("POST", "/cancel"), ("GET", "/events"), ("GET", "/artifacts")]
+    ("method", "path"),
+    [("GET", ""), ("POST", "/cancel"), ("POST", "/resume"), ("GET", "/events"), ("GET", "/artifacts")],
 )
 def test_what_cannot_be_an_id_is_not_found(gateway: Gateway, method: str, path: str, job_id: str) -> None:
     problem_of(gateway.client.request(method, f"/v1/jobs/{job_id}{path}"), 404, "job_not_found")
@@ -236,3 +237,53 @@ def test_finished_job_cannot_be_cancelled(gateway: Gateway) -> None:
     gateway.run(job_id)
 
     problem_of(gateway.client.post(f"/v1/jobs/{job_id}/cancel"), 409, "job_not_cancellable")
+
+
+def test_queued_job_is_paused_at_once_and_resumed(gateway: Gateway) -> None:
+    job_id = gateway.create()
+
+    paused = [gateway.client.post(f"/v1/jobs/{job_id}/pause") for _ in range(2)]
+    resumed = gateway.client.post(f"/v1/jobs/{job_id}/resume")
+
+    assert [(response.status_code, response.json()["status"]) for response in paused] == [(200, "paused")] * 2
+    assert paused[0].json()["stages"][0]["status"] == "paused"
+    assert (resumed.status_code, resumed.json()["status"]) == (200, "queued")
+    assert [stage["status"] for stage in resumed.json()["stages"]] == ["queued"] + ["pending"] * 4
+    gateway.run(job_id)
+
+
+def test_running_job_is_pausing_until_its_worker_stops(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.claim(job_id, StageName.SCORING)
+
+    response = gateway.client.post(f"/v1/jobs/{job_id}/pause")
+
+    assert response.json()["status"] == "pausing"
+    problem_of(gateway.client.post(f"/v1/jobs/{job_id}/resume"), 409, "job_not_resumable")
+
+
+def test_failed_job_goes_on_behind_its_finished_stages(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.complete(gateway.claim(job_id, StageName.SCORING))
+    gateway.fail(job_id, StageName.REMOVAL, ErrorInfo(code="out_of_memory", message="No."))
+
+    job = gateway.client.post(f"/v1/jobs/{job_id}/resume").json()
+
+    assert (job["status"], job["error"], job["finished_at"]) == ("queued", None, None)
+    assert [stage["status"] for stage in job["stages"]] == ["succeeded", "queued", "pending", "pending", "pending"]
+    assert all(stage["error"] is None for stage in job["stages"])
+    for stage in list(StageName)[1:]:
+        gateway.complete(gateway.claim(job_id, stage))
+    assert gateway.client.get(f"/v1/jobs/{job_id}").json()["status"] == "succeeded"
+
+
+def test_what_a_state_forbids_is_refused_with_what_it_allows(gateway: Gateway) -> None:
+    running = gateway.create()
+    finished = gateway.create()
+    gateway.run(finished)
+
+    resumed = problem_of(gateway.client.post(f"/v1/jobs/{running}/resume"), 409, "job_not_resumable")
+    paused = problem_of(gateway.client.post(f"/v1/jobs/{finished}/pause"), 409, "job_not_pausable")
+
+    assert resumed["detail"].endswith("is queued: resume is not possible. Possible now: pause, cancel.")
+    assert paused["detail"].endswith("is succeeded: pause is not possible. Possible now: delete.")

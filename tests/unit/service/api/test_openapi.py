@@ -30,6 +30,8 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "list_jobs",
         "get_job",
         "cancel_job",
+        "pause_job",
+        "resume_job",
         "list_events",
         "list_artifacts",
         "get_artifact_content",
