@@ -1,4 +1,6 @@
-"""Brings the queue in line with the database: retires dead leases, sends what no worker took, forgets old keys.
+"""Brings queue and store in line with the database.
+
+Retires dead leases, sends what no worker took, forgets old keys; deletes the files and rows of deleted jobs.
 
 Safe to run many times at once: every change is a conditional one under a row lock.
 """
@@ -6,14 +8,19 @@ Safe to run many times at once: every change is a conditional one under a row lo
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 
 from sqlalchemy import Engine
 
 from service import queue
-from service.db import idempotency, stages
+from service.db import deletion, idempotency, stages
 from service.db.session import transaction
+from service.db.tables import now
 from service.settings import Settings
+from service.storage import ArtifactStore, StoreUnavailable, job_prefix
 
+PURGED_AT_ONCE = 20
+"""So that a gateway that is to stop need not wait for long."""
 log = logging.getLogger(__name__)
 
 
@@ -28,3 +35,25 @@ def sweep(engine: Engine, settings: Settings) -> int:
         waiting = stages.due(session, resend_seconds=settings.resend_seconds)
         idempotency.forget(session)
     return sum(queue.send(settings, job_id, stage) for job_id, stage in waiting)
+
+
+def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
+    """Delete the files of jobs that were deleted, then their rows; returns how many jobs went.
+
+    A lease's length passes first: whoever lost a stage of such a job has stopped writing by then.
+    Raises: StoreUnavailable; the job it happened to is tried again behind the others.
+    """
+    with transaction(engine) as session:
+        waited = now() - timedelta(seconds=settings.lease_seconds)
+        found = deletion.marked(session, before=waited, limit=PURGED_AT_ONCE)
+    for job_id in found:
+        try:
+            store.delete_prefix(job_prefix(job_id))
+        except StoreUnavailable:
+            with transaction(engine) as session:
+                deletion.postpone(session, job_id)
+            raise
+        with transaction(engine) as session:
+            deletion.remove(session, job_id)
+        log.info("deleted %s", job_id)
+    return len(found)

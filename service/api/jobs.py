@@ -1,4 +1,4 @@
-"""Jobs: create, list, look at, cancel, pause, resume."""
+"""Jobs: create, list, look at, cancel, pause, resume, delete."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from service.contract.errors import (
     InvalidIdempotencyKey,
     InvalidRequest,
     JobNotCancellable,
+    JobNotDeletable,
     JobNotFound,
     JobNotPausable,
     JobNotResumable,
@@ -35,7 +36,7 @@ from service.contract.errors import (
 )
 from service.contract.jobs import Job, JobStatus, Page, StageName
 from service.contract.spec import JobSpec, MetadataKey, MetadataValue
-from service.db import idempotency, jobs
+from service.db import deletion, idempotency, jobs
 from service.db.idempotency import Answered
 from service.db.session import transaction
 
@@ -241,3 +242,20 @@ def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
         shown = views.job(row, jobs.stages(session, [job_id])[job_id])
     queue.send(settings, job_id, stage)
     return shown
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    summary="Delete a job",
+    operation_id="delete_job",
+    response_class=Response,
+    responses={
+        204: {"description": "The job is gone; its files leave the artifact store within a minute."},
+        **documented(Unauthorized, MissingScope, JobNotFound, JobNotDeletable, DependencyUnavailable),
+    },
+)
+def delete_job(job_id: JobId, engine: EngineDep) -> None:
+    """Delete a finished or paused job with its stages, events and artifacts, for good."""
+    with transaction(engine) as session:
+        deletion.mark(session, job_id)

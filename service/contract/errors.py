@@ -63,6 +63,10 @@ class JobNotResumable(PDTrimError):
     code, title, status = "job_not_resumable", "The job cannot be resumed in its state", 409
 
 
+class JobNotDeletable(PDTrimError):
+    code, title, status = "job_not_deletable", "The job is neither finished nor paused", 409
+
+
 class InvalidIdempotencyKey(PDTrimError):
     code, title, status = "invalid_idempotency_key", "The Idempotency-Key is not valid", 400
 

@@ -21,6 +21,8 @@ from service.contract.spec import JobSpec
 from service.db import events
 from service.db.tables import JobRow, StageRow, now
 
+_EXISTS = col(JobRow.deleted_at).is_(None)
+
 
 def create(
     session: Session, spec: JobSpec, *, project: str = DEFAULT_PROJECT, model_revision: str | None = None
@@ -49,14 +51,14 @@ def create(
 def get(session: Session, job_id: str) -> JobRow:
     """The job. Raises: JobNotFound."""
     row = session.get(JobRow, job_id)
-    if row is None:
+    if row is None or row.deleted_at is not None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
     return row
 
 
 def check_project(session: Session, job_id: str, project: str) -> None:
     """Raises: JobNotFound when the project has no such job, whether another has it or not."""
-    found = select(JobRow.id).where(JobRow.id == job_id, JobRow.project == project)
+    found = select(JobRow.id).where(JobRow.id == job_id, JobRow.project == project, _EXISTS)
     if session.exec(found).first() is None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
 
@@ -64,7 +66,7 @@ def check_project(session: Session, job_id: str, project: str) -> None:
 def lock(session: Session, job_id: str) -> JobRow:
     """The job, locked until the transaction ends; every change of a job or stage begins here. Raises: JobNotFound."""
     row = session.exec(
-        select(JobRow).where(JobRow.id == job_id).with_for_update().execution_options(populate_existing=True)
+        select(JobRow).where(JobRow.id == job_id, _EXISTS).with_for_update().execution_options(populate_existing=True)
     ).first()
     if row is None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
@@ -90,18 +92,26 @@ def page(
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[list[JobRow], bool]:
     """Jobs of a project, newest first, and whether more follow. Raises: CursorNotFound."""
-    query = select(JobRow).where(JobRow.project == project)
+    query = select(JobRow).where(JobRow.project == project, _EXISTS)
     if status is not None:
         query = query.where(JobRow.status == status)
     for key, value in (metadata or {}).items():
         query = query.where(col(JobRow.labels)[key].as_string() == value)
     if after is not None:
         cursor = session.get(JobRow, after)
-        if cursor is None or cursor.project != project:
+        if cursor is None or cursor.project != project or cursor.deleted_at is not None:
             raise CursorNotFound(f"`after` names no job: {after}", param="after")
         query = query.where(JobRow.id < after)
     rows = session.exec(query.order_by(col(JobRow.id).desc()).limit(limit + 1)).all()
     return list(rows[:limit]), len(rows) > limit
+
+
+def check_possible(job: JobRow, asked: Action, refusal: type[PDTrimError]) -> None:
+    """Raises: `refusal`, saying what the job's state is and what it allows."""
+    possible = JobStatus(job.status).possible
+    if asked not in possible:
+        allowed = ", ".join(possible) or "nothing, until that is done"
+        raise refusal(f"Job {job.id} is {job.status}: {asked} is not possible. Possible now: {allowed}.")
 
 
 def request_cancel(session: Session, job_id: str) -> JobRow:
@@ -112,7 +122,7 @@ def request_cancel(session: Session, job_id: str) -> JobRow:
     job = lock(session, job_id)
     if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
         return job
-    _check_possible(job, Action.CANCEL, JobNotCancellable)
+    check_possible(job, Action.CANCEL, JobNotCancellable)
     if _has_worker(session, job_id):
         job.status = JobStatus.CANCELLING
         events.append(session, job_id, "job.cancelling", "Cancellation requested; the running stage is being stopped.")
@@ -143,7 +153,7 @@ def request_pause(session: Session, job_id: str) -> JobRow:
     job = lock(session, job_id)
     if job.status in (JobStatus.PAUSING, JobStatus.PAUSED):
         return job
-    _check_possible(job, Action.PAUSE, JobNotPausable)
+    check_possible(job, Action.PAUSE, JobNotPausable)
     if _has_worker(session, job_id):
         job.status = JobStatus.PAUSING
         events.append(session, job_id, "job.pausing", "Pause requested; the running stage is being stopped.")
@@ -169,7 +179,7 @@ def resume(session: Session, job_id: str) -> tuple[JobRow, StageName]:
     Returns the job and that stage, which the caller sends after the commit. Raises: JobNotFound; JobNotResumable.
     """
     job = lock(session, job_id)
-    _check_possible(job, Action.RESUME, JobNotResumable)
+    check_possible(job, Action.RESUME, JobNotResumable)
     unfinished = [row for row in stages(session, [job_id])[job_id] if row.status != StageStatus.SUCCEEDED]
     for row in unfinished:
         stopped_at = row.paused_at or row.finished_at
@@ -191,11 +201,3 @@ def resume(session: Session, job_id: str) -> tuple[JobRow, StageName]:
 
 def _has_worker(session: Session, job_id: str) -> bool:
     return any(row.status == StageStatus.RUNNING for row in stages(session, [job_id])[job_id])
-
-
-def _check_possible(job: JobRow, asked: Action, refusal: type[PDTrimError]) -> None:
-    """Raises: `refusal`, saying what the job's state is and what it allows."""
-    possible = JobStatus(job.status).possible
-    if asked not in possible:
-        allowed = ", ".join(possible) or "nothing, until that is done"
-        raise refusal(f"Job {job.id} is {job.status}: {asked} is not possible. Possible now: {allowed}.")

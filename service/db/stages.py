@@ -15,6 +15,7 @@ from sqlalchemy import or_
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
+from service.contract.errors import JobNotFound
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.db import events, jobs
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
@@ -48,7 +49,10 @@ class NewArtifact:
 
 def claim(session: Session, job_id: str, stage: StageName, *, worker: str, lease_seconds: float) -> Claim | None:
     """Take a queued stage, or a running one whose lease ran out; None when there is nothing to take."""
-    job = jobs.lock(session, job_id)
+    try:
+        job = jobs.lock(session, job_id)
+    except JobNotFound:
+        return None
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
     expired = row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now()
     if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING) or not (row.status == StageStatus.QUEUED or expired):
@@ -72,7 +76,10 @@ def claim(session: Session, job_id: str, stage: StageName, *, worker: str, lease
 
 def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
     """The job and stage of a claim, the job locked. Raises: LeaseLost."""
-    job = jobs.lock(session, held.job_id)
+    try:
+        job = jobs.lock(session, held.job_id)
+    except JobNotFound as error:
+        raise LeaseLost(f"{held.stage} of {held.job_id}: the job was deleted") from error
     row = session.get_one(StageRow, (held.job_id, held.stage), populate_existing=True)
     if row.status != StageStatus.RUNNING or row.attempt != held.attempt:
         raise LeaseLost(f"{held.stage} of {held.job_id}: attempt {held.attempt} is no longer the one that counts")
@@ -185,7 +192,10 @@ def expired(session: Session) -> list[tuple[str, StageName]]:
 
 def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> None:
     """Give up a dead worker's lease: queue the stage again, finish its stopping, or fail after `max_attempts`."""
-    job = jobs.lock(session, job_id)
+    try:
+        job = jobs.lock(session, job_id)
+    except JobNotFound:
+        return
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
     if row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now():
         _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)

@@ -35,7 +35,10 @@ Name = String(32)
 
 
 class JobRow(SQLModel, table=True):
-    """A job. Its id is a UUID version 7, so ids sort by creation."""
+    """A job. Its id is a UUID version 7, so ids sort by creation.
+
+    With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_project_id", "project", "id"),)
@@ -52,6 +55,7 @@ class JobRow(SQLModel, table=True):
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
 
 
 class StageRow(SQLModel, table=True):

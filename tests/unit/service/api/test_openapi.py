@@ -32,6 +32,7 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "cancel_job",
         "pause_job",
         "resume_job",
+        "delete_job",
         "list_events",
         "list_artifacts",
         "get_artifact_content",
