@@ -1,6 +1,7 @@
 """Brings queue and store in line with the database.
 
-Retires dead leases, sends what no worker took, forgets old keys; deletes the files and rows of deleted jobs.
+Retires dead leases, sends what no worker took, forgets old keys; deletes what is too old, and the files and rows of
+deleted jobs.
 
 Safe to run many times at once: every change is a conditional one under a row lock.
 """
@@ -38,11 +39,15 @@ def sweep(engine: Engine, settings: Settings) -> int:
 
 
 def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
-    """Delete the files of jobs that were deleted, then their rows; returns how many jobs went.
+    """Delete the files of jobs that were deleted or are too old, then their rows; returns how many jobs went.
 
     A lease's length passes first: whoever lost a stage of such a job has stopped writing by then.
     Raises: StoreUnavailable; the job it happened to is tried again behind the others.
     """
+    if settings.retention_days is not None:
+        with transaction(engine) as session:
+            for job_id in deletion.mark_finished(session, before=now() - timedelta(days=settings.retention_days)):
+                log.info("deleting %s, which finished more than %g days ago", job_id, settings.retention_days)
     with transaction(engine) as session:
         waited = now() - timedelta(seconds=settings.lease_seconds)
         found = deletion.marked(session, before=waited, limit=PURGED_AT_ONCE)
@@ -55,5 +60,5 @@ def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
             raise
         with transaction(engine) as session:
             deletion.remove(session, job_id)
-        log.info("deleted %s", job_id)
+        log.info("deleted %s with all it left", job_id)
     return len(found)

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, delete, update
 from sqlmodel import Session, col, select
 
 from service.contract.errors import JobNotDeletable
-from service.contract.jobs import Action
+from service.contract.jobs import Action, JobStatus
 from service.db import jobs
 from service.db.tables import IdempotencyRow, JobRow, now
 
@@ -23,6 +23,21 @@ def mark(session: Session, job_id: str) -> None:
     job.deleted_at = now()
     session.flush()
     _free_keys(session, [job_id])
+
+
+def mark_finished(session: Session, *, before: datetime) -> list[str]:
+    """Delete, as far as anyone can see, the jobs that finished before a time; returns their ids."""
+    final = [status for status in JobStatus if status.final]
+    found = session.exec(
+        update(JobRow)
+        .where(col(JobRow.status).in_(final), col(JobRow.finished_at) < before, col(JobRow.deleted_at).is_(None))
+        .values(deleted_at=now())
+        .returning(col(JobRow.id))
+        .execution_options(synchronize_session=False)
+    )
+    job_ids = list(found.scalars())
+    _free_keys(session, job_ids)
+    return job_ids
 
 
 def _free_keys(session: Session, job_ids: list[str]) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from threading import Barrier
 
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import Engine
 
+from service.app import create_app
 from service.contract.spec import JobSpec
 from service.db import deletion, jobs
 from service.db.session import connect, migrate, transaction
-from service.db.tables import JobRow
+from service.db.tables import JobRow, now
 from service.reconciler import purge
 from service.settings import Settings
 from service.storage import ArtifactStore, StoreUnavailable, open_store
+from tests.processes import wait_until
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -108,7 +112,7 @@ def test_a_job_whose_files_cannot_be_deleted_keeps_no_other_waiting(
 
 
 def test_two_reconcilers_delete_side_by_side(engine: Engine, store: ArtifactStore, settings: Settings) -> None:
-    job_ids = [deleted(engine, store, files=40) for _ in range(3)]
+    job_ids = [deleted(engine, store, files=15) for _ in range(3)]
     together = Barrier(3)
 
     def purge_all(number: int) -> None:
@@ -120,3 +124,39 @@ def test_two_reconcilers_delete_side_by_side(engine: Engine, store: ArtifactStor
         list(pool.map(purge_all, range(3)))
 
     assert list(store.list_keys("")) == []
+
+
+def test_finished_jobs_go_when_they_are_older_than_the_retention(
+    engine: Engine, store: ArtifactStore, settings: Settings
+) -> None:
+    long_ago = now() - timedelta(days=3)
+    with transaction(engine) as session:
+        old, resumed, young, paused = (jobs.create(session, SPEC) for _ in range(4))
+        for job in (old, resumed, young):
+            jobs.request_cancel(session, job.id)
+        jobs.request_pause(session, paused.id)
+        old.finished_at = resumed.finished_at = long_ago
+        for job in (old, resumed, young, paused):
+            job.created_at = long_ago
+        jobs.resume(session, resumed.id)
+    for job in (old, young):
+        store.put_bytes(f"jobs/{job.id}/scoring/1/file", b"x")
+
+    assert purge(engine, settings, store) == 0
+    assert purge(engine, settings.model_copy(update={"retention_days": 2.0}), store) == 1
+
+    assert [exists(engine, job.id) for job in (old, resumed, young, paused)] == [False, True, True, True]
+    assert list(store.list_keys("")) == [f"jobs/{young.id}/scoring/1/file"]
+
+
+def test_a_gateway_deletes_by_itself(settings: Settings, store: ArtifactStore) -> None:
+    engine = connect(settings.database_url)
+    migrate(engine)
+    job_id = deleted(engine, store)
+    quick = settings.model_copy(update={"reconcile_seconds": 0.05})
+
+    with TestClient(create_app(quick)):
+        wait_until(lambda: not exists(engine, job_id), what="the reconciler to delete the job")
+
+    assert list(store.list_keys("")) == []
+    engine.dispose()
