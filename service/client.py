@@ -169,6 +169,10 @@ class Client:
         """Have a paused, failed or cancelled job go on from its last saved state."""
         return self._fetch(Job, "POST", f"{_job_path(job_id)}/resume")
 
+    def delete(self, job_id: str) -> None:
+        """Delete a finished or paused job with its events and artifacts, for good."""
+        self._ask("DELETE", _job_path(job_id))
+
     def artifacts(self, job_id: str, *, stage: StageName | None = None) -> Iterator[Artifact]:
         """Every artifact of a job, page by page."""
         params: dict[str, Any] = {"limit": 100} | ({"stage": stage.value} if stage else {})
@@ -274,6 +278,9 @@ class Client:
             return False
 
     def _fetch(self, kind: type[Answer], method: str, url: str, **request: Any) -> Answer:
+        return self._read(kind, self._ask(method, url, **request).content)
+
+    def _ask(self, method: str, url: str, **request: Any) -> httpx.Response:
         try:
             response = self._http.request(method, url, **request)
         except httpx.RequestError as error:
@@ -283,7 +290,7 @@ class Client:
             ) from error
         if not response.is_success:
             raise self._refusal(response)
-        return self._read(kind, response.content)
+        return response
 
     def _read(self, kind: type[Answer], content: bytes | str) -> Answer:
         try:

@@ -93,3 +93,15 @@ def test_a_job_at_work_is_not_deleted_and_a_failed_one_is(engine: Engine) -> Non
         stages.fail(session, held, ErrorInfo(code="x", message="x"))
         deletion.mark(session, job_id)
     assert marked(engine) == [job_id]
+
+
+def test_only_jobs_that_finished_before_a_time_are_marked_by_it_and_once(engine: Engine) -> None:
+    with transaction(engine) as session:
+        finished, unfinished = (jobs.create(session, SPEC).id for _ in range(2))
+        jobs.request_cancel(session, finished)
+    for seconds, expected in ((-60, []), (60, [finished]), (60, [])):
+        with transaction(engine) as session:
+            assert deletion.mark_finished(session, before=now() + timedelta(seconds=seconds)) == expected
+    with transaction(engine) as session:
+        assert jobs.get(session, unfinished).id == unfinished
+    assert marked(engine) == [finished]
