@@ -129,17 +129,12 @@ def complete(
         stage=held.stage,
         data={"attempt": held.attempt, "artifacts": len(artifacts), "metrics": dict(metrics)},
     )
-    if job.status == JobStatus.CANCELLING:
-        jobs.finish_cancel(session, job)
-        return None
     following = [later for later in jobs.stages(session, [job.id])[job.id] if later.position > row.position]
     if following:
         following[0].status, following[0].sent_at, following[0].sends = StageStatus.QUEUED, now(), 1
         session.flush()
-        if job.status == JobStatus.PAUSING:
-            jobs.finish_pause(session, job)
-            return None
-        return StageName(following[0].name)
+        return None if _finish_stop(session, job) else StageName(following[0].name)
+    # Whoever asked to stop it asked too late.
     job.status, job.finished_at = JobStatus.SUCCEEDED, now()
     session.flush()
     events.append(session, job.id, "job.succeeded", "Job succeeded.")

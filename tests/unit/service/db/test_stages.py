@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import Engine
+from sqlmodel import Session
 
 from service.contract.errors import JobNotPausable
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
@@ -13,7 +15,7 @@ from service.contract.spec import JobSpec
 from service.db import artifacts, events, jobs, stages
 from service.db.session import transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
-from service.db.tables import StageRow, now
+from service.db.tables import JobRow, StageRow, now
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -234,13 +236,16 @@ def test_a_stage_that_finishes_while_its_job_is_paused_keeps_its_result(engine: 
         assert jobs.resume(session, job_id)[1] == StageName.REMOVAL
 
 
-def test_a_job_whose_last_stage_finishes_while_it_is_paused_has_succeeded(engine: Engine) -> None:
+@pytest.mark.parametrize("ask", [jobs.request_pause, jobs.request_cancel])
+def test_a_job_whose_last_stage_finishes_while_it_is_to_stop_has_succeeded(
+    ask: Callable[[Session, str], JobRow], engine: Engine
+) -> None:
     job_id = create_job(engine)
     for stage in list(StageName)[:-1]:
         complete(engine, claim(engine, job_id, stage))
     held = claim(engine, job_id, StageName.EVALUATION)
     with transaction(engine) as session:
-        jobs.request_pause(session, job_id)
+        ask(session, job_id)
     complete(engine, held)
     with transaction(engine) as session:
         assert jobs.get(session, job_id).status == JobStatus.SUCCEEDED
