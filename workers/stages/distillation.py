@@ -64,10 +64,10 @@ def run(context: StageContext) -> dict[str, Any]:
         return {"enabled": False}
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     data = Data(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
-    teacher = load_model(context.model_dir)
+    teacher = load_model(context.model_dir, context.check)
 
     merged, merge_metrics = _merge(context, plans, teacher, data)
-    prefill_weights = load_model(context.model_dir, dtype=torch.float32)
+    prefill_weights = load_model(context.model_dir, context.check, dtype=torch.float32)
     prefill, prefill_metrics = _distil_prefill(context, plans, merged, prefill_weights, teacher, data)
     save_file(prefill, context.out / PREFILL)
     if plans.unified:
@@ -195,7 +195,7 @@ def _distil_decode(
 ) -> tuple[Tensors, dict[str, Any] | None]:
     """Starts from the prefill weights that it inherits; those are also what it falls back to."""
     only_decode = _only_in_decode(plans).values()
-    weights = load_model(context.model_dir, dtype=torch.float32)
+    weights = load_model(context.model_dir, context.check, dtype=torch.float32)
     load_tensors(weights, inherited)
     student = drop_blocks(weights, plans.decode.removed)
     loss = continuation_loss(

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.models import device, load_model
+from workers.models import Check, device, load_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.distill import load_tensors
@@ -61,7 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
             model_card=model_card(context, role, plan, rule),
         )
         context.report(start + 0.15, f"Proving the {role} checkpoint.")
-        difference = _prove(target, _healed(context, plan, trained, dtype=torch.float32), proof)
+        difference = _prove(target, _healed(context, plan, trained, dtype=torch.float32), proof, context.check)
         files = [path for path in target.iterdir() if path.is_file()]
         metrics[role] = {
             "files": len(files),
@@ -75,7 +75,7 @@ def _healed(
     context: StageContext, plan: BlockPlan, trained: str, *, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """What a checkpoint has to compute: the dense model with the trained tensors, without the removed blocks."""
-    weights = load_model(context.model_dir, dtype=dtype)
+    weights = load_model(context.model_dir, context.check, dtype=dtype)
     load_tensors(weights, load_file(context.input(StageName.DISTILLATION, trained)))
     return drop_blocks(weights, plan.removed)
 
@@ -92,9 +92,9 @@ def _choose_rule(context: StageContext, plans: Plans, windows: Tensor) -> KvToke
     return choose_rule(context, asked, dense, (models[0], models[-1]), layer_map, windows)
 
 
-def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor) -> float:
+def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor, check: Check) -> float:
     """Largest difference between the loaded checkpoint's logits and the expected ones, in float32."""
-    loaded = load_model(folder, dtype=torch.float32)
+    loaded = load_model(folder, check, dtype=torch.float32)
     with torch.no_grad():
         difference = float((loaded(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max())
     if not difference <= TOLERANCE:

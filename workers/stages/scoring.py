@@ -28,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     context.report(0.4, "Scoring blocks.")
     try:
-        stack = block_stack(load_for_walks(context.model_dir))
+        stack = block_stack(load_for_walks(context.model_dir, context.check))
     except UnsupportedArchitecture as error:
         raise ModelUnsupported(str(error), param="model.source") from error
     num_blocks = len(stack.blocks)
