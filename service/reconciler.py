@@ -18,7 +18,7 @@ from service.db import deletion, idempotency, stages
 from service.db.session import transaction
 from service.db.tables import now
 from service.settings import Settings
-from service.storage import ArtifactStore, StoreUnavailable, job_prefix
+from service.storage import ArtifactStore, job_prefix
 
 PURGED_AT_ONCE = 20
 """So that a gateway that is to stop need not wait for long."""
@@ -42,7 +42,7 @@ def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
     """Delete the files of jobs that were deleted or are too old, then their rows; returns how many jobs went.
 
     A lease's length passes first: whoever lost a stage of such a job has stopped writing by then.
-    Raises: StoreUnavailable; the job it happened to is tried again behind the others.
+    Raises: what the store raises; the job it happened to is tried again behind the others.
     """
     if settings.retention_days is not None:
         with transaction(engine) as session:
@@ -54,7 +54,7 @@ def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
     for job_id in found:
         try:
             store.delete_prefix(job_prefix(job_id))
-        except StoreUnavailable:
+        except Exception:
             with transaction(engine) as session:
                 deletion.postpone(session, job_id)
             raise

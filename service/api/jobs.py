@@ -193,7 +193,7 @@ def get_job(job_id: JobId, engine: EngineDep) -> Job:
 def cancel_job(job_id: JobId, engine: EngineDep) -> Job:
     """Stop a job. What finished stages left stays. Cancelling twice is no error; cancelling a finished job is.
 
-    `POST /v1/jobs/{job_id}/resume` takes a cancelled job up again.
+    A job whose last stage ends while it is cancelling has succeeded. A resume takes a cancelled job up again.
     """
     with transaction(engine) as session:
         row = jobs.request_cancel(session, job_id)
