@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import Engine
 
 from service.api import artifacts, events, health, jobs, methods, problems
 from service.api.auth import ApiKey, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
-from service.reconciler import sweep
+from service.reconciler import purge, sweep
 from service.settings import Settings
 from service.storage import open_store
 
@@ -68,21 +68,27 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         public_endpoint_url=settings.s3_public_endpoint_url,
         region=settings.s3_region,
     )
-    reconciling = asyncio.create_task(_reconcile(engine, settings))
+    # Two tasks: a store that is slow to delete must keep no stage waiting.
+    reconciling = [
+        asyncio.create_task(_repeat(partial(sweep, engine, settings), settings.reconcile_seconds)),
+        asyncio.create_task(_repeat(partial(purge, engine, settings, app.state.store), settings.reconcile_seconds)),
+    ]
     try:
         yield
     finally:
-        reconciling.cancel()
-        with suppress(asyncio.CancelledError):
-            await reconciling
+        for task in reconciling:
+            task.cancel()
+        for task in reconciling:
+            with suppress(asyncio.CancelledError):
+                await task
         engine.dispose()
 
 
-async def _reconcile(engine: Engine, settings: Settings) -> None:
-    """Sweep for ever; a sweep that fails is logged, and the next one tries again."""
+async def _repeat(reconcile: Callable[[], int], pause_s: float) -> None:
+    """Reconcile for ever; what fails is logged, and the next time tries again."""
     while True:
         try:
-            await run_in_threadpool(sweep, engine, settings)
+            await run_in_threadpool(reconcile)
         except Exception:
-            log.exception("the reconciler failed; it tries again in %g s", settings.reconcile_seconds)
-        await asyncio.sleep(settings.reconcile_seconds)
+            log.exception("the reconciler failed; it tries again in %g s", pause_s)
+        await asyncio.sleep(pause_s)

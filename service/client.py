@@ -22,6 +22,7 @@ from service.contract.spec import JobSpec
 
 Answer = TypeVar("Answer", bound=BaseModel)
 FINAL_EVENTS = {"job.succeeded", "job.failed", "job.cancelled"}
+"""With one of these as the last, the stream ended because the job did. A resumed job has such in its middle, too."""
 PATIENCE_S = 60.0
 """How long streams and downloads keep trying to reach a service that went away."""
 RETRY_S = 0.5
@@ -160,6 +161,18 @@ class Client:
         """Ask the service to stop a job."""
         return self._fetch(Job, "POST", f"{_job_path(job_id)}/cancel")
 
+    def pause(self, job_id: str) -> Job:
+        """Ask the service to stop a job until it is resumed."""
+        return self._fetch(Job, "POST", f"{_job_path(job_id)}/pause")
+
+    def resume(self, job_id: str) -> Job:
+        """Have a paused, failed or cancelled job go on from its last saved state."""
+        return self._fetch(Job, "POST", f"{_job_path(job_id)}/resume")
+
+    def delete(self, job_id: str) -> None:
+        """Delete a finished or paused job with its events and artifacts, for good."""
+        self._ask("DELETE", _job_path(job_id))
+
     def artifacts(self, job_id: str, *, stage: StageName | None = None) -> Iterator[Artifact]:
         """Every artifact of a job, page by page."""
         params: dict[str, Any] = {"limit": 100} | ({"stage": stage.value} if stage else {})
@@ -173,17 +186,16 @@ class Client:
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
         """The job's events above number `after` as they happen, until its last.
 
-        A connection that breaks is taken up again after the last event that came.
+        A connection that breaks is taken up again after the last event that came. A paused job is waited for.
         """
         patience = _Patience(self._url, self._patience_s)
         while True:
             try:
+                last = None
                 for event in self._stream(job_id, after, patience):
-                    after = event.number
+                    after, last = event.number, event.type
                     yield event
-                    if event.type in FINAL_EVENTS:
-                        return
-                if JobStatus(self.get(job_id).status).final:
+                if last in FINAL_EVENTS or JobStatus(self.get(job_id).status).final:
                     return
                 time.sleep(RETRY_S)
             except (httpx.RequestError, ClientError) as error:
@@ -266,6 +278,9 @@ class Client:
             return False
 
     def _fetch(self, kind: type[Answer], method: str, url: str, **request: Any) -> Answer:
+        return self._read(kind, self._ask(method, url, **request).content)
+
+    def _ask(self, method: str, url: str, **request: Any) -> httpx.Response:
         try:
             response = self._http.request(method, url, **request)
         except httpx.RequestError as error:
@@ -275,7 +290,7 @@ class Client:
             ) from error
         if not response.is_success:
             raise self._refusal(response)
-        return self._read(kind, response.content)
+        return response
 
     def _read(self, kind: type[Answer], content: bytes | str) -> Answer:
         try:

@@ -56,6 +56,9 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="A queued stage that no worker took is sent again after this, then 2×, 4×, …"
     )
     max_attempts: int = Field(default=5, ge=1, description="Claims of one stage before its job fails.")
+    retention_days: float | None = Field(
+        default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
+    )
 
     @field_validator("allowed_sources")
     @classmethod

@@ -56,7 +56,7 @@ class StageContext:
         return folder
 
     def report(self, progress: float, message: str, **figures: Any) -> None:
-        """Announce progress (0…1), at most once a second. Raises: Cancelled, LeaseLost."""
+        """Announce progress (0…1), at most once a second. Raises: StopRequested, LeaseLost."""
         self.check()
         if time.monotonic() - self._reported_at >= REPORT_INTERVAL_S:
             self._reported_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""A stage's lease: renewed by a thread while the stage works, and the stage's window on cancellation."""
+"""A stage's lease: renewed by a thread while the stage works, and the stage's window on cancellation and pause."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from service.db import stages
 from service.db.session import transaction
 from service.db.stages import Claim, LeaseLost
 
+HEARTBEAT_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class Cancelled(Exception):
-    """The job is being cancelled; the stage must stop."""
+class StopRequested(Exception):
+    """The job is being cancelled or paused; the stage must stop."""
 
 
 class Lease:
@@ -29,7 +30,7 @@ class Lease:
         self._held = held
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
-        self._cancelled = Event()
+        self._asked_to_stop = Event()
         self._lost = Event()
         self._stop = Event()
         self._thread = Thread(target=self._renew_until_stopped, name=f"lease-{held.job_id}", daemon=True)
@@ -45,19 +46,19 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises: Cancelled when the job is being cancelled; LeaseLost when the stage was or may be taken over."""
+        """Raises: StopRequested when the job is cancelled or paused; LeaseLost when the stage may be another's."""
         if self._lost.is_set() or time.monotonic() > self._deadline:
             raise LeaseLost(f"the lease on {self._held.stage} of {self._held.job_id} was not renewed in time")
-        if self._cancelled.is_set():
-            raise Cancelled
+        if self._asked_to_stop.is_set():
+            raise StopRequested
 
     def _renew_until_stopped(self) -> None:
-        # Cancellation is noticed here too, so the pause is short even under a long lease.
-        while not self._stop.wait(min(self._seconds / 3, 2.0)):
+        # Being asked to stop is noticed here too, and soon even under a long lease.
+        while not self._stop.wait(min(self._seconds / 3, HEARTBEAT_S)):
             asked_at = time.monotonic()
             try:
                 with transaction(self._engine) as session:
-                    cancel = stages.renew(session, self._held, lease_seconds=self._seconds)
+                    stop = stages.renew(session, self._held, lease_seconds=self._seconds)
             except LeaseLost:
                 self._lost.set()
                 return
@@ -65,5 +66,5 @@ class Lease:
                 log.warning("lease of %s not renewed, trying again: %s", self._held, error)
                 continue
             self._deadline = asked_at + self._seconds
-            if cancel:
-                self._cancelled.set()
+            if stop:
+                self._asked_to_stop.set()

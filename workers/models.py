@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.pruning.blocks import block_stack
 from workers.pruning.checkpoint import check_complete, load_checkpoint
 from workers.pruning.engine import windows_in
 from workers.pruning.streaming import load_streamed, parameter_bytes
 
+Check = Callable[[], None]
 RESIDENT_SHARE = 0.7
 """Weights may take this much of the free memory; the rest is for hidden states and logits."""
 RESIDENT_WALK_BYTES = 16 * 2**20
@@ -30,23 +35,36 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if device().type == "cuda" else torch.float32
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode on this worker's device; safetensors only, no remote code."""
-    return load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device())
+def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode on this worker's device; safetensors only, no remote code.
+
+    Before each of its blocks runs it calls `check`, which may raise to stop a long pass in its middle.
+    Raises: BrokenCheckpoint, UnsupportedArchitecture.
+    """
+    return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device()), check)
 
 
-def load_for_walks(folder: Path) -> PreTrainedModel:
+def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel:
     """The model for passes over its blocks: resident where it fits, else with its blocks read one at a time.
 
-    Stacked experts, which checkpoints keep apart, are resident in any case.
-
+    Stacked experts, which checkpoints keep apart, are resident in any case. Calls `check` as that of `load_model` does.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
     tensors = check_complete(folder)
     fits = parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes()
     if fits or not tensors.one_to_one:
-        return load_model(folder)
+        return load_model(folder, check)
     model, _ = load_streamed(folder, dtype=compute_dtype(), device=device())
+    return _stoppable(model, check)
+
+
+def _stoppable(model: PreTrainedModel, check: Check) -> PreTrainedModel:
+    # A function of its own: models are copied, and copies share functions, but would copy what `check` is bound to.
+    def ask(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        check()
+
+    for block in block_stack(model).blocks:
+        block.register_forward_pre_hook(ask)
     return model
 
 

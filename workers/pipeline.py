@@ -23,9 +23,9 @@ from service.db import artifacts, jobs, stages
 from service.db.session import transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.settings import Settings
-from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable
+from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable, job_prefix
 from workers.context import CorruptArtifact, StageContext, StoredInput
-from workers.lease import Cancelled, Lease
+from workers.lease import Lease, StopRequested
 from workers.sources import model_folder, text_documents
 from workers.stages import STAGES
 
@@ -68,8 +68,8 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
             following = _record(worker, held, result)
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
-    except Cancelled:
-        _conclude(worker, held, lambda session: stages.cancelled(session, held))
+    except StopRequested:
+        _conclude(worker, held, lambda session: stages.stopped(session, held))
     except (StoreUnavailable, CorruptArtifact, SQLAlchemyError) as error:
         log.exception("%s of %s met a fault that may pass", stage, job_id)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -108,7 +108,7 @@ def _conclude(worker: Worker, held: Claim, change: Callable[[Any], None]) -> Non
 
 
 def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
-    return f"jobs/{held.job_id}/{held.stage}/{attempt or held.attempt}"
+    return f"{job_prefix(held.job_id)}/{held.stage}/{attempt or held.attempt}"
 
 
 def _finished_before(worker: Worker, held: Claim) -> StageResult | None:
@@ -157,7 +157,7 @@ def _context(worker: Worker, held: Claim, workdir: Path, check: Callable[[], Non
         workdir=workdir,
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},
         store=worker.store,
-        state_prefix=f"jobs/{held.job_id}/{held.stage}/state",
+        state_prefix=f"{job_prefix(held.job_id)}/{held.stage}/state",
         documents=lambda: text_documents(spec.data, worker.settings),
         check=check,
         publish=publish,

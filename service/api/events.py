@@ -58,7 +58,7 @@ def wants_stream(request: Request) -> bool:
 
 
 async def stream(engine: Engine, job_id: str, batch: Batch, *, after: int) -> AsyncIterator[bytes]:
-    """The first batch, then what follows it until the job's final event, with keep-alive comments in between."""
+    """The first batch, then what follows it until the job ends or is deleted, with keep-alive comments in between."""
     quiet_since = monotonic()
     while True:
         for event in batch.page.data:
@@ -71,7 +71,10 @@ async def stream(engine: Engine, job_id: str, batch: Batch, *, after: int) -> As
         if monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
             quiet_since = monotonic()
             yield KEEPALIVE_COMMENT
-        batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
+        try:
+            batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
+        except JobNotFound:  # It was deleted meanwhile.
+            return
 
 
 @router.get(

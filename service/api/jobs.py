@@ -1,4 +1,4 @@
-"""Jobs: create, list, look at, cancel."""
+"""Jobs: create, list, look at, cancel, pause, resume, delete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from service.contract.errors import (
     InvalidIdempotencyKey,
     InvalidRequest,
     JobNotCancellable,
+    JobNotDeletable,
     JobNotFound,
+    JobNotPausable,
+    JobNotResumable,
     MissingScope,
     ModelUnsupported,
     RequestInFlight,
@@ -33,7 +36,7 @@ from service.contract.errors import (
 )
 from service.contract.jobs import Job, JobStatus, Page, StageName
 from service.contract.spec import JobSpec, MetadataKey, MetadataValue
-from service.db import idempotency, jobs
+from service.db import deletion, idempotency, jobs
 from service.db.idempotency import Answered
 from service.db.session import transaction
 
@@ -188,7 +191,71 @@ def get_job(job_id: JobId, engine: EngineDep) -> Job:
     },
 )
 def cancel_job(job_id: JobId, engine: EngineDep) -> Job:
-    """Stop a job. What finished stages left stays. Cancelling twice is no error; cancelling a finished job is."""
+    """Stop a job. What finished stages left stays. Cancelling twice is no error; cancelling a finished job is.
+
+    A job whose last stage ends while it is cancelling has succeeded. A resume takes a cancelled job up again.
+    """
     with transaction(engine) as session:
         row = jobs.request_cancel(session, job_id)
         return views.job(row, jobs.stages(session, [job_id])[job_id])
+
+
+@router.post(
+    "/{job_id}/pause",
+    summary="Pause a job",
+    operation_id="pause_job",
+    response_model=Job,
+    responses={
+        200: examples.response(
+            {**examples.JOB, "status": "pausing", "estimated_finish": None},
+            "The job, `paused`, or `pausing` until the worker has stopped the running stage.",
+        ),
+        **documented(Unauthorized, MissingScope, JobNotFound, JobNotPausable, DependencyUnavailable),
+    },
+)
+def pause_job(job_id: JobId, engine: EngineDep) -> Job:
+    """Stop a job for a while and free its worker. Pausing twice is no error; pausing a finished job is."""
+    with transaction(engine) as session:
+        row = jobs.request_pause(session, job_id)
+        return views.job(row, jobs.stages(session, [job_id])[job_id])
+
+
+@router.post(
+    "/{job_id}/resume",
+    summary="Resume a paused, failed or cancelled job",
+    operation_id="resume_job",
+    response_model=Job,
+    responses={
+        200: examples.response(
+            {**examples.JOB, "status": "queued", "estimated_finish": None}, "The job, queued for a worker."
+        ),
+        **documented(Unauthorized, MissingScope, JobNotFound, JobNotResumable, DependencyUnavailable),
+    },
+)
+def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
+    """Go on where the job stopped: finished stages are not repeated, the one after them starts from its saved state.
+
+    What counted against the stage's attempts is forgiven.
+    """
+    with transaction(engine) as session:
+        row, stage = jobs.resume(session, job_id)
+        shown = views.job(row, jobs.stages(session, [job_id])[job_id])
+    queue.send(settings, job_id, stage)
+    return shown
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    summary="Delete a job",
+    operation_id="delete_job",
+    response_class=Response,
+    responses={
+        204: {"description": "The job is gone; its files leave the artifact store within a minute."},
+        **documented(Unauthorized, MissingScope, JobNotFound, JobNotDeletable, DependencyUnavailable),
+    },
+)
+def delete_job(job_id: JobId, engine: EngineDep) -> None:
+    """Delete a finished or paused job with its stages, events and artifacts, for good."""
+    with transaction(engine) as session:
+        deletion.mark(session, job_id)

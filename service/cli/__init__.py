@@ -17,7 +17,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Jobs": (jobs.submit, jobs.jobs, jobs.show, jobs.watch, jobs.cancel, jobs.artifacts, jobs.download),
+    "Jobs": (
+        jobs.submit,
+        jobs.jobs,
+        jobs.show,
+        jobs.watch,
+        jobs.pause,
+        jobs.resume,
+        jobs.cancel,
+        jobs.delete,
+        jobs.artifacts,
+        jobs.download,
+    ),
     "Service": (run.demo, run.up, run.serve, run.worker, run.migrate),
 }
 for panel, commands in PANELS.items():

@@ -20,18 +20,21 @@ ID_WIDTH = len("job_") + 32
 COLOURS = {
     JobStatus.QUEUED: "yellow",
     JobStatus.RUNNING: "cyan",
+    JobStatus.PAUSING: "yellow",
+    JobStatus.PAUSED: "magenta",
     JobStatus.CANCELLING: "yellow",
     JobStatus.CANCELLED: "dim",
     JobStatus.FAILED: "bold red",
     JobStatus.SUCCEEDED: "green",
 }
 REMEDIES = {
-    "attempts_exhausted": "Look at the worker's log, then submit the job again.",
+    "attempts_exhausted": "Look at the worker's log, then go on with `pdtrim resume`.",
     "model_unsupported": "Supported are Llama, Mistral, Qwen2 and Qwen3 models stored as safetensors.",
     "invalid_request": "Correct the specification and submit it again.",
     "invalid_input": "Correct the model or the specification and submit it again.",
-    "out_of_memory": "Use a worker with more memory, or fewer and shorter windows (calibration.windows, "
-    "calibration.window_tokens), or set distillation.gradient_accumulation and distillation.gradient_checkpointing.",
+    "out_of_memory": "Resume it on a worker with more memory, or submit it with fewer and shorter windows "
+    "(calibration.windows, calibration.window_tokens), or with distillation.gradient_accumulation and "
+    "distillation.gradient_checkpointing.",
     "internal_error": "Look at the worker's log; if the service is at fault, report it with the job's id.",
 }
 

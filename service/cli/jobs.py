@@ -135,16 +135,58 @@ def _exit_with(job: Job) -> None:
 
 
 def cancel(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json = False) -> None:
-    """Cancel a job. What its finished stages left stays.
+    """Cancel a job. What its finished stages left stays, and `pdtrim resume` goes on from there.
 
     Example: `pdtrim cancel job_0198a3f25e0e7c52b3a0d1f3b6a4c7de`
     """
     with connected(url, api_key) as client:
-        found = client.cancel(job)
+        _print_status(client.cancel(job), as_json)
+
+
+def pause(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json = False) -> None:
+    """Pause a job: within seconds its worker stops and is free for other jobs.
+
+    Example: `pdtrim pause job_0198a3f25e0e7c52b3a0d1f3b6a4c7de`
+    """
+    with connected(url, api_key) as client:
+        _print_status(client.pause(job), as_json)
+
+
+def resume(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json = False) -> None:
+    """Have a paused, failed or cancelled job go on from its last saved state. Finished stages are not repeated.
+
+    Example: `pdtrim resume job_0198a3f25e0e7c52b3a0d1f3b6a4c7de`
+    """
+    with connected(url, api_key) as client:
+        _print_status(client.resume(job), as_json)
+
+
+def _print_status(job: Job, as_json: bool) -> None:
     if as_json:
-        print_json(found)
+        print_json(job)
     else:
-        console.print(f"{found.id} is {found.status}", highlight=False)
+        console.print(f"{job.id} is {job.status}", highlight=False)
+
+
+def delete(
+    job: JobId,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Delete a finished or paused job with its events and artifacts, for good.
+
+    Example: `pdtrim delete job_0198a3f25e0e7c52b3a0d1f3b6a4c7de --yes`
+    """
+    if not yes:
+        typer.confirm(f"Delete {job} and everything it left?", abort=True, err=True)
+    with connected(url, api_key) as client:
+        client.delete(job)
+    if as_json:
+        sys.stdout.write(json.dumps({"id": job, "deleted": True}, indent=2) + "\n")
+    else:
+        console.print(f"{job} is deleted", highlight=False, markup=False)
 
 
 Stage = Annotated[StageName | None, typer.Option("--stage", help="Only what this stage left.")]

@@ -55,6 +55,18 @@ class JobNotCancellable(PDTrimError):
     code, title, status = "job_not_cancellable", "The job is already finished", 409
 
 
+class JobNotPausable(PDTrimError):
+    code, title, status = "job_not_pausable", "The job cannot be paused in its state", 409
+
+
+class JobNotResumable(PDTrimError):
+    code, title, status = "job_not_resumable", "The job cannot be resumed in its state", 409
+
+
+class JobNotDeletable(PDTrimError):
+    code, title, status = "job_not_deletable", "The job is neither finished nor paused", 409
+
+
 class InvalidIdempotencyKey(PDTrimError):
     code, title, status = "invalid_idempotency_key", "The Idempotency-Key is not valid", 400
 

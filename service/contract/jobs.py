@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, Literal, TypeVar
@@ -11,11 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.contract.spec import JobSpec
 
 
+class Action(StrEnum):
+    """What can be asked of a job that exists."""
+
+    PAUSE = "pause"
+    RESUME = "resume"
+    CANCEL = "cancel"
+    DELETE = "delete"
+
+
 class JobStatus(StrEnum):
-    """Life of a job. `succeeded`, `failed` and `cancelled` are final."""
+    """Life of a job. `succeeded`, `failed` and `cancelled` are final, but for a resume of the last two."""
 
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -24,6 +36,23 @@ class JobStatus(StrEnum):
     @property
     def final(self) -> bool:
         return self in (JobStatus.CANCELLED, JobStatus.FAILED, JobStatus.SUCCEEDED)
+
+    @property
+    def possible(self) -> tuple[Action, ...]:
+        """What changes a job in this state; all else is refused, or already done."""
+        return _POSSIBLE[self]
+
+
+_POSSIBLE: Mapping[JobStatus, tuple[Action, ...]] = {
+    JobStatus.QUEUED: (Action.PAUSE, Action.CANCEL),
+    JobStatus.RUNNING: (Action.PAUSE, Action.CANCEL),
+    JobStatus.PAUSING: (Action.CANCEL,),
+    JobStatus.PAUSED: (Action.RESUME, Action.CANCEL, Action.DELETE),
+    JobStatus.CANCELLING: (),
+    JobStatus.CANCELLED: (Action.RESUME, Action.DELETE),
+    JobStatus.FAILED: (Action.RESUME, Action.DELETE),
+    JobStatus.SUCCEEDED: (Action.DELETE,),
+}
 
 
 class StageName(StrEnum):
@@ -37,11 +66,12 @@ class StageName(StrEnum):
 
 
 class StageStatus(StrEnum):
-    """Life of a stage: `pending` waits for the stage before it, `queued` waits for a worker."""
+    """Life of a stage: `pending` waits for the stage before it, `queued` for a worker, `paused` for a resume."""
 
     PENDING = "pending"
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -71,7 +101,9 @@ class Stage(Shown):
     attempt: int = Field(description="How often a worker has claimed it; also the fencing number of its lease.")
     metrics: dict[str, Any] = Field(default_factory=dict)
     error: ErrorInfo | None = None
-    started_at: datetime | None = None
+    started_at: datetime | None = Field(
+        default=None, description="When it began. A resume moves it on by as long as the stage lay still."
+    )
     finished_at: datetime | None = None
 
 

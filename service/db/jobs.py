@@ -8,11 +8,20 @@ from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
 from service.contract.access import DEFAULT_PROJECT
-from service.contract.errors import CursorNotFound, JobNotCancellable, JobNotFound
-from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.errors import (
+    CursorNotFound,
+    JobNotCancellable,
+    JobNotFound,
+    JobNotPausable,
+    JobNotResumable,
+    PDTrimError,
+)
+from service.contract.jobs import Action, JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import events
 from service.db.tables import JobRow, StageRow, now
+
+_EXISTS = col(JobRow.deleted_at).is_(None)
 
 
 def create(
@@ -42,14 +51,14 @@ def create(
 def get(session: Session, job_id: str) -> JobRow:
     """The job. Raises: JobNotFound."""
     row = session.get(JobRow, job_id)
-    if row is None:
+    if row is None or row.deleted_at is not None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
     return row
 
 
 def check_project(session: Session, job_id: str, project: str) -> None:
     """Raises: JobNotFound when the project has no such job, whether another has it or not."""
-    found = select(JobRow.id).where(JobRow.id == job_id, JobRow.project == project)
+    found = select(JobRow.id).where(JobRow.id == job_id, JobRow.project == project, _EXISTS)
     if session.exec(found).first() is None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
 
@@ -57,7 +66,7 @@ def check_project(session: Session, job_id: str, project: str) -> None:
 def lock(session: Session, job_id: str) -> JobRow:
     """The job, locked until the transaction ends; every change of a job or stage begins here. Raises: JobNotFound."""
     row = session.exec(
-        select(JobRow).where(JobRow.id == job_id).with_for_update().execution_options(populate_existing=True)
+        select(JobRow).where(JobRow.id == job_id, _EXISTS).with_for_update().execution_options(populate_existing=True)
     ).first()
     if row is None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
@@ -83,18 +92,26 @@ def page(
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[list[JobRow], bool]:
     """Jobs of a project, newest first, and whether more follow. Raises: CursorNotFound."""
-    query = select(JobRow).where(JobRow.project == project)
+    query = select(JobRow).where(JobRow.project == project, _EXISTS)
     if status is not None:
         query = query.where(JobRow.status == status)
     for key, value in (metadata or {}).items():
         query = query.where(col(JobRow.labels)[key].as_string() == value)
     if after is not None:
         cursor = session.get(JobRow, after)
-        if cursor is None or cursor.project != project:
+        if cursor is None or cursor.project != project or cursor.deleted_at is not None:
             raise CursorNotFound(f"`after` names no job: {after}", param="after")
         query = query.where(JobRow.id < after)
     rows = session.exec(query.order_by(col(JobRow.id).desc()).limit(limit + 1)).all()
     return list(rows[:limit]), len(rows) > limit
+
+
+def check_possible(job: JobRow, asked: Action, refusal: type[PDTrimError]) -> None:
+    """Raises: `refusal`, saying what the job's state is and what it allows."""
+    possible = JobStatus(job.status).possible
+    if asked not in possible:
+        allowed = ", ".join(possible) or "nothing, until that is done"
+        raise refusal(f"Job {job.id} is {job.status}: {asked} is not possible. Possible now: {allowed}.")
 
 
 def request_cancel(session: Session, job_id: str) -> JobRow:
@@ -105,9 +122,8 @@ def request_cancel(session: Session, job_id: str) -> JobRow:
     job = lock(session, job_id)
     if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
         return job
-    if JobStatus(job.status).final:
-        raise JobNotCancellable(f"Job {job_id} has already {job.status}; there is nothing left to cancel.")
-    if any(row.status == StageStatus.RUNNING for row in stages(session, [job_id])[job_id]):
+    check_possible(job, Action.CANCEL, JobNotCancellable)
+    if _has_worker(session, job_id):
         job.status = JobStatus.CANCELLING
         events.append(session, job_id, "job.cancelling", "Cancellation requested; the running stage is being stopped.")
     else:
@@ -122,8 +138,66 @@ def finish_cancel(session: Session, job: JobRow) -> None:
         if row.status != StageStatus.SUCCEEDED:
             row.status = StageStatus.CANCELLED
             row.lease_expires_at = None
-            row.finished_at = now()
+            row.paused_at, row.finished_at = None, row.paused_at or now()
     job.status = JobStatus.CANCELLED
     job.finished_at = now()
     session.flush()
     events.append(session, job.id, "job.cancelled", "Job cancelled.")
+
+
+def request_pause(session: Session, job_id: str) -> JobRow:
+    """Pause a job: at once when no worker holds a stage, else by asking the worker. Idempotent until it is resumed.
+
+    Raises: JobNotFound; JobNotPausable when the job is finished or being cancelled.
+    """
+    job = lock(session, job_id)
+    if job.status in (JobStatus.PAUSING, JobStatus.PAUSED):
+        return job
+    check_possible(job, Action.PAUSE, JobNotPausable)
+    if _has_worker(session, job_id):
+        job.status = JobStatus.PAUSING
+        events.append(session, job_id, "job.pausing", "Pause requested; the running stage is being stopped.")
+    else:
+        finish_pause(session, job)
+    session.refresh(job)
+    return job
+
+
+def finish_pause(session: Session, job: JobRow) -> None:
+    """Mark a locked job paused, and the stage whose turn it is."""
+    for row in stages(session, [job.id])[job.id]:
+        if row.status in (StageStatus.QUEUED, StageStatus.RUNNING):
+            row.status, row.lease_expires_at, row.paused_at = StageStatus.PAUSED, None, now()
+    job.status = JobStatus.PAUSED
+    session.flush()
+    events.append(session, job.id, "job.paused", "Job paused.")
+
+
+def resume(session: Session, job_id: str) -> tuple[JobRow, StageName]:
+    """Queue the first unfinished stage of a paused, failed or cancelled job, as if no attempt at it had been made.
+
+    Returns the job and that stage, which the caller sends after the commit. Raises: JobNotFound; JobNotResumable.
+    """
+    job = lock(session, job_id)
+    check_possible(job, Action.RESUME, JobNotResumable)
+    unfinished = [row for row in stages(session, [job_id])[job_id] if row.status != StageStatus.SUCCEEDED]
+    for row in unfinished:
+        stopped_at = row.paused_at or row.finished_at
+        if row.started_at is not None and stopped_at is not None:
+            # So that the time between start and finish stays the time it ran, and the finish can be estimated from it.
+            row.started_at += now() - stopped_at
+        row.status, row.error, row.message = StageStatus.PENDING, None, ""
+        row.paused_at = row.finished_at = None
+    first = unfinished[0]
+    first.status, first.sent_at, first.sends = StageStatus.QUEUED, now(), 1
+    first.attempts_forgiven = first.attempt
+    job.status, job.error, job.finished_at = JobStatus.QUEUED, None, None
+    session.flush()
+    stage = StageName(first.name)
+    events.append(session, job_id, "job.resumed", f"Job resumed with stage {stage}.", data={"stage": stage})
+    session.refresh(job)
+    return job, stage
+
+
+def _has_worker(session: Session, job_id: str) -> bool:
+    return any(row.status == StageStatus.RUNNING for row in stages(session, [job_id])[job_id])

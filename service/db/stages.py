@@ -15,9 +15,12 @@ from sqlalchemy import or_
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
+from service.contract.errors import JobNotFound
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.db import events, jobs
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
+
+STOPPING = (JobStatus.CANCELLING, JobStatus.PAUSING)
 
 
 class LeaseLost(Exception):
@@ -46,7 +49,10 @@ class NewArtifact:
 
 def claim(session: Session, job_id: str, stage: StageName, *, worker: str, lease_seconds: float) -> Claim | None:
     """Take a queued stage, or a running one whose lease ran out; None when there is nothing to take."""
-    job = jobs.lock(session, job_id)
+    try:
+        job = jobs.lock(session, job_id)
+    except JobNotFound:
+        return None
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
     expired = row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now()
     if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING) or not (row.status == StageStatus.QUEUED or expired):
@@ -70,7 +76,10 @@ def claim(session: Session, job_id: str, stage: StageName, *, worker: str, lease
 
 def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
     """The job and stage of a claim, the job locked. Raises: LeaseLost."""
-    job = jobs.lock(session, held.job_id)
+    try:
+        job = jobs.lock(session, held.job_id)
+    except JobNotFound as error:
+        raise LeaseLost(f"{held.stage} of {held.job_id}: the job was deleted") from error
     row = session.get_one(StageRow, (held.job_id, held.stage), populate_existing=True)
     if row.status != StageStatus.RUNNING or row.attempt != held.attempt:
         raise LeaseLost(f"{held.stage} of {held.job_id}: attempt {held.attempt} is no longer the one that counts")
@@ -78,10 +87,10 @@ def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
 
 
 def renew(session: Session, held: Claim, *, lease_seconds: float) -> bool:
-    """Renew the lease. True when the job is to be cancelled. Raises: LeaseLost."""
+    """Renew the lease. True when the stage is to be stopped: its job is cancelled or paused. Raises: LeaseLost."""
     job, row = _held(session, held)
     row.lease_expires_at = now() + timedelta(seconds=lease_seconds)
-    return job.status == JobStatus.CANCELLING
+    return job.status in STOPPING
 
 
 def report(session: Session, held: Claim, *, progress: float, message: str, data: Mapping[str, Any]) -> None:
@@ -120,14 +129,12 @@ def complete(
         stage=held.stage,
         data={"attempt": held.attempt, "artifacts": len(artifacts), "metrics": dict(metrics)},
     )
-    if job.status == JobStatus.CANCELLING:
-        jobs.finish_cancel(session, job)
-        return None
     following = [later for later in jobs.stages(session, [job.id])[job.id] if later.position > row.position]
     if following:
         following[0].status, following[0].sent_at, following[0].sends = StageStatus.QUEUED, now(), 1
         session.flush()
-        return StageName(following[0].name)
+        return None if _finish_stop(session, job) else StageName(following[0].name)
+    # Whoever asked to stop it asked too late.
     job.status, job.finished_at = JobStatus.SUCCEEDED, now()
     session.flush()
     events.append(session, job.id, "job.succeeded", "Job succeeded.")
@@ -153,10 +160,21 @@ def _fail(session: Session, job: JobRow, row: StageRow, error: ErrorInfo) -> Non
     events.append(session, job.id, "job.failed", f"Job failed in {stage}: {error.message}", data=details)
 
 
-def cancelled(session: Session, held: Claim) -> None:
-    """Record that the worker stopped a stage because its job is being cancelled. Raises: LeaseLost."""
+def stopped(session: Session, held: Claim) -> None:
+    """Record that the worker stopped a stage because its job is cancelled or paused. Raises: LeaseLost."""
     job, _ = _held(session, held)
-    jobs.finish_cancel(session, job)
+    _finish_stop(session, job)
+
+
+def _finish_stop(session: Session, job: JobRow) -> bool:
+    """Finish what a locked job was asked for; False when it was asked for nothing."""
+    if job.status == JobStatus.CANCELLING:
+        jobs.finish_cancel(session, job)
+    elif job.status == JobStatus.PAUSING:
+        jobs.finish_pause(session, job)
+    else:
+        return False
+    return True
 
 
 def expired(session: Session) -> list[tuple[str, StageName]]:
@@ -168,8 +186,11 @@ def expired(session: Session) -> list[tuple[str, StageName]]:
 
 
 def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> None:
-    """Give up a dead worker's lease: queue the stage again, finish its cancellation, or fail after `max_attempts`."""
-    job = jobs.lock(session, job_id)
+    """Give up a dead worker's lease: queue the stage again, finish its stopping, or fail after `max_attempts`."""
+    try:
+        job = jobs.lock(session, job_id)
+    except JobNotFound:
+        return
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
     if row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now():
         _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)
@@ -182,15 +203,15 @@ def release(session: Session, held: Claim, reason: str, *, max_attempts: int) ->
 
 
 def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_attempts: int) -> None:
-    if job.status == JobStatus.CANCELLING:
-        jobs.finish_cancel(session, job)
+    if _finish_stop(session, job):
         return
-    if row.attempt >= max_attempts:
+    attempts = row.attempt - row.attempts_forgiven
+    if attempts >= max_attempts:
         _fail(
             session,
             job,
             row,
-            ErrorInfo(code="attempts_exhausted", message=f"Given up after {row.attempt} attempts. {reason}."),
+            ErrorInfo(code="attempts_exhausted", message=f"Given up after {attempts} attempts. {reason}."),
         )
         return
     row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 0, None

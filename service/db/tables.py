@@ -35,7 +35,10 @@ Name = String(32)
 
 
 class JobRow(SQLModel, table=True):
-    """A job. Its id is a UUID version 7, so ids sort by creation."""
+    """A job. Its id is a UUID version 7, so ids sort by creation.
+
+    With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_project_id", "project", "id"),)
@@ -52,10 +55,14 @@ class JobRow(SQLModel, table=True):
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
 
 
 class StageRow(SQLModel, table=True):
-    """A stage of a job. `attempt` numbers the claims of it and fences out workers whose lease was taken over."""
+    """A stage of a job. `attempt` numbers the claims of it and fences out workers whose lease was taken over.
+
+    A resume forgives the attempts before it: they stay numbered, and no longer count against the most allowed.
+    """
 
     __tablename__ = "stages"
     __table_args__ = (Index("ix_stages_status_lease", "status", "lease_expires_at"),)
@@ -65,6 +72,7 @@ class StageRow(SQLModel, table=True):
     position: int
     status: StageStatus = Field(sa_type=Name)
     attempt: int = 0
+    attempts_forgiven: int = 0
     worker: str | None = None
     lease_expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     sends: int = 0
@@ -74,6 +82,7 @@ class StageRow(SQLModel, table=True):
     metrics: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
     error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    paused_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 

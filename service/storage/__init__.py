@@ -16,6 +16,7 @@ from service.storage.store import (
     StoreRefused,
     StoreUnavailable,
     content_disposition,
+    job_prefix,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "StoreUnavailable",
     "StoredObject",
     "content_disposition",
+    "job_prefix",
     "open_store",
 ]
 

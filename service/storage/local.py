@@ -85,8 +85,11 @@ class LocalStore:
 
     def delete_prefix(self, prefix: str) -> None:
         folder = self._path(prefix)
-        with self._failures(), suppress(FileNotFoundError, NotADirectoryError):
-            shutil.rmtree(folder)
+        with self._failures():
+            while folder.is_dir():
+                # Another process that deletes here too makes rmtree stumble over what it no longer finds.
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(folder)
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
         return None

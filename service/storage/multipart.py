@@ -61,6 +61,15 @@ def upload(client: S3Client, bucket: str, name: str, file: BinaryIO, size: int) 
     return read, digest.hexdigest()
 
 
+def abort_uploads(client: S3Client, bucket: str, prefix: str) -> None:
+    """Abort every unfinished upload of an object whose name begins with `prefix`; till then its parts cost money."""
+    pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+    for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+        # One that was completed or aborted since it was listed is no longer there.
+        with suppress(client.exceptions.NoSuchUpload):
+            client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
 def base64_sha256(data: bytes) -> str:
     """The SHA-256 as S3's headers carry it."""
     return base64.b64encode(hashlib.sha256(data).digest()).decode()

@@ -170,7 +170,12 @@ class S3Store:
         return iter(sorted(found))
 
     def delete_prefix(self, prefix: str) -> None:
-        names = [self._name(key) for key in self.list_keys(checked_key(prefix))]
+        folder = f"{self._name(prefix)}/"
+        with self._failures(prefix):
+            # Uploads first: one that is completed between the two steps is then an object that is deleted.
+            multipart.abort_uploads(self._client, self._bucket, folder)
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
+            names = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         for start in range(0, len(names), DELETED_AT_ONCE):
             batch = names[start : start + DELETED_AT_ONCE]
             with self._failures(prefix):

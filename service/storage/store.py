@@ -92,7 +92,7 @@ class ArtifactStore(Protocol):
         ...
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete everything below the folder `prefix`."""
+        """Delete everything below the folder `prefix`, unfinished uploads too. May be done twice, or by two at once."""
         ...
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
@@ -102,6 +102,11 @@ class ArtifactStore(Protocol):
     def check_writable(self) -> None:
         """Write and delete a probe. Raises: StoreUnavailable."""
         ...
+
+
+def job_prefix(job_id: str) -> str:
+    """The folder of all that a job's stages leave."""
+    return f"jobs/{job_id}"
 
 
 def checked_key(key: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import httpx
+import pytest
 
-from service.client import Client
+from service.client import Client, ServiceError
 from service.contract.jobs import Event, JobStatus, StageName
 from tests.processes import pdtrim_up, processes_of, wait_until
 from tests.tiny_job import tiny_spec, write_tiny_model
@@ -67,3 +69,30 @@ def test_a_job_on_a_model_below_the_current_folder_survives_a_stop_of_the_whole_
         assert client.get(job_id).status == JobStatus.SUCCEEDED
     assert refused.json()["code"] == "source_not_allowed"
     assert json.loads(refused.content)["param"] == "model.source"
+
+
+def test_a_running_job_is_paused_within_seconds_resumed_to_its_end_and_deleted_with_its_files(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    artifacts = Path(environment["PDTRIM_DATA_DIR"]) / "artifacts"
+    spec = tiny_spec(write_tiny_model(tmp_path / "mine"), distillation=LONG_HEALING)
+    with pdtrim_up(environment, tmp_path) as url, Client(url) as client:
+        job_id = client.create(spec).id
+        wait_until(lambda: client.get(job_id).stages[2].progress > 0.1, what="distillation to be on its way")
+        asked_at = time.monotonic()
+        client.pause(job_id)
+        wait_until(lambda: client.get(job_id).status == JobStatus.PAUSED, what="the job to be paused")
+        paused_after = time.monotonic() - asked_at
+        client.resume(job_id)
+        events = list(client.events(job_id))
+        client.delete(job_id)
+        with pytest.raises(ServiceError, match="No such job"):
+            client.get(job_id)
+        wait_until(lambda: not list(artifacts.rglob(job_id)), what="the files to be deleted")
+
+    assert paused_after < 5
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+    assert events[-1].type == "job.succeeded"
+    assert [event.stage for event in events if event.type == "stage.succeeded"] == list(StageName)
+    started = [(event.stage, event.data["attempt"]) for event in events if event.type == "stage.started"]
+    assert started == [(name, n) for name in StageName for n in ((1, 2) if name == StageName.DISTILLATION else (1,))]

@@ -57,6 +57,21 @@ def test_the_server_checks_the_sha256_of_every_part(
     assert not _client(s3).list_multipart_uploads(Bucket=s3.bucket).get("Uploads")
 
 
+def test_deleting_aborts_the_unfinished_uploads_of_the_folder(s3: S3Server, s3_url: str) -> None:
+    client, prefix = _client(s3), urlsplit(s3_url).path.strip("/")
+    names = {name: f"{prefix}/{name}" for name in ("jobs/1/a", "jobs/1/b/c", "jobs/10/a")}
+    for name in names.values():
+        begun = client.create_multipart_upload(Bucket=s3.bucket, Key=name)
+        client.upload_part(Bucket=s3.bucket, Key=name, UploadId=begun["UploadId"], PartNumber=1, Body=b"x" * 1000)
+
+    for _ in range(2):
+        open_store(s3_url, **s3.options).delete_prefix("jobs/1")
+
+    left = client.list_multipart_uploads(Bucket=s3.bucket, Prefix=prefix)["Uploads"]
+    assert [upload["Key"] for upload in left] == [names["jobs/10/a"]]
+    client.abort_multipart_upload(Bucket=s3.bucket, Key=left[0]["Key"], UploadId=left[0]["UploadId"])
+
+
 def test_parts_grow_with_the_file() -> None:
     assert multipart.part_bytes(1) == multipart.PART_BYTES
     size = 5 << 40

@@ -67,16 +67,16 @@ def run(context: StageContext) -> dict[str, Any]:
         return {"enabled": False}
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     data = Data(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
-    teacher = load_model(context.model_dir)
+    teacher = load_model(context.model_dir, context.check)
 
     merged, merge_metrics = _merge(context, plans, teacher, data)
-    prefill_weights = narrowed(load_model(context.model_dir, dtype=torch.float32), channels.prefill)
+    prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
     prefill, prefill_metrics = _distil_prefill(context, plans, channels, merged, prefill_weights, teacher, data)
     save_file(prefill, context.out / PREFILL)
     if plans.unified:
         decode, decode_metrics = prefill, prefill_metrics
     else:
-        dense = load_model(context.model_dir, dtype=torch.float32)
+        dense = load_model(context.model_dir, context.check, dtype=torch.float32)
         inherited = change_width(
             {name: t for name, t in prefill.items() if _block(name) in plans.decode.kept},
             channels.prefill,

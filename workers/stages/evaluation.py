@@ -52,11 +52,11 @@ def run(context: StageContext) -> dict[str, Any]:
     plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.report(0.05, "Loading the exported checkpoints.")
-    dense = load_model(context.model_dir)
+    dense = load_model(context.model_dir, context.check)
     subjects = {"dense": Subject(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
     for role, (plan, _) in roles(plans).items():
         folder = context.input_folder(StageName.EXPORT, role)
-        subjects[role] = Subject(load_model(folder), folder, plan, channels.of(role))
+        subjects[role] = Subject(load_model(folder, context.check), folder, plan, channels.of(role))
 
     context.report(0.2, "Measuring speed.")
     spec = context.spec.evaluation

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.models import device, load_model
+from workers.models import Check, device, load_model
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.distill import load_tensors
@@ -65,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
         )
         context.report(start + 0.15, f"Proving the {role} checkpoint.")
         expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
-        difference = _prove(target, expected, proof)
+        difference = _prove(target, expected, proof, context.check)
         files = [path for path in target.iterdir() if path.is_file()]
         metrics[role] = {
             "files": len(files),
@@ -79,7 +79,7 @@ def _healed(
     context: StageContext, plan: BlockPlan, channels: Channels | None, trained: str, *, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """What a checkpoint has to compute: the narrowed dense model with the trained tensors, without removed blocks."""
-    weights = narrowed(load_model(context.model_dir, dtype=dtype), channels)
+    weights = narrowed(load_model(context.model_dir, context.check, dtype=dtype), channels)
     load_tensors(weights, load_file(context.input(StageName.DISTILLATION, trained)))
     return drop_blocks(weights, plan.removed)
 
@@ -96,9 +96,9 @@ def _choose_rule(context: StageContext, plans: Plans, channels: StageChannels, w
     return choose_rule(context, asked, dense, (models[0], models[-1]), layer_map, windows)
 
 
-def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor) -> float:
+def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor, check: Check) -> float:
     """Largest difference between the loaded checkpoint's logits and the expected ones, in float32."""
-    loaded = load_model(folder, dtype=torch.float32)
+    loaded = load_model(folder, check, dtype=torch.float32)
     with torch.no_grad():
         difference = float((loaded(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max())
     if not difference <= TOLERANCE:

@@ -80,7 +80,7 @@ def run(context: StageContext) -> dict[str, Any]:
     spec = context.spec
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     scores = Scores.from_json(context.input_json(StageName.SCORING, SCORES))
-    stack = block_stack(load_for_walks(context.model_dir))
+    stack = block_stack(load_for_walks(context.model_dir, context.check))
     evaluated = Evaluated(context)
 
     chunk_windows = windows_at_once(stack.model, windows.shape[1])

@@ -32,7 +32,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     context.report(0.4, "Scoring blocks.")
     try:
-        stack = block_stack(load_for_walks(context.model_dir))
+        stack = block_stack(load_for_walks(context.model_dir, context.check))
         if stack.model.config.model_type not in FAMILIES:
             prove(stack)
     except UnsupportedArchitecture as error:

@@ -62,6 +62,25 @@ def test_a_submitted_job_is_listed_shown_and_cancelled(
     assert json.loads(pdtrim("cancel", job_id, "--json").output)["status"] == "cancelled"
 
 
+def test_a_job_is_paused_resumed_and_deleted_when_confirmed(gateway: LiveGateway, pdtrim: Pdtrim) -> None:
+    job_id = gateway.played.create()
+    assert "paused" in pdtrim("pause", job_id).output
+    assert json.loads(pdtrim("resume", job_id, "--json").output)["status"] == "queued"
+    refused = pdtrim("delete", job_id, "--yes")
+    assert (refused.exit_code, "Possible now: pause, cancel" in refused.output) == (1, True)
+    pdtrim("pause", job_id)
+    for answer in ("n\n", ""):
+        unsure = pdtrim("delete", job_id, input=answer)
+        assert (unsure.exit_code, f"Delete {job_id}" in unsure.output) == (1, True)
+    assert pdtrim("show", job_id).exit_code == 0
+    assert "is deleted" in pdtrim("delete", job_id, input="y\n").output
+    other = gateway.played.create()
+    pdtrim("cancel", other)
+    assert json.loads(pdtrim("delete", other, "--yes", "--json").output) == {"id": other, "deleted": True}
+    assert "No such job" in pdtrim("show", job_id).output
+    assert "No such job" in pdtrim("delete", job_id, "--yes").output
+
+
 def test_a_job_is_read_from_standard_input_and_printed_as_json(gateway: LiveGateway, pdtrim: Pdtrim) -> None:
     printed = pdtrim("submit", "-", "--json", input=json.dumps(dict(gateway.played.spec)))
     assert json.loads(printed.output)["spec"]["decode"]["remove_blocks"] == 2

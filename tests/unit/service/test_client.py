@@ -172,6 +172,36 @@ def test_keep_alives_are_no_events(gateway: LiveGateway, client: Client, monkeyp
     assert [first.type, *(event.type for event in stream)] == ["job.created", "job.cancelled"]
 
 
+def test_a_resumed_job_is_followed_past_its_earlier_ends(gateway: LiveGateway, client: Client) -> None:
+    job_id = gateway.played.create()
+    client.cancel(job_id)
+    client.resume(job_id)
+    stream = client.events(job_id)
+    found = [next(stream).type for _ in range(3)]
+    assert client.pause(job_id).status == JobStatus.PAUSED
+    assert client.resume(job_id).status == JobStatus.QUEUED
+    gateway.played.run(job_id)
+
+    found += [event.type for event in stream]
+
+    assert found[:5] == ["job.created", "job.cancelled", "job.resumed", "job.paused", "job.resumed"]
+    assert found[-1] == "job.succeeded"
+
+
+def test_a_deleted_job_is_not_found(client: Client, gateway: LiveGateway) -> None:
+    job_id = gateway.played.create()
+    with pytest.raises(ServiceError, match="Possible now: pause, cancel"):
+        client.delete(job_id)
+    client.cancel(job_id)
+
+    client.delete(job_id)
+
+    for ask in (client.get, client.delete, client.resume, lambda job_id: list(client.events(job_id))):
+        with pytest.raises(ServiceError) as refused:
+            ask(job_id)
+        assert refused.value.problem.code == "job_not_found"
+
+
 def test_a_stream_goes_on_where_it_was_when_the_gateway_restarts(gateway: LiveGateway, client: Client) -> None:
     job_id = gateway.played.create()
     found = []

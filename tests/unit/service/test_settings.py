@@ -36,3 +36,12 @@ def test_the_environment_is_read_and_a_source_that_could_match_nothing_is_refuse
     monkeypatch.setenv("PDTRIM_ALLOWED_SOURCES", '["/models"]')
     with pytest.raises(ValidationError, match="neither reference nor begins with"):
         Settings()
+
+
+def test_finished_jobs_stay_unless_a_retention_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().retention_days is None
+    monkeypatch.setenv("PDTRIM_RETENTION_DAYS", "0.5")
+    assert Settings().retention_days == 0.5
+    monkeypatch.setenv("PDTRIM_RETENTION_DAYS", "0")
+    with pytest.raises(ValidationError, match="retention_days"):
+        Settings()

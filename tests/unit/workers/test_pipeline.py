@@ -493,7 +493,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
     def die_after_a_while() -> None:
         nonlocal checks
         checks += 1
-        if checks > 4:
+        if checks > 4 and list(worker.store.list_keys(f"jobs/{broken}/{stage}/state")):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -517,6 +517,58 @@ def test_cancellation_stops_a_running_stage(worker: Worker, model: Path) -> None
     running.join(60)
     assert time.monotonic() - asked_at < 10
     assert event_types(worker, job_id)[-1] == "job.cancelled"
+
+
+@pytest.mark.parametrize("stage", [StageName.REMOVAL, StageName.DISTILLATION])
+def test_a_paused_stage_stops_within_seconds_and_ends_as_one_that_was_never_paused(
+    stage: StageName, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.lease.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("workers.stages.removal.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
+    spec = tiny_spec(model, prefill={"remove_blocks": 2}, decode={"remove_blocks": 3})
+    spec["search"] = {"algorithm": "exhaustive"}
+    spec["distillation"] |= {"heal_tokens": 4096}
+    unbroken, broken = (create(worker, spec) for _ in range(2))
+    for job_id in (unbroken, broken):
+        for earlier in list(StageName)[: list(StageName).index(stage)]:
+            run_stage(worker, job_id, earlier)
+    run_stage(worker, unbroken, stage)
+
+    running = Thread(target=run_stage, args=(worker, broken, stage))
+    running.start()
+    wait_for(lambda: bool(list(worker.store.list_keys(f"jobs/{broken}/{stage}/state"))))
+    with transaction(worker.engine) as session:
+        jobs.request_pause(session, broken)
+    asked_at = time.monotonic()
+    running.join(60)
+    assert time.monotonic() - asked_at < 5
+    assert event_types(worker, broken)[-1] == "job.paused"
+    with transaction(worker.engine) as session:
+        assert jobs.resume(session, broken)[1] == stage
+    run_stage(worker, broken, stage)
+
+    first, second = (recorded(worker, job_id, stage) for job_id in (unbroken, broken))
+    assert {name: row.sha256 for name, row in first.items()} == {name: row.sha256 for name, row in second.items()}
+    assert stage_row(worker, broken, stage).attempt == 2
+
+
+def test_every_stage_can_be_stopped_before_each_block_it_runs(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
+    for stage in StageName:
+        with transaction(worker.engine) as session:
+            held = stages.claim(session, job_id, stage, worker="test", lease_seconds=600)
+        assert held is not None
+        checks = 0
+
+        def count() -> None:
+            nonlocal checks
+            checks += 1
+
+        result = pipeline._execute(worker, held, count)
+        with transaction(worker.engine) as session:
+            stages.complete(session, held, artifacts=result.artifacts, metrics=result.metrics, versions={})
+        assert checks >= 15, stage  # without those of blocks: 5 or fewer in scoring
 
 
 def test_a_worker_whose_stage_was_taken_over_steps_back(worker: Worker, model: Path) -> None:

@@ -111,7 +111,8 @@ def test_a_key_opens_what_its_scope_allows(guarded: Gateway, method: str, path: 
     assert refused.headers["www-authenticate"] == f'Bearer error="insufficient_scope", scope="{needed}"'
     if method != "HEAD":
         problem_of(refused, 403, "missing_scope")
-    assert all(answer.status_code < 400 for answer in opened)
+    # What the job's state forbids is refused behind the key, so that is open too.
+    assert all(answer.status_code < 400 or answer.status_code == 409 for answer in opened)
 
 
 def test_another_projects_job_is_no_cursor(guarded: Gateway) -> None:

@@ -74,6 +74,18 @@ def test_a_stream_follows_the_job_and_ends_with_its_final_event(gateway: Gateway
     ]
 
 
+def test_the_stream_of_a_job_that_is_deleted_ends(gateway: Gateway, address: str) -> None:
+    job_id = gateway.create()
+    gateway.client.post(f"/v1/jobs/{job_id}/pause")
+
+    with following(address, job_id) as stream:
+        types = [next(stream).event for _ in range(2)]
+        gateway.client.delete(f"/v1/jobs/{job_id}")
+        types += [event.event for event in stream]
+
+    assert types == ["job.created", "job.paused"]
+
+
 def test_a_stream_resumes_after_the_last_event_id_or_the_given_number(gateway: Gateway, address: str) -> None:
     job_id = gateway.create()
     gateway.run(job_id)

@@ -4,9 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from sqlmodel import select
 
 from service.contract.jobs import ErrorInfo, StageName
-from service.db.tables import now
+from service.db.session import transaction
+from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
+from service.reconciler import purge
 from tests.gateway import Gateway, problem_of
 
 
@@ -103,7 +106,8 @@ def test_unknown_job_is_not_found(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("job_id", ["x", "job_%00", "job_" + "0" * 31 + "%00", "%ED%A0%80", "job_" + "a" * 500])
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", ""), ("POST", "/cancel"), ("GET", "/events"), ("GET", "/artifacts")]
+    ("method", "path"),
+    [("GET", ""), ("POST", "/cancel"), ("POST", "/resume"), ("DELETE", ""), ("GET", "/events"), ("GET", "/artifacts")],
 )
 def test_what_cannot_be_an_id_is_not_found(gateway: Gateway, method: str, path: str, job_id: str) -> None:
     problem_of(gateway.client.request(method, f"/v1/jobs/{job_id}{path}"), 404, "job_not_found")
@@ -236,3 +240,113 @@ def test_finished_job_cannot_be_cancelled(gateway: Gateway) -> None:
     gateway.run(job_id)
 
     problem_of(gateway.client.post(f"/v1/jobs/{job_id}/cancel"), 409, "job_not_cancellable")
+
+
+def test_queued_job_is_paused_at_once_and_resumed(gateway: Gateway) -> None:
+    job_id = gateway.create()
+
+    paused = [gateway.client.post(f"/v1/jobs/{job_id}/pause") for _ in range(2)]
+    resumed = gateway.client.post(f"/v1/jobs/{job_id}/resume")
+
+    assert [(response.status_code, response.json()["status"]) for response in paused] == [(200, "paused")] * 2
+    assert paused[0].json()["stages"][0]["status"] == "paused"
+    assert (resumed.status_code, resumed.json()["status"]) == (200, "queued")
+    assert [stage["status"] for stage in resumed.json()["stages"]] == ["queued"] + ["pending"] * 4
+    gateway.run(job_id)
+
+
+def test_running_job_is_pausing_until_its_worker_stops(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.claim(job_id, StageName.SCORING)
+
+    response = gateway.client.post(f"/v1/jobs/{job_id}/pause")
+
+    assert response.json()["status"] == "pausing"
+    problem_of(gateway.client.post(f"/v1/jobs/{job_id}/resume"), 409, "job_not_resumable")
+
+
+def test_failed_job_goes_on_behind_its_finished_stages(gateway: Gateway) -> None:
+    job_id = gateway.create()
+    gateway.complete(gateway.claim(job_id, StageName.SCORING))
+    gateway.fail(job_id, StageName.REMOVAL, ErrorInfo(code="out_of_memory", message="No."))
+
+    job = gateway.client.post(f"/v1/jobs/{job_id}/resume").json()
+
+    assert (job["status"], job["error"], job["finished_at"]) == ("queued", None, None)
+    assert [stage["status"] for stage in job["stages"]] == ["succeeded", "queued", "pending", "pending", "pending"]
+    assert all(stage["error"] is None for stage in job["stages"])
+    for stage in list(StageName)[1:]:
+        gateway.complete(gateway.claim(job_id, stage))
+    assert gateway.client.get(f"/v1/jobs/{job_id}").json()["status"] == "succeeded"
+
+
+def test_what_a_state_forbids_is_refused_with_what_it_allows(gateway: Gateway) -> None:
+    running = gateway.create()
+    finished = gateway.create()
+    gateway.run(finished)
+
+    resumed = problem_of(gateway.client.post(f"/v1/jobs/{running}/resume"), 409, "job_not_resumable")
+    paused = problem_of(gateway.client.post(f"/v1/jobs/{finished}/pause"), 409, "job_not_pausable")
+
+    assert resumed["detail"].endswith("is queued: resume is not possible. Possible now: pause, cancel.")
+    assert paused["detail"].endswith("is succeeded: pause is not possible. Possible now: delete.")
+
+
+def test_deleted_job_is_gone_from_every_route_at_once(gateway: Gateway) -> None:
+    kept, job_id = gateway.create(), gateway.create()
+    gateway.store(job_id, StageName.SCORING, {"scores.json": b"{}"})
+    (artifact,) = gateway.client.get(f"/v1/jobs/{job_id}/artifacts").json()["data"]
+    gateway.client.post(f"/v1/jobs/{job_id}/cancel")
+
+    deleted = gateway.client.delete(f"/v1/jobs/{job_id}")
+
+    assert (deleted.status_code, deleted.content) == (204, b"")
+    content = f"/artifacts/{artifact['id']}/content"
+    for path in ("", "/events", "/artifacts", content):
+        problem_of(gateway.client.get(f"/v1/jobs/{job_id}{path}"), 404, "job_not_found")
+    for action in ("cancel", "pause", "resume"):
+        problem_of(gateway.client.post(f"/v1/jobs/{job_id}/{action}"), 404, "job_not_found")
+    problem_of(gateway.client.delete(f"/v1/jobs/{job_id}"), 404, "job_not_found")
+    problem_of(gateway.client.get(f"/v1/jobs?after={job_id}"), 422, "cursor_not_found")
+    assert [job["id"] for job in gateway.client.get("/v1/jobs").json()["data"]] == [kept]
+
+
+def test_files_and_rows_of_a_deleted_job_go_and_those_of_another_stay(gateway: Gateway) -> None:
+    kept, job_id = gateway.create(), gateway.create()
+    store = gateway.app.state.store
+    for created in (kept, job_id):
+        gateway.store(created, StageName.SCORING, {"scores.json": b"{}", "deep/windows": b"x"})
+    store.put_bytes(f"jobs/{job_id}/removal/state/evaluated.json", b"{}")
+    gateway.client.post(f"/v1/jobs/{job_id}/pause")
+    gateway.client.delete(f"/v1/jobs/{job_id}")
+    at_once = gateway.settings.model_copy(update={"lease_seconds": 0.0})
+
+    assert purge(gateway.engine, at_once, store) == 1
+
+    assert list(store.list_keys(f"jobs/{job_id}")) == []
+    assert len(list(store.list_keys(f"jobs/{kept}"))) == 2
+    with transaction(gateway.engine) as session:
+        for table in (JobRow.id, StageRow.job_id, EventRow.job_id, ArtifactRow.job_id):
+            assert set(session.exec(select(table)).all()) == {kept}
+    assert purge(gateway.engine, at_once, store) == 0
+
+
+def test_unfinished_job_cannot_be_deleted(gateway: Gateway) -> None:
+    queued, running = gateway.create(), gateway.create()
+    gateway.claim(running, StageName.SCORING)
+
+    for job_id in (queued, running):
+        body = problem_of(gateway.client.delete(f"/v1/jobs/{job_id}"), 409, "job_not_deletable")
+        assert body["detail"].endswith("delete is not possible. Possible now: pause, cancel.")
+
+
+def test_key_of_a_deleted_job_makes_a_new_one(gateway: Gateway) -> None:
+    headers = {"Idempotency-Key": "one"}
+    first = gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=headers).json()["id"]
+    gateway.client.post(f"/v1/jobs/{first}/cancel")
+    gateway.client.delete(f"/v1/jobs/{first}")
+
+    second = gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=headers)
+
+    assert second.status_code == 201
+    assert second.json()["id"] != first

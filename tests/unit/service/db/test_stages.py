@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import Engine
+from sqlmodel import Session
 
+from service.contract.errors import JobNotPausable
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import artifacts, events, jobs, stages
 from service.db.session import transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
-from service.db.tables import StageRow, now
+from service.db.tables import JobRow, StageRow, now
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -85,7 +88,7 @@ def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) 
         lambda session: stages.report(session, zombie, progress=0.5, message="", data={}),
         lambda session: stages.complete(session, zombie, artifacts=[], metrics={}, versions={}),
         lambda session: stages.fail(session, zombie, ErrorInfo(code="x", message="x")),
-        lambda session: stages.cancelled(session, zombie),
+        lambda session: stages.stopped(session, zombie),
         lambda session: stages.release(session, zombie, "x", max_attempts=5),
     ):
         with pytest.raises(LeaseLost), transaction(engine) as session:
@@ -164,7 +167,7 @@ def test_cancelling_a_running_job_waits_for_its_worker(engine: Engine) -> None:
         assert jobs.request_cancel(session, job_id).status == JobStatus.CANCELLING
     with transaction(engine) as session:
         assert stages.renew(session, held, lease_seconds=60)
-        stages.cancelled(session, held)
+        stages.stopped(session, held)
     assert event_types(engine, job_id)[-2:] == ["job.cancelling", "job.cancelled"]
 
 
@@ -198,3 +201,122 @@ def test_a_failed_stage_fails_its_job_and_cancels_the_rest(engine: Engine) -> No
     assert job.status == JobStatus.FAILED
     assert job.error == {"code": "model_unsupported", "message": "GPT-J is not known", "param": "model"}
     assert stage_row(engine, job_id, StageName.EVALUATION).status == StageStatus.CANCELLED
+
+
+def test_pausing_a_running_job_waits_for_its_worker_and_resuming_goes_on_with_its_stage(engine: Engine) -> None:
+    job_id = create_job(engine)
+    complete(engine, claim(engine, job_id))
+    held = claim(engine, job_id, StageName.REMOVAL)
+    with transaction(engine) as session:
+        assert jobs.request_pause(session, job_id).status == JobStatus.PAUSING
+        assert jobs.request_pause(session, job_id).status == JobStatus.PAUSING
+        assert stages.renew(session, held, lease_seconds=60)
+        stages.stopped(session, held)
+        assert stages.claim(session, job_id, StageName.REMOVAL, worker="w", lease_seconds=60) is None
+        assert stages.due(session, resend_seconds=0, at=now() + timedelta(days=1)) == []
+    assert stage_row(engine, job_id, StageName.REMOVAL).status == StageStatus.PAUSED
+    assert stage_row(engine, job_id, StageName.DISTILLATION).status == StageStatus.PENDING
+
+    with transaction(engine) as session:
+        job, stage = jobs.resume(session, job_id)
+    assert (job.status, stage) == (JobStatus.QUEUED, StageName.REMOVAL)
+    assert event_types(engine, job_id)[-3:] == ["job.pausing", "job.paused", "job.resumed"]
+    assert claim(engine, job_id, StageName.REMOVAL).attempt == 2
+
+
+def test_a_stage_that_finishes_while_its_job_is_paused_keeps_its_result(engine: Engine) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        jobs.request_pause(session, job_id)
+    assert complete(engine, held) is None
+    assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
+    assert stage_row(engine, job_id, StageName.REMOVAL).status == StageStatus.PAUSED
+    with transaction(engine) as session:
+        assert jobs.resume(session, job_id)[1] == StageName.REMOVAL
+
+
+@pytest.mark.parametrize("ask", [jobs.request_pause, jobs.request_cancel])
+def test_a_job_whose_last_stage_finishes_while_it_is_to_stop_has_succeeded(
+    ask: Callable[[Session, str], JobRow], engine: Engine
+) -> None:
+    job_id = create_job(engine)
+    for stage in list(StageName)[:-1]:
+        complete(engine, claim(engine, job_id, stage))
+    held = claim(engine, job_id, StageName.EVALUATION)
+    with transaction(engine) as session:
+        ask(session, job_id)
+    complete(engine, held)
+    with transaction(engine) as session:
+        assert jobs.get(session, job_id).status == JobStatus.SUCCEEDED
+
+
+def test_the_pause_of_a_dead_workers_job_is_finished_for_it(engine: Engine) -> None:
+    job_id = create_job(engine)
+    claim(engine, job_id, lease_seconds=-1)
+    with transaction(engine) as session:
+        jobs.request_pause(session, job_id)
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=1)
+        assert jobs.get(session, job_id).status == JobStatus.PAUSED
+
+
+def test_a_job_that_is_pausing_or_paused_can_be_cancelled(engine: Engine) -> None:
+    pausing, paused = create_job(engine), create_job(engine)
+    held = claim(engine, pausing)
+    with transaction(engine) as session:
+        for job_id in (pausing, paused):
+            jobs.request_pause(session, job_id)
+        assert jobs.request_cancel(session, pausing).status == JobStatus.CANCELLING
+        assert jobs.request_cancel(session, paused).status == JobStatus.CANCELLED
+        with pytest.raises(JobNotPausable, match="cancelling"):
+            jobs.request_pause(session, pausing)
+        stages.stopped(session, held)
+    assert event_types(engine, pausing)[-1] == event_types(engine, paused)[-1] == "job.cancelled"
+
+
+def test_a_resumed_stage_may_be_tried_as_often_as_a_new_one(engine: Engine) -> None:
+    job_id = create_job(engine)
+
+    def lose_workers(count: int) -> JobStatus:
+        for _ in range(count):
+            claim(engine, job_id, lease_seconds=-1)
+            with transaction(engine) as session:
+                stages.retire(session, job_id, StageName.SCORING, max_attempts=2)
+        with transaction(engine) as session:
+            return jobs.get(session, job_id).status
+
+    assert lose_workers(2) == JobStatus.FAILED
+    with transaction(engine) as session:
+        job, _ = jobs.resume(session, job_id)
+        assert (job.error, job.finished_at) == (None, None)
+    assert lose_workers(1) == JobStatus.RUNNING
+    assert lose_workers(1) == JobStatus.FAILED
+    assert stage_row(engine, job_id, StageName.SCORING).attempt == 4
+
+
+def test_a_cancelled_job_is_resumed_with_its_first_unfinished_stage(engine: Engine) -> None:
+    job_id = create_job(engine)
+    complete(engine, claim(engine, job_id))
+    with transaction(engine) as session:
+        jobs.request_cancel(session, job_id)
+        jobs.resume(session, job_id)
+    assert [stage_row(engine, job_id, stage).status for stage in StageName] == [
+        StageStatus.SUCCEEDED,
+        StageStatus.QUEUED,
+        *[StageStatus.PENDING] * 3,
+    ]
+
+
+def test_time_that_a_stage_lay_paused_is_none_that_it_ran(engine: Engine) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        jobs.request_pause(session, job_id)
+        stages.stopped(session, held)
+        row = session.get_one(StageRow, (job_id, StageName.SCORING))
+        row.started_at, row.paused_at = now() - timedelta(hours=3), now() - timedelta(hours=2)
+    with transaction(engine) as session:
+        jobs.resume(session, job_id)
+    started_at = stage_row(engine, job_id, StageName.SCORING).started_at
+    assert started_at is not None
+    assert timedelta(minutes=59) < now() - started_at < timedelta(minutes=61)

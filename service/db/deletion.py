@@ -1,0 +1,65 @@
+"""Deleting jobs: first they are marked, which hides them from everyone; later their files go, and then their rows.
+
+Whoever is interrupted on the way leaves the mark behind, and the next one begins again with the files.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, delete, update
+from sqlmodel import Session, col, select
+
+from service.contract.errors import JobNotDeletable
+from service.contract.jobs import Action, JobStatus
+from service.db import jobs
+from service.db.tables import IdempotencyRow, JobRow, now
+
+
+def mark(session: Session, job_id: str) -> None:
+    """Delete a finished or paused job as far as anyone can see. Raises: JobNotFound; JobNotDeletable."""
+    job = jobs.lock(session, job_id)
+    jobs.check_possible(job, Action.DELETE, JobNotDeletable)
+    job.deleted_at = now()
+    session.flush()
+    _free_keys(session, [job_id])
+
+
+def mark_finished(session: Session, *, before: datetime) -> list[str]:
+    """Delete, as far as anyone can see, the jobs that finished before a time; returns their ids."""
+    final = [status for status in JobStatus if status.final]
+    found = session.exec(
+        update(JobRow)
+        .where(col(JobRow.status).in_(final), col(JobRow.finished_at) < before, col(JobRow.deleted_at).is_(None))
+        .values(deleted_at=now())
+        .returning(col(JobRow.id))
+        .execution_options(synchronize_session=False)
+    )
+    job_ids = list(found.scalars())
+    _free_keys(session, job_ids)
+    return job_ids
+
+
+def _free_keys(session: Session, job_ids: list[str]) -> None:
+    """A request that is sent again must not be answered with a job that is gone."""
+    session.exec(delete(IdempotencyRow).where(col(IdempotencyRow.job_id).in_(job_ids)))
+
+
+def marked(session: Session, *, before: datetime, limit: int) -> list[str]:
+    """Jobs marked before a time, in the order of their marks."""
+    query = select(JobRow.id).where(col(JobRow.deleted_at) < before).order_by(col(JobRow.deleted_at)).limit(limit)
+    return list(session.exec(query).all())
+
+
+def postpone(session: Session, job_id: str) -> None:
+    """Mark a job anew whose files could not be deleted, so that others are not kept waiting behind it."""
+    session.exec(update(JobRow).where(*_is_marked(job_id)).values(deleted_at=now()))
+
+
+def remove(session: Session, job_id: str) -> None:
+    """Delete a marked job's row, and by cascade all rows that refer to it. Its files are to be gone by now."""
+    session.exec(delete(JobRow).where(*_is_marked(job_id)))
+
+
+def _is_marked(job_id: str) -> tuple[ColumnElement[bool], ...]:
+    return col(JobRow.id) == job_id, col(JobRow.deleted_at).is_not(None)

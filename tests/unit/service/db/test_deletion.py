@@ -1,0 +1,107 @@
+"""Marking jobs as deleted and removing their rows, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine
+
+from service.contract.errors import JobNotDeletable, JobNotFound
+from service.contract.jobs import ErrorInfo, StageName
+from service.contract.spec import JobSpec
+from service.db import deletion, jobs, stages
+from service.db.session import transaction
+from service.db.stages import LeaseLost
+from service.db.tables import JobRow, now
+
+SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
+
+
+def create_paused(engine: Engine) -> str:
+    with transaction(engine) as session:
+        job_id = jobs.create(session, SPEC).id
+        jobs.request_pause(session, job_id)
+    return job_id
+
+
+def marked(engine: Engine, *, seconds: float = 1, limit: int = 10) -> list[str]:
+    with transaction(engine) as session:
+        return deletion.marked(session, before=now() + timedelta(seconds=seconds), limit=limit)
+
+
+def test_marked_jobs_are_found_in_order_once_they_waited(engine: Engine) -> None:
+    first, second, third = (create_paused(engine) for _ in range(3))
+    for job_id in (second, first):
+        with transaction(engine) as session:
+            deletion.mark(session, job_id)
+
+    assert marked(engine) == [second, first]
+    assert marked(engine, limit=1) == [second]
+    assert marked(engine, seconds=-60) == []
+    with transaction(engine) as session:
+        deletion.postpone(session, second)
+        deletion.postpone(session, third)
+    assert marked(engine) == [first, second]
+
+
+def test_only_marked_jobs_are_removed(engine: Engine) -> None:
+    gone, there = create_paused(engine), create_paused(engine)
+    with transaction(engine) as session:
+        deletion.mark(session, gone)
+        for job_id in (gone, there, gone):
+            deletion.remove(session, job_id)
+        assert session.get(JobRow, gone) is None
+        assert jobs.get(session, there).id == there
+
+
+def test_a_marked_job_cannot_be_changed_or_worked_on(engine: Engine) -> None:
+    job_id = create_paused(engine)
+    with transaction(engine) as session:
+        deletion.mark(session, job_id)
+    for change in (deletion.mark, jobs.resume, jobs.request_cancel, jobs.request_pause, jobs.get, jobs.lock):
+        with pytest.raises(JobNotFound), transaction(engine) as session:
+            change(session, job_id)
+    with transaction(engine) as session:
+        assert stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60) is None
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=1)
+
+
+def test_a_worker_that_comes_back_to_a_deleted_job_steps_back(engine: Engine) -> None:
+    with transaction(engine) as session:
+        job_id = jobs.create(session, SPEC).id
+        held = stages.claim(session, job_id, StageName.SCORING, worker="asleep", lease_seconds=-1)
+        assert held is not None
+        jobs.request_pause(session, job_id)
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
+        deletion.mark(session, job_id)
+    for _ in range(2):
+        with pytest.raises(LeaseLost, match="deleted"), transaction(engine) as session:
+            stages.complete(session, held, artifacts=[], metrics={}, versions={})
+        with transaction(engine) as session:
+            deletion.remove(session, job_id)
+
+
+def test_a_job_at_work_is_not_deleted_and_a_failed_one_is(engine: Engine) -> None:
+    with transaction(engine) as session:
+        job_id = jobs.create(session, SPEC).id
+        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert held is not None
+        jobs.request_pause(session, job_id)
+        with pytest.raises(JobNotDeletable, match="is pausing"):
+            deletion.mark(session, job_id)
+        stages.fail(session, held, ErrorInfo(code="x", message="x"))
+        deletion.mark(session, job_id)
+    assert marked(engine) == [job_id]
+
+
+def test_only_jobs_that_finished_before_a_time_are_marked_by_it_and_once(engine: Engine) -> None:
+    with transaction(engine) as session:
+        finished, unfinished = (jobs.create(session, SPEC).id for _ in range(2))
+        jobs.request_cancel(session, finished)
+    for seconds, expected in ((-60, []), (60, [finished]), (60, [])):
+        with transaction(engine) as session:
+            assert deletion.mark_finished(session, before=now() + timedelta(seconds=seconds)) == expected
+    with transaction(engine) as session:
+        assert jobs.get(session, unfinished).id == unfinished
+    assert marked(engine) == [finished]
