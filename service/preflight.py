@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from service.contract.errors import DependencyUnavailable, InvalidRequest, ModelUnsupported, TooManyBlocks
+from service.contract.blocks import check_blocks
+from service.contract.errors import DependencyUnavailable, InvalidRequest, ModelUnsupported
 from service.contract.spec import DataSpec, JobSpec, ModelSpec
 from service.settings import Settings
 from service.sources import (
@@ -52,14 +53,7 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
         raise ModelUnsupported(
             f"The model's config.json has num_hidden_layers = {repr(blocks)[:80]}.", param="model.source"
         )
-    # Decode removes at least as many as prefill does, so prefill is looked at first: both may be too many.
-    for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
-        if target.remove_blocks >= blocks:
-            raise TooManyBlocks(
-                f"{stage}.remove_blocks is {target.remove_blocks}, but the model has {blocks} blocks and must keep "
-                f"one: at most {blocks - 1} can be removed.",
-                param=f"{stage}.remove_blocks",
-            )
+    check_blocks(spec, blocks)
     context = config.get("max_position_embeddings")
     if type(context) is int and spec.calibration.window_tokens > context:
         raise InvalidRequest(

@@ -45,6 +45,17 @@ def _model_from_string(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+def _distinct(value: tuple[int, ...]) -> tuple[int, ...]:
+    if repeated := {block for block in value if value.count(block) > 1}:
+        raise ValueError(f"block {min(repeated)} is listed twice; list every block once")
+    return value
+
+
+BlockList = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_BLOCKS)], ...], Field(max_length=MAX_BLOCKS), AfterValidator(_distinct)
+]
+
+
 class StageTarget(SpecModel):
     """How many blocks one serving stage gives up."""
 
@@ -86,8 +97,11 @@ class CalibrationSpec(SpecModel):
 class SearchSpec(SpecModel):
     """The search over sets of removed blocks."""
 
-    algorithm: Literal["annealing", "greedy", "exhaustive"] = Field(
-        default="annealing", description="`annealing` starts from greedy's result, so it is never worse than greedy."
+    algorithm: Literal["annealing", "greedy", "lazy_greedy", "exhaustive"] = Field(
+        default="annealing",
+        description="`annealing` starts from greedy's result, so it is never worse than greedy. `lazy_greedy` takes a "
+        "fraction of greedy's evaluations; it equals greedy where removing a block costs no less the more others are "
+        "gone (a submodular objective), which no model promises.",
     )
     objective: Literal["kl", "cross_entropy", "hidden"] = Field(
         default="kl",
@@ -97,6 +111,31 @@ class SearchSpec(SpecModel):
     evaluations: int = Field(
         default=150, ge=1, le=100_000, description="Sets that annealing may evaluate, for each of prefill and decode."
     )
+    seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1e7,
+        description="Seconds after which annealing stops with the best sets so far, for each of prefill and decode; "
+        "greedy's steps are taken in any case. The plan then depends on the machine, not on the seed alone.",
+    )
+    protect: BlockList = Field(
+        default=(), description="Blocks that neither prefill nor decode may give up.", examples=[[0, 31]]
+    )
+    force: BlockList = Field(
+        default=(),
+        description="Blocks that both prefill and decode give up in any case; they count as removed blocks.",
+        examples=[[24]],
+    )
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if both := set(self.protect) & set(self.force):
+            raise PydanticCustomError(
+                "protected_and_forced",
+                "block {block} is in both search.protect and search.force; leave it in one of them",
+                {"block": min(both), "param": "search.force"},
+            )
+        return self
 
 
 Weight = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -273,7 +312,13 @@ class JobSpec(SpecModel):
             )
         return self
 
-    @property
-    def unified(self) -> bool:
-        """Whether one checkpoint serves both stages."""
-        return self.prefill.remove_blocks == self.decode.remove_blocks
+    @model_validator(mode="after")
+    def _forced_blocks_are_removed(self) -> Self:
+        if len(self.search.force) > self.prefill.remove_blocks:
+            raise PydanticCustomError(
+                "force_exceeds_prefill",
+                "search.force lists {forced} blocks, but prefill.remove_blocks is {prefill}: force fewer blocks or "
+                "remove more",
+                {"forced": len(self.search.force), "prefill": self.prefill.remove_blocks, "param": "search.force"},
+            )
+        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from workers.stages.scoring import SCORES, WINDOWS
 
 PLAN = "plan.json"
 SEARCH = "search.json"
-STATE = "evaluated.json"
+STATE = "search-state.json"
 SAVE_INTERVAL_S = 10.0
 
 
@@ -51,22 +51,37 @@ class Evaluated:
     def __init__(self, context: StageContext) -> None:
         self._context = context
         self._saved_at = time.monotonic()
-        phases = json.loads(context.load_state(STATE) or b"{}")
+        kept = json.loads(context.load_state(STATE) or b'{"losses": {}, "seconds": {}}')
         self._losses: dict[str, dict[Blocks, float]] = {
-            phase: {frozenset(removed): loss for removed, loss in entries} for phase, entries in phases.items()
+            phase: {frozenset(removed): loss for removed, loss in entries} for phase, entries in kept["losses"].items()
         }
+        self._seconds: dict[str, float] = kept["seconds"]
+        """What earlier attempts spent on each phase."""
 
     def memo(self, phase: str, losses: Losses) -> Memo:
-        """`losses` with what this phase already knows."""
-        known = self._losses.setdefault(phase, {})
+        """`losses` with what this phase already knows. A new batch of sets is saved, and may meet a cancellation."""
 
-        def saved_now_and_then(new: Mapping[Blocks, float]) -> None:
+        def after_batch(new: Mapping[Blocks, float]) -> None:
             if time.monotonic() - self._saved_at >= SAVE_INTERVAL_S:
                 self._saved_at = time.monotonic()
-                phases = {name: [[sorted(r), loss] for r, loss in kept.items()] for name, kept in self._losses.items()}
-                self._context.save_state(STATE, json.dumps(phases).encode())
+                self._save()
+            self._context.check()
 
-        return Memo(losses, known, saved_now_and_then)
+        return Memo(losses, self._losses.setdefault(phase, {}), after_batch)
+
+    def out_of_time(self, phase: str, limit_s: float | None) -> Callable[[], bool]:
+        """Whether this phase has run for `limit_s` seconds, all attempts together."""
+        started, before = time.monotonic(), self._seconds.get(phase, 0.0)
+
+        def spent() -> bool:
+            self._seconds[phase] = before + time.monotonic() - started
+            return limit_s is not None and self._seconds[phase] >= limit_s
+
+        return spent
+
+    def _save(self) -> None:
+        losses = {phase: [[sorted(r), loss] for r, loss in known.items()] for phase, known in self._losses.items()}
+        self._context.save_state(STATE, json.dumps({"losses": losses, "seconds": self._seconds}).encode())
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -80,7 +95,8 @@ def run(context: StageContext) -> dict[str, Any]:
     chunk_windows = windows_at_once(stack.model, windows.shape[1])
     engine = Engine(stack, windows, spec.search.objective, chunk_windows=chunk_windows)
     memo = evaluated.memo("prefill", engine.losses)
-    for_prefill = _search(context, memo, scores, NOTHING, spec.prefill.remove_blocks, (0.0, 0.45), "prefill")
+    forced = frozenset(spec.search.force)
+    for_prefill = _search(context, evaluated, memo, scores, forced, spec.prefill.remove_blocks, (0.0, 0.45), "prefill")
     removed_in_prefill = for_prefill.frontier[spec.prefill.remove_blocks].removed
     prefill = assign_actions(
         removed_in_prefill,
@@ -93,7 +109,9 @@ def run(context: StageContext) -> dict[str, Any]:
     prompt_tokens = windows.shape[1] // 2
     pair = _pair_engine(context, stack, windows, removed_in_prefill)
     memo = evaluated.memo("decode", pair.losses)
-    for_decode = _search(context, memo, scores, removed_in_prefill, spec.decode.remove_blocks, (0.45, 0.9), "decode")
+    for_decode = _search(
+        context, evaluated, memo, scores, removed_in_prefill, spec.decode.remove_blocks, (0.45, 0.9), "decode"
+    )
     removed_in_decode = for_decode.frontier[spec.decode.remove_blocks].removed
     decode = assign_actions(
         removed_in_decode,
@@ -139,6 +157,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _search(
     context: StageContext,
+    evaluated: Evaluated,
     memo: Memo,
     scores: Scores,
     base: Blocks,
@@ -157,14 +176,17 @@ def _search(
             removed=sorted(best.removed),
         )
 
+    spec = context.spec.search
     return search(
         memo,
-        algorithm=context.spec.search.algorithm,
+        algorithm=spec.algorithm,
         num_blocks=len(scores.cosine),
         remove=remove,
         base=base,
+        protect=frozenset(spec.protect),
         scores=scores.cosine,
-        evaluations=context.spec.search.evaluations,
+        evaluations=spec.evaluations,
+        out_of_time=evaluated.out_of_time(name, spec.seconds),
         seed=context.spec.seed,
         on_progress=on_progress,
     )

@@ -30,6 +30,7 @@ from tests.tiny_job import tiny_spec, write_tiny_model
 from workers import pipeline
 from workers.pipeline import Worker, run_stage
 from workers.pruning.distill import KV_TENSORS
+from workers.pruning.plan import BlockPlan
 from workers.pruning.serving import PrefillDecodePair
 
 
@@ -216,6 +217,25 @@ def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Pat
         run_through(worker, job_id, StageName.REMOVAL)
         plans.append([content(worker, job_id, StageName.REMOVAL, name) for name in ("plan.json", "search.json")])
     assert plans[0] == plans[1]
+
+
+def test_protected_blocks_stay_and_forced_ones_go_from_both_halves(worker: Worker, model: Path) -> None:
+    search = {"protect": [0, 3], "force": [4], "algorithm": "lazy_greedy"}
+    job_id = create(worker, tiny_spec(model, search=search))
+    run_through(worker, job_id, StageName.REMOVAL)
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    removed = {half: BlockPlan.from_json(plan[half]).removed for half in ("prefill", "decode")}
+    assert removed["prefill"] == {4}
+    assert removed["decode"] in ({1, 4}, {2, 4})
+
+
+def test_a_search_out_of_time_still_removes_what_was_asked(worker: Worker, model: Path) -> None:
+    found = {}
+    for name, search in (("greedy", {"algorithm": "greedy"}), ("brief", {"evaluations": 1000, "seconds": 1e-9})):
+        job_id = create(worker, tiny_spec(model, search=search))
+        run_through(worker, job_id, StageName.REMOVAL)
+        found[name] = stage_row(worker, job_id, StageName.REMOVAL).metrics["losses"]
+    assert found["brief"] == found["greedy"]
 
 
 def test_undistilled_export_keeps_the_source_weights(worker: Worker, model: Path) -> None:
