@@ -57,9 +57,34 @@ BlockList = Annotated[
 
 
 class StageTarget(SpecModel):
-    """How many blocks one serving stage gives up."""
+    """How many blocks one serving stage gives up: a count, as many as a bound on perplexity allows, or the lower."""
 
-    remove_blocks: int = Field(ge=0, le=MAX_BLOCKS, description="Transformer blocks to remove.", examples=[2])
+    remove_blocks: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_BLOCKS,
+        description="Transformer blocks to remove; with `max_perplexity_increase`, at most.",
+        examples=[2],
+    )
+    max_perplexity_increase: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1e6,
+        description="Remove as many blocks as keep the perplexity on the calibration windows, before distillation, "
+        "within this fraction above the dense model's: 0.05 is 5 %. For decode it is the perplexity of continuations "
+        "by the prefill/decode pair.",
+        examples=[0.05],
+    )
+
+    @model_validator(mode="after")
+    def _some_target(self) -> Self:
+        if self.remove_blocks is None and self.max_perplexity_increase is None:
+            raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both")
+        return self
+
+    def __str__(self) -> str:
+        bound = "" if self.max_perplexity_increase is None else f"within +{self.max_perplexity_increase:.3g} perplexity"
+        return " ".join(part for part in ("" if self.remove_blocks is None else str(self.remove_blocks), bound) if part)
 
 
 class DataSpec(SpecModel):
@@ -109,14 +134,18 @@ class SearchSpec(SpecModel):
         "cross-entropy, or the distance of the last hidden state to the dense model's.",
     )
     evaluations: int = Field(
-        default=150, ge=1, le=100_000, description="Sets that annealing may evaluate, for each of prefill and decode."
+        default=150,
+        ge=1,
+        le=100_000,
+        description="Sets that annealing may evaluate, for each of prefill, decode and the control without nesting.",
     )
     seconds: float | None = Field(
         default=None,
         gt=0.0,
         le=1e7,
-        description="Seconds after which annealing stops with the best sets so far, for each of prefill and decode; "
-        "greedy's steps are taken in any case. The plan then depends on the machine, not on the seed alone.",
+        description="Seconds after which annealing stops with the best sets so far, for each of prefill, decode and "
+        "the control without nesting; greedy's steps are taken in any case. The plan then depends on the machine, not "
+        "on the seed alone.",
     )
     protect: BlockList = Field(
         default=(), description="Blocks that neither prefill nor decode may give up.", examples=[[0, 31]]
@@ -264,7 +293,7 @@ MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(_storable)]
 
 
 class JobSpec(SpecModel):
-    """One pruning job. Prefill may not give up more blocks than decode; equal counts give one checkpoint for both."""
+    """One pruning job. Prefill may not give up more blocks than decode; equal sets give one checkpoint for both."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -299,7 +328,11 @@ class JobSpec(SpecModel):
 
     @model_validator(mode="after")
     def _decode_removes_what_prefill_removes(self) -> Self:
-        if self.prefill.remove_blocks > self.decode.remove_blocks:
+        if (
+            self.prefill.remove_blocks is not None
+            and self.decode.remove_blocks is not None
+            and self.prefill.remove_blocks > self.decode.remove_blocks
+        ):
             raise PydanticCustomError(
                 "prefill_exceeds_decode",
                 "prefill.remove_blocks ({prefill}) may not exceed decode.remove_blocks ({decode}): "
@@ -314,11 +347,13 @@ class JobSpec(SpecModel):
 
     @model_validator(mode="after")
     def _forced_blocks_are_removed(self) -> Self:
-        if len(self.search.force) > self.prefill.remove_blocks:
-            raise PydanticCustomError(
-                "force_exceeds_prefill",
-                "search.force lists {forced} blocks, but prefill.remove_blocks is {prefill}: force fewer blocks or "
-                "remove more",
-                {"forced": len(self.search.force), "prefill": self.prefill.remove_blocks, "param": "search.force"},
-            )
+        forced = len(self.search.force)
+        for stage, target in (("prefill", self.prefill), ("decode", self.decode)):
+            if target.remove_blocks is not None and forced > target.remove_blocks:
+                raise PydanticCustomError(
+                    "force_exceeds_removal",
+                    "search.force lists {forced} blocks, but {stage}.remove_blocks is {removed}: force fewer blocks or "
+                    "remove more",
+                    {"forced": forced, "stage": stage, "removed": target.remove_blocks, "param": "search.force"},
+                )
         return self

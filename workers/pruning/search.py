@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from workers.pruning.engine import NOTHING, Losses
@@ -27,6 +27,10 @@ PROPOSALS = 4
 COOLING = 0.02
 """Last temperature as a fraction of the first."""
 EXHAUSTIVE_BATCH = 64
+LOOKAHEAD = 2
+"""Counts in a row without an acceptable set after which a search that may stop does: losses need not be monotone."""
+FINDING_OUT = 0.3
+"""Share of the progress that finding the last count takes where it is not known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Found:
 
 
 OnProgress = Callable[[float, Found], None]
+Acceptable = Callable[[Found], bool]
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class _Walk:
     free: Sequence[int]  # the blocks that may be removed besides the base, ascending
     remove: int
     on_progress: OnProgress
+    out_of_time: Callable[[], bool]
+    span: tuple[float, float] = (0.0, 1.0)  # its part of the progress
 
     @property
     def counts(self) -> range:
@@ -103,10 +110,27 @@ class _Walk:
         """The sets with one block more."""
         return [removed | {block} for block in self.free if block not in removed]
 
+    def affords(self, candidates: Sequence[Blocks]) -> bool:
+        """Whether there is time for these sets. What is known takes none, so a resumed search gets where it was."""
+        return not self.out_of_time() or all(candidate in self.memo.known for candidate in candidates)
+
     def report(self, count: int, share: float) -> None:
         """Tell that `share` (0…1) of the work on `count` blocks is done."""
         done = (count - len(self.base) - 1 + share) / len(self.counts)
-        self.on_progress(done, self.memo.best(count))
+        start, end = self.span
+        self.on_progress(start + (end - start) * done, self.memo.best(count))
+
+    def through(self, counts: Iterator[int], acceptable: Acceptable | None) -> int:
+        """Walk `counts` as far as there are acceptable sets. Returns the last count walked."""
+        last, missed = len(self.base), 0
+        for count in counts:
+            self.report(count, 1.0)
+            last = count
+            if acceptable is not None:
+                missed = 0 if acceptable(self.memo.best(count)) else missed + 1
+                if missed == LOOKAHEAD:
+                    break
+        return last
 
 
 def search(
@@ -122,6 +146,7 @@ def search(
     on_progress: OnProgress,
     protect: Blocks = NOTHING,
     out_of_time: Callable[[], bool] = lambda: False,
+    acceptable: Acceptable | None = None,
 ) -> SearchResult:
     """The best sets that contain `base` and nothing of `protect`, for every count up to `remove` blocks.
 
@@ -129,6 +154,9 @@ def search(
     count. `evaluations` bounds the sets that annealing visits, beyond greedy's, which it always takes; so does
     `out_of_time`, which it asks before every step. `on_progress` receives the fraction done and the best set of the
     current count after every batch of sets, and may raise to stop.
+
+    With `acceptable`, the walk ends before `remove` once the best sets of two counts in a row are not. Greedy finds out
+    how far it goes; annealing and exhaustive search then walk so far.
 
     Raises: ValueError when `remove`, or the base beside the protected blocks, is impossible.
     """
@@ -139,22 +167,17 @@ def search(
     if remove > num_blocks - len(protect):
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks, of which {len(protect)} are protected")
     free = [block for block in range(num_blocks) if block not in base | protect]
-    walk = _Walk(memo, base, free, remove, on_progress)
+    walk = _Walk(memo, base, free, remove, on_progress, out_of_time)
     memo([base])
-    for count in _walked(walk, algorithm, scores, evaluations, seed, out_of_time):
-        walk.report(count, 1.0)
-    frontier = {count: memo.best(count) for count in range(len(base), remove + 1)}
+    if acceptable is not None and algorithm in ("annealing", "exhaustive"):
+        scout = replace(walk, span=(0.0, FINDING_OUT))
+        walk = replace(walk, remove=scout.through(_greedy(scout), acceptable), span=(FINDING_OUT, 1.0))
+    last = walk.through(_walked(walk, algorithm, scores, evaluations, seed), acceptable)
+    frontier = {count: memo.best(count) for count in range(len(base), last + 1)}
     return SearchResult(frontier, [Found(removed, loss) for removed, loss in memo.visited.items()])
 
 
-def _walked(
-    walk: _Walk,
-    algorithm: Algorithm,
-    scores: Sequence[float],
-    evaluations: int,
-    seed: int,
-    out_of_time: Callable[[], bool],
-) -> Iterator[int]:
+def _walked(walk: _Walk, algorithm: Algorithm, scores: Sequence[float], evaluations: int, seed: int) -> Iterator[int]:
     """Each count once its sets were searched."""
     match algorithm:
         case "exhaustive":
@@ -164,7 +187,7 @@ def _walked(
         case "lazy_greedy":
             return _lazy_greedy(walk)
         case "annealing":
-            return _annealing(walk, scores, evaluations, seed, out_of_time)
+            return _annealing(walk, scores, evaluations, seed)
 
 
 def _exhaustive(walk: _Walk) -> Iterator[int]:
@@ -206,26 +229,25 @@ def _lazy_greedy(walk: _Walk) -> Iterator[int]:
         yield count
 
 
-def _annealing(
-    walk: _Walk, scores: Sequence[float], evaluations: int, seed: int, out_of_time: Callable[[], bool]
-) -> Iterator[int]:
+def _annealing(walk: _Walk, scores: Sequence[float], evaluations: int, seed: int) -> Iterator[int]:
     rng = random.Random(seed)
     memo, base = walk.memo, walk.base
     ranked = sorted(walk.free, key=lambda block: -scores[block])
     for count in _greedy(walk):
-        if not out_of_time():
-            redundant = base.union(ranked[: count - len(base)])
-            memo([redundant, *walk.extensions(memo.best(count - 1).removed)])
+        redundant = base.union(ranked[: count - len(base)])
+        starts = [redundant, *walk.extensions(memo.best(count - 1).removed)]
+        if walk.affords(starts):
+            memo(starts)
             walk.report(count, 0.0)
             rounds_left = sum(len(base) + len(walk.free) - later for later in range(count, walk.remove))
             levels_left = walk.remove - count + 1
             spare = evaluations - len(memo.visited) - rounds_left
             # What is kept back for the higher counts is worth more there: they have more sets.
-            _anneal(walk, count, spare // levels_left, rng, out_of_time)
+            _anneal(walk, count, spare // levels_left, rng)
         yield count
 
 
-def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random, out_of_time: Callable[[], bool]) -> None:
+def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random) -> None:
     """Swap blocks of the best set of `count` until `evaluations` more sets were visited or no neighbour is new."""
     memo = walk.memo
     current = memo.best(count)
@@ -233,7 +255,7 @@ def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random, out_o
     # The typical gap between a good set and the next: hot enough to leave a local minimum, no hotter.
     first = max(same_count[len(same_count) // 4] - same_count[0], 1e-9)
     last_visited = len(memo.visited) + evaluations
-    while len(memo.visited) < last_visited and not out_of_time():
+    while len(memo.visited) < last_visited:
         remaining = last_visited - len(memo.visited)
         temperature = first * COOLING ** (1 - remaining / evaluations)
         proposals = _swaps(walk, current, min(PROPOSALS, remaining), rng)
@@ -243,6 +265,8 @@ def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random, out_o
                 return
             current = best
             continue
+        if not walk.affords(proposals):
+            return
         losses = memo(proposals)
         walk.report(count, 1 - remaining / evaluations)
         best_proposal = min(proposals, key=lambda removed: (losses[removed], sorted(removed)))

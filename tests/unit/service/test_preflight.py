@@ -113,6 +113,55 @@ def test_constraints_that_contradict_are_refused_at_their_field(
     assert message in body["detail"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefill": {"max_perplexity_increase": 0.05}},
+        {"decode": {"max_perplexity_increase": 0.05}},
+        {"prefill": {"max_perplexity_increase": 0.01}, "decode": {"max_perplexity_increase": 0.05}},
+        {"decode": {"max_perplexity_increase": 0.05, "remove_blocks": 5}},
+    ],
+)
+def test_a_bound_may_stand_for_a_count_or_beside_one(gateway: Gateway, changes: dict[str, Any]) -> None:
+    gateway.create(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"decode": {}}, "decode", "give `remove_blocks`, `max_perplexity_increase` or both"),
+        ({"decode": {"max_perplexity_increase": -0.1}}, "decode.max_perplexity_increase", "greater than or equal to 0"),
+        (
+            {"prefill": {"max_perplexity_increase": 0.1, "remove_blocks": 3}},
+            "prefill.remove_blocks",
+            "may not exceed decode.remove_blocks (2)",
+        ),
+        (
+            {"prefill": {"max_perplexity_increase": 0.1}, "search": {"force": [0, 1, 2]}},
+            "search.force",
+            "search.force lists 3 blocks, but decode.remove_blocks is 2",
+        ),
+        (
+            {
+                "prefill": {"max_perplexity_increase": 0.1},
+                "decode": {"max_perplexity_increase": 0.1},
+                "search": {"force": [0, 1, 2, 3, 4, 5]},
+            },
+            "search.force",
+            "of which at most 5 can be removed",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_refused_at_its_field(
+    gateway: Gateway, changes: dict[str, Any], param: str, message: str
+) -> None:
+    response = gateway.client.post("/v1/jobs", json={**gateway.spec, **changes})
+
+    assert response.status_code == 422
+    assert response.json()["param"] == param
+    assert message in response.json()["detail"]
+
+
 def test_windows_longer_than_the_model_s_context_are_refused() -> None:
     with pytest.raises(InvalidRequest) as refused:
         preflight.check_config(spec(calibration={"window_tokens": 1025}), CONFIG)

@@ -37,6 +37,7 @@ def run(
     evaluations: int = 80,
     seed: int = 0,
     out_of_time: Callable[[], bool] = lambda: False,
+    acceptable: Callable[[Found], bool] | None = None,
     on_progress: Callable[[float, Found], None] = lambda done, best: None,
 ) -> SearchResult:
     return search(
@@ -50,6 +51,7 @@ def run(
         evaluations=evaluations,
         seed=seed,
         out_of_time=out_of_time,
+        acceptable=acceptable,
         on_progress=on_progress,
     )
 
@@ -199,6 +201,48 @@ def test_what_progress_raises_ends_the_search_within_a_step() -> None:
     with pytest.raises(Stop):
         run(memo, evaluations=200, on_progress=stop)
     assert len(memo.visited) <= 60 + NUM_BLOCKS + 1
+
+
+def test_a_resumed_search_whose_time_is_spent_arrives_where_the_first_stopped() -> None:
+    asked = 0
+
+    def after_ten_steps() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 10
+
+    first = Memo(rugged)
+    stopped = run(first, evaluations=10_000, out_of_time=after_ten_steps)
+    assert run(Memo(rugged, dict(first.known)), evaluations=10_000, out_of_time=lambda: True) == stopped
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_search_for_acceptable_sets_ends_two_counts_after_the_last(algorithm: Algorithm) -> None:
+    shares: list[float] = []
+    result = run(
+        Memo(rugged),
+        algorithm,
+        remove=8,
+        acceptable=lambda found: found.loss < 4,  # no set of 4 blocks or more is
+        on_progress=lambda done, best: shares.append(done),
+    )
+    assert sorted(result.frontier) == [0, 1, 2, 3, 4, 5]
+    assert shares == sorted(shares)
+
+
+def test_one_count_without_an_acceptable_set_does_not_end_a_search() -> None:
+    result = run(Memo(rugged), remove=8, acceptable=lambda found: len(found.removed) in (1, 3))
+    assert sorted(result.frontier) == [0, 1, 2, 3, 4, 5]
+
+
+def test_annealing_for_acceptable_sets_is_never_above_greedy() -> None:
+    def acceptable(found: Found) -> bool:
+        return found.loss < 4
+
+    greedy = run(Memo(rugged), "greedy", remove=8, acceptable=acceptable).frontier
+    annealed = run(Memo(rugged), remove=8, acceptable=acceptable, evaluations=200).frontier
+    assert sorted(annealed) == sorted(greedy)
+    assert all(annealed[count].loss <= greedy[count].loss for count in greedy)
 
 
 def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_optimum(
