@@ -6,13 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from service.contract.errors import (
-    DependencyUnavailable,
-    InvalidRequest,
-    ModelUnsupported,
-    SourceNotAllowed,
-    TooManyBlocks,
-)
+from service.contract.blocks import check_blocks
+from service.contract.errors import DependencyUnavailable, InvalidRequest, ModelUnsupported, SourceNotAllowed
 from service.contract.spec import DataSpec, JobSpec, ModelSpec, StageTarget
 from service.settings import Settings
 from service.sources import (
@@ -84,14 +79,8 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     blocks = config.get(count)
     if type(blocks) is not int or blocks < 1:
         raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
-    # Decode removes at least as many as prefill does, so prefill is looked at first: both may be too many.
+    check_blocks(spec, blocks)
     for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
-        if target.remove_blocks >= blocks:
-            raise TooManyBlocks(
-                f"{stage}.remove_blocks is {target.remove_blocks}, but the model has {blocks} blocks and must keep "
-                f"one: at most {blocks - 1} can be removed.",
-                param=f"{stage}.remove_blocks",
-            )
         _check_mlp_width(stage, target, config)
     if spec.kv_tokens is not None and kind in OTHER_ATTENTION:
         raise ModelUnsupported(

@@ -1,4 +1,4 @@
-"""A job's evaluation as tables for people, with Rich."""
+"""A job's search and evaluation as tables for people, with Rich."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 MIB = 1 << 20
+SENSITIVITY_COLUMNS = 3
 
 
 def report(evaluation: Mapping[str, Any]) -> RenderableType:
@@ -18,6 +19,61 @@ def report(evaluation: Mapping[str, Any]) -> RenderableType:
     if tasks := evaluation.get("tasks"):
         tables.append(_tasks(tasks, evaluation["models"]))
     return Group(*tables)
+
+
+def search_report(removal: Mapping[str, Any]) -> RenderableType:
+    """The removal stage's metrics: the nested pair beside its controls, bounds on perplexity, each block's worth."""
+    bounds = [
+        f"Perplexity without what {half} gives up: {_increase(bound)}"
+        for half, bound in removal["bounds"].items()
+        if bound is not None
+    ]
+    parts: list[RenderableType] = [_controls(removal), *bounds]
+    return Group(*parts, *([""] if bounds else []), _sensitivity(removal["sensitivity"]))
+
+
+def _controls(removal: Mapping[str, Any]) -> Table:
+    losses = removal["losses"]
+    controls = losses["controls"]
+    prefill, decode = (_list(removed_blocks(removal[half])) for half in ("prefill", "decode"))
+    title = f"Before distillation: {losses['objective']} on continuations of the calibration windows"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "prefill gives up", "decode gives up", "loss"):
+        table.add_column(column, justify="right" if column == "loss" else "left")
+    table.add_row("the pair", prefill, decode, f"{losses['decode']:.4f}")
+    table.add_row("decode's set in both", decode, decode, f"{controls['decode_set_in_both']:.4f}")
+    table.add_row("decode only", "none", decode, f"{controls['decode_only']:.4f}")
+    free = _list(controls["non_nested_removed"])
+    table.add_row("not nested (bound)", prefill, free, f"{controls['non_nested']:.4f}")
+    return table
+
+
+def _increase(bound: Mapping[str, Any]) -> str:
+    kept = "" if bound["met"] else ", not kept by any set"
+    return f"{bound['perplexity_increase']:+.1%} (bound {bound['max_perplexity_increase']:+.1%}{kept})"
+
+
+def _sensitivity(sensitivity: Mapping[str, Any]) -> Table:
+    """Three blocks a line, so that eighty columns hold a deep model."""
+    dense, blocks = sensitivity["dense"], sensitivity["blocks"]
+    title = "Loss added by giving up one block: in both halves, in decode only"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for _ in range(SENSITIVITY_COLUMNS):
+        for column in ("block", "both", "decode"):
+            table.add_column(column, justify="right")
+    lines = -(-len(blocks) // SENSITIVITY_COLUMNS)
+    for line in range(lines):
+        cells: list[str] = []
+        for found in blocks[line::lines]:
+            added = (found[kind] - dense[kind] for kind in ("both", "decode_only"))
+            cells += [str(found["block"]), *(f"{loss:.4f}" for loss in added)]
+        table.add_row(*cells)
+    return table
+
+
+def removed_blocks(plan: Mapping[str, Any]) -> list[int]:
+    """Every block that a plan removes, deleted or distilled."""
+    return sorted([*plan["deleted"], *map(int, plan["distilled"])])
 
 
 def _models(models: Mapping[str, Any]) -> Table:

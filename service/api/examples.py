@@ -38,6 +38,15 @@ REQUESTS: dict[str, Any] = {
             "distillation": {"enabled": False},
         },
     },
+    "bounded": {
+        "summary": "As many blocks as keep perplexity within 2 % in prefill and 5 % in decode, but not the outermost",
+        "value": {
+            "model": "reference",
+            "prefill": {"max_perplexity_increase": 0.02},
+            "decode": {"max_perplexity_increase": 0.05, "remove_blocks": 6},
+            "search": {"protect": [0, 11]},
+        },
+    },
 }
 
 SCORING: dict[str, Any] = {

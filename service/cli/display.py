@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.contract.jobs import Artifact, Job, JobStatus, Stage, StageName, StageStatus
-from service.report import report
+from service.report import removed_blocks, report, search_report
 
 ID_WIDTH = len("job_") + 32
 COLOURS = {
@@ -46,7 +46,7 @@ def job_table(jobs: Iterable[Job]) -> Table:
     for column in ("status", "model", "removes", "created"):
         table.add_column(column, overflow="fold")
     for job in jobs:
-        removes = f"prefill {job.spec.prefill.remove_blocks}, decode {job.spec.decode.remove_blocks}"
+        removes = f"prefill {job.spec.prefill}, decode {job.spec.decode}"
         colour = COLOURS[job.status]
         table.add_row(job.id, f"[{colour}]{job.status}", escape(job.spec.model.source), removes, when(job.created_at))
     return table
@@ -72,9 +72,12 @@ def job_page(job: Job) -> RenderableType:
         field = f"\nField: {job.error.param}" if job.error.param else ""
         text = Text(f"{job.error.message}{field}\n{remedy}".strip())
         parts.append(Panel(text, title=escape(job.error.code), title_align="left", border_style="red"))
-    evaluation = next((stage for stage in job.stages if stage.name == StageName.EVALUATION), None)
-    if evaluation is not None and evaluation.status == StageStatus.SUCCEEDED:
-        parts.append(report(evaluation.metrics))
+    succeeded = {stage.name: stage.metrics for stage in job.stages if stage.status == StageStatus.SUCCEEDED}
+    # Jobs of earlier versions have no sensitivity.
+    if "sensitivity" in (removal := succeeded.get(StageName.REMOVAL, {})):
+        parts.append(search_report(removal))
+    if evaluation := succeeded.get(StageName.EVALUATION):
+        parts.append(report(evaluation))
     heading = f"[bold]{job.id}[/]  {escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
     return Group(heading, "", *parts)
 
@@ -114,7 +117,7 @@ def _distilled(found: dict[str, Any]) -> str:
 
 
 def _removed(plan: dict[str, Any]) -> str:
-    return ", ".join(map(str, sorted([*plan["deleted"], *map(int, plan["distilled"])]))) or "nothing"
+    return ", ".join(map(str, removed_blocks(plan))) or "nothing"
 
 
 def when(moment: datetime) -> str:

@@ -36,13 +36,38 @@ def _model_from_string(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+def _distinct(value: tuple[int, ...]) -> tuple[int, ...]:
+    if repeated := {block for block in value if value.count(block) > 1}:
+        raise ValueError(f"block {min(repeated)} is listed twice; list every block once")
+    return value
+
+
+BlockList = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_BLOCKS)], ...], Field(max_length=MAX_BLOCKS), AfterValidator(_distinct)
+]
 CHANNEL_MULTIPLE = 8
 
 
 class StageTarget(SpecModel):
-    """What one serving stage gives up: blocks, and channels of the MLP of every block that stays."""
+    """What one serving stage gives up: blocks (a count, as many as a bound on perplexity allows, or the lower), and
+    channels of the MLP of every block that stays."""
 
-    remove_blocks: int = Field(ge=0, le=MAX_BLOCKS, description="Transformer blocks to remove.", examples=[2])
+    remove_blocks: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_BLOCKS,
+        description="Transformer blocks to remove; with `max_perplexity_increase`, at most.",
+        examples=[2],
+    )
+    max_perplexity_increase: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1e6,
+        description="Remove as many blocks as keep the perplexity on the calibration windows, before distillation, "
+        "within this fraction above the dense model's: 0.05 is 5 %. For decode it is the perplexity of continuations "
+        "by the prefill/decode pair.",
+        examples=[0.05],
+    )
     mlp_width: float = Field(
         default=1.0,
         gt=0.0,
@@ -52,12 +77,22 @@ class StageTarget(SpecModel):
         examples=[0.75],
     )
 
+    @model_validator(mode="after")
+    def _some_target(self) -> Self:
+        if self.remove_blocks is None and self.max_perplexity_increase is None:
+            raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both")
+        return self
+
     def mlp_channels(self, available: int) -> int:
         """How many of `available` MLP channels every block keeps: a multiple of 8, as tensor cores want it, or all."""
         if self.mlp_width == 1.0:
             return available
         wanted = round(self.mlp_width * available / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
         return min(max(wanted, CHANNEL_MULTIPLE), available)
+
+    def __str__(self) -> str:
+        bound = "" if self.max_perplexity_increase is None else f"within +{self.max_perplexity_increase:.3g} perplexity"
+        return " ".join(part for part in ("" if self.remove_blocks is None else str(self.remove_blocks), bound) if part)
 
 
 class DataSpec(SpecModel):
@@ -95,8 +130,11 @@ class CalibrationSpec(SpecModel):
 class SearchSpec(SpecModel):
     """The search over sets of removed blocks."""
 
-    algorithm: Literal["annealing", "greedy", "exhaustive"] = Field(
-        default="annealing", description="`annealing` starts from greedy's result, so it is never worse than greedy."
+    algorithm: Literal["annealing", "greedy", "lazy_greedy", "exhaustive"] = Field(
+        default="annealing",
+        description="`annealing` starts from greedy's result, so it is never worse than greedy. `lazy_greedy` takes a "
+        "fraction of greedy's evaluations; it equals greedy where removing a block costs no less the more others are "
+        "gone (a submodular objective), which no model promises.",
     )
     objective: Literal["kl", "cross_entropy", "hidden"] = Field(
         default="kl",
@@ -104,8 +142,37 @@ class SearchSpec(SpecModel):
         "cross-entropy, or the distance of the last hidden state to the dense model's.",
     )
     evaluations: int = Field(
-        default=150, ge=1, le=100_000, description="Sets that annealing may evaluate, for each of prefill and decode."
+        default=150,
+        ge=1,
+        le=100_000,
+        description="Sets that annealing may evaluate, for each of prefill, decode and the control without nesting.",
     )
+    seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1e7,
+        description="Seconds after which annealing stops with the best sets so far, for each of prefill, decode and "
+        "the control without nesting; greedy's steps are taken in any case. The plan then depends on the machine, not "
+        "on the seed alone.",
+    )
+    protect: BlockList = Field(
+        default=(), description="Blocks that neither prefill nor decode may give up.", examples=[[0, 31]]
+    )
+    force: BlockList = Field(
+        default=(),
+        description="Blocks that both prefill and decode give up in any case; they count as removed blocks.",
+        examples=[[24]],
+    )
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if both := set(self.protect) & set(self.force):
+            raise PydanticCustomError(
+                "protected_and_forced",
+                "block {block} is in both search.protect and search.force; leave it in one of them",
+                {"block": min(both), "param": "search.force"},
+            )
+        return self
 
 
 Weight = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -260,7 +327,7 @@ MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(storable)]
 
 
 class JobSpec(SpecModel):
-    """One pruning job. Prefill may not give up more blocks than decode; equal targets give one checkpoint for both."""
+    """One pruning job. Prefill may not give up more blocks than decode; equal sets and widths give one checkpoint."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -295,7 +362,11 @@ class JobSpec(SpecModel):
 
     @model_validator(mode="after")
     def _decode_removes_what_prefill_removes(self) -> Self:
-        if self.prefill.remove_blocks > self.decode.remove_blocks:
+        if (
+            self.prefill.remove_blocks is not None
+            and self.decode.remove_blocks is not None
+            and self.prefill.remove_blocks > self.decode.remove_blocks
+        ):
             raise PydanticCustomError(
                 "prefill_exceeds_decode",
                 "prefill.remove_blocks ({prefill}) may not exceed decode.remove_blocks ({decode}): "
@@ -308,7 +379,15 @@ class JobSpec(SpecModel):
             )
         return self
 
-    @property
-    def unified(self) -> bool:
-        """Whether one checkpoint serves both stages."""
-        return self.prefill == self.decode
+    @model_validator(mode="after")
+    def _forced_blocks_are_removed(self) -> Self:
+        forced = len(self.search.force)
+        for stage, target in (("prefill", self.prefill), ("decode", self.decode)):
+            if target.remove_blocks is not None and forced > target.remove_blocks:
+                raise PydanticCustomError(
+                    "force_exceeds_removal",
+                    "search.force lists {forced} blocks, but {stage}.remove_blocks is {removed}: force fewer blocks or "
+                    "remove more",
+                    {"forced": forced, "stage": stage, "removed": target.remove_blocks, "param": "search.force"},
+                )
+        return self

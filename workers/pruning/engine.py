@@ -87,32 +87,41 @@ def walk(
 
 
 def summed_loss(
-    stack: BlockStack, objective: Objective, h: Mapping[Blocks, Tensor], dense: Tensor, targets: Tensor
+    stack: BlockStack, objective: Objective, h: Mapping[Blocks, Tensor], dense: Tensor | None, targets: Tensor
 ) -> dict[Blocks, float]:
     """Loss in nats summed over tokens, of each candidate's last hidden states (batch, time, hidden).
 
     `kl` is KL(dense ‖ candidate) of the next-token distributions, `cross_entropy` is −log p(target), and `hidden` is
-    ‖h − h_dense‖² / ‖h_dense‖² after the final norm, which has no unit. `targets` is (batch, time).
+    ‖h − h_dense‖² / ‖h_dense‖² after the final norm, which has no unit. `dense` holds the dense model's last hidden
+    states, which cross-entropy does not need; `targets` is (batch, time).
     """
     totals = dict.fromkeys(h, 0.0)
     flat_targets = targets.flatten()
     rows = max(1, HEAD_ELEMENTS // stack.model.config.vocab_size)
     for start in range(0, len(flat_targets), rows):
         part = slice(start, start + rows)
-        reference = stack.norm(dense.flatten(0, 1)[part])  # (tokens, hidden)
-        dense_log_p = F.log_softmax(stack.head(reference).float(), dim=-1) if objective == "kl" else None
+        measure = _measure(stack, objective, None if dense is None else dense.flatten(0, 1)[part], flat_targets[part])
         for candidate, states in h.items():
-            normed = stack.norm(states.flatten(0, 1)[part])
-            if objective == "hidden":
-                distance = (normed - reference).float().pow(2).sum(-1) / reference.float().pow(2).sum(-1)
-                totals[candidate] += float(distance.sum())
-                continue
-            log_p = F.log_softmax(stack.head(normed).float(), dim=-1)  # (tokens, vocabulary)
-            if dense_log_p is None:
-                totals[candidate] += float(F.nll_loss(log_p, flat_targets[part], reduction="sum"))
-            else:
-                totals[candidate] += float(F.kl_div(log_p, dense_log_p, reduction="sum", log_target=True))
+            totals[candidate] += float(measure(stack.norm(states.flatten(0, 1)[part])))
     return totals
+
+
+def _measure(
+    stack: BlockStack, objective: Objective, dense: Tensor | None, targets: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """From hidden states (tokens, hidden) after the final norm to their loss, summed over tokens."""
+    if objective == "cross_entropy":
+        return lambda normed: F.cross_entropy(stack.head(normed).float(), targets, reduction="sum")
+    if dense is None:
+        raise ValueError(f"{objective} needs the dense model's hidden states")
+    reference = stack.norm(dense)
+    if objective == "hidden":
+        size = reference.float().pow(2).sum(-1)
+        return lambda normed: ((normed - reference).float().pow(2).sum(-1) / size).sum()
+    dense_log_p = F.log_softmax(stack.head(reference).float(), dim=-1)  # (tokens, vocabulary)
+    return lambda normed: F.kl_div(
+        F.log_softmax(stack.head(normed).float(), dim=-1), dense_log_p, reduction="sum", log_target=True
+    )
 
 
 def mean_losses(totals: Sequence[Mapping[Blocks, float]], tokens: int, chunk_windows: int) -> dict[Blocks, float]:
@@ -139,22 +148,26 @@ class Engine:
         self._chunk_windows = chunk_windows
         self._calls = capture_calls(stack, windows[:, :-1])
 
-    def losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
-        """Mean loss a token of each candidate; smaller chunks when memory runs out. Raises: NonFiniteLoss."""
+    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+        """Mean loss a token of each candidate, by the engine's objective unless another is given.
+
+        Smaller chunks when memory runs out. Raises: NonFiniteLoss.
+        """
         while True:
             try:
-                return self._losses(candidates)
+                return self._losses(candidates, objective or self._objective)
             except torch.OutOfMemoryError as error:
                 self._chunk_windows = halved(self._chunk_windows, len(candidates) + 1, error)
 
     @torch.no_grad()
-    def _losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+    def _losses(self, candidates: Sequence[Blocks], objective: Objective) -> dict[Blocks, float]:
         totals = []
         for chunk in self._windows.split(self._chunk_windows):
-            h, forwards = walk(self._stack, self._calls, self._stack.embed(chunk[:, :-1]), [NOTHING, *candidates], {})
+            walked = candidates if objective == "cross_entropy" else [NOTHING, *candidates]
+            h, forwards = walk(self._stack, self._calls, self._stack.embed(chunk[:, :-1]), walked, {})
             self.block_forwards += forwards
             wanted = {candidate: h[candidate] for candidate in candidates}
-            totals.append(summed_loss(self._stack, self._objective, wanted, h[NOTHING], chunk[:, 1:]))
+            totals.append(summed_loss(self._stack, objective, wanted, h.get(NOTHING), chunk[:, 1:]))
         tokens = self._windows[:, 1:].numel()
         return mean_losses(totals, tokens, self._chunk_windows)
 
@@ -184,8 +197,13 @@ class PairEngine:
         prefill: Blocks,
         prompt_tokens: int,
         chunk_windows: int,
+        project_skipped: bool = False,
     ) -> None:
-        """Raises: ValueError when the windows leave no room for a continuation of at least two tokens."""
+        """With `project_skipped`, prefill projects keys and values also for the blocks that it skips, from the hidden
+        state that passes them by (as POP does), and decode may keep them: the bound to what nesting costs.
+
+        Raises: ValueError when the windows leave no room for a continuation of at least two tokens.
+        """
         if not 1 <= prompt_tokens <= windows.shape[1] - 2:
             raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
         self.block_forwards = 0
@@ -194,6 +212,7 @@ class PairEngine:
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
         self._chunk_windows = chunk_windows
+        self._project_skipped = project_skipped
         self._windows = windows
         self._calls = capture_continuation_calls(stack, windows[:, :-1], prompt_tokens)
         self._prompts: list[_Prompt] = []
@@ -202,27 +221,35 @@ class PairEngine:
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
         stack, prompt = self._stack, chunk[:, : self._prompt_tokens]
         cache = DynamicCache(config=stack.model.config)
-        kept = {block: cache for block in range(len(stack.blocks)) if block not in self._prefill}
-        h, forwards = walk(stack, capture_calls(stack, prompt), stack.embed(prompt), [self._prefill], kept)
+        calls, h = capture_calls(stack, prompt), stack.embed(prompt)
+        cached = [block for block in range(len(stack.blocks)) if self._project_skipped or block not in self._prefill]
+        for block in cached:
+            after = calls.run(stack, block, h, cache)
+            # A skipped block leaves its keys and values behind; what it gives is not used.
+            h = h if block in self._prefill else after
         whole = chunk[:, :-1]
         dense, dense_forwards = walk(stack, capture_calls(stack, whole), stack.embed(whole), [NOTHING], {})
-        self.block_forwards += forwards + dense_forwards
-        caches = {block: Prefix.of(cache, block) for block in kept}
-        return _Prompt(caches, h[self._prefill][:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
+        self.block_forwards += len(cached) + dense_forwards
+        caches = {block: Prefix.of(cache, block) for block in cached}
+        return _Prompt(caches, h[:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
 
-    def losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
-        """Mean loss a continued token. Raises: NonFiniteLoss; ValueError when one keeps what prefill removed."""
-        for candidate in candidates:
-            check_nested(self._prefill, candidate)
+    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+        """Mean loss a continued token, by the engine's objective unless another is given.
+
+        Raises: NonFiniteLoss; ValueError when a candidate keeps what prefill removed.
+        """
+        if not self._project_skipped:
+            for candidate in candidates:
+                check_nested(self._prefill, candidate)
         while True:
             try:
-                return self._losses(candidates)
+                return self._losses(candidates, objective or self._objective)
             except torch.OutOfMemoryError as error:
                 self._prompts = []
                 self._chunk_windows = halved(self._chunk_windows, len(candidates), error)
 
     @torch.no_grad()
-    def _losses(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+    def _losses(self, candidates: Sequence[Blocks], objective: Objective) -> dict[Blocks, float]:
         if not self._prompts:
             self._prompts = [self._process_prompt(chunk) for chunk in self._windows.split(self._chunk_windows)]
         totals = []
@@ -232,6 +259,6 @@ class PairEngine:
             self.block_forwards += forwards
             whole = {candidate: torch.cat([prompt.last, h[candidate]], dim=1) for candidate in candidates}
             targets = chunk[:, self._prompt_tokens :]
-            totals.append(summed_loss(self._stack, self._objective, whole, prompt.dense, targets))
+            totals.append(summed_loss(self._stack, objective, whole, prompt.dense, targets))
         tokens = self._windows[:, self._prompt_tokens :].numel()
         return mean_losses(totals, tokens, self._chunk_windows)

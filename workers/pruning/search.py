@@ -1,28 +1,37 @@
-"""Search of the set of blocks whose removal costs least: simulated annealing, greedy, exhaustive.
+"""Search of the set of blocks whose removal costs least: annealing, greedy, lazy greedy, exhaustive.
 
-Annealing walks the removed counts upwards. At every count it first takes greedy's step, so it never ends above greedy,
-then moves by swapping removed blocks with kept ones and accepts by Metropolis under geometric cooling. It is a function
-of the losses and the seed alone: repeated with the losses it already knows, it arrives at the same place.
+Every algorithm walks the removed counts upwards. Simulated annealing lets greedy walk them all first, so that it soon
+has a set for every count and never ends above greedy; then it moves by swapping removed blocks with kept ones and
+accepts by Metropolis under geometric cooling. Lazy greedy (Minoux 1978) evaluates again only the blocks whose cost at
+an earlier count is still the lowest: it equals greedy where a block's removal costs no less the more others are gone
+(where the negated loss is submodular), which a neural network does not promise. All are functions of the losses, the
+constraints and the seed alone: repeated with the losses it already knows, a search arrives at the same place. Only a
+limit of time breaks that.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from workers.pruning.engine import Losses
+from workers.pruning.engine import NOTHING, Losses
 from workers.pruning.plan import Blocks
 
-Algorithm = Literal["annealing", "greedy", "exhaustive"]
+Algorithm = Literal["annealing", "greedy", "lazy_greedy", "exhaustive"]
 PROPOSALS = 4
-"""Swaps evaluated together in one annealing step; they share a pass over the weights."""
+"""Sets evaluated together in one step of annealing or lazy greedy; they share a pass over the weights."""
 COOLING = 0.02
 """Last temperature as a fraction of the first."""
 EXHAUSTIVE_BATCH = 64
+LOOKAHEAD = 2
+"""Counts in a row without an acceptable set after which a search that may stop does: losses need not be monotone."""
+GREEDY_SHARE = 0.3
+"""Share of the progress that greedy takes where it goes ahead of another algorithm."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,10 @@ class Found:
 
     removed: Blocks
     loss: float
+
+
+OnProgress = Callable[[float, Found], None]
+Acceptable = Callable[[Found], bool]
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Memo:
     known: dict[Blocks, float] = field(default_factory=dict)
     on_new: Callable[[Mapping[Blocks, float]], None] = lambda new: None
     visited: dict[Blocks, float] = field(default_factory=dict, init=False)
+    _best: dict[int, Found] = field(default_factory=dict, init=False)
 
     def __call__(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
         new = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self.known]
@@ -64,14 +78,60 @@ class Memo:
             self.known.update(evaluated)
             self.on_new(evaluated)
         found = {candidate: self.known[candidate] for candidate in candidates}
-        self.visited.update({candidate: loss for candidate, loss in found.items() if candidate not in self.visited})
+        for removed, loss in found.items():
+            if removed not in self.visited:
+                self.visited[removed] = loss
+                best = self._best.get(len(removed))
+                if best is None or (loss, sorted(removed)) < (best.loss, sorted(best.removed)):
+                    self._best[len(removed)] = Found(removed, loss)
         return found
 
     def best(self, count: int) -> Found:
         """The best set of `count` blocks visited so far; ties go to the lowest indices."""
-        of_count = [removed for removed in self.visited if len(removed) == count]
-        removed = min(of_count, key=lambda removed: (self.visited[removed], sorted(removed)))
-        return Found(removed, self.visited[removed])
+        return self._best[count]
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What every algorithm is given: where it starts, how far it goes, and whom it tells."""
+
+    memo: Memo
+    base: Blocks
+    free: Sequence[int]  # the blocks that may be removed besides the base, ascending
+    remove: int
+    on_progress: OnProgress
+    out_of_time: Callable[[], bool]
+    span: tuple[float, float] = (0.0, 1.0)  # its part of the progress
+
+    @property
+    def counts(self) -> range:
+        return range(len(self.base) + 1, self.remove + 1)
+
+    def extensions(self, removed: Blocks) -> list[Blocks]:
+        """The sets with one block more."""
+        return [removed | {block} for block in self.free if block not in removed]
+
+    def affords(self, candidates: Sequence[Blocks]) -> bool:
+        """Whether there is time for these sets. What is known takes none, so a resumed search gets where it was."""
+        return not self.out_of_time() or all(candidate in self.memo.known for candidate in candidates)
+
+    def report(self, count: int, share: float) -> None:
+        """Tell that `share` (0…1) of the work on `count` blocks is done."""
+        done = (count - len(self.base) - 1 + share) / len(self.counts)
+        start, end = self.span
+        self.on_progress(start + (end - start) * done, self.memo.best(count))
+
+    def through(self, counts: Iterator[int], acceptable: Acceptable | None) -> int:
+        """Walk `counts` as far as there are acceptable sets. Returns the last count walked."""
+        last, missed = len(self.base), 0
+        for count in counts:
+            self.report(count, 1.0)
+            last = count
+            if acceptable is not None:
+                missed = 0 if acceptable(self.memo.best(count)) else missed + 1
+                if missed == LOOKAHEAD:
+                    break
+        return last
 
 
 def search(
@@ -84,74 +144,112 @@ def search(
     scores: Sequence[float],
     evaluations: int,
     seed: int,
-    on_progress: Callable[[float, Found], None],
+    on_progress: OnProgress,
+    protect: Blocks = NOTHING,
+    out_of_time: Callable[[], bool] = lambda: False,
+    acceptable: Acceptable | None = None,
 ) -> SearchResult:
-    """The best sets that contain `base`, for every count up to `remove` blocks.
+    """The best sets that contain `base` and nothing of `protect`, for every count up to `remove` blocks.
 
     `scores` are the blocks' cosine scores, highest most redundant; annealing tries the most redundant set of each
-    count. `evaluations` bounds the sets that annealing visits, beyond greedy's, which it always takes.
-    `on_progress` receives the fraction done and the best set of the current count, and may raise to stop.
+    count. `evaluations` bounds the sets that annealing visits, beyond greedy's, which it always takes; so does
+    `out_of_time`, which it asks before every step. `on_progress` receives the fraction done and the best set of the
+    current count after every batch of sets, and may raise to stop.
 
-    Raises: ValueError when `remove` is impossible.
+    With `acceptable`, the walk ends before `remove` once the best sets of two counts in a row are not. Annealing and
+    exhaustive search walk as far as greedy, which goes ahead of them.
+
+    Raises: ValueError when `remove`, or the base beside the protected blocks, is impossible.
     """
+    if both := base & protect:
+        raise ValueError(f"block {min(both)} is both protected and removed from the start")
     if not len(base) <= remove < num_blocks:
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks starting from {len(base)} removed ones")
+    if remove > num_blocks - len(protect):
+        raise ValueError(f"cannot remove {remove} of {num_blocks} blocks, of which {len(protect)} are protected")
+    free = [block for block in range(num_blocks) if block not in base | protect]
+    walk = _Walk(memo, base, free, remove, on_progress, out_of_time)
     memo([base])
-    if algorithm == "exhaustive":
-        _exhaustive(memo, num_blocks, remove, base, on_progress)
-    else:
-        _upwards(memo, algorithm, num_blocks, remove, base, scores, evaluations, seed, on_progress)
-    frontier = {count: memo.best(count) for count in range(len(base), remove + 1)}
+    if algorithm == "annealing" or (algorithm == "exhaustive" and acceptable is not None):
+        ahead = replace(walk, span=(0.0, GREEDY_SHARE))
+        walk = replace(walk, remove=ahead.through(_greedy(ahead), acceptable), span=(GREEDY_SHARE, 1.0))
+    last = walk.through(_walked(walk, algorithm, scores, evaluations, seed), acceptable)
+    frontier = {count: memo.best(count) for count in range(len(base), last + 1)}
     return SearchResult(frontier, [Found(removed, loss) for removed, loss in memo.visited.items()])
 
 
-def _exhaustive(
-    memo: Memo, num_blocks: int, remove: int, base: Blocks, on_progress: Callable[[float, Found], None]
-) -> None:
-    kept = [block for block in range(num_blocks) if block not in base]
-    counts = range(1, remove - len(base) + 1)
-    total = sum(math.comb(len(kept), count) for count in counts)
-    done = 0
-    for count in counts:
-        sets = (base.union(chosen) for chosen in itertools.combinations(kept, count))
+def _walked(walk: _Walk, algorithm: Algorithm, scores: Sequence[float], evaluations: int, seed: int) -> Iterator[int]:
+    """Each count once its sets were searched."""
+    match algorithm:
+        case "exhaustive":
+            return _exhaustive(walk)
+        case "greedy":
+            return _greedy(walk)
+        case "lazy_greedy":
+            return _lazy_greedy(walk)
+        case "annealing":
+            return _annealing(walk, scores, evaluations, seed)
+
+
+def _exhaustive(walk: _Walk) -> Iterator[int]:
+    for count in walk.counts:
+        more = count - len(walk.base)
+        total = math.comb(len(walk.free), more)
+        sets = (walk.base.union(chosen) for chosen in itertools.combinations(walk.free, more))
+        done = 0
         while batch := list(itertools.islice(sets, EXHAUSTIVE_BATCH)):
-            memo(batch)
+            walk.memo(batch)
             done += len(batch)
-            on_progress(done / total, memo.best(len(base) + count))
+            walk.report(count, done / total)
+        yield count
 
 
-def _upwards(
-    memo: Memo,
-    algorithm: Algorithm,
-    num_blocks: int,
-    remove: int,
-    base: Blocks,
-    scores: Sequence[float],
-    evaluations: int,
-    seed: int,
-    on_progress: Callable[[float, Found], None],
-) -> None:
+def _greedy(walk: _Walk) -> Iterator[int]:
+    removed = walk.base
+    for count in walk.counts:
+        extended = walk.memo(walk.extensions(removed))
+        walk.report(count, 0.0)
+        removed = min(extended, key=lambda removed: (extended[removed], sorted(removed)))
+        yield count
+
+
+def _lazy_greedy(walk: _Walk) -> Iterator[int]:
+    removed, loss = walk.base, walk.memo([walk.base])[walk.base]
+    # What removing each block costs besides, and the count at which that was found out.
+    costs = [(-math.inf, block, 0) for block in walk.free]
+    for count in walk.counts:
+        while costs[0][2] != count:
+            batch = len(costs) if costs[0][2] == 0 else min(PROPOSALS, len(costs))
+            lowest = [heapq.heappop(costs) for _ in range(batch)]
+            losses = walk.memo([removed | {block} for _, block, _ in lowest])
+            for _, block, _ in lowest:
+                heapq.heappush(costs, (losses[removed | {block}] - loss, block, count))
+            walk.report(count, 0.0)
+        removed |= {heapq.heappop(costs)[1]}
+        loss = walk.memo([removed])[removed]
+        yield count
+
+
+def _annealing(walk: _Walk, scores: Sequence[float], evaluations: int, seed: int) -> Iterator[int]:
     rng = random.Random(seed)
-    levels = range(len(base) + 1, remove + 1)
-    greedy = base
-    for count in levels:
-        extended = memo([greedy | {block} for block in range(num_blocks) if block not in greedy])
-        greedy = min(extended, key=lambda removed: (extended[removed], sorted(removed)))
-        if algorithm == "annealing":
-            best = memo.best(count - 1).removed
-            ranked = sorted((block for block in range(num_blocks) if block not in base), key=lambda b: -scores[b])
-            redundant = base.union(ranked[: count - len(base)])
-            memo([redundant, *(best | {block} for block in range(num_blocks) if block not in best)])
-            rounds_left = sum(num_blocks - later for later in range(count, remove))
-            levels_left = remove - count + 1
-            spare = evaluations - len(memo.visited) - rounds_left
+    memo, base = walk.memo, walk.base
+    ranked = sorted(walk.free, key=lambda block: -scores[block])
+    for count in walk.counts:
+        redundant = base.union(ranked[: count - len(base)])
+        starts = [redundant, *walk.extensions(memo.best(count - 1).removed)]
+        if walk.affords(starts):
+            memo(starts)
+            walk.report(count, 0.0)
+            levels_left = walk.remove - count + 1
+            spare = evaluations - len(memo.visited)
             # What is kept back for the higher counts is worth more there: they have more sets.
-            _anneal(memo, num_blocks, count, base, spare // levels_left, rng)
-        on_progress((count - len(base)) / len(levels), memo.best(count))
+            _anneal(walk, count, spare // levels_left, rng)
+        yield count
 
 
-def _anneal(memo: Memo, num_blocks: int, count: int, base: Blocks, evaluations: int, rng: random.Random) -> None:
+def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random) -> None:
     """Swap blocks of the best set of `count` until `evaluations` more sets were visited or no neighbour is new."""
+    memo = walk.memo
     current = memo.best(count)
     same_count = sorted(loss for removed, loss in memo.visited.items() if len(removed) == count)
     # The typical gap between a good set and the next: hot enough to leave a local minimum, no hotter.
@@ -160,24 +258,27 @@ def _anneal(memo: Memo, num_blocks: int, count: int, base: Blocks, evaluations: 
     while len(memo.visited) < last_visited:
         remaining = last_visited - len(memo.visited)
         temperature = first * COOLING ** (1 - remaining / evaluations)
-        proposals = _swaps(memo, current, num_blocks, base, min(PROPOSALS, remaining), rng)
+        proposals = _swaps(walk, current, min(PROPOSALS, remaining), rng)
         if not proposals:
             best = memo.best(count)
             if best == current:
                 return
             current = best
             continue
+        if not walk.affords(proposals):
+            return
         losses = memo(proposals)
+        walk.report(count, 1 - remaining / evaluations)
         best_proposal = min(proposals, key=lambda removed: (losses[removed], sorted(removed)))
         change = losses[best_proposal] - current.loss
         if change <= 0 or rng.random() < math.exp(-change / temperature):
             current = Found(best_proposal, losses[best_proposal])
 
 
-def _swaps(memo: Memo, current: Found, num_blocks: int, base: Blocks, limit: int, rng: random.Random) -> list[Blocks]:
+def _swaps(walk: _Walk, current: Found, limit: int, rng: random.Random) -> list[Blocks]:
     """Up to `limit` sets not yet visited that swap one removed block of `current` with a kept one."""
-    removable = sorted(current.removed - base)
-    kept = [block for block in range(num_blocks) if block not in current.removed]
+    removable = sorted(current.removed - walk.base)
+    kept = [block for block in walk.free if block not in current.removed]
     neighbours = [current.removed - {out} | {into} for out in removable for into in kept]
-    unseen = [removed for removed in neighbours if removed not in memo.visited]
+    unseen = [removed for removed in neighbours if removed not in walk.memo.visited]
     return rng.sample(unseen, min(limit, len(unseen)))

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.models import device, load_for_walks, windows_at_once
-from workers.pruning.blocks import BlockStack, block_stack
-from workers.pruning.engine import NOTHING, Engine, Losses, PairEngine
-from workers.pruning.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
+from workers.models import device, load_for_walks
+from workers.pruning.blocks import block_stack
+from workers.pruning.plan import BlockPlan, assign_actions, kv_layer_map
 from workers.pruning.scores import Scores
-from workers.pruning.search import Found, Memo, SearchResult, search
 from workers.stages.scoring import SCORES, WINDOWS
+from workers.stages.searching import Searcher
 
 PLAN = "plan.json"
 SEARCH = "search.json"
-STATE = "evaluated.json"
-SAVE_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,146 +44,57 @@ def read_plans(context: StageContext) -> Plans:
     )
 
 
-class Evaluated:
-    """Losses of the sets evaluated so far, kept in the store so that a later attempt need not repeat them."""
-
-    def __init__(self, context: StageContext) -> None:
-        self._context = context
-        self._saved_at = time.monotonic()
-        phases = json.loads(context.load_state(STATE) or b"{}")
-        self._losses: dict[str, dict[Blocks, float]] = {
-            phase: {frozenset(removed): loss for removed, loss in entries} for phase, entries in phases.items()
-        }
-
-    def memo(self, phase: str, losses: Losses) -> Memo:
-        """`losses` with what this phase already knows."""
-        known = self._losses.setdefault(phase, {})
-
-        def saved_now_and_then(new: Mapping[Blocks, float]) -> None:
-            if time.monotonic() - self._saved_at >= SAVE_INTERVAL_S:
-                self._saved_at = time.monotonic()
-                phases = {name: [[sorted(r), loss] for r, loss in kept.items()] for name, kept in self._losses.items()}
-                self._context.save_state(STATE, json.dumps(phases).encode())
-
-        return Memo(losses, known, saved_now_and_then)
-
-
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes the plan (a function of model, windows and seed alone) and the search's trajectory."""
+    """Writes the plan (a function of model, windows and specification alone) and the search's trajectory."""
     spec = context.spec
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     scores = Scores.from_json(context.input_json(StageName.SCORING, SCORES))
     stack = block_stack(load_for_walks(context.model_dir, context.check))
-    evaluated = Evaluated(context)
+    searcher = Searcher(context, stack, windows, scores.cosine)
 
-    chunk_windows = windows_at_once(stack.model, windows.shape[1])
-    engine = Engine(stack, windows, spec.search.objective, chunk_windows=chunk_windows)
-    memo = evaluated.memo("prefill", engine.losses)
-    for_prefill = _search(context, memo, scores, NOTHING, spec.prefill.remove_blocks, (0.0, 0.45), "prefill")
-    removed_in_prefill = for_prefill.frontier[spec.prefill.remove_blocks].removed
-    prefill = assign_actions(
-        removed_in_prefill,
-        num_blocks=len(stack.blocks),
-        scores=scores.cosine,
-        threshold=spec.distillation.threshold,
-        merge_errors=scores.merge_errors,
-    )
+    for_prefill = searcher.prefill((0.0, 0.3))
+    for_decode = searcher.decode(for_prefill.removed, (0.3, 0.6))
+    context.report(0.6, "Measuring what each block is worth.")
+    sensitivity = searcher.sensitivity()
+    controls = searcher.controls(for_prefill.removed, for_decode.chosen, (0.65, 1.0))
 
-    prompt_tokens = windows.shape[1] // 2
-    pair = _pair_engine(context, stack, windows, removed_in_prefill)
-    memo = evaluated.memo("decode", pair.losses)
-    for_decode = _search(context, memo, scores, removed_in_prefill, spec.decode.remove_blocks, (0.45, 0.9), "decode")
-    removed_in_decode = for_decode.frontier[spec.decode.remove_blocks].removed
-    decode = assign_actions(
-        removed_in_decode,
-        num_blocks=len(stack.blocks),
-        scores=scores.cosine,
-        threshold=spec.distillation.threshold,
-        merge_errors=scores.merge_errors,
-        fixed=prefill,
-    )
-
-    context.report(0.9, "Measuring the controls.")
-    losses = {
-        "objective": spec.search.objective,
-        "prefill": for_prefill.frontier[spec.prefill.remove_blocks].loss,
-        "decode": for_decode.frontier[spec.decode.remove_blocks].loss,
-        "controls": {
-            "decode_set_in_both": _pair_loss(context, stack, windows, removed_in_decode, removed_in_decode),
-            "decode_only": _pair_loss(context, stack, windows, NOTHING, removed_in_decode),
+    prefill = _plan(context, scores, for_prefill.removed)
+    decode = _plan(context, scores, for_decode.removed, prefill)
+    found = {
+        "prefill": prefill.to_json(),
+        "decode": decode.to_json(),
+        "losses": {
+            "objective": spec.search.objective,
+            "prefill": for_prefill.chosen.loss,
+            "decode": for_decode.chosen.loss,
+            "controls": controls,
         },
+        "bounds": {"prefill": for_prefill.bound_json(), "decode": for_decode.bound_json()},
+        "sensitivity": sensitivity,
     }
     context.write_json(
         PLAN,
         {
             "format_version": 1,
             "seed": spec.seed,
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": searcher.prompt_tokens,
             "distillation_threshold": spec.distillation.threshold,
-            "prefill": prefill.to_json(),
-            "decode": decode.to_json(),
             "kv_layer_map": kv_layer_map(prefill, decode),
-            "losses": losses,
-            "frontier": {"prefill": for_prefill.frontier_json(), "decode": for_decode.frontier_json()},
+            "frontier": {"prefill": for_prefill.result.frontier_json(), "decode": for_decode.result.frontier_json()},
+            **found,
         },
     )
-    context.write_json(SEARCH, {"prefill": _trajectory(for_prefill), "decode": _trajectory(for_decode)})
-    return {
-        "prefill": prefill.to_json(),
-        "decode": decode.to_json(),
-        "losses": losses,
-        "evaluated": {"prefill": len(for_prefill.trajectory), "decode": len(for_decode.trajectory)},
-    }
+    context.write_json(SEARCH, {"prefill": for_prefill.trajectory_json(), "decode": for_decode.trajectory_json()})
+    evaluated = {"prefill": len(for_prefill.result.trajectory), "decode": len(for_decode.result.trajectory)}
+    return {**found, "evaluated": evaluated}
 
 
-def _search(
-    context: StageContext,
-    memo: Memo,
-    scores: Scores,
-    base: Blocks,
-    remove: int,
-    span: tuple[float, float],
-    name: str,
-) -> SearchResult:
-    start, end = span
-
-    def on_progress(done: float, best: Found) -> None:
-        context.report(
-            start + (end - start) * done,
-            f"Searching what {name} gives up.",
-            evaluated=len(memo.visited),
-            loss=round(best.loss, 5),
-            removed=sorted(best.removed),
-        )
-
-    return search(
-        memo,
-        algorithm=context.spec.search.algorithm,
+def _plan(context: StageContext, scores: Scores, removed: frozenset[int], fixed: BlockPlan | None = None) -> BlockPlan:
+    return assign_actions(
+        removed,
         num_blocks=len(scores.cosine),
-        remove=remove,
-        base=base,
         scores=scores.cosine,
-        evaluations=context.spec.search.evaluations,
-        seed=context.spec.seed,
-        on_progress=on_progress,
+        threshold=context.spec.distillation.threshold,
+        merge_errors=scores.merge_errors,
+        fixed=fixed,
     )
-
-
-def _pair_engine(context: StageContext, stack: BlockStack, windows: Tensor, prefill: Blocks) -> PairEngine:
-    return PairEngine(
-        stack,
-        windows,
-        context.spec.search.objective,
-        prefill=prefill,
-        prompt_tokens=windows.shape[1] // 2,
-        chunk_windows=windows_at_once(stack.model, windows.shape[1]),
-    )
-
-
-def _pair_loss(context: StageContext, stack: BlockStack, windows: Tensor, prefill: Blocks, decode: Blocks) -> float:
-    context.check()
-    return _pair_engine(context, stack, windows, prefill).losses([decode])[decode]
-
-
-def _trajectory(result: SearchResult) -> list[dict[str, Any]]:
-    return [{"removed": sorted(found.removed), "loss": found.loss} for found in result.trajectory]

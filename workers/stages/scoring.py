@@ -6,7 +6,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from service.contract.errors import ModelUnsupported, TooManyBlocks
+from service.contract.blocks import check_blocks
+from service.contract.errors import ModelUnsupported
 from workers.context import StageContext
 from workers.data import token_windows
 from workers.models import device, load_for_walks, load_tokenizer, windows_at_once
@@ -38,11 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     except UnsupportedArchitecture as error:
         raise ModelUnsupported(str(error), param="model.source") from error
     num_blocks = len(stack.blocks)
-    if context.spec.decode.remove_blocks >= num_blocks:
-        raise TooManyBlocks(
-            f"The model has {num_blocks} blocks, so at most {num_blocks - 1} can be removed.",
-            param="decode.remove_blocks",
-        )
+    check_blocks(context.spec, num_blocks)
     calibration = windows["calibration"].to(device())
     chunk_windows = windows_at_once(stack.model, calibration.shape[1])
     scores = block_scores(stack, calibration, chunk_windows=chunk_windows)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service import preflight
-from service.contract.errors import InvalidRequest, ModelUnsupported, TooManyBlocks
+from service.contract.errors import InvalidRequest, ModelUnsupported, PDTrimError, TooManyBlocks
 from service.contract.spec import JobSpec, StageTarget
 from service.settings import Settings
 from tests.gateway import Gateway, gateway, model, problem_of, write_model
@@ -135,6 +135,98 @@ def test_other_mlps_are_refused_at_the_width_s_field(change: dict[str, Any]) -> 
 def test_a_width_is_a_share_of_the_channels_in_multiples_of_8(width: float, available: int, kept: int) -> None:
     target = StageTarget(remove_blocks=0, mlp_width=width)
     assert target.mlp_channels(available) == kept
+
+
+@pytest.mark.parametrize(
+    ("search", "param", "message"),
+    [
+        ({"protect": [6]}, "search.protect", "lists block 6, but the model's 6 blocks are 0 to 5"),
+        ({"force": [1023]}, "search.force", "lists block 1023"),
+        ({"protect": [0, 1, 2, 3, 4]}, "search.protect", "at most 1 can be removed, but decode.remove_blocks is 2"),
+    ],
+)
+def test_constraints_that_the_model_cannot_meet_are_refused_at_their_field(
+    search: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(PDTrimError) as refused:
+        preflight.check_config(spec(search=search), CONFIG)
+
+    assert refused.value.param == param
+    assert refused.value.status == 422
+    assert message in refused.value.message
+
+
+def test_constraints_that_leave_just_enough_blocks_pass() -> None:
+    preflight.check_config(spec(search={"protect": [0, 1, 4, 5], "force": [2]}), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("search", "param", "message"),
+    [
+        ({"protect": [1, 1]}, "search.protect", "block 1 is listed twice"),
+        ({"protect": [1], "force": [1]}, "search.force", "block 1 is in both search.protect and search.force"),
+        ({"force": [0, 2]}, "search.force", "search.force lists 2 blocks, but prefill.remove_blocks is 1"),
+        ({"protect": [-1]}, "search.protect.0", "greater than or equal to 0"),
+        ({"protect": [0] * 1025}, "search.protect", "at most 1024 items"),
+        ({"seconds": 0}, "search.seconds", "greater than 0"),
+    ],
+)
+def test_constraints_that_contradict_are_refused_at_their_field(
+    gateway: Gateway, search: dict[str, Any], param: str, message: str
+) -> None:
+    body = refusal(gateway, "invalid_request", search=search)
+
+    assert body["param"] == param
+    assert message in body["detail"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefill": {"max_perplexity_increase": 0.05}},
+        {"decode": {"max_perplexity_increase": 0.05}},
+        {"prefill": {"max_perplexity_increase": 0.01}, "decode": {"max_perplexity_increase": 0.05}},
+        {"decode": {"max_perplexity_increase": 0.05, "remove_blocks": 5}},
+    ],
+)
+def test_a_bound_may_stand_for_a_count_or_beside_one(gateway: Gateway, changes: dict[str, Any]) -> None:
+    gateway.create(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"decode": {}}, "decode", "give `remove_blocks`, `max_perplexity_increase` or both"),
+        ({"decode": {"max_perplexity_increase": -0.1}}, "decode.max_perplexity_increase", "greater than or equal to 0"),
+        (
+            {"prefill": {"max_perplexity_increase": 0.1, "remove_blocks": 3}},
+            "prefill.remove_blocks",
+            "may not exceed decode.remove_blocks (2)",
+        ),
+        (
+            {"prefill": {"max_perplexity_increase": 0.1}, "search": {"force": [0, 1, 2]}},
+            "search.force",
+            "search.force lists 3 blocks, but decode.remove_blocks is 2",
+        ),
+        (
+            {
+                "prefill": {"max_perplexity_increase": 0.1},
+                "decode": {"max_perplexity_increase": 0.1},
+                "search": {"force": [0, 1, 2, 3, 4, 5]},
+            },
+            "search.force",
+            "of which at most 5 can be removed",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_refused_at_its_field(
+    gateway: Gateway, changes: dict[str, Any], param: str, message: str
+) -> None:
+    response = gateway.client.post("/v1/jobs", json={**gateway.spec, **changes})
+
+    assert response.status_code == 422
+    assert response.json()["param"] == param
+    assert message in response.json()["detail"]
 
 
 def test_windows_longer_than_the_model_s_context_are_refused() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from service.report import report
+from service.report import report, search_report
 
 DENSE: dict[str, Any] = {
     "blocks": 12,
@@ -40,6 +40,53 @@ PAIR: dict[str, Any] = {
     "kv_tokens": None,
     "kv_bytes_per_request": {"tokens": 256, "dense": 8192, "pruned": 4096, "dense_sent": 4096, "sent": 2048},
 }
+
+
+REMOVAL: dict[str, Any] = {
+    "prefill": {"num_blocks": 48, "deleted": [20, 21], "distilled": {"30": 31}},
+    "decode": {"num_blocks": 48, "deleted": list(range(20, 34)), "distilled": {"40": 41}},
+    "losses": {
+        "objective": "cross_entropy",
+        "prefill": 2.0,
+        "decode": 2.5,
+        "controls": {
+            "decode_set_in_both": 2.75,
+            "decode_only": 2.25,
+            "non_nested": 2.4,
+            "non_nested_removed": list(range(30, 45)),
+        },
+    },
+    "bounds": {
+        "prefill": {"max_perplexity_increase": 0.05, "perplexity_increase": 0.031, "met": True},
+        "decode": {"max_perplexity_increase": 0.1, "perplexity_increase": 0.2, "met": False},
+    },
+    "sensitivity": {
+        "dense": {"both": 2.0, "decode_only": 1.0},
+        "blocks": [{"block": block, "both": 2.125 + block, "decode_only": 1.0625} for block in range(47)],
+    },
+}
+
+
+def test_the_search_is_shown_with_its_controls_bounds_and_every_block_in_eighty_columns() -> None:
+    page = StringIO()
+    Console(width=80, file=page).print(search_report(REMOVAL))
+    text = page.getvalue()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    words = " ".join(text.split())
+    assert "the pair 20, 21, 30 " in words
+    assert "decode only none " in words
+    assert [words.count(f" {loss}") for loss in ("2.5000", "2.7500", "2.2500", "2.4000")] == [1, 1, 1, 1]
+    assert "prefill gives up: +3.1% (bound +5.0%)" in words
+    assert "decode gives up: +20.0% (bound +10.0%, not kept by any set)" in words
+    for block in range(47):
+        assert f" {block} {block + 0.125:.4f} 0.0625" in f" {words}"
+
+
+def test_a_search_without_bounds_shows_none() -> None:
+    page = StringIO()
+    Console(width=80, file=page).print(search_report({**REMOVAL, "bounds": {"prefill": None, "decode": None}}))
+    assert "Perplexity without" not in page.getvalue()
 
 
 def shown(models: dict[str, Any], pair: dict[str, Any]) -> dict[str, str]:

@@ -41,7 +41,9 @@ from tests.tiny_job import tiny_spec, write_tiny_model
 from workers import pipeline
 from workers.pipeline import Worker, run_stage
 from workers.pruning.blocks import block_stack
+from workers.pruning.bound import PerplexityBound
 from workers.pruning.distill import KV_TENSOR
+from workers.pruning.plan import BlockPlan
 from workers.pruning.serving import PrefillDecodePair
 from workers.pruning.width import channel_scores, kept_channels
 
@@ -229,6 +231,90 @@ def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Pat
         run_through(worker, job_id, StageName.REMOVAL)
         plans.append([content(worker, job_id, StageName.REMOVAL, name) for name in ("plan.json", "search.json")])
     assert plans[0] == plans[1]
+
+
+def test_protected_blocks_stay_and_forced_ones_go_from_both_halves(worker: Worker, model: Path) -> None:
+    search = {"protect": [0, 3], "force": [4], "algorithm": "lazy_greedy"}
+    job_id = create(worker, tiny_spec(model, search=search))
+    run_through(worker, job_id, StageName.REMOVAL)
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    removed = {half: BlockPlan.from_json(plan[half]).removed for half in ("prefill", "decode")}
+    assert removed["prefill"] == {4}
+    assert removed["decode"] in ({1, 4}, {2, 4})
+
+
+@pytest.mark.parametrize("algorithm", ["annealing", "greedy"])
+def test_as_many_blocks_go_as_keep_perplexity_within_the_bound(algorithm: str, worker: Worker, model: Path) -> None:
+    targets = {"prefill": {"max_perplexity_increase": 0.2}, "decode": {"max_perplexity_increase": 1.0}}
+    job_id = create(worker, tiny_spec(model, search={"algorithm": algorithm, "evaluations": 40}, **targets))
+    run_through(worker, job_id)
+    metrics = stage_row(worker, job_id, StageName.REMOVAL).metrics
+    removed = {half: BlockPlan.from_json(metrics[half]).removed for half in ("prefill", "decode")}
+    assert removed["prefill"] <= removed["decode"]
+    for half, target in targets.items():
+        bound = metrics["bounds"][half]
+        assert bound["met"]
+        assert bound["perplexity_increase"] <= bound["max_perplexity_increase"] == target["max_perplexity_increase"]
+        increases = {found["remove_blocks"]: found["perplexity_increase"] for found in bound["frontier"]}
+        assert increases[len(removed[half])] == bound["perplexity_increase"]
+        for count, increase in increases.items():
+            assert increase > target["max_perplexity_increase"] or count <= len(removed[half])
+    roles = {name.split("/")[0] for name in recorded(worker, job_id, StageName.EXPORT)}
+    assert roles == ({"unified"} if removed["prefill"] == removed["decode"] else {"prefill", "decode"})
+
+
+@pytest.mark.parametrize(("forced", "met"), [([], True), ([3], False)])
+def test_where_no_block_can_go_within_the_bound_only_forced_ones_do_and_that_is_told(
+    forced: list[int], met: bool, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A random model may gain by losing a block; one that was trained loses.
+    monkeypatch.setattr(PerplexityBound, "increase", lambda self, removed: 0.1 * len(removed))
+    targets = {"prefill": {"max_perplexity_increase": 0.05}, "decode": {"max_perplexity_increase": 0.05}}
+    job_id = create(worker, tiny_spec(model, search={"force": forced}, **targets))
+    run_through(worker, job_id, StageName.REMOVAL)
+    metrics = stage_row(worker, job_id, StageName.REMOVAL).metrics
+    for half in ("prefill", "decode"):
+        assert BlockPlan.from_json(metrics[half]).removed == set(forced)
+        assert metrics["bounds"][half]["met"] is met
+        assert len(metrics["bounds"][half]["frontier"]) == 3
+
+
+@pytest.mark.parametrize(("algorithm", "prefill"), [("annealing", 1), ("exhaustive", 2), ("greedy", 0)])
+def test_every_block_s_sensitivity_and_three_controls_stand_beside_the_nested_pair(
+    algorithm: str, prefill: int, worker: Worker, model: Path
+) -> None:
+    search = {"algorithm": algorithm, "protect": [4]}
+    job_id = create(worker, tiny_spec(model, search=search, prefill={"remove_blocks": prefill}))
+    run_through(worker, job_id, StageName.REMOVAL)
+    metrics = stage_row(worker, job_id, StageName.REMOVAL).metrics
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    assert [plan[key] for key in ("losses", "sensitivity")] == [metrics[key] for key in ("losses", "sensitivity")]
+
+    losses, sensitivity = metrics["losses"], metrics["sensitivity"]
+    assert [found["block"] for found in sensitivity["blocks"]] == [0, 1, 2, 3]
+    assert sensitivity["dense"]["both"] == pytest.approx(0, abs=1e-5)
+    singles = json.loads(content(worker, job_id, StageName.REMOVAL, "search.json"))["prefill"]
+    for found in sensitivity["blocks"]:
+        assert 0 < found["decode_only"] < 20
+        if prefill:
+            assert {"removed": [found["block"]], "loss": found["both"]} in singles
+    controls = losses["controls"]
+    assert controls["non_nested"] <= losses["decode"]
+    assert len(controls["non_nested_removed"]) == 2
+    assert 4 not in controls["non_nested_removed"]
+    if prefill == 0:
+        assert controls["decode_only"] == losses["decode"] == controls["non_nested"]
+    if prefill == 2:
+        assert controls["decode_set_in_both"] == losses["decode"]
+
+
+def test_a_search_out_of_time_still_removes_what_was_asked(worker: Worker, model: Path) -> None:
+    found = {}
+    for name, search in (("greedy", {"algorithm": "greedy"}), ("brief", {"evaluations": 1000, "seconds": 1e-9})):
+        job_id = create(worker, tiny_spec(model, search=search))
+        run_through(worker, job_id, StageName.REMOVAL)
+        found[name] = stage_row(worker, job_id, StageName.REMOVAL).metrics["losses"]
+    assert found["brief"] == found["greedy"]
 
 
 def test_undistilled_export_keeps_the_source_weights(worker: Worker, model: Path) -> None:
@@ -469,7 +555,7 @@ def test_a_stage_finished_by_a_worker_that_died_before_recording_is_not_run_agai
 def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
     stage: StageName, trainable: str, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.stages.removal.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.searching.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
     spec = tiny_spec(model)
     spec["distillation"] |= {
@@ -524,7 +610,7 @@ def test_a_paused_stage_stops_within_seconds_and_ends_as_one_that_was_never_paus
     stage: StageName, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.lease.HEARTBEAT_S", 0.02)
-    monkeypatch.setattr("workers.stages.removal.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.searching.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
     spec = tiny_spec(model, prefill={"remove_blocks": 2}, decode={"remove_blocks": 3})
     spec["search"] = {"algorithm": "exhaustive"}

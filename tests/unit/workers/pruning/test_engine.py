@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from tests.unit.workers.pruning.models import (
     EXPERTS,
@@ -19,7 +19,7 @@ from tests.unit.workers.pruning.models import (
 from workers.pruning.blocks import block_stack, drop_blocks
 from workers.pruning.engine import NOTHING, Engine, NonFiniteLoss, Objective, PairEngine, windows_in
 from workers.pruning.pair import pd_loss
-from workers.pruning.plan import BlockPlan, kv_layer_map
+from workers.pruning.plan import BlockPlan, Blocks, kv_layer_map
 
 SETS = [frozenset(s) for s in ((), (0,), (2,), (1, 3), (1, 4), (0, 1, 2), (4,))]
 
@@ -64,6 +64,43 @@ def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family
         for s in sets
     }
     assert engine.losses(sets) == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(family: str) -> None:
+    model, ids = tiny_model(family), random_ids(3, 20)
+    stack, prefill, prompt_tokens = block_stack(model), frozenset({1, 3}), 9
+    engine = PairEngine(
+        stack, ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2, project_skipped=True
+    )
+    nested = PairEngine(stack, ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2)
+    assert engine.losses([prefill | {4}]) == nested.losses([prefill | {4}])
+
+    def loss(decode: Blocks) -> float:
+        """By forwards of the whole model, in which hooks let the removed blocks' inputs pass."""
+        cache = DynamicCache(config=model.config)
+        outputs = []
+        for gone, part in ((prefill, ids[:, :prompt_tokens]), (decode, ids[:, prompt_tokens:-1])):
+            hooks = [
+                stack.blocks[block].register_forward_hook(lambda module, args, out: args[0]) for block in sorted(gone)
+            ]
+            outputs.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
+            for hook in hooks:
+                hook.remove()
+        logits = torch.cat([outputs[0][:, -1:], outputs[1]], dim=1)
+        return float(F.cross_entropy(logits.flatten(0, 1), ids[:, prompt_tokens:].flatten()))
+
+    sets = [frozenset(s) for s in ((), (1,), (0, 3), (2, 4))]
+    assert engine.losses(sets) == pytest.approx({s: loss(s) for s in sets}, abs=TOLERANCE)
+
+
+def test_losses_can_be_asked_for_by_another_objective() -> None:
+    stack, ids = block_stack(tiny_model("llama")), random_ids(3, 20)
+    for make in (
+        lambda objective: Engine(stack, ids, objective, chunk_windows=2),
+        lambda objective: PairEngine(stack, ids, objective, prefill=NOTHING, prompt_tokens=9, chunk_windows=2),
+    ):
+        assert make("kl").losses(SETS, "cross_entropy") == make("cross_entropy").losses(SETS)
 
 
 def test_with_nothing_removed_every_loss_is_the_dense_models() -> None:

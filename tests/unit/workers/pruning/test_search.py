@@ -10,14 +10,21 @@ from tests.unit.workers.pruning.models import reference_model, reference_windows
 from workers.pruning.blocks import block_stack
 from workers.pruning.engine import Engine
 from workers.pruning.plan import Blocks
-from workers.pruning.search import Algorithm, Memo, SearchResult, search
+from workers.pruning.search import Algorithm, Found, Memo, SearchResult, search
 
 NUM_BLOCKS = 9
+ALGORITHMS: tuple[Algorithm, ...] = ("annealing", "greedy", "lazy_greedy", "exhaustive")
 
 
 def rugged(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
     """Losses without structure but for a cost that grows with the number removed."""
     return {c: len(c) + random.Random(str(sorted(c))).random() for c in candidates}
+
+
+def supermodular(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+    """Losses to which a removal adds no less the more is gone already: their negation is submodular."""
+    weight = {block: random.Random(block).random() for block in range(NUM_BLOCKS)}
+    return {c: sum(weight[b] for b in c) + 0.05 * len(c) ** 2 + 0.3 * len(c & {1, 4, 6}) ** 2 for c in candidates}
 
 
 def run(
@@ -26,8 +33,12 @@ def run(
     *,
     remove: int = 4,
     base: Blocks = frozenset(),
+    protect: Blocks = frozenset(),
     evaluations: int = 80,
     seed: int = 0,
+    out_of_time: Callable[[], bool] = lambda: False,
+    acceptable: Callable[[Found], bool] | None = None,
+    on_progress: Callable[[float, Found], None] = lambda done, best: None,
 ) -> SearchResult:
     return search(
         memo,
@@ -35,10 +46,13 @@ def run(
         num_blocks=NUM_BLOCKS,
         remove=remove,
         base=base,
+        protect=protect,
         scores=[0.1 * block for block in range(NUM_BLOCKS)],
         evaluations=evaluations,
         seed=seed,
-        on_progress=lambda done, best: None,
+        out_of_time=out_of_time,
+        acceptable=acceptable,
+        on_progress=on_progress,
     )
 
 
@@ -109,6 +123,126 @@ def test_removing_no_block_is_a_search_of_one_set() -> None:
 def test_an_impossible_count_is_refused(remove: int, base: Blocks) -> None:
     with pytest.raises(ValueError, match=f"cannot remove {remove} of 9 blocks"):
         run(Memo(rugged), remove=remove, base=base)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_protected_blocks_are_in_no_set_and_forced_ones_in_every(algorithm: Algorithm) -> None:
+    protect, forced = frozenset({0, 8}), frozenset({4})
+    result = run(Memo(rugged), algorithm, base=forced, protect=protect, remove=5)
+    assert sorted(result.frontier) == [1, 2, 3, 4, 5]
+    assert all(forced <= found.removed and not found.removed & protect for found in result.trajectory)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_all_but_the_protected_blocks_can_be_removed(algorithm: Algorithm) -> None:
+    result = run(Memo(rugged), algorithm, protect=frozenset({2, 5, 7}), remove=6)
+    assert result.frontier[6].removed == {0, 1, 3, 4, 6, 8}
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [({1}, "block 1 is both protected"), ({3}, "cannot remove 7 of 9 blocks, of which 3 are")]
+)
+def test_constraints_that_contradict_are_refused(base: set[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(Memo(rugged), base=frozenset(base), protect=frozenset({0, 1, 2}), remove=7)
+
+
+def test_lazy_greedy_equals_greedy_with_fewer_evaluations_where_the_negated_loss_is_submodular() -> None:
+    greedy, lazy = (run(Memo(supermodular), algorithm, remove=8) for algorithm in ("greedy", "lazy_greedy"))
+    assert lazy.frontier == greedy.frontier
+    assert len(lazy.trajectory) < 0.8 * len(greedy.trajectory)
+
+
+def test_a_search_out_of_time_takes_greedys_steps_and_ends() -> None:
+    asked = 0
+
+    def after_ten_steps() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 10
+
+    greedy = run(Memo(rugged), "greedy")
+    at_once = run(Memo(rugged), out_of_time=lambda: True)
+    later = run(Memo(rugged), evaluations=10_000, out_of_time=after_ten_steps)
+    assert at_once == greedy
+    assert len(greedy.trajectory) < len(later.trajectory) < len(run(Memo(rugged), evaluations=10_000).trajectory)
+    assert all(later.frontier[count].loss <= greedy.frontier[count].loss for count in greedy.frontier)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_progress_is_told_after_every_batch_and_never_falls(algorithm: Algorithm) -> None:
+    batches, told = 0, []
+
+    def counting(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+        nonlocal batches
+        batches += 1
+        return rugged(candidates)
+
+    def note(done: float, best: Found) -> None:
+        told.append((batches, done))
+
+    run(Memo(counting), algorithm, evaluations=120, on_progress=note)
+    assert {after for after, _ in told} == set(range(2, batches + 1))  # the first batch is the base alone
+    shares = [done for _, done in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_what_progress_raises_ends_the_search_within_a_step() -> None:
+    class Stop(Exception):
+        pass
+
+    memo = Memo(rugged)
+
+    def stop(done: float, best: Found) -> None:
+        if len(memo.visited) > 60:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(memo, evaluations=200, on_progress=stop)
+    assert len(memo.visited) <= 60 + NUM_BLOCKS + 1
+
+
+def test_a_resumed_search_whose_time_is_spent_arrives_where_the_first_stopped() -> None:
+    asked = 0
+
+    def after_ten_steps() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 10
+
+    first = Memo(rugged)
+    stopped = run(first, evaluations=10_000, out_of_time=after_ten_steps)
+    assert run(Memo(rugged, dict(first.known)), evaluations=10_000, out_of_time=lambda: True) == stopped
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_search_for_acceptable_sets_ends_two_counts_after_the_last(algorithm: Algorithm) -> None:
+    shares: list[float] = []
+    result = run(
+        Memo(rugged),
+        algorithm,
+        remove=8,
+        acceptable=lambda found: found.loss < 4,  # no set of 4 blocks or more is
+        on_progress=lambda done, best: shares.append(done),
+    )
+    assert sorted(result.frontier) == [0, 1, 2, 3, 4, 5]
+    assert shares == sorted(shares)
+
+
+def test_one_count_without_an_acceptable_set_does_not_end_a_search() -> None:
+    result = run(Memo(rugged), remove=8, acceptable=lambda found: len(found.removed) in (1, 3))
+    assert sorted(result.frontier) == [0, 1, 2, 3, 4, 5]
+
+
+def test_annealing_for_acceptable_sets_is_never_above_greedy() -> None:
+    def acceptable(found: Found) -> bool:
+        return found.loss < 4
+
+    greedy = run(Memo(rugged), "greedy", remove=8, acceptable=acceptable).frontier
+    annealed = run(Memo(rugged), remove=8, acceptable=acceptable, evaluations=200).frontier
+    assert sorted(annealed) == sorted(greedy)
+    assert all(annealed[count].loss <= greedy[count].loss for count in greedy)
 
 
 def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_optimum(

@@ -1,0 +1,174 @@
+"""How good the default search's sets are, and how soon it has them: beside every set there is, and beside SLEB.
+
+    python benchmarks/search.py optimum --removed 5 --seeds 20
+    python benchmarks/search.py sleb --removed 2 4 6 --copies 2
+
+`optimum` measures every set of up to --removed blocks of the reference model, then lets the search of each seed find
+its way with those losses. `sleb` times SLEB's procedure and, from nothing, the search until its best set of as many
+blocks costs no more; with --copies 2 every block of the model runs twice, at half strength. Both lower cross-entropy on
+the same windows in chunks of the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import workers
+from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
+from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
+from workers.pruning.engine import NOTHING, Engine, Losses
+from workers.pruning.peers import sleb
+from workers.pruning.plan import Blocks
+from workers.pruning.scores import block_scores
+from workers.pruning.search import Found, Memo, SearchResult, search
+
+REFERENCE = Path(workers.__file__).parent / "reference_model"
+CHUNK_WINDOWS = 4
+BATCH = 64
+"""Sets that share one walk when all are measured."""
+
+
+class Reached(Exception):
+    """The search has what it was timed for."""
+
+
+def reference_model(copies: int) -> PreTrainedModel:
+    """The reference model in float32; each block `copies` times in a row, adding a share of what it added alone."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    model.eval().requires_grad_(False)
+    if copies == 1:
+        return model
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight.div_(copies)
+        block.mlp.down_proj.weight.div_(copies)
+    model.model.layers = nn.ModuleList(copy.deepcopy(block) for block in model.model.layers for _ in range(copies))
+    model.config.num_hidden_layers = len(model.model.layers)
+    if model.config.layer_types is not None:
+        model.config.layer_types = [kind for kind in model.config.layer_types for _ in range(copies)]
+    return drop_blocks(model, NOTHING)  # numbers the layers anew
+
+
+def default_search(memo: Memo, scores: Sequence[float], remove: int, seed: int) -> SearchResult:
+    """The search of a job that says nothing about it."""
+    return search(
+        memo,
+        algorithm="annealing",
+        num_blocks=len(scores),
+        remove=remove,
+        base=NOTHING,
+        scores=scores,
+        evaluations=150,
+        seed=seed,
+        on_progress=lambda done, best: None,
+    )
+
+
+def optimum(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: argparse.Namespace) -> list[str]:
+    """The table of `optimum`."""
+    engine = Engine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS)
+    blocks = range(len(stack.blocks))
+    sets = [frozenset(s) for n in range(max(args.removed) + 1) for s in itertools.combinations(blocks, n)]
+    batches = [sets[start : start + BATCH] for start in range(0, len(sets), BATCH)]
+    table: dict[Blocks, float] = {}
+    for batch in track(batches, description="every set"):
+        table |= engine.losses(batch)
+    looked_up: Losses = lambda candidates: {candidate: table[candidate] for candidate in candidates}  # noqa: E731
+
+    lines = [
+        f"Dense {table[NOTHING]:.3f}; {len(sets)} sets in {engine.block_forwards} block-forwards.",
+        "",
+        "| n | best set | loss | seeds that end on it | sets the search visited, median | most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count in args.removed:
+        best = best_of(table, count)
+        memos = [Memo(looked_up) for _ in range(args.seeds)]
+        ends = [default_search(memo, scores, count, seed).frontier[count] for seed, memo in enumerate(memos)]
+        hits = sum(end.removed == best.removed for end in ends)
+        visited = [len(memo.visited) for memo in memos]
+        shown = ", ".join(map(str, sorted(best.removed)))
+        lines.append(
+            f"| {count} | {shown} | {best.loss:.3f} | {hits} of {args.seeds} | {median(visited):.0f} | {max(visited)} |"
+        )
+    return lines
+
+
+def best_of(table: Mapping[Blocks, float], count: int) -> Found:
+    """The set of `count` blocks of least loss."""
+    removed = min((removed for removed in table if len(removed) == count), key=lambda removed: table[removed])
+    return Found(removed, table[removed])
+
+
+def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: argparse.Namespace) -> list[str]:
+    """The table of `sleb`."""
+    lines = [
+        "| n | SLEB's set | loss | seconds | search's set when no worse | loss | seconds | of SLEB's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for count in track(args.removed, description="beside SLEB"):
+        started = time.perf_counter()
+        theirs = sleb(stack, windows, count, chunk_windows=CHUNK_WINDOWS).removed
+        their_seconds = time.perf_counter() - started
+        target = Engine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS).losses([theirs])[theirs]
+
+        found, seconds = until(stack, windows, scores, count, target, args.seed)
+        lines.append(
+            f"| {count} | {', '.join(map(str, sorted(theirs)))} | {target:.3f} | {their_seconds:.1f} "
+            f"| {', '.join(map(str, sorted(found.removed)))} | {found.loss:.3f} | {seconds:.1f} "
+            f"| {seconds / their_seconds:.2f} |"
+        )
+    return lines
+
+
+def until(
+    stack: BlockStack, windows: Tensor, scores: Sequence[float], count: int, target: float, seed: int
+) -> tuple[Found, float]:
+    """Search until a set of `count` blocks costs at most `target`: that set, or the best there was, and the seconds."""
+    started = time.perf_counter()
+
+    def stop_when_reached(new: Mapping[Blocks, float]) -> None:
+        if any(len(removed) == count and loss <= target + 1e-6 for removed, loss in new.items()):
+            raise Reached
+
+    engine = Engine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS)
+    memo = Memo(engine.losses, on_new=stop_when_reached)
+    with contextlib.suppress(Reached):
+        default_search(memo, scores, count, seed)
+    seconds = time.perf_counter() - started
+    return best_of(memo.known, count), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("table", choices=["optimum", "sleb"])
+    parser.add_argument("--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
+    parser.add_argument("--copies", type=int, default=1, help="how often each block runs")
+    parser.add_argument("--seeds", type=int, default=20, help="searches of `optimum`")
+    parser.add_argument("--seed", type=int, default=0, help="of the windows, and of the search beside SLEB")
+    parser.add_argument("--calibration-windows", type=int, default=24)
+    parser.add_argument("--window-tokens", type=int, default=256)
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    stream = token_stream(stdlib_documents("calibration"), tokenizer)
+    windows = cut_windows(stream, count=args.calibration_windows, tokens=args.window_tokens, seed=args.seed)
+    stack = block_stack(reference_model(args.copies))
+    scores = block_scores(stack, windows, chunk_windows=CHUNK_WINDOWS).cosine
+    lines = (optimum if args.table == "optimum" else beside_sleb)(stack, windows, scores, args)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

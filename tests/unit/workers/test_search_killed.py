@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_search_killed_at_twenty_random_moments_ends_with_the_plan_of_the_unbroken_run(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The script itself compares the plans, byte by byte."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.search_killed", str(tmp_path), "20", "0"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("killed 20 times")
+    record_property("A search", done.stdout.strip())

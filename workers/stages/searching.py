@@ -1,0 +1,246 @@
+"""The searches of the removal stage: what prefill gives up, what decode does besides, and what to hold them against.
+
+Losses are kept in the store as they are found, so that a later attempt goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from service.contract.blocks import most_removable
+from service.contract.spec import StageTarget
+from workers.context import StageContext
+from workers.models import windows_at_once
+from workers.pruning.blocks import BlockStack
+from workers.pruning.bound import PerplexityBound
+from workers.pruning.engine import NOTHING, Engine, Losses, PairEngine
+from workers.pruning.plan import Blocks
+from workers.pruning.search import Algorithm, Found, Memo, SearchResult, search
+
+STATE = "search-state.json"
+SAVE_INTERVAL_S = 10.0
+Span = tuple[float, float]
+MeasuredLosses = Engine | PairEngine
+
+
+class Evaluated:
+    """Losses of the sets evaluated so far, kept in the store so that a later attempt need not repeat them."""
+
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
+        self._saved_at = time.monotonic()
+        kept = json.loads(context.load_state(STATE) or b'{"losses": {}, "seconds": {}}')
+        self._losses: dict[str, dict[Blocks, float]] = {
+            phase: {frozenset(removed): loss for removed, loss in entries} for phase, entries in kept["losses"].items()
+        }
+        self._seconds: dict[str, float] = kept["seconds"]
+        """What earlier attempts spent on each phase."""
+
+    def memo(self, phase: str, losses: Losses) -> Memo:
+        """`losses` with what this phase already knows; saved as it grows. Evaluating raises Cancelled, LeaseLost."""
+
+        def after_batch(new: Mapping[Blocks, float]) -> None:
+            if time.monotonic() - self._saved_at >= SAVE_INTERVAL_S:
+                self._saved_at = time.monotonic()
+                self._save()
+            self._context.check()
+
+        return Memo(losses, self._losses.setdefault(phase, {}), after_batch)
+
+    def out_of_time(self, phase: str, limit_s: float | None) -> Callable[[], bool]:
+        """Whether this phase has run for `limit_s` seconds, all attempts together."""
+        started, before = time.monotonic(), self._seconds.get(phase, 0.0)
+
+        def spent() -> bool:
+            self._seconds[phase] = before + time.monotonic() - started
+            return limit_s is not None and self._seconds[phase] >= limit_s
+
+        return spent
+
+    def _save(self) -> None:
+        losses = {phase: [[sorted(r), loss] for r, loss in known.items()] for phase, known in self._losses.items()}
+        self._context.save_state(STATE, json.dumps({"losses": losses, "seconds": self._seconds}).encode())
+
+
+@dataclass(frozen=True)
+class HalfFound:
+    """What one serving stage gives up, and how that was found."""
+
+    chosen: Found
+    result: SearchResult
+    bound: PerplexityBound | None
+
+    @property
+    def removed(self) -> Blocks:
+        return self.chosen.removed
+
+    def bound_json(self) -> dict[str, Any] | None:
+        """What came of the bound on perplexity, if the job set one."""
+        frontier = [found for _, found in sorted(self.result.frontier.items())]
+        return None if self.bound is None else self.bound.to_json(self.chosen, frontier)
+
+    def trajectory_json(self) -> list[dict[str, Any]]:
+        """Every set that was evaluated, in order."""
+        return [{"removed": sorted(found.removed), "loss": found.loss} for found in self.result.trajectory]
+
+
+class Searcher:
+    """Searches and measurements on one model and its calibration windows (windows, tokens)."""
+
+    def __init__(self, context: StageContext, stack: BlockStack, windows: Tensor, cosine: list[float]) -> None:
+        self.prompt_tokens = windows.shape[1] // 2
+        self._context = context
+        self._spec = context.spec
+        self._stack = stack
+        self._windows = windows
+        self._cosine = cosine
+        self._chunk_windows = windows_at_once(stack.model, windows.shape[1])
+        self._evaluated = Evaluated(context)
+        self._forced = frozenset(self._spec.search.force)
+        most = most_removable(self._spec, len(stack.blocks))
+        asked = (self._spec.prefill.remove_blocks, self._spec.decode.remove_blocks)
+        self._decode_limit = most if asked[1] is None else asked[1]
+        # What prefill gives up, decode does too.
+        self._prefill_limit = min(most if asked[0] is None else asked[0], self._decode_limit)
+
+    def prefill(self, span: Span) -> HalfFound:
+        """The blocks that prefill gives up: the least loss on whole windows."""
+        engine = self._engine()
+        bound = self._bound(self._spec.prefill, "prefill", engine, dense=engine)
+        memo = self._evaluated.memo("prefill", engine.losses)
+        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span)
+
+    def decode(self, prefill: Blocks, span: Span) -> HalfFound:
+        """The blocks that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
+        engine = self._pair(prefill)
+        phase = f"decode after {sorted(prefill)}"
+        bound = self._bound(self._spec.decode, phase, engine, dense=self._pair(NOTHING))
+        memo = self._evaluated.memo(phase, engine.losses)
+        return self._half("decode", memo, prefill, self._decode_limit, bound, span)
+
+    def sensitivity(self) -> dict[str, Any]:
+        """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
+
+        Protected blocks are left out: that they cannot go may be why they are protected.
+        """
+        blocks = [block for block in range(len(self._stack.blocks)) if block not in self._spec.search.protect]
+        alone = {block: frozenset({block}) for block in blocks}
+        both = self._evaluated.memo("prefill", self._engine().losses)([NOTHING, *alone.values()])
+        decode = self._evaluated.memo("decode only", self._pair(NOTHING).losses)([NOTHING, *alone.values()])
+        return {
+            "dense": {"both": both[NOTHING], "decode_only": decode[NOTHING]},
+            "blocks": [{"block": b, "both": both[one], "decode_only": decode[one]} for b, one in alone.items()],
+        }
+
+    def controls(self, prefill: Blocks, decode: Found, span: Span) -> dict[str, Any]:
+        """Losses on continuations to hold the nested pair's against.
+
+        `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing; `non_nested`: it
+        gives up `prefill`, but projects keys and values for every block, so that decode gives up any blocks (of the
+        count in `decode`, whose set is among those tried: this loss is never higher).
+        """
+        self._context.report(span[0], "Measuring the controls.")
+        removed = decode.removed
+        in_both = self._evaluated.memo(f"decode after {sorted(removed)}", self._pair(removed).losses)([removed])
+        alone = self._evaluated.memo("decode only", self._pair(NOTHING).losses)([removed])
+        free = self._non_nested(prefill, decode, span)
+        return {
+            "decode_set_in_both": in_both[removed],
+            "decode_only": alone[removed],
+            "non_nested": free.loss,
+            "non_nested_removed": sorted(free.removed),
+        }
+
+    def _non_nested(self, prefill: Blocks, decode: Found, span: Span) -> Found:
+        if prefill == self._forced:
+            return decode  # Nesting asked for nothing.
+        phase = f"non-nested beside {sorted(prefill)}"
+        memo = self._evaluated.memo(phase, self._pair(prefill, project_skipped=True).losses)
+        memo([decode.removed])
+        algorithm = self._spec.search.algorithm
+        # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
+        algorithm = "annealing" if algorithm == "exhaustive" else algorithm
+        name = "decode without nesting"
+        result = self._search(memo, name, self._forced, len(decode.removed), span, algorithm=algorithm)
+        return result.frontier[len(decode.removed)]
+
+    def _half(
+        self, name: str, memo: Memo, base: Blocks, limit: int, bound: PerplexityBound | None, span: Span
+    ) -> HalfFound:
+        algorithm = self._spec.search.algorithm
+        if bound is None:
+            result = self._search(memo, name, base, limit, span, algorithm=algorithm)
+            return HalfFound(result.frontier[limit], result, None)
+        bound.increase(base)
+        result = self._search(memo, name, base, limit, span, algorithm=algorithm, acceptable=bound.holds)
+        return HalfFound(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
+
+    def _search(
+        self,
+        memo: Memo,
+        name: str,
+        base: Blocks,
+        remove: int,
+        span: Span,
+        *,
+        algorithm: Algorithm,
+        acceptable: Callable[[Found], bool] | None = None,
+    ) -> SearchResult:
+        start, end = span
+        spec = self._spec.search
+
+        def on_progress(done: float, best: Found) -> None:
+            self._context.report(
+                start + (end - start) * done,
+                f"Searching what {name} gives up.",
+                evaluated=len(memo.visited),
+                loss=round(best.loss, 5),
+                removed=sorted(best.removed),
+            )
+
+        return search(
+            memo,
+            algorithm=algorithm,
+            num_blocks=len(self._cosine),
+            remove=remove,
+            base=base,
+            protect=frozenset(spec.protect),
+            scores=self._cosine,
+            evaluations=spec.evaluations,
+            out_of_time=self._evaluated.out_of_time(name, spec.seconds),
+            seed=self._spec.seed,
+            on_progress=on_progress,
+            acceptable=acceptable,
+        )
+
+    def _bound(
+        self, target: StageTarget, phase: str, engine: MeasuredLosses, *, dense: MeasuredLosses
+    ) -> PerplexityBound | None:
+        if target.max_perplexity_increase is None:
+            return None
+        # A phase of its own unless the search's losses are cross-entropies already.
+        known = phase if self._spec.search.objective == "cross_entropy" else f"{phase}, cross-entropy"
+        memo = self._evaluated.memo(known, partial(engine.losses, objective="cross_entropy"))
+        of_dense = dense.losses([NOTHING], "cross_entropy")[NOTHING]
+        return PerplexityBound(memo, of_dense, target.max_perplexity_increase)
+
+    def _engine(self) -> Engine:
+        return Engine(self._stack, self._windows, self._spec.search.objective, chunk_windows=self._chunk_windows)
+
+    def _pair(self, prefill: Blocks, *, project_skipped: bool = False) -> PairEngine:
+        return PairEngine(
+            self._stack,
+            self._windows,
+            self._spec.search.objective,
+            prefill=prefill,
+            prompt_tokens=self.prompt_tokens,
+            chunk_windows=self._chunk_windows,
+            project_skipped=project_skipped,
+        )
