@@ -26,6 +26,8 @@ bench: $(VENV)/.worker
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/distillation.py --learning-rate 5e-4
 	$(BIN)/python benchmarks/kv_tokens.py
+	$(BIN)/python benchmarks/objective.py
+	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072 --learning-rate 5e-4
 
 clean:
 	rm -rf $(VENV) pdtrim-data .coverage*
