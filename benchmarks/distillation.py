@@ -21,9 +21,10 @@ from workers.pruning.calibration import Split, cut_windows, stdlib_documents, to
 from workers.pruning.distill import heal, load_tensors, merge, trainable
 from workers.pruning.engine import Engine
 from workers.pruning.measure import Perplexity, perplexity
+from workers.pruning.memo import Memo
 from workers.pruning.plan import assign_actions
 from workers.pruning.scores import block_scores
-from workers.pruning.search import Memo, search
+from workers.pruning.search import search
 from workers.pruning.training import Journal, TrainingSettings
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
@@ -60,7 +61,8 @@ def main() -> None:
     dense = load()
     stack = block_stack(dense)
     scores = block_scores(stack, windows["calibration"], chunk_windows=4)
-    memo = Memo(Engine(stack, windows["calibration"], "kl", chunk_windows=4).losses)
+    engine = Engine(stack, windows["calibration"], "kl", chunk_windows=4)
+    memo = Memo(engine.window_losses, engine.windows, racing=True)
     found = search(
         memo,
         algorithm="annealing",

@@ -27,10 +27,11 @@ from workers.pruning.calibration import Split, cut_windows, stdlib_documents, to
 from workers.pruning.distill import fit_spans, heal, load_tensors, trainable
 from workers.pruning.engine import Engine
 from workers.pruning.measure import perplexity
+from workers.pruning.memo import Memo
 from workers.pruning.peers import PEERS, PeerPlan
 from workers.pruning.plan import Blocks, assign_actions
 from workers.pruning.scores import block_scores
-from workers.pruning.search import Memo, search
+from workers.pruning.search import search
 from workers.pruning.training import Journal, TrainingSettings
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
@@ -62,7 +63,7 @@ def pdtrim(stack: BlockStack, windows: Tensor, remove: int, args: argparse.Names
     scores = block_scores(stack, windows, chunk_windows=CHUNK_WINDOWS)
     engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
     found = search(
-        Memo(engine.losses),
+        Memo(engine.window_losses, engine.windows, racing=True),
         algorithm="annealing",
         num_blocks=num_blocks,
         remove=remove,

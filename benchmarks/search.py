@@ -5,8 +5,8 @@
 
 `optimum` measures every set of up to --removed blocks of the reference model, then lets the search of each seed find
 its way with those losses. `sleb` times SLEB's procedure and, from nothing, the search until its best set of as many
-blocks costs no more; with --copies 2 every block of the model runs twice, at half strength. Both lower cross-entropy on
-the same windows in chunks of the same size.
+blocks costs no more by --objective, which the search lowers; SLEB always lowers cross-entropy. With --copies 2 every
+block of the model runs twice, at half strength. Both use the same windows in chunks of the same size.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import workers
 from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
-from workers.pruning.engine import NOTHING, Engine, Losses
+from workers.pruning.engine import NOTHING, Engine, mean
+from workers.pruning.memo import Found, Memo
 from workers.pruning.peers import sleb
 from workers.pruning.plan import Blocks
 from workers.pruning.scores import block_scores
-from workers.pruning.search import Found, Memo, SearchResult, search
+from workers.pruning.search import OnProgress, SearchResult, search
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4
+TOLERANCE = 1e-6
+"""Losses so close are equal: the procedures sum in another order."""
 BATCH = 64
 """Sets that share one walk when all are measured."""
 
@@ -60,7 +63,13 @@ def reference_model(copies: int) -> PreTrainedModel:
     return drop_blocks(model, NOTHING)  # numbers the layers anew
 
 
-def default_search(memo: Memo, scores: Sequence[float], remove: int, seed: int) -> SearchResult:
+def default_search(
+    memo: Memo,
+    scores: Sequence[float],
+    remove: int,
+    seed: int,
+    on_progress: OnProgress = lambda done, best: None,
+) -> SearchResult:
     """The search of a job that says nothing about it."""
     return search(
         memo,
@@ -71,7 +80,7 @@ def default_search(memo: Memo, scores: Sequence[float], remove: int, seed: int) 
         scores=scores,
         evaluations=150,
         seed=seed,
-        on_progress=lambda done, best: None,
+        on_progress=on_progress,
     )
 
 
@@ -81,26 +90,29 @@ def optimum(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: a
     blocks = range(len(stack.blocks))
     sets = [frozenset(s) for n in range(max(args.removed) + 1) for s in itertools.combinations(blocks, n)]
     batches = [sets[start : start + BATCH] for start in range(0, len(sets), BATCH)]
-    table: dict[Blocks, float] = {}
+    measured: dict[Blocks, list[float]] = {}
     for batch in track(batches, description="every set"):
-        table |= engine.losses(batch)
-    looked_up: Losses = lambda candidates: {candidate: table[candidate] for candidate in candidates}  # noqa: E731
+        measured |= engine.window_losses(batch, range(engine.windows))
+    table = mean(measured)
+
+    def looked_up(candidates: Sequence[Blocks], windows: range) -> dict[Blocks, list[float]]:
+        return {candidate: measured[candidate][windows.start : windows.stop] for candidate in candidates}
 
     lines = [
         f"Dense {table[NOTHING]:.3f}; {len(sets)} sets in {engine.block_forwards} block-forwards.",
         "",
-        "| n | best set | loss | seeds that end on it | sets the search visited, median | most |",
+        "| n | best set | loss | seeds that end on it | sets measured, if only in part: median | most |",
         "|---|---|---|---|---|---|",
     ]
     for count in args.removed:
         best = best_of(table, count)
-        memos = [Memo(looked_up) for _ in range(args.seeds)]
+        memos = [Memo(looked_up, engine.windows, racing=True) for _ in range(args.seeds)]
         ends = [default_search(memo, scores, count, seed).frontier[count] for seed, memo in enumerate(memos)]
         hits = sum(end.removed == best.removed for end in ends)
-        visited = [len(memo.visited) for memo in memos]
+        touched = [len(memo.known) for memo in memos]
         shown = ", ".join(map(str, sorted(best.removed)))
         lines.append(
-            f"| {count} | {shown} | {best.loss:.3f} | {hits} of {args.seeds} | {median(visited):.0f} | {max(visited)} |"
+            f"| {count} | {shown} | {best.loss:.3f} | {hits} of {args.seeds} | {median(touched):.0f} | {max(touched)} |"
         )
     return lines
 
@@ -121,9 +133,9 @@ def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], arg
         started = time.perf_counter()
         theirs = sleb(stack, windows, count, chunk_windows=CHUNK_WINDOWS).removed
         their_seconds = time.perf_counter() - started
-        target = Engine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS).losses([theirs])[theirs]
+        target = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS).losses([theirs])[theirs]
 
-        found, seconds = until(stack, windows, scores, count, target, args.seed)
+        found, seconds = until(stack, windows, scores, count, target, args)
         lines.append(
             f"| {count} | {', '.join(map(str, sorted(theirs)))} | {target:.3f} | {their_seconds:.1f} "
             f"| {', '.join(map(str, sorted(found.removed)))} | {found.loss:.3f} | {seconds:.1f} "
@@ -133,21 +145,20 @@ def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], arg
 
 
 def until(
-    stack: BlockStack, windows: Tensor, scores: Sequence[float], count: int, target: float, seed: int
+    stack: BlockStack, windows: Tensor, scores: Sequence[float], count: int, target: float, args: argparse.Namespace
 ) -> tuple[Found, float]:
     """Search until a set of `count` blocks costs at most `target`: that set, or the best there was, and the seconds."""
     started = time.perf_counter()
 
-    def stop_when_reached(new: Mapping[Blocks, float]) -> None:
-        if any(len(removed) == count and loss <= target + 1e-6 for removed, loss in new.items()):
+    def stop_when_reached(done: float, best: Found) -> None:
+        if len(best.removed) == count and best.loss <= target + TOLERANCE:
             raise Reached
 
-    engine = Engine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS)
-    memo = Memo(engine.losses, on_new=stop_when_reached)
+    engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
+    memo = Memo(engine.window_losses, engine.windows, racing=True)
     with contextlib.suppress(Reached):
-        default_search(memo, scores, count, seed)
-    seconds = time.perf_counter() - started
-    return best_of(memo.known, count), seconds
+        default_search(memo, scores, count, args.seed, stop_when_reached)
+    return memo.best(count), time.perf_counter() - started
 
 
 def main() -> None:
@@ -155,6 +166,9 @@ def main() -> None:
     parser.add_argument("table", choices=["optimum", "sleb"])
     parser.add_argument("--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
     parser.add_argument("--copies", type=int, default=1, help="how often each block runs")
+    parser.add_argument(
+        "--objective", choices=["kl", "cross_entropy"], default="kl", help="by which sets are held beside SLEB's"
+    )
     parser.add_argument("--seeds", type=int, default=20, help="searches of `optimum`")
     parser.add_argument("--seed", type=int, default=0, help="of the windows, and of the search beside SLEB")
     parser.add_argument("--calibration-windows", type=int, default=24)

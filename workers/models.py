@@ -68,13 +68,17 @@ def _stoppable(model: PreTrainedModel, check: Check) -> PreTrainedModel:
     return model
 
 
+def is_streamed(model: PreTrainedModel) -> bool:
+    """Whether the model's blocks come from disk when they are called."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
     """How many calibration windows to walk through the blocks together when every block is tried for removal."""
     if device().type == "cuda":
         memory_bytes = free_memory_bytes() // 4
     else:
-        streamed = any(parameter.is_meta for parameter in model.parameters())
-        memory_bytes = STREAMED_WALK_BYTES if streamed else RESIDENT_WALK_BYTES
+        memory_bytes = STREAMED_WALK_BYTES if is_streamed(model) else RESIDENT_WALK_BYTES
     return windows_in(
         memory_bytes,
         streams=model.config.num_hidden_layers + 1,

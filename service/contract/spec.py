@@ -147,6 +147,12 @@ class SearchSpec(SpecModel):
         le=100_000,
         description="Sets that annealing may evaluate, for each of prefill, decode and the control without nesting.",
     )
+    racing: bool = Field(
+        default=True,
+        description="Let greedy's steps drop a set as soon as a paired test on the first windows says that it cannot "
+        "win. Reported losses are on all windows in any case. Without effect where weights are read from disk block "
+        "by block.",
+    )
     seconds: float | None = Field(
         default=None,
         gt=0.0,

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from workers.pruning.memo import Found, Memo
 from workers.pruning.plan import Blocks
-from workers.pruning.search import Found, Memo
 
 MAX_EXPONENT = 700.0
 """exp of more overflows; perplexities so high differ no longer."""

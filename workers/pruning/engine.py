@@ -7,6 +7,7 @@ each distinct set of blocks removed *so far* (a trie over the sorted sets) and r
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +22,8 @@ from workers.pruning.plan import Blocks, check_nested
 
 Objective = Literal["kl", "cross_entropy", "hidden"]
 NOTHING: Blocks = frozenset()
-Losses = Callable[[Sequence[Blocks]], dict[Blocks, float]]
-"""Mean loss a token of each candidate set: what engines offer and searches use."""
+WindowLosses = Callable[[Sequence[Blocks], range], dict[Blocks, list[float]]]
+"""Mean loss a token of each candidate set on each window of a range: what engines offer and searches use."""
 HEAD_ELEMENTS = 2**24
 """Logits computed at a time; bounds the memory of a large vocabulary (64 MiB in float32)."""
 
@@ -86,90 +87,126 @@ def walk(
     return streams, forwards
 
 
-def summed_loss(
+def mean_losses(
     stack: BlockStack, objective: Objective, h: Mapping[Blocks, Tensor], dense: Tensor | None, targets: Tensor
-) -> dict[Blocks, float]:
-    """Loss in nats summed over tokens, of each candidate's last hidden states (batch, time, hidden).
+) -> dict[Blocks, list[float]]:
+    """Mean loss a token in nats, of each window of each candidate's last hidden states (batch, time, hidden).
 
     `kl` is KL(dense ‖ candidate) of the next-token distributions, `cross_entropy` is −log p(target), and `hidden` is
     ‖h − h_dense‖² / ‖h_dense‖² after the final norm, which has no unit. `dense` holds the dense model's last hidden
     states, which cross-entropy does not need; `targets` is (batch, time).
     """
-    totals = dict.fromkeys(h, 0.0)
+    by_token: dict[Blocks, list[Tensor]] = {candidate: [] for candidate in h}
     flat_targets = targets.flatten()
     rows = max(1, HEAD_ELEMENTS // stack.model.config.vocab_size)
     for start in range(0, len(flat_targets), rows):
         part = slice(start, start + rows)
         measure = _measure(stack, objective, None if dense is None else dense.flatten(0, 1)[part], flat_targets[part])
         for candidate, states in h.items():
-            totals[candidate] += float(measure(stack.norm(states.flatten(0, 1)[part])))
-    return totals
+            by_token[candidate].append(measure(stack.norm(states.flatten(0, 1)[part])))
+    return {
+        candidate: torch.cat(parts).view_as(targets).mean(1, dtype=torch.float64).tolist()
+        for candidate, parts in by_token.items()
+    }
 
 
 def _measure(
     stack: BlockStack, objective: Objective, dense: Tensor | None, targets: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """From hidden states (tokens, hidden) after the final norm to their loss, summed over tokens."""
+    """From hidden states (tokens, hidden) after the final norm to the loss of each token (tokens,)."""
     if objective == "cross_entropy":
-        return lambda normed: F.cross_entropy(stack.head(normed).float(), targets, reduction="sum")
+        return lambda normed: F.cross_entropy(stack.head(normed).float(), targets, reduction="none")
     if dense is None:
         raise ValueError(f"{objective} needs the dense model's hidden states")
     reference = stack.norm(dense)
     if objective == "hidden":
         size = reference.float().pow(2).sum(-1)
-        return lambda normed: ((normed - reference).float().pow(2).sum(-1) / size).sum()
+        return lambda normed: (normed - reference).float().pow(2).sum(-1) / size
     dense_log_p = F.log_softmax(stack.head(reference).float(), dim=-1)  # (tokens, vocabulary)
     return lambda normed: F.kl_div(
-        F.log_softmax(stack.head(normed).float(), dim=-1), dense_log_p, reduction="sum", log_target=True
-    )
+        F.log_softmax(stack.head(normed).float(), dim=-1), dense_log_p, reduction="none", log_target=True
+    ).sum(-1)
 
 
-def mean_losses(totals: Sequence[Mapping[Blocks, float]], tokens: int, chunk_windows: int) -> dict[Blocks, float]:
-    """Sums over chunks to means over tokens. Raises: NonFiniteLoss naming candidate and windows."""
-    for chunk, losses in enumerate(totals):
-        for candidate, loss in losses.items():
+def check_finite(losses: Mapping[Blocks, Sequence[float]], first_window: int) -> None:
+    """Raises: NonFiniteLoss naming candidate and window."""
+    for candidate, by_window in losses.items():
+        for window, loss in enumerate(by_window, start=first_window):
             if not math.isfinite(loss):
-                first = chunk * chunk_windows
-                raise NonFiniteLoss(
-                    f"removing blocks {sorted(candidate)} gives the loss {loss} on windows {first} to "
-                    f"{first + chunk_windows - 1}"
-                )
-    return {candidate: math.fsum(losses[candidate] for losses in totals) / tokens for candidate in totals[0]}
+                raise NonFiniteLoss(f"removing blocks {sorted(candidate)} gives the loss {loss} on window {window}")
 
 
-class Engine:
-    """Losses of candidate sets on whole windows (windows, tokens). Every token but the first of a window is scored."""
+def mean(losses: Mapping[Blocks, Sequence[float]]) -> dict[Blocks, float]:
+    """Mean over windows, which are all of one length."""
+    return {candidate: math.fsum(by_window) / len(by_window) for candidate, by_window in losses.items()}
 
-    def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective, *, chunk_windows: int) -> None:
+
+class WindowsEngine(ABC):
+    """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out."""
+
+    def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective, chunk_windows: int) -> None:
         self.block_forwards = 0
+        self.windows = len(windows)
         self._stack = stack
-        self._windows = windows
+        self._ids = windows
         self._objective = objective
         self._chunk_windows = chunk_windows
-        self._calls = capture_calls(stack, windows[:, :-1])
 
     def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
-        """Mean loss a token of each candidate, by the engine's objective unless another is given.
+        """Mean loss a token of each candidate on all windows, by the engine's objective unless another is given.
 
-        Smaller chunks when memory runs out. Raises: NonFiniteLoss.
+        Raises: what `window_losses` raises.
         """
-        while True:
-            try:
-                return self._losses(candidates, objective or self._objective)
-            except torch.OutOfMemoryError as error:
-                self._chunk_windows = halved(self._chunk_windows, len(candidates) + 1, error)
+        return mean(self.window_losses(candidates, range(self.windows), objective))
 
     @torch.no_grad()
-    def _losses(self, candidates: Sequence[Blocks], objective: Objective) -> dict[Blocks, float]:
-        totals = []
-        for chunk in self._windows.split(self._chunk_windows):
-            walked = candidates if objective == "cross_entropy" else [NOTHING, *candidates]
-            h, forwards = walk(self._stack, self._calls, self._stack.embed(chunk[:, :-1]), walked, {})
-            self.block_forwards += forwards
-            wanted = {candidate: h[candidate] for candidate in candidates}
-            totals.append(summed_loss(self._stack, objective, wanted, h.get(NOTHING), chunk[:, 1:]))
-        tokens = self._windows[:, 1:].numel()
-        return mean_losses(totals, tokens, self._chunk_windows)
+    def window_losses(
+        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
+    ) -> dict[Blocks, list[float]]:
+        """Mean loss a token of each candidate on each of `windows`.
+
+        Raises: NonFiniteLoss; OutOfMemoryError when one window does not fit.
+        """
+        losses: dict[Blocks, list[float]] = {candidate: [] for candidate in candidates}
+        start = windows.start
+        while start < windows.stop:
+            chunk = range(start, min(start + self._chunk_windows, windows.stop))
+            try:
+                found = self._chunk_losses(candidates, chunk, objective or self._objective)
+            except torch.OutOfMemoryError as error:
+                self._shrink(halved(self._chunk_windows, len(candidates) + 1, error))
+                continue
+            check_finite(found, start)
+            for candidate, by_window in found.items():
+                losses[candidate] += by_window
+            start = chunk.stop
+        return losses
+
+    def _shrink(self, chunk_windows: int) -> None:
+        self._chunk_windows = chunk_windows
+
+    @abstractmethod
+    def _chunk_losses(
+        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
+    ) -> dict[Blocks, list[float]]: ...
+
+
+class Engine(WindowsEngine):
+    """Losses of candidate sets on whole windows. Every token but the first of a window is scored."""
+
+    def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective, *, chunk_windows: int) -> None:
+        super().__init__(stack, windows, objective, chunk_windows)
+        self._calls = capture_calls(stack, windows[:, :-1])
+
+    def _chunk_losses(
+        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
+    ) -> dict[Blocks, list[float]]:
+        ids = self._ids[chunk.start : chunk.stop]
+        walked = candidates if objective == "cross_entropy" else [NOTHING, *candidates]
+        h, forwards = walk(self._stack, self._calls, self._stack.embed(ids[:, :-1]), walked, {})
+        self.block_forwards += forwards
+        wanted = {candidate: h[candidate] for candidate in candidates}
+        return mean_losses(self._stack, objective, wanted, h.get(NOTHING), ids[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -181,7 +218,7 @@ class _Prompt:
     dense: Tensor  # (batch, continuation, hidden): the dense model's h_L for the same predictions
 
 
-class PairEngine:
+class PairEngine(WindowsEngine):
     """Losses of what decode removes, on continuations of prompts that a prefill model without `prefill` processed.
 
     The first continued token is predicted by the prefill model, the others by the decode model, which reads the
@@ -206,18 +243,13 @@ class PairEngine:
         """
         if not 1 <= prompt_tokens <= windows.shape[1] - 2:
             raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
-        self.block_forwards = 0
-        self._stack = stack
-        self._objective = objective
+        super().__init__(stack, windows, objective, chunk_windows)
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
-        self._chunk_windows = chunk_windows
         self._project_skipped = project_skipped
-        self._windows = windows
         self._calls = capture_continuation_calls(stack, windows[:, :-1], prompt_tokens)
-        self._prompts: list[_Prompt] = []
+        self._prompts: dict[range, _Prompt] = {}
 
-    @torch.no_grad()
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
         stack, prompt = self._stack, chunk[:, : self._prompt_tokens]
         cache = DynamicCache(config=stack.model.config)
@@ -233,32 +265,31 @@ class PairEngine:
         caches = {block: Prefix.of(cache, block) for block in cached}
         return _Prompt(caches, h[:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
 
-    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
-        """Mean loss a continued token, by the engine's objective unless another is given.
+    def window_losses(
+        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
+    ) -> dict[Blocks, list[float]]:
+        """Mean loss a continued token of each candidate on each of `windows`.
 
-        Raises: NonFiniteLoss; ValueError when a candidate keeps what prefill removed.
+        Raises: NonFiniteLoss; OutOfMemoryError; ValueError when a candidate keeps what prefill removed.
         """
         if not self._project_skipped:
             for candidate in candidates:
                 check_nested(self._prefill, candidate)
-        while True:
-            try:
-                return self._losses(candidates, objective or self._objective)
-            except torch.OutOfMemoryError as error:
-                self._prompts = []
-                self._chunk_windows = halved(self._chunk_windows, len(candidates), error)
+        return super().window_losses(candidates, windows, objective)
 
-    @torch.no_grad()
-    def _losses(self, candidates: Sequence[Blocks], objective: Objective) -> dict[Blocks, float]:
-        if not self._prompts:
-            self._prompts = [self._process_prompt(chunk) for chunk in self._windows.split(self._chunk_windows)]
-        totals = []
-        for chunk, prompt in zip(self._windows.split(self._chunk_windows), self._prompts, strict=True):
-            fed = self._stack.embed(chunk[:, self._prompt_tokens : -1], start=self._prompt_tokens)
-            h, forwards = walk(self._stack, self._calls, fed, candidates, prompt.caches)
-            self.block_forwards += forwards
-            whole = {candidate: torch.cat([prompt.last, h[candidate]], dim=1) for candidate in candidates}
-            targets = chunk[:, self._prompt_tokens :]
-            totals.append(summed_loss(self._stack, objective, whole, prompt.dense, targets))
-        tokens = self._windows[:, self._prompt_tokens :].numel()
-        return mean_losses(totals, tokens, self._chunk_windows)
+    def _shrink(self, chunk_windows: int) -> None:
+        super()._shrink(chunk_windows)
+        self._prompts.clear()
+
+    def _chunk_losses(
+        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
+    ) -> dict[Blocks, list[float]]:
+        ids = self._ids[chunk.start : chunk.stop]
+        if chunk not in self._prompts:
+            self._prompts[chunk] = self._process_prompt(ids)
+        prompt = self._prompts[chunk]
+        fed = self._stack.embed(ids[:, self._prompt_tokens : -1], start=self._prompt_tokens)
+        h, forwards = walk(self._stack, self._calls, fed, candidates, prompt.caches)
+        self.block_forwards += forwards
+        whole = {candidate: torch.cat([prompt.last, h[candidate]], dim=1) for candidate in candidates}
+        return mean_losses(self._stack, objective, whole, prompt.dense, ids[:, self._prompt_tokens :])

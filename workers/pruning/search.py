@@ -6,7 +6,7 @@ accepts by Metropolis under geometric cooling. Lazy greedy (Minoux 1978) evaluat
 an earlier count is still the lowest: it equals greedy where a block's removal costs no less the more others are gone
 (where the negated loss is submodular), which a neural network does not promise. All are functions of the losses, the
 constraints and the seed alone: repeated with the losses it already knows, a search arrives at the same place. Only a
-limit of time breaks that.
+limit of time breaks that. Where the memo races, greedy's steps are races; the frontier's losses are exact even so.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from workers.pruning.engine import NOTHING, Losses
+from workers.pruning.engine import NOTHING
+from workers.pruning.memo import Found, Memo
 from workers.pruning.plan import Blocks
 
 Algorithm = Literal["annealing", "greedy", "lazy_greedy", "exhaustive"]
@@ -32,14 +33,6 @@ LOOKAHEAD = 2
 """Counts in a row without an acceptable set after which a search that may stop does: losses need not be monotone."""
 GREEDY_SHARE = 0.3
 """Share of the progress that greedy takes where it goes ahead of another algorithm."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A set of removed blocks and its calibration loss."""
-
-    removed: Blocks
-    loss: float
 
 
 OnProgress = Callable[[float, Found], None]
@@ -59,36 +52,6 @@ class SearchResult:
             {"remove_blocks": count, "removed": sorted(found.removed), "loss": found.loss}
             for count, found in sorted(self.frontier.items())
         ]
-
-
-@dataclass
-class Memo:
-    """`losses` that evaluates no set twice. `known` comes from an earlier run; `on_new` sees what is new."""
-
-    losses: Losses
-    known: dict[Blocks, float] = field(default_factory=dict)
-    on_new: Callable[[Mapping[Blocks, float]], None] = lambda new: None
-    visited: dict[Blocks, float] = field(default_factory=dict, init=False)
-    _best: dict[int, Found] = field(default_factory=dict, init=False)
-
-    def __call__(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
-        new = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self.known]
-        if new:
-            evaluated = self.losses(new)
-            self.known.update(evaluated)
-            self.on_new(evaluated)
-        found = {candidate: self.known[candidate] for candidate in candidates}
-        for removed, loss in found.items():
-            if removed not in self.visited:
-                self.visited[removed] = loss
-                best = self._best.get(len(removed))
-                if best is None or (loss, sorted(removed)) < (best.loss, sorted(best.removed)):
-                    self._best[len(removed)] = Found(removed, loss)
-        return found
-
-    def best(self, count: int) -> Found:
-        """The best set of `count` blocks visited so far; ties go to the lowest indices."""
-        return self._best[count]
 
 
 @dataclass(frozen=True)
@@ -113,7 +76,7 @@ class _Walk:
 
     def affords(self, candidates: Sequence[Blocks]) -> bool:
         """Whether there is time for these sets. What is known takes none, so a resumed search gets where it was."""
-        return not self.out_of_time() or all(candidate in self.memo.known for candidate in candidates)
+        return not self.out_of_time() or all(map(self.memo.knows, candidates))
 
     def report(self, count: int, share: float) -> None:
         """Tell that `share` (0…1) of the work on `count` blocks is done."""
@@ -207,9 +170,8 @@ def _exhaustive(walk: _Walk) -> Iterator[int]:
 def _greedy(walk: _Walk) -> Iterator[int]:
     removed = walk.base
     for count in walk.counts:
-        extended = walk.memo(walk.extensions(removed))
+        removed = walk.memo.first(walk.extensions(removed))
         walk.report(count, 0.0)
-        removed = min(extended, key=lambda removed: (extended[removed], sorted(removed)))
         yield count
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,17 +17,17 @@ from torch import Tensor
 from service.contract.blocks import most_removable
 from service.contract.spec import StageTarget
 from workers.context import StageContext
-from workers.models import windows_at_once
+from workers.models import is_streamed, windows_at_once
 from workers.pruning.blocks import BlockStack
 from workers.pruning.bound import PerplexityBound
-from workers.pruning.engine import NOTHING, Engine, Losses, PairEngine
+from workers.pruning.engine import NOTHING, Engine, Objective, PairEngine, WindowsEngine
+from workers.pruning.memo import Found, Memo
 from workers.pruning.plan import Blocks
-from workers.pruning.search import Algorithm, Found, Memo, SearchResult, search
+from workers.pruning.search import Algorithm, SearchResult, search
 
 STATE = "search-state.json"
 SAVE_INTERVAL_S = 10.0
 Span = tuple[float, float]
-MeasuredLosses = Engine | PairEngine
 
 
 class Evaluated:
@@ -37,22 +37,29 @@ class Evaluated:
         self._context = context
         self._saved_at = time.monotonic()
         kept = json.loads(context.load_state(STATE) or b'{"losses": {}, "seconds": {}}')
-        self._losses: dict[str, dict[Blocks, float]] = {
-            phase: {frozenset(removed): loss for removed, loss in entries} for phase, entries in kept["losses"].items()
+        self._losses: dict[str, dict[Blocks, list[float]]] = {
+            phase: {frozenset(removed): by_window for removed, by_window in entries}
+            for phase, entries in kept["losses"].items()
         }
         self._seconds: dict[str, float] = kept["seconds"]
         """What earlier attempts spent on each phase."""
 
-    def memo(self, phase: str, losses: Losses) -> Memo:
-        """`losses` with what this phase already knows; saved as it grows. Evaluating raises Cancelled, LeaseLost."""
+    def memo(
+        self, phase: str, engine: WindowsEngine, *, objective: Objective | None = None, racing: bool = False
+    ) -> Memo:
+        """The engine's losses with what this phase already knows; saved as it grows.
 
-        def after_batch(new: Mapping[Blocks, float]) -> None:
+        Evaluating raises Cancelled, LeaseLost.
+        """
+
+        def after_batch() -> None:
             if time.monotonic() - self._saved_at >= SAVE_INTERVAL_S:
                 self._saved_at = time.monotonic()
                 self._save()
             self._context.check()
 
-        return Memo(losses, self._losses.setdefault(phase, {}), after_batch)
+        losses = partial(engine.window_losses, objective=objective)
+        return Memo(losses, engine.windows, self._losses.setdefault(phase, {}), after_batch, racing)
 
     def out_of_time(self, phase: str, limit_s: float | None) -> Callable[[], bool]:
         """Whether this phase has run for `limit_s` seconds, all attempts together."""
@@ -65,7 +72,7 @@ class Evaluated:
         return spent
 
     def _save(self) -> None:
-        losses = {phase: [[sorted(r), loss] for r, loss in known.items()] for phase, known in self._losses.items()}
+        losses = {phase: [[sorted(r), found] for r, found in known.items()] for phase, known in self._losses.items()}
         self._context.save_state(STATE, json.dumps({"losses": losses, "seconds": self._seconds}).encode())
 
 
@@ -103,6 +110,8 @@ class Searcher:
         self._cosine = cosine
         self._chunk_windows = windows_at_once(stack.model, windows.shape[1])
         self._evaluated = Evaluated(context)
+        # Every heat of a race would read streamed weights once more.
+        self._racing = self._spec.search.racing and not is_streamed(stack.model)
         self._forced = frozenset(self._spec.search.force)
         most = most_removable(self._spec, len(stack.blocks))
         asked = (self._spec.prefill.remove_blocks, self._spec.decode.remove_blocks)
@@ -114,7 +123,7 @@ class Searcher:
         """The blocks that prefill gives up: the least loss on whole windows."""
         engine = self._engine()
         bound = self._bound(self._spec.prefill, "prefill", engine, dense=engine)
-        memo = self._evaluated.memo("prefill", engine.losses)
+        memo = self._memo("prefill", engine)
         return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span)
 
     def decode(self, prefill: Blocks, span: Span) -> HalfFound:
@@ -122,7 +131,7 @@ class Searcher:
         engine = self._pair(prefill)
         phase = f"decode after {sorted(prefill)}"
         bound = self._bound(self._spec.decode, phase, engine, dense=self._pair(NOTHING))
-        memo = self._evaluated.memo(phase, engine.losses)
+        memo = self._memo(phase, engine)
         return self._half("decode", memo, prefill, self._decode_limit, bound, span)
 
     def sensitivity(self) -> dict[str, Any]:
@@ -132,8 +141,8 @@ class Searcher:
         """
         blocks = [block for block in range(len(self._stack.blocks)) if block not in self._spec.search.protect]
         alone = {block: frozenset({block}) for block in blocks}
-        both = self._evaluated.memo("prefill", self._engine().losses)([NOTHING, *alone.values()])
-        decode = self._evaluated.memo("decode only", self._pair(NOTHING).losses)([NOTHING, *alone.values()])
+        both = self._memo("prefill", self._engine())([NOTHING, *alone.values()])
+        decode = self._memo("decode only", self._pair(NOTHING))([NOTHING, *alone.values()])
         return {
             "dense": {"both": both[NOTHING], "decode_only": decode[NOTHING]},
             "blocks": [{"block": b, "both": both[one], "decode_only": decode[one]} for b, one in alone.items()],
@@ -148,8 +157,8 @@ class Searcher:
         """
         self._context.report(span[0], "Measuring the controls.")
         removed = decode.removed
-        in_both = self._evaluated.memo(f"decode after {sorted(removed)}", self._pair(removed).losses)([removed])
-        alone = self._evaluated.memo("decode only", self._pair(NOTHING).losses)([removed])
+        in_both = self._memo(f"decode after {sorted(removed)}", self._pair(removed))([removed])
+        alone = self._memo("decode only", self._pair(NOTHING))([removed])
         free = self._non_nested(prefill, decode, span)
         return {
             "decode_set_in_both": in_both[removed],
@@ -162,7 +171,7 @@ class Searcher:
         if prefill == self._forced:
             return decode  # Nesting asked for nothing.
         phase = f"non-nested beside {sorted(prefill)}"
-        memo = self._evaluated.memo(phase, self._pair(prefill, project_skipped=True).losses)
+        memo = self._memo(phase, self._pair(prefill, project_skipped=True))
         memo([decode.removed])
         algorithm = self._spec.search.algorithm
         # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
@@ -221,15 +230,18 @@ class Searcher:
         )
 
     def _bound(
-        self, target: StageTarget, phase: str, engine: MeasuredLosses, *, dense: MeasuredLosses
+        self, target: StageTarget, phase: str, engine: WindowsEngine, *, dense: WindowsEngine
     ) -> PerplexityBound | None:
         if target.max_perplexity_increase is None:
             return None
         # A phase of its own unless the search's losses are cross-entropies already.
         known = phase if self._spec.search.objective == "cross_entropy" else f"{phase}, cross-entropy"
-        memo = self._evaluated.memo(known, partial(engine.losses, objective="cross_entropy"))
+        memo = self._memo(known, engine, "cross_entropy")
         of_dense = dense.losses([NOTHING], "cross_entropy")[NOTHING]
         return PerplexityBound(memo, of_dense, target.max_perplexity_increase)
+
+    def _memo(self, phase: str, engine: WindowsEngine, objective: Objective | None = None) -> Memo:
+        return self._evaluated.memo(phase, engine, objective=objective, racing=self._racing)
 
     def _engine(self) -> Engine:
         return Engine(self._stack, self._windows, self._spec.search.objective, chunk_windows=self._chunk_windows)

@@ -5,15 +5,15 @@ import math
 import pytest
 
 from workers.pruning.bound import PerplexityBound
+from workers.pruning.memo import Found, Memo
 from workers.pruning.plan import Blocks
-from workers.pruning.search import Found, Memo
 
 PERPLEXITY = {(): 10.0, (1,): 10.4, (2,): 10.2, (1, 2): 10.5, (1, 3): 10.49, (1, 2, 3): 11.0}
 LOSS = {(): 0.0, (1,): 0.1, (2,): 0.3, (1, 2): 0.4, (1, 3): 0.5, (1, 2, 3): 0.7}
 
 
 def losses_of(values: dict[tuple[int, ...], float]) -> Memo:
-    return Memo(lambda candidates: {c: values[tuple(sorted(c))] for c in candidates})
+    return Memo(lambda candidates, windows: {c: [values[tuple(sorted(c))]] for c in candidates}, windows=1)
 
 
 def bound(max_increase: float) -> tuple[PerplexityBound, Memo]:
@@ -40,9 +40,9 @@ def test_the_largest_set_within_the_bound_is_chosen_and_of_those_the_one_of_leas
 
 def test_the_smallest_set_is_chosen_when_none_is_within_the_bound_and_that_is_said() -> None:
     everything: Blocks = frozenset({0, 1})
-    memo = Memo(lambda candidates: dict.fromkeys(candidates, 2.0))
+    memo = Memo(lambda candidates, windows: {c: [2.0] for c in candidates}, windows=1)
     memo([everything])
-    limit = PerplexityBound(Memo(lambda candidates: dict.fromkeys(candidates, 800.0)), 1.0, 0.5)
+    limit = PerplexityBound(Memo(lambda candidates, windows: {c: [800.0] for c in candidates}, windows=1), 1.0, 0.5)
     smallest = memo.best(2)
     assert not limit.holds(smallest)
     assert limit.largest(memo, smallest) == smallest

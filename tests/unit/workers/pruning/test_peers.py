@@ -14,6 +14,7 @@ from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.distill import fit_spans, load_tensors
 from workers.pruning.engine import Engine
 from workers.pruning.measure import perplexity
+from workers.pruning.memo import Memo
 from workers.pruning.peers import (
     PEERS,
     Peer,
@@ -26,7 +27,7 @@ from workers.pruning.peers import (
 )
 from workers.pruning.plan import Blocks
 from workers.pruning.scores import block_scores
-from workers.pruning.search import Memo, search
+from workers.pruning.search import search
 from workers.pruning.training import Journal, TrainingSettings
 
 NUM_BLOCKS = 9
@@ -108,7 +109,7 @@ def test_sleb_takes_greedys_steps_with_one_full_forward_a_candidate() -> None:
     model = model_with_uneven_blocks()
     stack = block_stack(model)
     greedy = search(
-        Memo(Engine(stack, IDS, "cross_entropy", chunk_windows=2).losses),
+        Memo(Engine(stack, IDS, "cross_entropy", chunk_windows=2).window_losses, len(IDS)),
         algorithm="greedy",
         num_blocks=NUM_BLOCKS,
         remove=3,
