@@ -210,16 +210,19 @@ class Engine(WindowsEngine):
         self, candidates: Sequence[Blocks], chunk: range, objective: Objective
     ) -> dict[Blocks, list[float]]:
         ids = self._ids[chunk.start : chunk.stop]
-        known = {NOTHING: self._dense[chunk]} if chunk in self._dense else {}
-        wanted = candidates if objective == "cross_entropy" else [NOTHING, *candidates]
-        new = [candidate for candidate in wanted if candidate not in known]
-        h, forwards = walk(self._stack, self._calls, self._stack.embed(ids[:, :-1]), new, {})
-        self.block_forwards += forwards
-        h |= known
+        wanted = set(candidates)
         if objective != "cross_entropy":
-            self._dense[chunk] = h[NOTHING]
-        scored = {candidate: h[candidate] for candidate in candidates}
-        return mean_losses(self._stack, objective, scored, h.get(NOTHING), ids[:, 1:])
+            wanted.discard(NOTHING)  # At no distance from itself.
+            if chunk not in self._dense:
+                wanted.add(NOTHING)
+        h, forwards = walk(self._stack, self._calls, self._stack.embed(ids[:, :-1]), sorted(wanted, key=sorted), {})
+        self.block_forwards += forwards
+        if objective == "cross_entropy":
+            return mean_losses(self._stack, objective, h, None, ids[:, 1:])
+        if NOTHING in h:
+            self._dense[chunk] = h.pop(NOTHING)
+        losses = mean_losses(self._stack, objective, h, self._dense[chunk], ids[:, 1:])
+        return {candidate: losses.get(candidate, [0.0] * len(ids)) for candidate in candidates}
 
 
 @dataclass(frozen=True)

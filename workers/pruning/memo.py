@@ -13,7 +13,7 @@ from workers.pruning.plan import Blocks
 
 HEAT_WINDOWS = 4
 """Windows of a race's first heat; every later one adds as many, or half of those before if that is more."""
-DROPPED_AT = 4.0
+DROPPED_AT = 3.0
 """Standard errors behind the leader at which a set leaves a race."""
 
 
