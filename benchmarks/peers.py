@@ -4,8 +4,8 @@
 
 All methods see the same calibration windows. With --heal-tokens all train on as many tokens, too, in two ways: on the
 dense model's predictions alone (KL), and as this service distils (KL, and the hidden states between the kept blocks). A
-method that first fits blocks to stand for removed ones (PDTrim's merging, LLM-Streamline's replacement) spends
---fit-share of the tokens there and the rest on healing. The search is that of a job with one unified checkpoint.
+method that first fits blocks to stand for removed ones (LLM-Streamline's replacement; PDTrim's merging with --merge)
+spends --fit-share of the tokens there and the rest on healing. The search is that of a job with one unified checkpoint.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def pdtrim(stack: BlockStack, windows: Tensor, remove: int, args: argparse.Names
     passes = math.ceil(engine.block_forwards / block_forwards_of_one_pass)
     # Scoring ran every block twice: as itself, and as the stand-in for its neighbour.
     spans = {absorber: (min(block, absorber), max(block, absorber)) for block, absorber in plan.distilled.items()}
-    return PeerPlan(removed, passes + 2, spans)
+    return PeerPlan(removed, passes + 2, spans if args.merge else {})
 
 
 def choose(stack: BlockStack, windows: Tensor, remove: int, method: str, args: argparse.Namespace) -> Row:
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=256)
     parser.add_argument("--heal-tokens", type=int, default=0, help="training tokens for each method; 0 trains none")
     parser.add_argument("--fit-share", type=float, default=0.1, help="part of them that fits blocks for spans")
+    parser.add_argument("--merge", action="store_true", help="let PDTrim merge pairs before it heals")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-windows", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.95, help="cosine from which PDTrim deletes outright")

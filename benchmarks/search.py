@@ -58,8 +58,8 @@ def reference_model(copies: int) -> PreTrainedModel:
         block.mlp.down_proj.weight.div_(copies)
     model.model.layers = nn.ModuleList(copy.deepcopy(block) for block in model.model.layers for _ in range(copies))
     model.config.num_hidden_layers = len(model.model.layers)
-    if model.config.layer_types is not None:
-        model.config.layer_types = [kind for kind in model.config.layer_types for _ in range(copies)]
+    if kinds := getattr(model.config, "layer_types", None):
+        model.config.layer_types = [kind for kind in kinds for _ in range(copies)]
     return drop_blocks(model, NOTHING)  # numbers the layers anew
 
 

@@ -38,11 +38,14 @@ def survivors(losses: Mapping[Blocks, Sequence[float]], windows: int) -> list[Bl
     """The sets that may still be best on all `windows`, given their losses on the first few, the same for each.
 
     A paired test: a set leaves when it is behind the leader by `DROPPED_AT` standard errors of the mean difference. The
-    windows are a finite population (Cochran, Sampling Techniques, §2.6), so an error shrinks to nothing at the last.
+    windows are a finite population (Cochran, Sampling Techniques, §2.6): an error shrinks to nothing at the last, where
+    only sets as good as the leader stay.
     """
     means = mean(losses)
     leader = min(losses, key=lambda removed: (means[removed], sorted(removed)))
     seen = len(losses[leader])
+    if seen == windows:
+        return [removed for removed in losses if means[removed] <= means[leader]]
     if seen < 2:
         return list(losses)
 
@@ -83,13 +86,16 @@ class Memo:
         return found
 
     def first(self, candidates: Sequence[Blocks]) -> Blocks:
-        """The candidate of least loss. With `racing`, sets that fall behind are not measured to the end."""
+        """The candidate of least loss. With `racing`, none is measured on more windows than the race takes."""
         left = list(candidates)
-        for stop in self._heats[:-1]:
+        for stop in self._heats:
             self._measure(left, stop)
+            if stop == self.windows:
+                self(left)
             left = survivors({candidate: self.known[candidate][:stop] for candidate in left}, self.windows)
-        losses = self(left)
-        return min(losses, key=lambda removed: (losses[removed], sorted(removed)))
+            if len(left) == 1:
+                break
+        return min(left, key=sorted)
 
     def knows(self, candidate: Blocks) -> bool:
         """Whether the candidate's loss takes no more measuring."""

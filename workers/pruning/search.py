@@ -80,9 +80,13 @@ class _Walk:
 
     def report(self, count: int, share: float) -> None:
         """Tell that `share` (0…1) of the work on `count` blocks is done."""
+        self.tell(count, share, self.memo.best(count))
+
+    def tell(self, count: int, share: float, best: Found) -> None:
+        """The same with another set than the best of `count`."""
         done = (count - len(self.base) - 1 + share) / len(self.counts)
         start, end = self.span
-        self.on_progress(start + (end - start) * done, self.memo.best(count))
+        self.on_progress(start + (end - start) * done, best)
 
     def through(self, counts: Iterator[int], acceptable: Acceptable | None) -> int:
         """Walk `counts` as far as there are acceptable sets. Returns the last count walked."""
@@ -117,7 +121,7 @@ def search(
     `scores` are the blocks' cosine scores, highest most redundant; annealing tries the most redundant set of each
     count. `evaluations` bounds the sets that annealing visits, beyond greedy's, which it always takes; so does
     `out_of_time`, which it asks before every step. `on_progress` receives the fraction done and the best set of the
-    current count after every batch of sets, and may raise to stop.
+    current count after every batch of sets (the base while greedy goes ahead), and may raise to stop.
 
     With `acceptable`, the walk ends before `remove` once the best sets of two counts in a row are not. Annealing and
     exhaustive search walk as far as greedy, which goes ahead of them.
@@ -135,7 +139,13 @@ def search(
     memo([base])
     if algorithm == "annealing" or (algorithm == "exhaustive" and acceptable is not None):
         ahead = replace(walk, span=(0.0, GREEDY_SHARE))
-        walk = replace(walk, remove=ahead.through(_greedy(ahead), acceptable), span=(GREEDY_SHARE, 1.0))
+        if acceptable is None and ahead.counts:
+            _greedy_ahead(ahead)
+        walk = replace(
+            walk,
+            remove=remove if acceptable is None else ahead.through(_greedy(ahead), acceptable),
+            span=(GREEDY_SHARE, 1.0),
+        )
     last = walk.through(_walked(walk, algorithm, scores, evaluations, seed), acceptable)
     frontier = {count: memo.best(count) for count in range(len(base), last + 1)}
     return SearchResult(frontier, [Found(removed, loss) for removed, loss in memo.visited.items()])
@@ -171,8 +181,19 @@ def _greedy(walk: _Walk) -> Iterator[int]:
     removed = walk.base
     for count in walk.counts:
         removed = walk.memo.first(walk.extensions(removed))
+        walk.memo([removed])
         walk.report(count, 0.0)
         yield count
+
+
+def _greedy_ahead(walk: _Walk) -> None:
+    """Greedy's sets of all counts; their exact losses come last and together, since each contains the one before."""
+    path = [walk.base]
+    for count in walk.counts:
+        path.append(walk.memo.first(walk.extensions(path[-1])))
+        walk.tell(count, 0.0, walk.memo.best(len(walk.base)))
+    walk.memo(path)
+    walk.report(walk.counts[-1], 1.0)
 
 
 def _lazy_greedy(walk: _Walk) -> Iterator[int]:
