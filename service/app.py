@@ -12,12 +12,12 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
-from service.api import artifacts, events, health, jobs, methods, problems
+from service.api import artifacts, events, health, jobs, methods, problems, webhooks
 from service.api.auth import ApiKey, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
-from service.reconciler import purge, sweep
+from service.reconciler import deliver, purge, sweep
 from service.settings import Settings
 from service.storage import open_store
 
@@ -27,6 +27,7 @@ TAGS = [
     {"name": "jobs", "description": "Prune a model: one job, five stages."},
     {"name": "events", "description": "What happened in a job, as pages or as a stream."},
     {"name": "artifacts", "description": "What a job left: checkpoints, plans, reports."},
+    {"name": "webhooks", "description": "Have events sent to you."},
     {"name": "methods", "description": "The pruning methods and their parameters."},
     {"name": "health", "description": "Liveness and readiness."},
 ]
@@ -44,8 +45,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.settings = settings
-    for router in (jobs.router, events.router, artifacts.router, methods.router, health.router):
+    for router in (jobs.router, events.router, artifacts.router, methods.router, webhooks.router, health.router):
         app.include_router(router)
+    app.webhooks.include_router(webhooks.outgoing)
     problems.install(app)
     problems.document(app)
     # The last one added is the first to see a request.
@@ -68,10 +70,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         public_endpoint_url=settings.s3_public_endpoint_url,
         region=settings.s3_region,
     )
-    # Two tasks: a store that is slow to delete must keep no stage waiting.
+    # Three tasks: a store that is slow to delete, or a receiver that is slow to answer, must keep no stage waiting.
     reconciling = [
         asyncio.create_task(_repeat(partial(sweep, engine, settings), settings.reconcile_seconds)),
         asyncio.create_task(_repeat(partial(purge, engine, settings, app.state.store), settings.reconcile_seconds)),
+        asyncio.create_task(_repeat(partial(deliver, engine, settings), settings.reconcile_seconds)),
     ]
     try:
         yield
