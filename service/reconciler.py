@@ -30,7 +30,7 @@ PURGED_AT_ONCE = 20
 """So that a gateway that is to stop need not wait for long."""
 DELIVERED_AT_ONCE = 16
 DELIVERED_AT_ONCE_PER_WEBHOOK = 4
-DELIVERING_SECONDS = 10.0
+DELIVERING_SECONDS = 5.0
 """After this no further messages are claimed, for the same reason."""
 DELIVERY_LEASE = timedelta(seconds=60)
 """Longer than an attempt and its recording take."""

@@ -58,9 +58,9 @@ def policy(settings: Settings) -> Policy:
 async def send(outbound: Outbound, held: Claimed) -> Outcome:
     """Make one attempt."""
     at, began = now(), monotonic()
-    content = body(held)
     answer, error = Answer(), ""
     try:
+        content = body(held)
         answer = await outbound.post(held.url, content, headers(held, content, at=at))
     except (NotAllowed, Unanswered) as refusal:
         error = str(refusal)

@@ -7,6 +7,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterable
 from ipaddress import ip_network
+from threading import Event
 
 import anyio
 import httpcore
@@ -210,9 +211,9 @@ def test_tls_verifies_the_name_while_the_connection_goes_to_the_address(authorit
 
 
 def drip(write: Callable[[bytes], object]) -> None:
-    for _ in range(100):
+    for _ in range(1000):
         write(b"x")
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def flood(write: Callable[[bytes], object]) -> None:
@@ -224,9 +225,9 @@ def flood(write: Callable[[bytes], object]) -> None:
 def test_an_endless_answer_is_cut_and_its_status_counts(stream: Callable[[Callable[[bytes], object]], None]) -> None:
     with receiving(Reply(200, stream=stream)) as server:
         began = time.monotonic()
-        answer = post(server.url, total_seconds=0.5)
+        answer = post(server.url, total_seconds=1.5)
 
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert (answer.status, set(answer.excerpt) <= {"x", "y"}) == (200, True)
     assert len(answer.body) < 2 * MAX_ANSWER_BYTES
     assert len(answer.excerpt) <= 1024
@@ -238,19 +239,22 @@ def test_a_server_that_accepts_and_says_nothing_is_cut() -> None:
         with pytest.raises(Unanswered, match=r"no answer within 0\.5 s"):
             post(f"http://127.0.0.1:{listener.getsockname()[1]}/", total_seconds=0.5)
 
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_a_slow_resolver_is_left_behind() -> None:
+    over = Event()
+
     def find(host: str, port: int) -> list[str]:
-        time.sleep(2)
+        over.wait(30)
         return ["127.0.0.1"]
 
     began = time.monotonic()
     with pytest.raises(Unanswered, match="no answer within"):
         post("https://hooks.example.com/", find=find, total_seconds=0.2)
+    over.set()
 
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 10
 
 
 def test_what_does_not_answer_is_said() -> None:

@@ -201,7 +201,6 @@ def test_a_webhook_deleted_meanwhile_does_not_fail_the_event(engine: Engine) -> 
     if engine.dialect.name == "sqlite":
         pytest.skip("SQLite runs one writing transaction after the other")
     hook = new_hook(engine)
-    job_id = new_job(engine)
     deleted = Event()
 
     def delete() -> None:
@@ -209,13 +208,17 @@ def test_a_webhook_deleted_meanwhile_does_not_fail_the_event(engine: Engine) -> 
             webhooks.delete(session, hook)
         deleted.set()
 
-    with transaction(engine) as session:
-        jobs.request_cancel(session, job_id)
-        thread = Thread(target=delete)
-        thread.start()
-        assert not deleted.wait(0.3)
-        events.append(session, job_id, "job.resumed", "")
-    thread.join()
+    deleting = Thread(target=delete)
+
+    def begin_to_delete(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        """Between the look at the webhooks and the messages to them."""
+        if "FROM webhooks" in statement and deleting.ident is None:
+            deleting.start()
+            assert not deleted.wait(0.5)
+
+    event.listen(engine, "after_cursor_execute", begin_to_delete)
+    new_job(engine)
+    deleting.join()
 
     with pytest.raises(WebhookNotFound), transaction(engine) as session:
         webhooks.get(session, hook)
