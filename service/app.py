@@ -11,12 +11,15 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
+from fastapi.telemetry import TelemetryConfig
 
-from service.api import artifacts, events, health, jobs, methods, problems, webhooks
+from service.api import artifacts, events, health, jobs, methods, metrics, problems, webhooks
+from service.api.access import AccessLog
 from service.api.auth import ApiKey, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
+from service.metrics import GatewayMetrics
 from service.reconciler import deliver, purge, sweep
 from service.settings import Settings
 from service.storage import open_store
@@ -29,8 +32,17 @@ TAGS = [
     {"name": "artifacts", "description": "What a job left: checkpoints, plans, reports."},
     {"name": "webhooks", "description": "Have events sent to you."},
     {"name": "methods", "description": "The pruning methods and their parameters."},
-    {"name": "health", "description": "Liveness and readiness."},
+    {"name": "health", "description": "Liveness, readiness and metrics."},
 ]
+PROBES = ("/healthz", "/readyz", "/metrics")
+# FastAPI makes a span of each request, once there is a tracer provider (`service.tracing`).
+TELEMETRY: TelemetryConfig = {
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+    "exclude": lambda scope: scope.get("path") in PROBES,
+}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -43,9 +55,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=_lifespan,
         openapi_tags=TAGS,
         redirect_slashes=False,
+        telemetry=TELEMETRY,
     )
     app.state.settings = settings
-    for router in (jobs.router, events.router, artifacts.router, methods.router, webhooks.router, health.router):
+    app.state.metrics = GatewayMetrics()
+    nouns = (jobs, events, artifacts, webhooks, methods, health, metrics)
+    for router in (noun.router for noun in nouns):
         app.include_router(router)
     app.webhooks.include_router(webhooks.outgoing)
     problems.install(app)
@@ -54,12 +69,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ApiKey, settings=settings)
     app.add_middleware(RequestIds)
+    app.add_middleware(AccessLog, metrics=app.state.metrics)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
+    counted: GatewayMetrics = app.state.metrics
     engine = connect(settings.database_url)
     await run_in_threadpool(migrate, engine)
     await run_in_threadpool(warn_if_open, engine, settings)
@@ -70,14 +87,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         public_endpoint_url=settings.s3_public_endpoint_url,
         region=settings.s3_region,
     )
+    sweeping = partial(sweep, engine, settings, counted.leases_expired)
     # Three tasks: a store that is slow to delete, or a receiver that is slow to answer, must keep no stage waiting.
     reconciling = [
-        asyncio.create_task(_repeat(partial(sweep, engine, settings), settings.reconcile_seconds)),
+        asyncio.create_task(_repeat(sweeping, settings.reconcile_seconds)),
         asyncio.create_task(_repeat(partial(purge, engine, settings, app.state.store), settings.reconcile_seconds)),
         asyncio.create_task(_repeat(partial(deliver, engine, settings), settings.reconcile_seconds)),
     ]
     try:
-        yield
+        with counted.of_jobs(engine):
+            yield
     finally:
         for task in reconciling:
             task.cancel()

@@ -16,6 +16,7 @@ from celery import Celery
 from kombu import Queue
 from kombu.exceptions import ChannelError, OperationalError
 
+from service import tracing
 from service.contract.jobs import StageName
 from service.settings import Settings
 
@@ -43,7 +44,7 @@ def _transport(broker_url: str) -> dict[str, Any]:
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     return {
-        "broker_url": "filesystem://",
+        "broker_url": "filesystem://localhost",
         "broker_transport_options": {
             "data_folder_in": str(folders["messages"]),
             "data_folder_out": str(folders["messages"]),
@@ -77,10 +78,12 @@ def celery_app(broker_url: str) -> Celery:
 
 def send(settings: Settings, job_id: str, stage: StageName) -> bool:
     """Wake a worker for a stage. False when the broker is out of reach: the reconciler sends again later."""
+    task = task_name(stage)
     try:
-        celery_app(settings.broker_url).send_task(
-            task_name(stage), args=[job_id], retry=False, argsrepr=job_id, ignore_result=True
-        )
+        with tracing.sending(task) as headers:
+            celery_app(settings.broker_url).send_task(
+                task, args=[job_id], headers=headers, retry=False, argsrepr=job_id, ignore_result=True
+            )
     except BROKER_ERRORS as error:
         log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
         return False

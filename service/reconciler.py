@@ -15,6 +15,7 @@ from time import monotonic
 
 import anyio
 from anyio import to_thread
+from prometheus_client import Counter
 from sqlalchemy import Engine
 
 from service import queue, webhooks
@@ -37,13 +38,19 @@ DELIVERY_LEASE = timedelta(seconds=60)
 log = logging.getLogger(__name__)
 
 
-def sweep(engine: Engine, settings: Settings) -> int:
-    """Retire dead leases, send every queued stage that is due, forget what is old; returns how many were sent."""
+def sweep(engine: Engine, settings: Settings, leases_expired: Counter) -> int:
+    """Retire dead leases and count them, send every queued stage that is due, forget what is old.
+
+    Returns how many stages were sent.
+    """
     with transaction(engine) as session:
         dead = stages.expired(session)
     for job_id, stage in dead:
         with transaction(engine) as session:
-            stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)
+            retired = stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)
+        if retired:
+            leases_expired.inc()
+            log.warning("a worker fell silent", extra={"job_id": job_id, "stage": stage.value})
     with transaction(engine) as session:
         waiting = stages.due(session, resend_seconds=settings.resend_seconds)
         idempotency.forget(session)

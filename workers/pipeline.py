@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
+from sqlmodel import Session
+from structlog.contextvars import bound_contextvars
 
-from service import queue
+from service import queue, tracing
 from service.contract.errors import PDTrimError
 from service.contract.jobs import ErrorInfo, StageName
 from service.contract.spec import JobSpec
@@ -26,6 +29,7 @@ from service.settings import Settings
 from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable, job_prefix
 from workers.context import CorruptArtifact, StageContext, StoredInput
 from workers.lease import Lease, StopRequested
+from workers.metrics import Outcome, WorkerMetrics
 from workers.sources import model_folder, text_documents
 from workers.stages import STAGES
 
@@ -42,6 +46,7 @@ class Worker:
     engine: Engine
     store: ArtifactStore
     name: str
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
 
 @dataclass(frozen=True)
@@ -55,35 +60,56 @@ class StageResult:
 
 def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
     """Run a stage if it is there to be taken; whatever happens is recorded, and nothing is recorded twice."""
+    with bound_contextvars(job_id=job_id, stage=stage.value, worker=worker.name):
+        with transaction(worker.engine) as session:
+            held = stages.claim(session, job_id, stage, worker=worker.name, lease_seconds=worker.settings.lease_seconds)
+        if held is None:
+            log.info("the stage is not there to be taken")
+            return
+        with bound_contextvars(attempt=held.attempt):
+            tracing.describe(job_id=job_id, stage=stage.value, worker=worker.name, attempt=held.attempt)
+            log.info("stage started")
+            started = time.monotonic()
+            outcome, following = _run_held(worker, held)
+            seconds = time.monotonic() - started
+            worker.metrics.stage_ended(stage, outcome, seconds)
+            tracing.describe(outcome=outcome.value)
+            if outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED):
+                tracing.fail()
+            log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
+            if following is not None:
+                queue.send(worker.settings, job_id, following)
+
+
+def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
+    """Run a claimed stage to an outcome that is recorded; with it, the stage to wake a worker for."""
     settings = worker.settings
-    with transaction(worker.engine) as session:
-        held = stages.claim(session, job_id, stage, worker=worker.name, lease_seconds=settings.lease_seconds)
-    if held is None:
-        log.info("%s of %s is not there to be taken", stage, job_id)
-        return
     try:
         with Lease(worker.engine, held, seconds=settings.lease_seconds) as lease:
             result = _finished_before(worker, held) or _execute(worker, held, lease.check)
             lease.check()
             following = _record(worker, held, result)
+        worker.metrics.artifact_bytes.labels(held.stage.value).inc(sum(artifact.size for artifact in result.artifacts))
+        return Outcome.SUCCEEDED, following
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
+        return Outcome.LEASE_LOST, None
     except StopRequested:
-        _conclude(worker, held, lambda session: stages.stopped(session, held))
+        return _conclude(worker, held, Outcome.STOPPED, lambda session: stages.stopped(session, held)), None
     except (StoreUnavailable, CorruptArtifact, SQLAlchemyError) as error:
-        log.exception("%s of %s met a fault that may pass", stage, job_id)
+        log.exception("the stage met a fault that may pass")
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        _conclude(
-            worker, held, lambda session: stages.release(session, held, reason, max_attempts=settings.max_attempts)
-        )
+        return _conclude(
+            worker,
+            held,
+            Outcome.RELEASED,
+            lambda session: stages.release(session, held, reason, max_attempts=settings.max_attempts),
+        ), None
     except Exception as error:
         # The border of the process: every failure becomes the job's error.
-        log.exception("%s of %s failed", stage, job_id)
+        log.exception("the stage failed")
         info = _describe(error)
-        _conclude(worker, held, lambda session: stages.fail(session, held, info))
-    else:
-        if following is not None:
-            queue.send(settings, job_id, following)
+        return _conclude(worker, held, Outcome.FAILED, lambda session: stages.fail(session, held, info)), None
 
 
 def _describe(error: Exception) -> ErrorInfo:
@@ -97,14 +123,18 @@ def _describe(error: Exception) -> ErrorInfo:
     return ErrorInfo(code="internal_error", message=f"{type(error).__name__}: {error}")
 
 
-def _conclude(worker: Worker, held: Claim, change: Callable[[Any], None]) -> None:
+def _conclude(worker: Worker, held: Claim, outcome: Outcome, change: Callable[[Session], None]) -> Outcome:
+    """Record an outcome; returns what it came to."""
     try:
         with transaction(worker.engine) as session:
             change(session)
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
+        return Outcome.LEASE_LOST
     except SQLAlchemyError:
         log.exception("the outcome of %s could not be recorded; the lease will run out", held)
+        return Outcome.UNRECORDED
+    return outcome
 
 
 def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
@@ -118,7 +148,7 @@ def _finished_before(worker: Worker, held: Claim) -> StageResult | None:
             manifest = json.loads(worker.store.get_bytes(f"{_attempt_prefix(held, attempt)}/{MANIFEST}"))
         except ObjectNotFound:
             continue
-        log.info("%s of %s was finished by attempt %d", held.stage, held.job_id, attempt)
+        log.info("the stage was finished by attempt %d", attempt)
         found = [NewArtifact(**entry) for entry in manifest["artifacts"]]
         return StageResult(manifest["metrics"], manifest["versions"], found)
     return None

@@ -185,15 +185,20 @@ def expired(session: Session) -> list[tuple[str, StageName]]:
     return [(row.job_id, StageName(row.name)) for row in rows]
 
 
-def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> None:
-    """Give up a dead worker's lease: queue the stage again, finish its stopping, or fail after `max_attempts`."""
+def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> bool:
+    """Give up a dead worker's lease: queue the stage again, finish its stopping, or fail after `max_attempts`.
+
+    False when its lease is no longer a dead one.
+    """
     try:
         job = jobs.lock(session, job_id)
     except JobNotFound:
-        return
+        return False
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
-    if row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now():
-        _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)
+    if row.status != StageStatus.RUNNING or row.lease_expires_at is None or row.lease_expires_at >= now():
+        return False
+    _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)
+    return True
 
 
 def release(session: Session, held: Claim, reason: str, *, max_attempts: int) -> None:

@@ -12,6 +12,7 @@ from sqlmodel import Field, SQLModel
 from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import JobStatus, StageName, StageStatus
 from service.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
+from service.redaction import redact, scrub
 
 
 def now() -> datetime:
@@ -30,6 +31,26 @@ class UtcDateTime(TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class RedactedText(TypeDecorator[str]):
+    """Text for users, from which secrets are taken on the way in."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else redact(value)
+
+
+class RedactedJson(TypeDecorator[Any]):
+    """Data for users, from which secrets are taken on the way in."""
+
+    impl = JSON
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return scrub(value)
 
 
 Name = String(32)
@@ -51,7 +72,7 @@ class JobRow(SQLModel, table=True):
     labels: dict[str, str] = Field(sa_type=JSON)
     model_revision: str | None = None
     versions: dict[str, str] = Field(default_factory=dict, sa_type=JSON)
-    error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    error: dict[str, Any] | None = Field(default=None, sa_type=RedactedJson)
     last_event: int = 0
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
@@ -79,9 +100,9 @@ class StageRow(SQLModel, table=True):
     sends: int = 0
     sent_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     progress: float = 0.0
-    message: str = ""
+    message: str = Field(default="", sa_type=RedactedText)
     metrics: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
-    error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    error: dict[str, Any] | None = Field(default=None, sa_type=RedactedJson)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     paused_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
@@ -96,8 +117,8 @@ class EventRow(SQLModel, table=True):
     number: int = Field(primary_key=True)
     type: str = Field(max_length=32)
     stage: StageName | None = Field(default=None, sa_type=Name)
-    message: str
-    data: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
+    message: str = Field(sa_type=RedactedText)
+    data: dict[str, Any] = Field(default_factory=dict, sa_type=RedactedJson)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
@@ -189,10 +210,10 @@ class DeliveryRow(SQLModel, table=True):
     webhook_id: str = Field(foreign_key="webhooks.id", max_length=40, ondelete="CASCADE")
     job_id: str | None = Field(default=None, max_length=40)
     type: str = Field(max_length=32)
-    data: dict[str, Any] = Field(sa_type=JSON)
+    data: dict[str, Any] = Field(sa_type=RedactedJson)
     status: DeliveryStatus = Field(sa_type=Name)
     attempt: int = 0
     attempts_forgiven: int = 0
-    attempts: list[dict[str, Any]] = Field(default_factory=list, sa_type=JSON)
+    attempts: list[dict[str, Any]] = Field(default_factory=list, sa_type=RedactedJson)
     next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime, index=True)

@@ -139,6 +139,23 @@ def test_a_message_says_what_happened_and_how_the_job_stands(engine: Engine) -> 
     assert not any("secret-host" in str(row.data) for row in written(engine, hook))
 
 
+def test_a_message_and_what_was_answered_are_kept_without_secrets(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_FAILED)
+    job_id, leaked = new_job(engine), "hf_abcdefghijklmnopqrstuv"
+    with transaction(engine) as session:
+        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert held is not None
+        stages.fail(session, held, ErrorInfo(code="source_unreadable", message=f"the hub refused {leaked}"))
+    (claimed,) = claim(engine)
+    answered = made(claimed).model_copy(update={"excerpt": f"who is {leaked}?"})
+    with transaction(engine) as session:
+        deliveries.fail(session, claimed, answered, retry_in=DAY, gone=False, failing_limit=DAY)
+
+    (row,) = written(engine, hook)
+    assert leaked not in str([claimed.data, row.data, row.attempts])
+    assert row.attempts[0]["excerpt"] == "who is hf_***?"
+
+
 def test_every_event_of_a_jobs_life_but_progress_can_be_announced(engine: Engine) -> None:
     new_hook(engine)
     ended, stopped = new_job(engine), new_job(engine)
