@@ -13,14 +13,14 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
-from service.api import artifacts, events, health, jobs, methods, metrics, problems
+from service.api import artifacts, events, health, jobs, methods, metrics, problems, webhooks
 from service.api.access import AccessLog
 from service.api.auth import ApiKey, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
 from service.metrics import GatewayMetrics
-from service.reconciler import purge, sweep
+from service.reconciler import deliver, purge, sweep
 from service.settings import Settings
 from service.storage import open_store
 
@@ -30,6 +30,7 @@ TAGS = [
     {"name": "jobs", "description": "Prune a model: one job, five stages."},
     {"name": "events", "description": "What happened in a job, as pages or as a stream."},
     {"name": "artifacts", "description": "What a job left: checkpoints, plans, reports."},
+    {"name": "webhooks", "description": "Have events sent to you."},
     {"name": "methods", "description": "The pruning methods and their parameters."},
     {"name": "health", "description": "Liveness, readiness and metrics."},
 ]
@@ -58,8 +59,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.metrics = GatewayMetrics()
-    for router in (jobs.router, events.router, artifacts.router, methods.router, health.router, metrics.router):
+    nouns = (jobs, events, artifacts, webhooks, methods, health, metrics)
+    for router in (noun.router for noun in nouns):
         app.include_router(router)
+    app.webhooks.include_router(webhooks.outgoing)
     problems.install(app)
     problems.document(app)
     # The last one added is the first to see a request.
@@ -85,10 +88,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         region=settings.s3_region,
     )
     sweeping = partial(sweep, engine, settings, counted.leases_expired)
-    # Two tasks: a store that is slow to delete must keep no stage waiting.
+    # Three tasks: a store that is slow to delete, or a receiver that is slow to answer, must keep no stage waiting.
     reconciling = [
         asyncio.create_task(_repeat(sweeping, settings.reconcile_seconds)),
         asyncio.create_task(_repeat(partial(purge, engine, settings, app.state.store), settings.reconcile_seconds)),
+        asyncio.create_task(_repeat(partial(deliver, engine, settings), settings.reconcile_seconds)),
     ]
     try:
         with counted.of_jobs(engine):

@@ -16,6 +16,7 @@ import httpx
 from httpx_sse import EventSource
 from pydantic import BaseModel, ValidationError
 
+from service.client_webhooks import Webhooks
 from service.contract.errors import Problem, RequestInFlight
 from service.contract.jobs import Artifact, Event, Job, JobStatus, Page, StageName
 from service.contract.spec import JobSpec
@@ -111,6 +112,7 @@ class Client:
             # HTTP_PROXY is set on many machines, and no proxy reaches this one's own loopback.
             trust_env=not _is_loopback(parsed.host),
         )
+        self.webhooks = Webhooks(self._fetch, self._ask)
 
     def __enter__(self) -> Client:
         return self

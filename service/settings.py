@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.sources.names import check_prefix
@@ -59,6 +59,16 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=5, ge=1, description="Claims of one stage before its job fails.")
     retention_days: float | None = Field(
         default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
+    )
+
+    webhook_allowed_networks: list[IPvAnyNetwork] = Field(
+        default=[], description="JSON list of networks that webhooks may reach although they are not public."
+    )
+    webhook_allow_http: bool = Field(
+        default=False, description="Whether webhooks may use http:// outside of `webhook_allowed_networks`."
+    )
+    webhook_failing_days: float = Field(
+        default=5.0, gt=0, le=365, description="A webhook that only failed for so long is disabled."
     )
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(

@@ -9,14 +9,27 @@ from fastapi import Depends, Path, Query, Request
 from sqlalchemy import Engine
 
 from service.api.auth import Caller
-from service.contract.errors import ArtifactNotFound, CursorNotFound, JobNotFound
-from service.db import jobs
+from service.api.problems import UnsupportedMediaType
+from service.contract.errors import ArtifactNotFound, CursorNotFound, DeliveryNotFound, JobNotFound, WebhookNotFound
+from service.db import jobs, webhooks
 from service.db.session import transaction
 from service.settings import Settings
 from service.storage import ArtifactStore
 
 JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 ARTIFACT_ID = re.compile(r"art_[0-9a-f]{32}")
+WEBHOOK_ID = re.compile(r"wh_[0-9a-f]{32}")
+DELIVERY_ID = re.compile(r"msg_[0-9a-f]{32}")
+
+
+def json_only(request: Request) -> None:
+    """Raises: UnsupportedMediaType for a body that does not call itself JSON."""
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    carries_body = "Transfer-Encoding" in request.headers or request.headers.get("Content-Length", "0") != "0"
+    if carries_body and not (
+        kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    ):
+        raise UnsupportedMediaType(f"Send the body as application/json, not as {kind or 'an undeclared type'}.")
 
 
 def _settings(request: Request) -> Settings:
@@ -61,6 +74,25 @@ def _artifact_id(artifact_id: Annotated[str, Path(examples=["art_0198a3f2a3b07d6
     return artifact_id
 
 
+def _webhook_id(
+    webhook_id: Annotated[str, Path(examples=["wh_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])],
+    engine: Annotated[Engine, Depends(_engine)],
+    project: Annotated[str, Depends(_project)],
+) -> str:
+    """The id of a webhook of the caller's project, as with jobs."""
+    if not WEBHOOK_ID.fullmatch(webhook_id):
+        raise WebhookNotFound("No such webhook exists: an id is `wh_` and 32 hexadecimal digits.")
+    with transaction(engine) as session:
+        webhooks.check_project(session, webhook_id, project)
+    return webhook_id
+
+
+def _delivery_id(delivery_id: Annotated[str, Path(examples=["msg_0198a3f2a3b07d61a5e5d0c3f1b2a4c6"])]) -> str:
+    if not DELIVERY_ID.fullmatch(delivery_id):
+        raise DeliveryNotFound("No such delivery exists: an id is `msg_` and 32 hexadecimal digits.")
+    return delivery_id
+
+
 def _after_job(
     after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
 ) -> str | None:
@@ -77,12 +109,32 @@ def _after_artifact(
     return after
 
 
+def _after_webhook(
+    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+) -> str | None:
+    if after is not None and not WEBHOOK_ID.fullmatch(after):
+        raise CursorNotFound("`after` is not the id of a webhook.", param="after")
+    return after
+
+
+def _after_delivery(
+    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+) -> str | None:
+    if after is not None and not DELIVERY_ID.fullmatch(after):
+        raise CursorNotFound("`after` is not the id of a delivery.", param="after")
+    return after
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 EngineDep = Annotated[Engine, Depends(_engine)]
 StoreDep = Annotated[ArtifactStore, Depends(_store)]
 Project = Annotated[str, Depends(_project)]
 JobId = Annotated[str, Depends(_job_id)]
 ArtifactId = Annotated[str, Depends(_artifact_id)]
+WebhookId = Annotated[str, Depends(_webhook_id)]
+DeliveryId = Annotated[str, Depends(_delivery_id)]
 AfterJob = Annotated[str | None, Depends(_after_job)]
 AfterArtifact = Annotated[str | None, Depends(_after_artifact)]
+AfterWebhook = Annotated[str | None, Depends(_after_webhook)]
+AfterDelivery = Annotated[str | None, Depends(_after_delivery)]
 Limit = Annotated[int, Query(ge=1, le=100, description="Most items on the page.")]

@@ -125,6 +125,73 @@ ARTIFACTS: dict[str, Any] = {
     "first_id": ARTIFACT["id"],
     "last_id": ARTIFACT["id"],
 }
+WEBHOOK_REQUESTS: dict[str, Any] = {
+    "ends": {
+        "summary": "Hear how every job ended",
+        "value": {
+            "url": "https://ci.example.com/pdtrim",
+            "events": ["job.cancelled", "job.failed", "job.succeeded"],
+            "description": "deploys what comes out",
+        },
+    },
+    "cloudevents": {
+        "summary": "CloudEvents, for an event broker",
+        "value": {
+            "url": "https://broker.example.com/ingest",
+            "events": ["stage.succeeded", "job.succeeded"],
+            "format": "cloudevents",
+        },
+    },
+}
+WEBHOOK_CHANGES: dict[str, Any] = {
+    "enable": {"summary": "Send again", "value": {"enabled": True}},
+    "move": {"summary": "Send elsewhere", "value": {"url": "https://ci.example.com/v2/pdtrim"}},
+}
+WEBHOOK: dict[str, Any] = {
+    "object": "webhook",
+    "id": "wh_0198a3f1c2d47a90b1e2f3a4b5c6d7e8",
+    **WEBHOOK_REQUESTS["ends"]["value"],
+    "format": "standard",
+    "enabled": True,
+    "disabled_reason": None,
+    "failing_since": None,
+    "created_at": "2026-01-05T09:00:00Z",
+}
+NEW_SECRET: dict[str, Any] = {**WEBHOOK, "secret": "whsec_" + "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="}
+WEBHOOKS: dict[str, Any] = {
+    "object": "list",
+    "data": [WEBHOOK],
+    "has_more": False,
+    "first_id": WEBHOOK["id"],
+    "last_id": WEBHOOK["id"],
+}
+DELIVERY: dict[str, Any] = {
+    "object": "webhook.delivery",
+    "id": "msg_0198a3f6b7c87d12a3b4c5d6e7f80912",
+    "type": "job.succeeded",
+    "job_id": JOB_ID,
+    "status": "pending",
+    "attempts": [
+        {
+            "number": 1,
+            "at": "2026-01-05T10:04:02Z",
+            "seconds": 0.21,
+            "response_code": 503,
+            "error": "answered 503",
+            "excerpt": "deploying, come back later",
+        }
+    ],
+    "next_attempt_at": "2026-01-05T10:04:12Z",
+    "created_at": "2026-01-05T10:04:00Z",
+}
+WAITING_DELIVERY: dict[str, Any] = {**DELIVERY, "attempts": [], "next_attempt_at": "2026-01-05T10:04:00Z"}
+DELIVERIES: dict[str, Any] = {
+    "object": "list",
+    "data": [DELIVERY],
+    "has_more": False,
+    "first_id": DELIVERY["id"],
+    "last_id": DELIVERY["id"],
+}
 READY: dict[str, Any] = {
     "status": "ready",
     "checks": {name: {"ok": True, "detail": ""} for name in ("database", "broker", "store")},

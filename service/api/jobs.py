@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from service import preflight, queue
 from service.api import examples, views
 from service.api.auth import declared
-from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep
+from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep, json_only
 from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, reserved
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
 from service.contract.errors import (
@@ -44,16 +44,6 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared])
 
 FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 Labels = TypeAdapter(Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)])
-
-
-def json_only(request: Request) -> None:
-    """Raises: UnsupportedMediaType for a body that does not call itself JSON."""
-    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    carries_body = "Transfer-Encoding" in request.headers or request.headers.get("Content-Length", "0") != "0"
-    if carries_body and not (
-        kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-    ):
-        raise UnsupportedMediaType(f"Send the body as application/json, not as {kind or 'an undeclared type'}.")
 
 
 def metadata_filter(request: Request) -> dict[str, str]:

@@ -197,10 +197,10 @@ def document(app: FastAPI) -> None:
         schemas["Problem"] = Problem.model_json_schema()
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        for operations in schema["paths"].values():
+        for operations in (*schema["paths"].values(), *schema["webhooks"].values()):
             for operation in operations.values():
                 if "application/json" in operation["responses"].get("422", {}).get("content", {}):
-                    del operation["responses"]["422"]  # Such an operation takes an id alone, and answers 404.
+                    del operation["responses"]["422"]  # It takes an id alone and answers 404, or is not ours.
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

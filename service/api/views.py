@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 
 from service.contract.jobs import Artifact, ErrorInfo, Event, Job, JobStatus, Page, Stage, StageStatus
 from service.contract.spec import JobSpec
-from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
+from service.contract.webhooks import Delivery, Webhook
+from service.db.tables import ArtifactRow, DeliveryRow, EventRow, JobRow, StageRow, WebhookRow, now
 
 LEAST_PROGRESS = 0.01  # Below it, an extrapolation says nothing.
 
@@ -69,6 +70,26 @@ def artifacts(rows: Sequence[ArtifactRow], has_more: bool) -> Page[Artifact]:
     """A page of artifacts."""
     return Page[Artifact](
         data=[Artifact.model_validate(row) for row in rows],
+        has_more=has_more,
+        first_id=rows[0].id if rows else None,
+        last_id=rows[-1].id if rows else None,
+    )
+
+
+def webhooks(rows: Sequence[WebhookRow], has_more: bool) -> Page[Webhook]:
+    """A page of webhooks."""
+    return Page[Webhook](
+        data=[Webhook.model_validate(row) for row in rows],
+        has_more=has_more,
+        first_id=rows[0].id if rows else None,
+        last_id=rows[-1].id if rows else None,
+    )
+
+
+def deliveries(rows: Sequence[DeliveryRow], has_more: bool) -> Page[Delivery]:
+    """A page of deliveries."""
+    return Page[Delivery](
+        data=[Delivery.model_validate(row) for row in rows],
         has_more=has_more,
         first_id=rows[0].id if rows else None,
         last_id=rows[-1].id if rows else None,

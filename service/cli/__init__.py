@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from service.cli import jobs, keys, run
+from service.cli import jobs, keys, run, webhooks
 
 app = typer.Typer(
     name="pdtrim",
@@ -34,4 +34,5 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(webhooks.app, rich_help_panel="Jobs")
 app.add_typer(keys.app, rich_help_panel="Service")

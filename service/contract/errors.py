@@ -67,6 +67,26 @@ class JobNotDeletable(PDTrimError):
     code, title, status = "job_not_deletable", "The job is neither finished nor paused", 409
 
 
+class WebhookNotFound(PDTrimError):
+    code, title, status = "webhook_not_found", "No such webhook", 404
+
+
+class DeliveryNotFound(PDTrimError):
+    code, title, status = "delivery_not_found", "No such delivery", 404
+
+
+class UrlNotAllowed(PDTrimError):
+    code, title, status = "url_not_allowed", "The service sends nothing to this URL", 422
+
+
+class WebhookDisabled(PDTrimError):
+    code, title, status = "webhook_disabled", "The webhook is disabled", 409
+
+
+class TooManyWebhooks(PDTrimError):
+    code, title, status = "too_many_webhooks", "The project has as many webhooks as it may", 409
+
+
 class InvalidIdempotencyKey(PDTrimError):
     code, title, status = "invalid_idempotency_key", "The Idempotency-Key is not valid", 400
 

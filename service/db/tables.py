@@ -11,6 +11,7 @@ from sqlmodel import Field, SQLModel
 
 from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
 from service.redaction import redact, scrub
 
 
@@ -168,3 +169,51 @@ class ApiKeyRow(SQLModel, table=True):
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class WebhookRow(SQLModel, table=True):
+    """A webhook. Its secrets are kept as they are: whoever signs with them has to know them.
+
+    After a rotation the earlier secret signs too, until `previous_secret_until`. `failing_since` is the first failure
+    since the last success.
+    """
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_project_id", "project", "id"),)
+
+    id: str = Field(primary_key=True, max_length=40)
+    project: str = Field(max_length=64)
+    url: str = Field(max_length=2048)
+    events: list[str] = Field(sa_type=JSON)
+    description: str = Field(max_length=512)
+    format: MessageFormat = Field(sa_type=Name)
+    secret: str = Field(max_length=64)
+    previous_secret: str | None = Field(default=None, max_length=64)
+    previous_secret_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    enabled: bool = True
+    disabled_reason: DisabledReason | None = Field(default=None, sa_type=Name)
+    failing_since: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class DeliveryRow(SQLModel, table=True):
+    """A message to a webhook, written by the transaction that records the event it announces.
+
+    `next_attempt_at` says when it is due; a sender that claims it moves that on by a lease. `attempt` numbers the
+    claims and fences out a sender whose lease ran out; `attempts_forgiven` is as in a stage. It outlives its job.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index("ix_webhook_deliveries_webhook_id_id", "webhook_id", "id"),)
+
+    id: str = Field(primary_key=True, max_length=40)
+    webhook_id: str = Field(foreign_key="webhooks.id", max_length=40, ondelete="CASCADE")
+    job_id: str | None = Field(default=None, max_length=40)
+    type: str = Field(max_length=32)
+    data: dict[str, Any] = Field(sa_type=RedactedJson)
+    status: DeliveryStatus = Field(sa_type=Name)
+    attempt: int = 0
+    attempts_forgiven: int = 0
+    attempts: list[dict[str, Any]] = Field(default_factory=list, sa_type=RedactedJson)
+    next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime, index=True)

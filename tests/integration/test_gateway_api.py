@@ -22,6 +22,7 @@ from tests.unit.service.api.test_events import *  # noqa: F403
 from tests.unit.service.api.test_health import *  # noqa: F403
 from tests.unit.service.api.test_idempotency import *  # noqa: F403
 from tests.unit.service.api.test_jobs import *  # noqa: F403
+from tests.unit.service.api.test_webhooks import *  # noqa: F403
 
 __all__ = ["gateway", "model"]
 

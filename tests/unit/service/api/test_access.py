@@ -29,13 +29,20 @@ CALLS = sorted(
     for method in route.methods or ()
 )
 """Every operation under /v1, by being there."""
-NOBODYS = {"job_id": "job_" + "0" * 32, "artifact_id": "art_" + "0" * 32}
+NOBODYS = {
+    "job_id": "job_" + "0" * 32,
+    "artifact_id": "art_" + "0" * 32,
+    "webhook_id": "wh_" + "0" * 32,
+    "delivery_id": "msg_" + "0" * 32,
+}
+WEBHOOK = {"url": "https://hooks.example.com/", "events": ["job.created"]}
 
 
 @pytest.fixture
 def guarded(gateway_settings: Settings, model: Path) -> Iterator[Gateway]:
-    """A gateway that asks for a key."""
-    with serve(gateway_settings.model_copy(update={"api_key": SecretStr(OPERATOR_KEY)}), model) as running:
+    """A gateway that asks for a key, and whose reconciler sleeps: the webhooks here lead nowhere."""
+    changes = {"api_key": SecretStr(OPERATOR_KEY), "reconcile_seconds": 3600.0}
+    with serve(gateway_settings.model_copy(update=changes), model) as running:
         yield running
 
 
@@ -50,12 +57,28 @@ def new_key(gateway: Gateway, project: str, *scopes: Scope, days: float | None =
 
 
 def owned(gateway: Gateway, owner: dict[str, str]) -> dict[str, str]:
-    """The ids of a job with an artifact, by the name of their part of a path."""
+    """The ids of a job with an artifact and a webhook that announced it, by the name of their part of a path."""
+    webhook_id = gateway.client.post("/v1/webhooks", json=WEBHOOK, headers=owner).json()["id"]
     created = gateway.client.post("/v1/jobs", json={**gateway.spec, "metadata": {"whose": "ours"}}, headers=owner)
     job_id = created.json()["id"]
     gateway.store(job_id, StageName.SCORING, {"plan.json": b"{}"})
     (artifact,) = gateway.client.get(f"/v1/jobs/{job_id}/artifacts", headers=owner).json()["data"]
-    return {"job_id": job_id, "artifact_id": artifact["id"]}
+    (delivery,) = gateway.client.get(f"/v1/webhooks/{webhook_id}/deliveries", headers=owner).json()["data"]
+    return {
+        "job_id": job_id,
+        "artifact_id": artifact["id"],
+        "webhook_id": webhook_id,
+        "delivery_id": delivery["id"],
+    }
+
+
+def body_of(gateway: Gateway, method: str, path: str) -> dict[str, Any] | None:
+    """What an operation takes."""
+    if method in ("GET", "HEAD"):
+        return None
+    if path.startswith("/v1/webhooks"):
+        return WEBHOOK
+    return dict(gateway.spec)
 
 
 def shown(response: Any, ids: dict[str, str]) -> tuple[int, str]:
@@ -76,10 +99,11 @@ def test_another_projects_things_are_as_if_they_did_not_exist(guarded: Gateway, 
     owner = bearer(new_key(guarded, "ours", Scope.ADMIN))
     stranger = bearer(new_key(guarded, "theirs", Scope.ADMIN))
     ids = owned(guarded, owner)
-    job = guarded.client.get(f"/v1/jobs/{ids['job_id']}", headers=owner).json()
+    seen = [f"/v1/jobs/{ids['job_id']}", f"/v1/webhooks/{ids['webhook_id']}"]
+    before = [guarded.client.get(url, headers=owner).json() for url in seen]
 
     def ask(who: dict[str, str], named: dict[str, str]) -> Any:
-        body = dict(guarded.spec) if method not in ("GET", "HEAD") else None
+        body = body_of(guarded, method, path)
         return guarded.client.request(
             method, path.format(**named), json=body, headers=who, params={"whose": "ours"}, follow_redirects=False
         )
@@ -90,22 +114,19 @@ def test_another_projects_things_are_as_if_they_did_not_exist(guarded: Gateway, 
         assert answer.status_code == 404
         assert shown(answer, ids) == shown(ask(stranger, NOBODYS), NOBODYS)
     assert not any(value in answer.text for value in ids.values() if "{" not in path)
-    assert guarded.client.get(f"/v1/jobs/{ids['job_id']}", headers=owner).json() == job
+    assert [guarded.client.get(url, headers=owner).json() for url in seen] == before
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
 def test_a_key_opens_what_its_scope_allows(guarded: Gateway, method: str, path: str) -> None:
     needed, other = (Scope.READ, Scope.SUBMIT) if method in ("GET", "HEAD") else (Scope.SUBMIT, Scope.READ)
-    ids = owned(guarded, bearer(new_key(guarded, "ours", Scope.ADMIN)))
-    url, body = path.format(**ids), dict(guarded.spec) if method == "POST" else None
+    owner, body = bearer(new_key(guarded, "ours", Scope.ADMIN)), body_of(guarded, method, path)
 
-    refused = guarded.client.request(method, url, json=body, headers=bearer(new_key(guarded, "ours", other)))
-    opened = [
-        guarded.client.request(
-            method, url, json=body, headers=bearer(new_key(guarded, "ours", scope)), follow_redirects=False
-        )
-        for scope in (needed, Scope.ADMIN)
-    ]
+    def ask(scope: Scope) -> Any:
+        url, key = path.format(**owned(guarded, owner)), new_key(guarded, "ours", scope)
+        return guarded.client.request(method, url, json=body, headers=bearer(key), follow_redirects=False)
+
+    refused, opened = ask(other), [ask(needed), ask(Scope.ADMIN)]
 
     assert refused.status_code == 403
     assert refused.headers["www-authenticate"] == f'Bearer error="insufficient_scope", scope="{needed}"'

@@ -9,6 +9,8 @@ from service.api import examples
 from service.api.health import Readiness
 from service.contract.jobs import Artifact, Event, Job, Page
 from service.contract.spec import JobSpec
+from service.contract.webhooks import Delivery, NewSecret, Webhook, WebhookChange, WebhookSpec
+from service.outbound import Policy, check_url
 from tests.gateway import Gateway
 
 
@@ -37,6 +39,15 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "list_artifacts",
         "get_artifact_content",
         "head_artifact_content",
+        "create_webhook",
+        "list_webhooks",
+        "get_webhook",
+        "update_webhook",
+        "delete_webhook",
+        "rotate_webhook_secret",
+        "test_webhook",
+        "list_deliveries",
+        "resend_delivery",
         "list_methods",
         "healthz",
         "readyz",
@@ -51,7 +62,7 @@ def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> Non
         if path.startswith("/v1"):
             assert {"401", "500"} <= failures.keys(), path
             assert operation["security"] == [{"ApiKey": []}]
-        if "{job_id}" in path:
+        if "{job_id}" in path or "{webhook_id}" in path:
             assert "404" in failures, path
         for response in failures.values():
             content = response["content"]["application/problem+json"]
@@ -70,7 +81,8 @@ def test_the_document_refers_only_to_schemas_it_has(document: dict[str, Any]) ->
                 yield from references(value)
 
     schemas = document["components"]["schemas"]
-    assert {name.rpartition("/")[2] for name in references(document["paths"])} <= schemas.keys()
+    for part in ("paths", "webhooks"):
+        assert {name.rpartition("/")[2] for name in references(document[part])} <= schemas.keys()
     assert "HTTPValidationError" not in schemas
     assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
 
@@ -80,11 +92,27 @@ def test_request_examples_are_valid(request_: dict[str, Any]) -> None:
     JobSpec.model_validate(request_["value"])
 
 
+def test_webhook_examples_are_valid() -> None:
+    for request in examples.WEBHOOK_REQUESTS.values():
+        check_url(WebhookSpec.model_validate(request["value"]).url, Policy())
+    for request in examples.WEBHOOK_CHANGES.values():
+        WebhookChange.model_validate(request["value"])
+
+
+def test_the_message_that_webhooks_are_sent_is_described(document: dict[str, Any]) -> None:
+    (message,) = document["webhooks"].values()
+
+    assert message["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/WebhookMessage")
+
+
 def test_response_examples_are_what_the_models_give() -> None:
     for model, example in (
         (Page[Job], examples.JOBS),
         (Page[Event], examples.EVENTS),
         (Page[Artifact], examples.ARTIFACTS),
+        (NewSecret, examples.NEW_SECRET),
+        (Page[Webhook], examples.WEBHOOKS),
+        (Page[Delivery], examples.DELIVERIES),
         (Readiness, examples.READY),
     ):
         shown = model.model_validate(example).model_dump(mode="json", exclude={"data": {"__all__": {"spec"}}})

@@ -1,0 +1,500 @@
+"""The outbox, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from threading import Barrier, Event, Thread
+
+import pytest
+from sqlalchemy import Engine, event
+from sqlmodel import Session, col, select
+
+from service.contract.errors import DeliveryNotFound, TooManyWebhooks, WebhookDisabled, WebhookNotFound
+from service.contract.jobs import ErrorInfo, StageName
+from service.contract.spec import JobSpec
+from service.contract.webhooks import (
+    MAX_MESSAGE,
+    MAX_WEBHOOKS,
+    DeliveryAttempt,
+    DeliveryStatus,
+    DisabledReason,
+    JobFacts,
+    WebhookChange,
+    WebhookEvent,
+    WebhookSpec,
+)
+from service.db import deliveries, events, jobs, stages, webhooks
+from service.db.deliveries import Claimed
+from service.db.session import transaction
+from service.db.tables import DeliveryRow, EventRow, WebhookRow, now
+
+SPEC = JobSpec.model_validate(
+    {
+        "model": "reference",
+        "prefill": {"remove_blocks": 1},
+        "decode": {"remove_blocks": 2},
+        "metadata": {"team": "serving"},
+    }
+)
+LEASE = timedelta(seconds=60)
+DAY = timedelta(days=1)
+
+
+def new_hook(engine: Engine, *wanted: WebhookEvent, project: str = "default") -> str:
+    spec = WebhookSpec(url="https://hooks.example.com/", events=wanted or tuple(WebhookEvent))
+    with transaction(engine) as session:
+        return webhooks.create(session, spec, project=project).id
+
+
+def new_job(engine: Engine, project: str = "default") -> str:
+    with transaction(engine) as session:
+        return jobs.create(session, SPEC, project=project).id
+
+
+def written(engine: Engine, webhook_id: str) -> list[DeliveryRow]:
+    """The messages to a webhook, oldest first."""
+    with transaction(engine) as session:
+        return deliveries.page(session, webhook_id, limit=100)[0][::-1]
+
+
+def types(engine: Engine, webhook_id: str) -> list[str]:
+    return [row.type for row in written(engine, webhook_id)]
+
+
+def claim(engine: Engine, *, limit: int = 100, per_webhook: int = 100, max_tries: int = 8) -> list[Claimed]:
+    with transaction(engine) as session:
+        return deliveries.claim(session, limit=limit, per_webhook=per_webhook, lease=LEASE, max_tries=max_tries)
+
+
+def make_due(engine: Engine) -> None:
+    """Let the time of every lease and delay pass."""
+    with transaction(engine) as session:
+        for row in session.exec(select(DeliveryRow).where(col(DeliveryRow.next_attempt_at).is_not(None))):
+            row.next_attempt_at = now() - timedelta(seconds=1)
+
+
+def made(held: Claimed, code: int = 500) -> DeliveryAttempt:
+    return DeliveryAttempt(number=held.attempt, at=now(), seconds=0.1, response_code=code, error="", excerpt="")
+
+
+def fail(
+    engine: Engine, held: Claimed, *, retry_in: timedelta | None = DAY, gone: bool = False, limit: timedelta = DAY
+) -> DisabledReason | None:
+    with transaction(engine) as session:
+        return deliveries.fail(session, held, made(held), retry_in=retry_in, gone=gone, failing_limit=limit)
+
+
+def succeed(engine: Engine, held: Claimed) -> None:
+    with transaction(engine) as session:
+        deliveries.succeed(session, held, made(held, 200))
+
+
+@contextmanager
+def statements(engine: Engine) -> Iterator[list[str]]:
+    """The SQL that runs in the block."""
+    seen: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        seen.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+def test_a_message_is_committed_with_its_event_or_not_at_all(engine: Engine) -> None:
+    hook = new_hook(engine)
+    job_id = new_job(engine)
+    with Session(engine) as session:
+        jobs.request_cancel(session, job_id)
+        assert [row.type for row in deliveries.page(session, hook, limit=9)[0]] == ["job.cancelled", "job.created"]
+        session.rollback()
+
+    (row,) = written(engine, hook)
+    with transaction(engine) as session:
+        (happened,) = events.page(session, job_id, after=0, limit=10)[0]
+    assert (row.type, row.job_id, row.created_at) == ("job.created", job_id, happened.created_at)
+    assert (row.status, row.attempt, row.attempts) == (DeliveryStatus.PENDING, 0, [])
+
+
+def test_a_message_says_what_happened_and_how_the_job_stands(engine: Engine) -> None:
+    hook = new_hook(engine)
+    job_id = new_job(engine)
+    with transaction(engine) as session:
+        held = stages.claim(session, job_id, StageName.SCORING, worker="secret-host", lease_seconds=60)
+        assert held is not None
+        stages.fail(session, held, ErrorInfo(code="out_of_memory", message="m" * 5000, param="model"))
+
+    created, started, _, failed = (JobFacts.model_validate(row.data) for row in written(engine, hook))
+    assert types(engine, hook) == ["job.created", "stage.started", "stage.failed", "job.failed"]
+    assert (created.job_id, created.status, created.metadata) == (job_id, "queued", {"team": "serving"})
+    assert (started.stage, started.attempt, started.status, started.number) == ("scoring", 1, "running", 2)
+    assert (failed.status, failed.number, failed.stage) == ("failed", 4, None)
+    assert failed.error == ErrorInfo(code="out_of_memory", message="m" * MAX_MESSAGE, param="model")
+    assert not any("secret-host" in str(row.data) for row in written(engine, hook))
+
+
+def test_a_message_and_what_was_answered_are_kept_without_secrets(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_FAILED)
+    job_id, leaked = new_job(engine), "hf_abcdefghijklmnopqrstuv"
+    with transaction(engine) as session:
+        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert held is not None
+        stages.fail(session, held, ErrorInfo(code="source_unreadable", message=f"the hub refused {leaked}"))
+    (claimed,) = claim(engine)
+    answered = made(claimed).model_copy(update={"excerpt": f"who is {leaked}?"})
+    with transaction(engine) as session:
+        deliveries.fail(session, claimed, answered, retry_in=DAY, gone=False, failing_limit=DAY)
+
+    (row,) = written(engine, hook)
+    assert leaked not in str([claimed.data, row.data, row.attempts])
+    assert row.attempts[0]["excerpt"] == "who is hf_***?"
+
+
+def test_every_event_of_a_jobs_life_but_progress_can_be_announced(engine: Engine) -> None:
+    new_hook(engine)
+    ended, stopped = new_job(engine), new_job(engine)
+    with transaction(engine) as session:
+        for stage in StageName:
+            held = stages.claim(session, ended, stage, worker="w", lease_seconds=60)
+            assert held is not None
+            stages.report(session, held, progress=0.5, message="", data={})
+            stages.complete(session, held, artifacts=[], metrics={"loss": 1.0}, versions={})
+        for ask in (jobs.request_pause, jobs.request_cancel):
+            jobs.resume(session, stopped) if ask is jobs.request_cancel else None
+            held = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
+            assert held is not None
+            stages.release(session, held, "It broke", max_attempts=5)
+            held = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
+            assert held is not None
+            ask(session, stopped)
+            stages.stopped(session, held)
+        jobs.resume(session, stopped)
+        held = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
+        assert held is not None
+        stages.fail(session, held, ErrorInfo(code="x", message="x"))
+        happened = set(session.exec(select(EventRow.type)))
+        announced = set(session.exec(select(DeliveryRow.type)))
+
+    assert announced == {event.value for event in WebhookEvent}
+    assert happened == announced | {"stage.progress"}
+
+
+def test_only_enabled_webhooks_of_the_project_that_want_an_event_hear_of_it(engine: Engine) -> None:
+    all_of_it, ends = new_hook(engine), new_hook(engine, WebhookEvent.JOB_CANCELLED)
+    others, disabled = new_hook(engine, project="other"), new_hook(engine)
+    with transaction(engine) as session:
+        webhooks.change(session, disabled, WebhookChange(enabled=False))
+    job_id = new_job(engine)
+    with transaction(engine) as session:
+        jobs.request_cancel(session, job_id)
+
+    assert types(engine, all_of_it) == ["job.created", "job.cancelled"]
+    assert types(engine, ends) == ["job.cancelled"]
+    assert types(engine, others) == types(engine, disabled) == []
+
+
+def test_progress_asks_nothing_and_other_events_ask_once_where_there_is_no_webhook(engine: Engine) -> None:
+    new_hook(engine, project="other")
+    job_id = new_job(engine)
+    with transaction(engine) as session:
+        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert held is not None
+    with statements(engine) as seen, transaction(engine) as session:
+        stages.report(session, held, progress=0.5, message="", data={})
+    assert not any("webhook" in statement for statement in seen)
+
+    with statements(engine) as seen, transaction(engine) as session:
+        events.append(session, job_id, "job.paused", "")
+    assert sum("webhook" in statement for statement in seen) == 1
+
+
+def test_a_webhook_deleted_meanwhile_does_not_fail_the_event(engine: Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite runs one writing transaction after the other")
+    hook = new_hook(engine)
+    deleted = Event()
+
+    def delete() -> None:
+        with transaction(engine) as session:
+            webhooks.delete(session, hook)
+        deleted.set()
+
+    deleting = Thread(target=delete)
+
+    def begin_to_delete(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        """Between the look at the webhooks and the messages to them."""
+        if "FROM webhooks" in statement and deleting.ident is None:
+            deleting.start()
+            assert not deleted.wait(0.5)
+
+    event.listen(engine, "after_cursor_execute", begin_to_delete)
+    new_job(engine)
+    deleting.join()
+
+    with pytest.raises(WebhookNotFound), transaction(engine) as session:
+        webhooks.get(session, hook)
+
+
+def test_many_senders_at_once_claim_every_message_once(engine: Engine) -> None:
+    hooks = [new_hook(engine, WebhookEvent.JOB_CREATED) for _ in range(3)]
+    for _ in range(10):
+        new_job(engine)
+    together = Barrier(4)
+
+    def claim_all(_: int) -> list[Claimed]:
+        claimed: list[Claimed] = []
+        together.wait()
+        while len(claimed) < 30 and (more := claim(engine, limit=4, per_webhook=2)):
+            claimed += more
+        return claimed
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [one.id for part in pool.map(claim_all, range(4)) for one in part]
+    found += [one.id for one in claim(engine)]  # Who found a webhook's first rows locked by others gave up early.
+
+    assert sorted(found) == sorted(row.id for hook in hooks for row in written(engine, hook))
+    assert claim(engine) == []
+
+
+def test_a_claim_locks_nothing_that_another_sender_waits_for(engine: Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite runs one writing transaction after the other")
+    new_hook(engine, WebhookEvent.JOB_CREATED)
+    for _ in range(2):
+        new_job(engine)
+    with transaction(engine) as session:
+        (first,) = deliveries.claim(session, limit=1, per_webhook=9, lease=LEASE, max_tries=8)
+        with ThreadPoolExecutor(1) as pool:
+            (second,) = pool.submit(claim, engine).result(timeout=10)
+
+    assert first.id != second.id
+
+
+def test_a_webhook_with_many_messages_leaves_room_for_others(engine: Engine) -> None:
+    busy = new_hook(engine, WebhookEvent.JOB_CREATED, project="busy")
+    for _ in range(5):
+        new_job(engine, "busy")
+    calm = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+
+    claimed = claim(engine, limit=3, per_webhook=2)
+
+    assert [one.webhook_id for one in claimed] == [busy, busy, calm]
+
+
+def test_a_lease_hides_a_message_and_fences_out_a_sender_that_comes_too_late(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    (late,) = claim(engine)
+    assert claim(engine) == []
+    make_due(engine)
+    (again,) = claim(engine)
+
+    fail(engine, late)
+    succeed(engine, late)
+    assert written(engine, hook)[0].attempts == []
+    succeed(engine, again)
+
+    (row,) = written(engine, hook)
+    assert (late.id, late.attempt, again.attempt) == (again.id, 1, 2)
+    assert [(one["number"], one["response_code"]) for one in row.attempts] == [(2, 200)]
+    assert (row.status, row.next_attempt_at) == (DeliveryStatus.SUCCEEDED, None)
+    make_due(engine)
+    assert claim(engine) == []
+
+
+def test_a_message_that_no_sender_lives_to_record_is_given_up(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    for _ in range(3):
+        assert len(claim(engine, max_tries=3)) == 1
+        make_due(engine)
+
+    assert claim(engine, max_tries=3) == []
+    (row,) = written(engine, hook)
+    assert (row.status, row.next_attempt_at) == (DeliveryStatus.FAILED, None)
+
+
+def test_a_failure_is_noted_and_the_message_falls_due_again_or_is_given_up(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    (held,) = claim(engine)
+    fail(engine, held, retry_in=timedelta(hours=1))
+    (row,) = written(engine, hook)
+    assert row.next_attempt_at is not None
+    assert timedelta(minutes=59) < row.next_attempt_at - now() < timedelta(minutes=61)
+    with transaction(engine) as session:
+        assert webhooks.get(session, hook).failing_since is not None
+    make_due(engine)
+
+    (held,) = claim(engine)
+    fail(engine, held, retry_in=None)
+
+    (row,) = written(engine, hook)
+    assert (row.status, row.next_attempt_at, held.tries) == (DeliveryStatus.FAILED, None, 2)
+    assert [one["number"] for one in row.attempts] == [1, 2]
+
+
+def test_the_notes_on_attempts_are_bounded(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    for _ in range(deliveries.KEPT_ATTEMPTS + 3):
+        (held,) = claim(engine, max_tries=100)
+        fail(engine, held)
+        make_due(engine)
+
+    (row,) = written(engine, hook)
+    assert [one["number"] for one in row.attempts] == list(range(4, deliveries.KEPT_ATTEMPTS + 4))
+
+
+def test_a_receiver_that_is_gone_disables_its_webhook_and_what_waits_is_given_up(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    new_job(engine)
+    first, second = claim(engine)
+
+    assert fail(engine, first, gone=True) is DisabledReason.GONE
+    assert fail(engine, second) is None
+    with transaction(engine) as session:
+        found = webhooks.get(session, hook)
+        assert (found.enabled, found.disabled_reason) == (False, DisabledReason.GONE)
+        with pytest.raises(WebhookDisabled):
+            deliveries.resend(session, hook, first.id)
+        with pytest.raises(WebhookDisabled):
+            deliveries.try_out(session, hook)
+
+    assert [row.status for row in written(engine, hook)] == [DeliveryStatus.FAILED] * 2
+
+
+def test_what_falls_due_while_a_webhook_is_disabled_is_given_up_and_what_falls_due_later_is_sent(
+    engine: Engine,
+) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    with transaction(engine) as session:
+        webhooks.change(session, hook, WebhookChange(enabled=False))
+        assert webhooks.get(session, hook).disabled_reason == DisabledReason.REQUESTED
+    assert claim(engine) == []
+    (row,) = written(engine, hook)
+    assert (row.status, row.attempts[0]["error"]) == (DeliveryStatus.FAILED, "The webhook is disabled.")
+
+    with transaction(engine) as session:
+        webhooks.change(session, hook, WebhookChange(enabled=True))
+        deliveries.resend(session, hook, row.id)
+    assert [held.id for held in claim(engine)] == [row.id]
+
+
+def test_nothing_but_failures_for_days_disables_a_webhook_and_a_success_in_between_does_not(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+
+    def failing_since(days: float) -> None:
+        with transaction(engine) as session:
+            session.get_one(WebhookRow, hook).failing_since = now() - timedelta(days=days)
+
+    for _ in range(4):
+        new_job(engine)
+    first, second, third, fourth = claim(engine)
+    fail(engine, first, limit=timedelta(days=5))
+    failing_since(4.9)
+    assert fail(engine, second, limit=timedelta(days=5)) is None
+    failing_since(6)
+    succeed(engine, third)
+    assert fail(engine, fourth, limit=timedelta(days=5)) is None
+    failing_since(5.1)
+    make_due(engine)
+    (again, *_) = claim(engine)
+
+    assert fail(engine, again, limit=timedelta(days=5)) is DisabledReason.FAILING
+    with transaction(engine) as session:
+        webhooks.change(session, hook, WebhookChange(enabled=True))
+        found = webhooks.get(session, hook)
+        assert (found.enabled, found.disabled_reason, found.failing_since) == (True, None, None)
+
+
+def test_a_resent_message_keeps_its_id_and_has_all_attempts_before_it(engine: Engine) -> None:
+    hook, other = new_hook(engine, WebhookEvent.JOB_CREATED), new_hook(engine, WebhookEvent.JOB_FAILED)
+    new_job(engine)
+    (held,) = claim(engine)
+    succeed(engine, held)
+    with transaction(engine) as session:
+        with pytest.raises(DeliveryNotFound):
+            deliveries.resend(session, other, held.id)
+        with pytest.raises(DeliveryNotFound):
+            deliveries.resend(session, hook, "msg_" + "0" * 32)
+        deliveries.resend(session, hook, held.id)
+
+    (again,) = claim(engine)
+
+    assert (again.id, again.attempt, again.tries) == (held.id, 2, 1)
+    succeed(engine, held)
+    assert [one["number"] for one in written(engine, hook)[0].attempts] == [1]
+
+
+def test_a_message_resent_while_it_is_being_sent_is_sent_again(engine: Engine) -> None:
+    new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    (held,) = claim(engine)
+    with transaction(engine) as session:
+        deliveries.resend(session, held.webhook_id, held.id)
+    (again,) = claim(engine)
+    succeed(engine, held)
+    succeed(engine, again)
+
+    (row,) = written(engine, held.webhook_id)
+    assert (row.status, [one["number"] for one in row.attempts]) == (DeliveryStatus.SUCCEEDED, [2])
+
+
+def test_a_deleted_webhook_takes_its_messages_along_and_its_senders_record_nothing(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    new_job(engine)
+    (held,) = claim(engine)
+    with transaction(engine) as session:
+        webhooks.delete(session, hook)
+        with pytest.raises(WebhookNotFound):
+            webhooks.delete(session, hook)
+
+    assert fail(engine, held) is None
+    succeed(engine, held)
+    with transaction(engine) as session:
+        assert session.exec(select(DeliveryRow)).all() == []
+
+
+def test_messages_outlive_their_job_and_are_forgotten_after_a_month(engine: Engine) -> None:
+    hook = new_hook(engine, WebhookEvent.JOB_CREATED)
+    old, young = new_job(engine), new_job(engine)
+    with transaction(engine) as session:
+        session.delete(jobs.get(session, young))
+    with transaction(engine) as session:
+        for row in session.exec(select(DeliveryRow)):
+            row.created_at = now() - timedelta(days=31 if row.job_id == old else 29)
+    with transaction(engine) as session:
+        deliveries.forget(session)
+
+    assert [row.job_id for row in written(engine, hook)] == [young]
+
+
+def test_after_a_rotation_both_secrets_sign_for_a_day(engine: Engine) -> None:
+    hook = new_hook(engine)
+    with transaction(engine) as session:
+        first = webhooks.get(session, hook).secret
+        second = webhooks.rotate(session, hook).secret
+    with transaction(engine) as session:
+        row = webhooks.get(session, hook)
+        assert webhooks.signing_secrets(row) == (second, first)
+        row.previous_secret_until = now() - timedelta(seconds=1)
+        assert webhooks.signing_secrets(row) == (second,)
+    assert first != second
+
+
+def test_a_project_has_a_bounded_number_of_webhooks(engine: Engine) -> None:
+    for _ in range(MAX_WEBHOOKS):
+        new_hook(engine)
+    with pytest.raises(TooManyWebhooks):
+        new_hook(engine)
+    assert new_hook(engine, project="other")
