@@ -1,7 +1,7 @@
 """Brings queue and store in line with the database.
 
-Retires dead leases, sends what no worker took, forgets old keys; deletes what is too old, and the files and rows of
-deleted jobs.
+Retires dead leases, ends what is past its deadline, sends what no worker took, forgets old keys; deletes what is too
+old, and the files and rows of deleted jobs.
 
 Safe to run many times at once: every change is a conditional one under a row lock.
 """
@@ -9,9 +9,18 @@ Safe to run many times at once: every change is a conditional one under a row lo
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
+from threading import Event, Thread
+from types import TracebackType
 
 from sqlalchemy import Engine
+from tenacity import RetryCallState, Retrying
+from tenacity.nap import sleep_using_event
+from tenacity.stop import stop_when_event_set
+from tenacity.wait import wait_exponential
 
 from service import queue
 from service.db import deletion, idempotency, stages
@@ -21,21 +30,91 @@ from service.settings import Settings
 from service.storage import ArtifactStore, job_prefix
 
 PURGED_AT_ONCE = 20
-"""So that a gateway that is to stop need not wait for long."""
+"""So that a process that is to stop need not wait for long."""
+MAX_PAUSE_S = 30.0
+"""Pause between two tries of what failed, at most."""
+STOP_S = 4.0
 log = logging.getLogger(__name__)
 
 
+class Reconciler:
+    """Context manager: reconciles in threads of its own, through every outage of what it works on."""
+
+    def __init__(self, engine: Engine, settings: Settings, store: ArtifactStore) -> None:
+        self._stopping = Event()
+        # Two threads: a store that is slow to delete must keep no stage waiting.
+        self._threads = [
+            Thread(target=_repeat, args=(action, settings.reconcile_seconds, self._stopping), name=name, daemon=True)
+            for name, action in (
+                ("sweep", partial(sweep, engine, settings)),
+                ("purge", partial(purge, engine, settings, store)),
+            )
+        ]
+
+    def __enter__(self) -> Reconciler:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for what is being done, but not for ever: it may be cut off anywhere."""
+        self._stopping.set()
+        deadline = time.monotonic() + STOP_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _repeat(action: Callable[[], int], pause_s: float, stopping: Event) -> None:
+    """Do it every `pause_s` seconds; what fails is tried again after longer and longer pauses, and logged once."""
+    persistent = Retrying(
+        stop=stop_when_event_set(stopping),
+        sleep=sleep_using_event(stopping),
+        wait=wait_exponential(multiplier=pause_s, max=max(pause_s, MAX_PAUSE_S)),
+        before_sleep=_log_first_failure,
+        retry_error_callback=lambda state: None,
+    )
+    while not stopping.is_set():
+        persistent(action)
+        if persistent.statistics["attempt_number"] > 1 and not stopping.is_set():
+            log.warning("the reconciler works again, after %d failures", persistent.statistics["attempt_number"] - 1)
+        stopping.wait(pause_s)
+
+
+def _log_first_failure(state: RetryCallState) -> None:
+    assert state.outcome is not None
+    if state.attempt_number == 1:
+        log.error("the reconciler failed; it tries again until it works", exc_info=state.outcome.exception())
+
+
 def sweep(engine: Engine, settings: Settings) -> int:
-    """Retire dead leases, send every queued stage that is due, forget idempotency keys; returns how many were sent."""
+    """Retire dead leases, end overdue stages, send every queued stage that is due; returns how many were sent.
+
+    Raises: BrokerUnavailable; what was not sent is due at once.
+    """
     with transaction(engine) as session:
         dead = stages.expired(session)
+        overdue = stages.overdue(
+            session, deadline_seconds=settings.stage_deadline_seconds, grace_seconds=settings.lease_seconds
+        )
+        idempotency.forget(session)
     for job_id, stage in dead:
         with transaction(engine) as session:
             stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)
+    for job_id, stage in overdue:
+        with transaction(engine) as session:
+            stages.time_out(session, job_id, stage)
     with transaction(engine) as session:
         waiting = stages.due(session, resend_seconds=settings.resend_seconds)
-        idempotency.forget(session)
-    return sum(queue.send(settings, job_id, stage) for job_id, stage in waiting)
+    for sent, (job_id, stage) in enumerate(waiting):
+        try:
+            queue.send(settings, job_id, stage)
+        except queue.BrokerUnavailable:
+            with transaction(engine) as session:
+                stages.not_sent(session, [job_id for job_id, _ in waiting[sent:]])
+            raise
+    return len(waiting)
 
 
 def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:

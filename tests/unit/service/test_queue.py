@@ -18,8 +18,8 @@ def test_a_half_written_file_of_the_embedded_broker_counts_as_out_of_reach(tmp_p
     exchange.parent.mkdir(parents=True)
 
     exchange.write_text(half_written)
-    assert not queue.send(settings, "job_1", StageName.SCORING)
+    assert not queue.try_to_send(settings, "job_1", StageName.SCORING)
 
     exchange.write_text('[["pdtrim", "", "pdtrim"]]')
-    assert queue.send(settings, "job_1", StageName.SCORING)
+    assert queue.try_to_send(settings, "job_1", StageName.SCORING)
     assert len(list((tmp_path / "broker" / "messages").iterdir())) == 1

@@ -54,6 +54,7 @@ def worker(tmp_path: Path) -> Worker:
         data_dir=tmp_path / "data",
         allowed_sources=["builtin:", (tmp_path / "models").as_uri()],
         lease_seconds=5,
+        retry_seconds=0.2,
     )
     engine = connect(settings.database_url)
     migrate(engine)
@@ -68,6 +69,11 @@ def model(tmp_path: Path) -> Path:
 def create(worker: Worker, spec: dict[str, Any]) -> str:
     with transaction(worker.engine) as session:
         return jobs.create(session, JobSpec.model_validate(spec)).id
+
+
+def retire(worker: Worker, job_id: str, stage: StageName) -> None:
+    with transaction(worker.engine) as session:
+        stages.retire(session, job_id, stage, max_attempts=5)
 
 
 def run_through(worker: Worker, job_id: str, last: StageName = StageName.EVALUATION) -> None:
@@ -131,7 +137,7 @@ def test_a_job_ends_with_both_checkpoints_every_artifact_recorded_and_no_scratch
             data = worker.store.get_bytes(row.key)
             assert (len(data), hashlib.sha256(data).hexdigest()) == (row.size, row.sha256)
     assert worker.settings.scratch_dir is not None
-    assert not list((worker.settings.scratch_dir / "jobs" / job_id).iterdir())
+    assert not list((worker.settings.scratch_dir / "jobs").iterdir())
 
 
 def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: Path) -> None:
@@ -542,6 +548,7 @@ def test_a_stage_finished_by_a_worker_that_died_before_recording_is_not_run_agai
     # The dead worker came as far as its manifest.
     pipeline._execute(worker, dead, check=lambda: None)
     time.sleep(0.1)
+    retire(worker, job_id, StageName.SCORING)
     run_stage(worker, job_id, StageName.SCORING)
     row = stage_row(worker, job_id, StageName.SCORING)
     assert (row.status, row.attempt) == (StageStatus.SUCCEEDED, 2)
@@ -585,6 +592,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         pipeline._execute(worker, held, die_after_a_while)
     assert list(worker.store.list_keys(f"jobs/{broken}/{stage}/state"))
+    retire(worker, broken, stage)
     run_stage(worker, broken, stage)
 
     first, second = (recorded(worker, job_id, stage) for job_id in (unbroken, broken))

@@ -32,6 +32,11 @@ def claim(engine: Engine, job_id: str, stage: StageName = StageName.SCORING, *, 
     return held
 
 
+def retire(engine: Engine, job_id: str, *, max_attempts: int = 5) -> None:
+    with transaction(engine) as session:
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=max_attempts)
+
+
 def complete(engine: Engine, held: Claim) -> StageName | None:
     artifact = NewArtifact("plan.json", f"{held.job_id}/{held.stage}", "file:///plan.json", 3, "0" * 64)
     with transaction(engine) as session:
@@ -82,6 +87,7 @@ def test_stages_completed_in_order_end_in_a_succeeded_job_with_every_artifact(en
 def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) -> None:
     job_id = create_job(engine)
     zombie = claim(engine, job_id, lease_seconds=-1)
+    retire(engine, job_id)
     successor = claim(engine, job_id)
     for record in (
         lambda session: stages.renew(session, zombie, lease_seconds=60),
@@ -121,12 +127,16 @@ def test_a_stage_that_keeps_killing_its_worker_fails_the_job(engine: Engine) -> 
     job_id = create_job(engine)
     for _ in range(3):
         claim(engine, job_id, lease_seconds=-1)
+        retire(engine, job_id, max_attempts=3)
     with transaction(engine) as session:
-        stages.retire(session, job_id, StageName.SCORING, max_attempts=3)
+        rows, _ = events.page(session, job_id, after=0, limit=100)
         job = jobs.get(session, job_id)
     assert job.status == JobStatus.FAILED
     assert job.error is not None
     assert job.error["code"] == "attempts_exhausted"
+    told = [row.message for row in rows if row.type in ("stage.requeued", "stage.failed")]
+    assert len(told) == 3
+    assert all("Worker w fell silent" in message for message in told)
 
 
 def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> None:
