@@ -24,16 +24,17 @@ from tenacity.wait import wait_exponential
 
 from service import queue
 from service.db import deletion, idempotency, stages
-from service.db.session import transaction
+from service.db.session import DATABASE_FAULTS, transaction
 from service.db.tables import now
 from service.settings import Settings
-from service.storage import ArtifactStore, job_prefix
+from service.storage import ArtifactStore, StoreUnavailable, job_prefix
 
 PURGED_AT_ONCE = 20
 """So that a process that is to stop need not wait for long."""
 MAX_PAUSE_S = 30.0
 """Pause between two tries of what failed, at most."""
 STOP_S = 4.0
+OUTAGES = (*DATABASE_FAULTS, queue.BrokerUnavailable, StoreUnavailable)
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +86,9 @@ def _repeat(action: Callable[[], int], pause_s: float, stopping: Event) -> None:
 def _log_first_failure(state: RetryCallState) -> None:
     assert state.outcome is not None
     if state.attempt_number == 1:
-        log.error("the reconciler failed; it tries again until it works", exc_info=state.outcome.exception())
+        error = state.outcome.exception()
+        unforeseen = None if isinstance(error, OUTAGES) else error
+        log.error("the reconciler failed; it tries again until it works: %s", error, exc_info=unforeseen)
 
 
 def sweep(engine: Engine, settings: Settings) -> int:
