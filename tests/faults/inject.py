@@ -117,7 +117,7 @@ class Injector:
                 cluster.proxy.cut(rng.choice([0, 300, 2000, 20_000]))
                 self._later(cluster.proxy.mend)
             case "disk full":
-                self._fill_disk()
+                return self._fill_disk()
             case _:
                 raise ValueError(f"no such fault: {kind}")
         return True
@@ -168,9 +168,11 @@ class Injector:
         time.sleep(self.rng.uniform(0, 1))
         self.cluster.postgres.start()
 
-    def _fill_disk(self) -> None:
+    def _fill_disk(self) -> bool:
         path = self.cluster.full_disk
         assert path is not None
+        if path.exists():
+            return False
         with path.open("ab", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(b"\0" * (1 << 20))
@@ -178,6 +180,7 @@ class Injector:
             while True:
                 file.write(b"\0")
         self._later(path.unlink)
+        return True
 
 
 def running_stages(cluster: Cluster) -> list[tuple[str, int]]:

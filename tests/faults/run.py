@@ -7,6 +7,7 @@ seed; what they meet depends on the machine. Exits with 1, the seed and the even
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -34,10 +35,10 @@ from tests.faults.inject import Injector, kill_worker_of, schedule
 from tests.faults.workload import Follower, Planned, Submitter, plan
 
 START_SECONDS = 180.0
-QUIET_SECONDS = 120.0
+QUIET_SECONDS = 300.0
 """If no stage ends for so long, the run does not wait any longer."""
 FOLLOW_EVERY = 7
-TICK_S = 0.05
+TICK_S = 0.1
 console = Console(width=110)
 
 
@@ -48,6 +49,9 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Folder to keep with logs; by default a temporary one.")] = None,
 ) -> None:
     """Run jobs through faults."""
+    # Whatever ends the run early, no process of it is left.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     rng = random.Random(seed)
     started = time.monotonic()
     if folder is not None:
@@ -108,9 +112,6 @@ class Run:
                 if time.monotonic() - quiet_since > QUIET_SECONDS:
                     self.timed_out = True
                     break
-            # What is left of the faults when all is done meets an idle service.
-            for kind in self.faults[injected:]:
-                self.injector.inject(kind)
             self.injector.undo(all_of_them=True)
         self.submitter.stop()
 
