@@ -84,6 +84,8 @@ def celery_app(broker_url: str) -> Celery:
         # However long the broker is away, a worker waits for it; by default it would end after the hundredth try.
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,
+        # No result is waited for: a worker whose child died takes the next stage soon, by default after 10 s.
+        worker_lost_wait=0.5,
         broker_connection_timeout=2,
         worker_hijack_root_logger=False,
     )
