@@ -24,10 +24,14 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.worker
 	$(BIN)/python benchmarks/engine.py --streamed
 	$(BIN)/python benchmarks/large.py
-	$(BIN)/python benchmarks/distillation.py --learning-rate 5e-4
+	$(BIN)/python benchmarks/search.py optimum --removed 1 2 3 4 5
+	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 64
+	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 64 --copies 2
+	$(BIN)/python benchmarks/pair.py
+	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/kv_tokens.py
 	$(BIN)/python benchmarks/objective.py
-	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072 --learning-rate 5e-4
+	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072
 
 faults: $(VENV)/.test
 	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed 0

@@ -28,7 +28,7 @@ from workers.pruning.search import search
 from workers.pruning.training import Journal, TrainingSettings
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
-COUNTS: dict[Split, int] = {"calibration": 16, "validation": 48}
+COUNTS: dict[Split, int] = {"calibration": 64, "validation": 48}
 
 
 def load() -> PreTrainedModel:
@@ -42,10 +42,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--removed", type=int, nargs="+", default=[2, 3, 4], help="blocks to remove")
     parser.add_argument("--window-tokens", type=int, default=256)
-    parser.add_argument("--merge-tokens", type=int, default=32_768)
+    parser.add_argument("--merge-tokens", type=int, default=16_384)
     parser.add_argument("--heal-tokens", type=int, default=131_072)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--batch-windows", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-windows", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -115,6 +115,7 @@ def main() -> None:
         heal(
             student,
             dense,
+            plan.kept,
             trainable(weights, plan.kept, frozen=set()),
             windows=windows["train"],
             held_out=windows["calibration"][:8],

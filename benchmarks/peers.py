@@ -2,9 +2,10 @@
 
     python benchmarks/peers.py --removed 1 2 3 4 5 --heal-tokens 131072
 
-All methods see the same calibration windows. With --heal-tokens all train on as many tokens, too: a method that first
-fits blocks to stand for removed ones (PDTrim's merging, LLM-Streamline's replacement) spends --fit-share of them there
-and the rest on healing; the others heal with all of them. The search is that of a job with one unified checkpoint.
+All methods see the same calibration windows. With --heal-tokens all train on as many tokens, too, in two ways: on the
+dense model's predictions alone (KL), and as this service distils (KL, and the hidden states between the kept blocks). A
+method that first fits blocks to stand for removed ones (PDTrim's merging, LLM-Streamline's replacement) spends
+--fit-share of the tokens there and the rest on healing. The search is that of a job with one unified checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import workers
 from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.distill import fit_spans, heal, load_tensors, trainable
+from workers.pruning.distill import HEALING, fit_spans, heal, load_tensors, trainable
 from workers.pruning.engine import Engine
+from workers.pruning.losses import LossWeights
 from workers.pruning.measure import perplexity
 from workers.pruning.memo import Memo
 from workers.pruning.peers import PEERS, PeerPlan
@@ -38,6 +40,7 @@ REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4
 HELD_OUT_WINDOWS = 8
 PDTRIM = "PDTrim"
+WAYS = (LossWeights(hidden=0.0), HEALING)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,11 @@ def choose(stack: BlockStack, windows: Tensor, remove: int, method: str, args: a
 
 
 def distilled(
-    dense: PreTrainedModel, plan: PeerPlan, windows: Mapping[Split, Tensor], args: argparse.Namespace
+    dense: PreTrainedModel,
+    plan: PeerPlan,
+    windows: Mapping[Split, Tensor],
+    losses: LossWeights,
+    args: argparse.Namespace,
 ) -> PreTrainedModel:
     """The pruned model after its share of fitting, if it has spans to fit, and of healing."""
 
@@ -126,7 +133,9 @@ def distilled(
     heal(
         student,
         dense,
+        kept,
         trainable(weights, kept, frozen=set()),
+        losses=losses,
         windows=windows["train"],
         held_out=held_out,
         settings=settings(args.heal_tokens - fit_tokens),
@@ -140,7 +149,7 @@ def shown(model: PreTrainedModel, windows: Tensor) -> str:
     return f"{measured.value:.2f} ± {measured.standard_error:.2f}"
 
 
-def cells(row: Row, loss: float, pruned: str, after: str) -> str:
+def cells(row: Row, loss: float, perplexities: Sequence[str]) -> str:
     """One row of the table."""
     spans = ", ".join(f"{block} for {first}–{last}" for block, (first, last) in sorted(row.plan.spans.items()))
     values = (
@@ -151,8 +160,7 @@ def cells(row: Row, loss: float, pruned: str, after: str) -> str:
         row.plan.forwards,
         f"{row.seconds:.1f}",
         f"{loss:.3f}",
-        pruned,
-        after,
+        *perplexities,
     )
     return f"| {' | '.join(map(str, values))} |"
 
@@ -170,13 +178,13 @@ def main() -> None:
         metavar="METHOD",
         help=f"of {', '.join([PDTRIM, *PEERS])}",
     )
-    parser.add_argument("--calibration-windows", type=int, default=24)
+    parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--validation-windows", type=int, default=48)
     parser.add_argument("--window-tokens", type=int, default=256)
     parser.add_argument("--heal-tokens", type=int, default=0, help="training tokens for each method; 0 trains none")
-    parser.add_argument("--fit-share", type=float, default=0.2, help="part of them that fits blocks for spans")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--batch-windows", type=int, default=8)
+    parser.add_argument("--fit-share", type=float, default=0.1, help="part of them that fits blocks for spans")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-windows", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.95, help="cosine from which PDTrim deletes outright")
     parser.add_argument(
         "--objective",
@@ -208,17 +216,23 @@ def main() -> None:
         f"Dense: calibration loss {cross_entropy.losses([nothing])[nothing]:.3f}, "
         f"validation perplexity {shown(dense, windows['validation'])}.",
         "",
-        "| n | method | removed | trained to stand for | forwards | seconds | calibration loss | pruned | distilled |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| n | method | removed | trained to stand for | forwards | seconds | calibration loss | pruned | healed by KL "
+        "| distilled |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    perplexities: dict[object, list[str]] = {}  # methods that agree on what to remove are trained once
     jobs = [(remove, method) for remove in args.removed for method in args.methods]
     for remove, method in track(jobs, description="comparing"):
         row = choose(stack, windows["calibration"], remove, method, args)
         removed = row.plan.removed
         loss = cross_entropy.losses([removed])[removed]
-        pruned = shown(drop_blocks(dense, removed), windows["validation"])
-        after = shown(distilled(dense, row.plan, windows, args), windows["validation"]) if args.heal_tokens else "–"
-        lines.append(cells(row, loss, pruned, after))
+        key = (removed, tuple(row.plan.spans.items()))
+        if key not in perplexities:
+            models = [drop_blocks(dense, removed)]
+            if args.heal_tokens:
+                models += [distilled(dense, row.plan, windows, losses, args) for losses in WAYS]
+            perplexities[key] = [shown(model, windows["validation"]) for model in models]
+        lines.append(cells(row, loss, perplexities[key]))
     print("\n".join(lines))
 
 

@@ -30,7 +30,7 @@ from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
 from workers.pruning.engine import NOTHING, Engine, mean
 from workers.pruning.memo import Found, Memo
-from workers.pruning.peers import sleb
+from workers.pruning.peers import sleb_rounds
 from workers.pruning.plan import Blocks
 from workers.pruning.scores import block_scores
 from workers.pruning.search import OnProgress, SearchResult, search
@@ -129,10 +129,14 @@ def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], arg
         "| n | SLEB's set | loss | seconds | search's set when no worse | loss | seconds | of SLEB's |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for count in track(args.removed, description="beside SLEB"):
+    rounds = sleb_rounds(stack, windows, chunk_windows=CHUNK_WINDOWS)
+    their_seconds = 0.0
+    for count in track(range(1, max(args.removed) + 1), description="beside SLEB"):
         started = time.perf_counter()
-        theirs = sleb(stack, windows, count, chunk_windows=CHUNK_WINDOWS).removed
-        their_seconds = time.perf_counter() - started
+        theirs = next(rounds).removed
+        their_seconds += time.perf_counter() - started
+        if count not in args.removed:
+            continue
         target = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS).losses([theirs])[theirs]
 
         found, seconds = until(stack, windows, scores, count, target, args)

@@ -8,12 +8,15 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
+from fastapi.telemetry import TelemetryConfig
 
-from service.api import artifacts, events, health, jobs, methods, problems
+from service.api import artifacts, events, health, jobs, methods, metrics, problems
+from service.api.access import AccessLog
 from service.api.auth import ApiKey, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
+from service.metrics import GatewayMetrics
 from service.reconciler import Reconciler
 from service.settings import Settings
 from service.storage import open_store
@@ -23,8 +26,17 @@ TAGS = [
     {"name": "events", "description": "What happened in a job, as pages or as a stream."},
     {"name": "artifacts", "description": "What a job left: checkpoints, plans, reports."},
     {"name": "methods", "description": "The pruning methods and their parameters."},
-    {"name": "health", "description": "Liveness and readiness."},
+    {"name": "health", "description": "Liveness, readiness and metrics."},
 ]
+PROBES = ("/healthz", "/readyz", "/metrics")
+# FastAPI makes a span of each request, once there is a tracer provider (`service.tracing`).
+TELEMETRY: TelemetryConfig = {
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+    "exclude": lambda scope: scope.get("path") in PROBES,
+}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -37,9 +49,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=_lifespan,
         openapi_tags=TAGS,
         redirect_slashes=False,
+        telemetry=TELEMETRY,
     )
     app.state.settings = settings
-    for router in (jobs.router, events.router, artifacts.router, methods.router, health.router):
+    app.state.metrics = GatewayMetrics()
+    for router in (jobs.router, events.router, artifacts.router, methods.router, health.router, metrics.router):
         app.include_router(router)
     problems.install(app)
     problems.document(app)
@@ -47,12 +61,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ApiKey, settings=settings)
     app.add_middleware(RequestIds)
+    app.add_middleware(AccessLog, metrics=app.state.metrics)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
+    counted: GatewayMetrics = app.state.metrics
     engine = connect(settings.database_url)
     await run_in_threadpool(migrate, engine)
     await run_in_threadpool(warn_if_open, engine, settings)
@@ -63,8 +79,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         public_endpoint_url=settings.s3_public_endpoint_url,
         region=settings.s3_region,
     )
+    reconciling = Reconciler(engine, settings, app.state.store, counted.leases_expired)
     try:
-        with Reconciler(engine, settings, app.state.store) if settings.reconcile_in_gateway else nullcontext():
+        with counted.of_jobs(engine), reconciling if settings.reconcile_in_gateway else nullcontext():
             yield
     finally:
         engine.dispose()

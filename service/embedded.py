@@ -19,6 +19,7 @@ from threading import Event, Thread
 from types import TracebackType
 
 from service.client import Client
+from service.logs import chosen_format
 from service.queue import BROKER_ERRORS, celery_app
 from service.settings import Settings
 
@@ -134,6 +135,7 @@ class Embedded:
         environment = os.environ | {
             "PDTRIM_ALLOWED_SOURCES": json.dumps([*settings.allowed_sources, *shared]),
             "PDTRIM_DATA_DIR": str(settings.data_dir),
+            "PDTRIM_LOG_FORMAT": chosen_format(settings, sys.stderr),
             "PDTRIM_PORT": str(port),
             "PYTHONUNBUFFERED": "1",
         }

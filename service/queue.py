@@ -16,6 +16,7 @@ from celery import Celery
 from kombu import Queue
 from kombu.exceptions import ChannelError, OperationalError
 
+from service import tracing
 from service.contract.jobs import StageName
 from service.settings import Settings
 
@@ -55,7 +56,7 @@ def _transport(broker_url: str) -> dict[str, Any]:
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     return {
-        "broker_url": "filesystem://",
+        "broker_url": "filesystem://localhost",
         "broker_transport_options": {
             "data_folder_in": str(folders["messages"]),
             "data_folder_out": str(folders["messages"]),
@@ -94,10 +95,18 @@ def celery_app(broker_url: str) -> Celery:
 
 def send(settings: Settings, job_id: str, stage: StageName) -> None:
     """Wake a worker for a stage. Raises: BrokerUnavailable."""
+    task = task_name(stage)
     try:
-        celery_app(settings.broker_url).send_task(
-            task_name(stage), args=[job_id], retry=True, retry_policy=SEND_AGAIN, argsrepr=job_id, ignore_result=True
-        )
+        with tracing.sending(task) as headers:
+            celery_app(settings.broker_url).send_task(
+                task,
+                args=[job_id],
+                headers=headers,
+                retry=True,
+                retry_policy=SEND_AGAIN,
+                argsrepr=job_id,
+                ignore_result=True,
+            )
     except BROKER_ERRORS as error:
         raise BrokerUnavailable(f"{task_name(stage)} was not sent: {error}") from error
 

@@ -16,6 +16,7 @@ from functools import partial
 from threading import Event, Thread
 from types import TracebackType
 
+from prometheus_client import Counter
 from sqlalchemy import Engine
 from tenacity import RetryCallState, Retrying
 from tenacity.nap import sleep_using_event
@@ -41,13 +42,15 @@ log = logging.getLogger(__name__)
 class Reconciler:
     """Context manager: reconciles in threads of its own, through every outage of what it works on."""
 
-    def __init__(self, engine: Engine, settings: Settings, store: ArtifactStore) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, store: ArtifactStore, leases_expired: Counter | None = None
+    ) -> None:
         self._stopping = Event()
         # Two threads: a store that is slow to delete must keep no stage waiting.
         self._threads = [
             Thread(target=_repeat, args=(action, settings.reconcile_seconds, self._stopping), name=name, daemon=True)
             for name, action in (
-                ("sweep", partial(sweep, engine, settings)),
+                ("sweep", partial(sweep, engine, settings, leases_expired)),
                 ("purge", partial(purge, engine, settings, store)),
             )
         ]
@@ -91,10 +94,10 @@ def _log_first_failure(state: RetryCallState) -> None:
         log.error("the reconciler failed; it tries again until it works: %s", error, exc_info=unforeseen)
 
 
-def sweep(engine: Engine, settings: Settings) -> int:
-    """Retire dead leases, end overdue stages, send every queued stage that is due; returns how many were sent.
+def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = None) -> int:
+    """Retire dead leases and count them, end overdue stages, send every queued stage that is due.
 
-    Raises: BrokerUnavailable; what was not sent is due at once.
+    Returns how many stages were sent. Raises: BrokerUnavailable; what was not sent is due at once.
     """
     with transaction(engine) as session:
         dead = stages.expired(session)
@@ -104,7 +107,11 @@ def sweep(engine: Engine, settings: Settings) -> int:
         idempotency.forget(session)
     for job_id, stage in dead:
         with transaction(engine) as session:
-            stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)
+            retired = stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)
+        if retired:
+            log.warning("a worker fell silent", extra={"job_id": job_id, "stage": stage.value})
+            if leases_expired is not None:
+                leases_expired.inc()
     for job_id, stage in overdue:
         with transaction(engine) as session:
             stages.time_out(session, job_id, stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,7 +16,8 @@ from service.sources.names import check_prefix
 class Settings(BaseSettings):
     """Where things are and how long they may take. With nothing set, everything lives in `data_dir`."""
 
-    model_config = SettingsConfigDict(env_prefix="PDTRIM_", extra="ignore")
+    # Errors that quote their input would quote keys and passwords.
+    model_config = SettingsConfigDict(env_prefix="PDTRIM_", extra="ignore", hide_input_in_errors=True)
 
     data_dir: Path = Field(default=Path("pdtrim-data"), description="Folder of everything that has no address.")
     database_url: str = Field(
@@ -70,6 +71,21 @@ class Settings(BaseSettings):
     retention_days: float | None = Field(
         default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
     )
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least severe log lines that are written."
+    )
+    log_format: Literal["json", "console"] | None = Field(
+        default=None, description="Form of log lines; by default `console` at a terminal, else `json`."
+    )
+    worker_metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port on which a worker serves its metrics; by default on none."
+    )
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _in_capitals(cls, level: object) -> object:
+        return level.upper() if isinstance(level, str) else level
 
     @field_validator("allowed_sources")
     @classmethod

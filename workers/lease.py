@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from threading import Event, Thread
 from types import TracebackType
 
@@ -44,7 +46,9 @@ class Lease:
         self._asked_to_stop = Event()
         self._lost = Event()
         self._stop = Event()
-        self._thread = Thread(target=self._renew_until_stopped, name=f"lease-{held.job_id}", daemon=True)
+        # In a copy of the context, so that the thread's log lines carry the stage's ids too.
+        renew = partial(copy_context().run, self._renew_until_stopped)
+        self._thread = Thread(target=renew, name=f"lease-{held.job_id}", daemon=True)
 
     def __enter__(self) -> Lease:
         self._thread.start()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ import torch
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session
+from structlog.contextvars import bound_contextvars
 
-from service import queue
+from service import queue, tracing
 from service.contract.errors import PDTrimError
 from service.contract.jobs import ErrorInfo, StageName
 from service.contract.spec import JobSpec
@@ -28,6 +30,7 @@ from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_pre
 from workers.context import StageContext, StoredInput
 from workers.faults import PatientStore, may_pass, patient
 from workers.lease import Lease, StopRequested
+from workers.metrics import Outcome, WorkerMetrics
 from workers.scratch import attempt_folder
 from workers.sources import model_folder, text_documents
 from workers.stages import STAGES
@@ -46,6 +49,7 @@ class Worker:
     engine: Engine
     store: ArtifactStore
     name: str
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     abandon: Callable[[], None] = lambda: None
 
     def persistent_store(self, check: Callable[[], None]) -> PatientStore:
@@ -73,45 +77,61 @@ class StageResult:
 
 def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
     """Run a stage if it is there to be taken; whatever happens is recorded, and nothing is recorded twice."""
-    settings = worker.settings
-    held = worker.transact(
-        lambda session: stages.claim(
-            session,
-            job_id,
-            stage,
-            worker=worker.name,
-            lease_seconds=settings.lease_seconds,
-            deadline_seconds=settings.stage_deadline_seconds,
+    with bound_contextvars(job_id=job_id, stage=stage.value, worker=worker.name):
+        held = worker.transact(
+            lambda session: stages.claim(
+                session,
+                job_id,
+                stage,
+                worker=worker.name,
+                lease_seconds=worker.settings.lease_seconds,
+                deadline_seconds=worker.settings.stage_deadline_seconds,
+            )
         )
-    )
-    if held is None:
-        log.info("%s of %s is not there to be taken", stage, job_id)
-        return
+        if held is None:
+            log.info("the stage is not there to be taken")
+            return
+        with bound_contextvars(attempt=held.attempt):
+            tracing.describe(job_id=job_id, stage=stage.value, worker=worker.name, attempt=held.attempt)
+            log.info("stage started")
+            started = time.monotonic()
+            outcome, following = _run_held(worker, held)
+            seconds = time.monotonic() - started
+            worker.metrics.stage_ended(stage, outcome, seconds)
+            tracing.describe(outcome=outcome.value)
+            if outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED):
+                tracing.fail()
+            log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
+            if following is not None:
+                queue.try_to_send(worker.settings, job_id, following)
+
+
+def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
+    """Run a claimed stage to an outcome that is recorded; with it, the stage to wake a worker for."""
+    settings = worker.settings
     try:
         with Lease(worker.engine, held, seconds=settings.lease_seconds, abandon=worker.abandon) as lease:
             result = _finished_before(worker, held, lease.check) or _execute(worker, held, lease.check)
             lease.check()
             following = _record(worker, held, result)
+        worker.metrics.artifact_bytes.labels(held.stage.value).inc(sum(artifact.size for artifact in result.artifacts))
+        return Outcome.SUCCEEDED, following
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
+        return Outcome.LEASE_LOST, None
     except StopRequested:
-        _conclude(worker, held, lambda session: stages.stopped(session, held))
+        return _conclude(worker, held, Outcome.STOPPED, lambda session: stages.stopped(session, held)), None
     except Exception as error:
         # The border of the process: every failure becomes the job's error, or costs an attempt.
-        log.exception("%s of %s failed", stage, job_id)
-        _conclude(worker, held, _consequence(held, error, settings.max_attempts))
-    else:
-        if following is not None:
-            queue.try_to_send(settings, job_id, following)
-
-
-def _consequence(held: Claim, error: Exception, max_attempts: int) -> Callable[[Session], None]:
-    """What is recorded about a stage that met an error."""
-    if may_pass(error):
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return lambda session: stages.release(session, held, reason, max_attempts=max_attempts)
-    info = _describe(error)
-    return lambda session: stages.fail(session, held, info)
+        if may_pass(error):
+            log.exception("the stage met a fault that may pass")
+            reason, most = f"{type(error).__name__}: {error}".splitlines()[0], settings.max_attempts
+            return _conclude(
+                worker, held, Outcome.RELEASED, lambda session: stages.release(session, held, reason, max_attempts=most)
+            ), None
+        log.exception("the stage failed")
+        info = _describe(error)
+        return _conclude(worker, held, Outcome.FAILED, lambda session: stages.fail(session, held, info)), None
 
 
 def _describe(error: Exception) -> ErrorInfo:
@@ -127,13 +147,17 @@ def _describe(error: Exception) -> ErrorInfo:
     return ErrorInfo(code="internal_error", message=f"{type(error).__name__}: {error}")
 
 
-def _conclude(worker: Worker, held: Claim, change: Callable[[Session], None]) -> None:
+def _conclude(worker: Worker, held: Claim, outcome: Outcome, change: Callable[[Session], None]) -> Outcome:
+    """Record an outcome; returns what it came to."""
     try:
         worker.transact(change)
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
+        return Outcome.LEASE_LOST
     except SQLAlchemyError:
         log.exception("the outcome of %s could not be recorded; the lease will run out", held)
+        return Outcome.UNRECORDED
+    return outcome
 
 
 def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
@@ -148,7 +172,7 @@ def _finished_before(worker: Worker, held: Claim, check: Callable[[], None]) -> 
             manifest = json.loads(store.get_bytes(f"{_attempt_prefix(held, attempt)}/{MANIFEST}"))
         except ObjectNotFound:
             continue
-        log.info("%s of %s was finished by attempt %d", held.stage, held.job_id, attempt)
+        log.info("the stage was finished by attempt %d", attempt)
         found = [NewArtifact(**entry) for entry in manifest["artifacts"]]
         return StageResult(manifest["metrics"], manifest["versions"], found)
     return None

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from functools import cache, partial
+from typing import Any
 
+from celery import current_task, signals
+
+from service import logs, tracing
 from service.contract.jobs import StageName
 from service.db.session import connect
 from service.queue import celery_app, task_name
@@ -26,35 +30,53 @@ def _worker(pid: int) -> Worker:
     return Worker(settings, connect(settings.database_url), store, name, abandon=partial(os._exit, 1))
 
 
+@signals.setup_logging.connect
+def _set_up_logging(**given: Any) -> None:
+    logs.configure(settings)
+
+
+@signals.worker_process_init.connect
+def _begin(**given: Any) -> None:
+    tracing.configure("pdtrim-worker")
+    if settings.worker_metrics_port is not None:
+        _worker(os.getpid()).metrics.serve(settings.worker_metrics_port)
+
+
+@signals.worker_process_shutdown.connect
+def _end(**given: Any) -> None:
+    tracing.flush()
+
+
 def _run(job_id: str, stage: StageName) -> None:
-    run_stage(_worker(os.getpid()), job_id, stage)
+    with tracing.receiving(task_name(stage), current_task.request.headers or {}):
+        run_stage(_worker(os.getpid()), job_id, stage)
 
 
-@app.task(name=task_name(StageName.SCORING))
+@app.task(name=task_name(StageName.SCORING), shared=False)
 def scoring(job_id: str) -> None:
     """Score the blocks of the dense model."""
     _run(job_id, StageName.SCORING)
 
 
-@app.task(name=task_name(StageName.REMOVAL))
+@app.task(name=task_name(StageName.REMOVAL), shared=False)
 def removal(job_id: str) -> None:
     """Choose the blocks that prefill and decode give up."""
     _run(job_id, StageName.REMOVAL)
 
 
-@app.task(name=task_name(StageName.DISTILLATION))
+@app.task(name=task_name(StageName.DISTILLATION), shared=False)
 def distillation(job_id: str) -> None:
     """Merge distilled pairs and heal the pruned models."""
     _run(job_id, StageName.DISTILLATION)
 
 
-@app.task(name=task_name(StageName.EXPORT))
+@app.task(name=task_name(StageName.EXPORT), shared=False)
 def export(job_id: str) -> None:
     """Write the pruned checkpoints."""
     _run(job_id, StageName.EXPORT)
 
 
-@app.task(name=task_name(StageName.EVALUATION))
+@app.task(name=task_name(StageName.EVALUATION), shared=False)
 def evaluation(job_id: str) -> None:
     """Measure the exported checkpoints."""
     _run(job_id, StageName.EVALUATION)

@@ -23,6 +23,7 @@ from service.contract.errors import (
     Unauthorized,
 )
 from service.db.session import DATABASE_FAULTS
+from service.redaction import redact, scrub
 from service.storage import ObjectNotFound, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -73,18 +74,18 @@ def problem(
     headers: Mapping[str, str] | None = None,
     extensions: Mapping[str, Any] | None = None,
 ) -> Response:
-    """The problem response of an error; `extensions` are further members of the problem object."""
+    """The problem response of an error, without secrets; `extensions` are further members of the problem object."""
     body = Problem(
         type=f"urn:pdtrim:problem:{error.code}",
         title=error.title,
         status=error.status,
-        detail=_scalar(error.message),
-        instance=_scalar(request.scope["path"]),
+        detail=redact(_scalar(error.message)),
+        instance=redact(_scalar(request.scope["path"])),
         code=error.code,
-        param=None if error.param is None else _scalar(error.param),
+        param=None if error.param is None else redact(_scalar(error.param)),
         request_id=getattr(request.state, "request_id", None),
     )
-    content = json.dumps({**body.model_dump(mode="json", exclude_none=True), **(extensions or {})})
+    content = json.dumps({**body.model_dump(mode="json", exclude_none=True), **scrub(extensions or {})})
     return Response(content, status_code=error.status, media_type=MEDIA_TYPE, headers=headers)
 
 

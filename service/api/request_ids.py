@@ -1,4 +1,4 @@
-"""Every response carries X-Request-ID; an exception that no route answered becomes a problem that names it.
+"""Every response and log line carries the request's id; an exception that no route answered becomes a problem with it.
 
 Plain ASGI: middleware that wraps responses would buffer streams or leave them running after a disconnect.
 """
@@ -11,9 +11,11 @@ import re
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 from uuid_utils import uuid7
 
 from service.api.problems import InternalError, problem
+from service.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if SANE.fullmatch(given) else uuid7().hex
+        request_id = given if SANE.fullmatch(given) and redact(given) == given else uuid7().hex
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -43,11 +45,12 @@ class RequestIds:
                 MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
-        try:
-            await self.app(scope, receive, send_with_id)
-        except Exception:
-            log.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
-            if started:
-                raise  # The server then cuts the connection, so that the client sees the answer is incomplete.
-            response = problem(Request(scope), InternalError(InternalError.DETAIL))
-            await response(scope, receive, send_with_id)
+        with bound_contextvars(request_id=request_id):
+            try:
+                await self.app(scope, receive, send_with_id)
+            except Exception:
+                log.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+                if started:
+                    raise  # The server then cuts the connection, so that the client sees the answer is incomplete.
+                response = problem(Request(scope), InternalError(InternalError.DETAIL))
+                await response(scope, receive, send_with_id)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsError
 
+from service import logs, tracing
 from service.cli.connection import USAGE, console, fail
 from service.cli.display import job_page
 from service.cli.jobs import fetch, follow
@@ -79,8 +80,18 @@ def serve() -> None:
     from service.app import create_app
 
     settings = configured()
+    logs.configure(settings)
+    tracing.configure("pdtrim-gateway")
     # Open event streams would hold up a stop for ever; clients take them up again elsewhere.
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=2)
+    # Without a configuration of its own, uvicorn's log goes where ours does; our access log says more than its.
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=2,
+        log_config=None,
+        access_log=False,
+    )
 
 
 def worker() -> None:
@@ -92,9 +103,11 @@ def worker() -> None:
     settings = configured()
     options = ["--concurrency=1", "--pool=prefork", f"--queues={QUEUE}", "--without-gossip", "--without-mingle"]
     named = f"--hostname={worker_name(os.getpid())}"
-    command = [sys.executable, "-P", "-c", CELERY, "-A", "workers.tasks", "worker", "--loglevel=INFO", named, *options]
+    command = [sys.executable, "-P", "-c", CELERY, "--quiet", "-A", "workers.tasks", "worker", named, *options]
     # OpenMP's threads spin while they wait; on a machine that others use too, for much longer than it pays.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Libraries' progress bars are no log lines.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # What evaluation tasks download stays in the scratch folder, unless the operator has a place for it.
     if "HF_HOME" not in os.environ:
         for cache in ("HUB", "DATASETS", "MODULES"):
@@ -115,14 +128,15 @@ def reconcile() -> None:
     from service.storage import open_store
 
     settings = configured()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings)
+    tracing.configure("pdtrim-reconciler")
     engine = connect(settings.database_url)
     store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     with Reconciler(engine, settings, store):
-        console.print("The reconciler is running.")
+        logging.getLogger(__name__).info("the reconciler is running")
         stopping.wait()
     engine.dispose()
 

@@ -123,7 +123,7 @@ class DataSpec(SpecModel):
 class CalibrationSpec(SpecModel):
     """The token windows on which blocks are scored and removals are compared."""
 
-    windows: int = Field(default=24, ge=1, le=4096, description="Number of calibration windows.")
+    windows: int = Field(default=64, ge=1, le=4096, description="Number of calibration windows.")
     window_tokens: int = Field(default=256, ge=8, le=32768, description="Tokens in a window.")
 
 
@@ -189,7 +189,11 @@ class LossesSpec(SpecModel):
 
     kl: Weight = Field(default=1.0, description="KL divergence to the dense model's next-token distribution.")
     label: Weight = Field(default=0.0, description="Cross-entropy on the text's own next token.")
-    hidden: Weight = Field(default=0.0, description="Distance of the last hidden state to the dense model's.")
+    hidden: Weight = Field(
+        default=20.0,
+        description="Relative distance of the hidden states between the kept blocks to the dense model's; small beside "
+        "the others, hence the large weight.",
+    )
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> Self:

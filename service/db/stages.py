@@ -199,13 +199,16 @@ def expired(session: Session) -> list[tuple[str, StageName]]:
     return [(row.job_id, StageName(row.name)) for row in rows]
 
 
-def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> None:
-    """Give up a dead worker's lease: queue the stage again, finish its stopping, or fail after `max_attempts`."""
+def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int) -> bool:
+    """Give up a dead worker's lease: queue the stage again, finish its stopping, or fail after `max_attempts`.
+
+    False when its lease is no longer a dead one.
+    """
     job, row = _running(session, job_id, stage)
-    if job is None or row is None:
-        return
-    if row.lease_expires_at is not None and row.lease_expires_at < now():
-        _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)
+    if job is None or row is None or row.lease_expires_at is None or row.lease_expires_at >= now():
+        return False
+    _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)
+    return True
 
 
 def _running(session: Session, job_id: str, stage: StageName) -> tuple[JobRow, StageRow] | tuple[None, None]:

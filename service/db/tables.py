@@ -11,6 +11,7 @@ from sqlmodel import Field, SQLModel
 
 from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.redaction import redact, scrub
 
 
 def now() -> datetime:
@@ -29,6 +30,26 @@ class UtcDateTime(TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class RedactedText(TypeDecorator[str]):
+    """Text for users, from which secrets are taken on the way in."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else redact(value)
+
+
+class RedactedJson(TypeDecorator[Any]):
+    """Data for users, from which secrets are taken on the way in."""
+
+    impl = JSON
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return scrub(value)
 
 
 Name = String(32)
@@ -50,7 +71,7 @@ class JobRow(SQLModel, table=True):
     labels: dict[str, str] = Field(sa_type=JSON)
     model_revision: str | None = None
     versions: dict[str, str] = Field(default_factory=dict, sa_type=JSON)
-    error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    error: dict[str, Any] | None = Field(default=None, sa_type=RedactedJson)
     last_event: int = 0
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
@@ -78,9 +99,9 @@ class StageRow(SQLModel, table=True):
     sends: int = 0
     sent_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     progress: float = 0.0
-    message: str = ""
+    message: str = Field(default="", sa_type=RedactedText)
     metrics: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
-    error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    error: dict[str, Any] | None = Field(default=None, sa_type=RedactedJson)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     paused_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
@@ -95,8 +116,8 @@ class EventRow(SQLModel, table=True):
     number: int = Field(primary_key=True)
     type: str = Field(max_length=32)
     stage: StageName | None = Field(default=None, sa_type=Name)
-    message: str
-    data: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)
+    message: str = Field(sa_type=RedactedText)
+    data: dict[str, Any] = Field(default_factory=dict, sa_type=RedactedJson)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 

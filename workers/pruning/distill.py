@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from workers.pruning.blocks import BlockStack, block_stack, capture_calls, head, run_block
-from workers.pruning.losses import LossWeights, Outputs, healing_loss, outputs
+from workers.pruning.losses import LossWeights, Outputs, entering, healing_loss, outputs
 from workers.pruning.pair import pair_hidden
 from workers.pruning.training import Journal, TrainingResult, TrainingSettings, train
 
-KL_ALONE = LossWeights()
+HEALING = LossWeights()
+"""What healing minimises unless told otherwise."""
 KV_TENSOR = re.compile(
     r"(^|\.)(input_layernorm|ln_1|self_attn_layer_norm|k_proj|v_proj|k_norm|qkv_proj|query_key_value|c_attn)\."
 )
@@ -170,17 +171,25 @@ Loss = Callable[[Tensor], Tensor]
 """Windows of token ids (batch, time) → the mean loss of a model on them."""
 
 
-def sequence_loss(student: PreTrainedModel, teacher: PreTrainedModel, weights: LossWeights) -> Loss:
-    """The healing loss of the pruned `student` on whole windows."""
+def sequence_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel, kept: Sequence[int], weights: LossWeights
+) -> Loss:
+    """The healing loss on whole windows of the pruned `student`, whose blocks are the teacher's `kept` ones."""
+    ours, theirs = _matched(kept, weights)
 
     def loss(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = outputs(teacher, ids)
+            wanted = outputs(teacher, ids, theirs)
         with _mixed_precision(ids.device):
-            given = outputs(student, ids)
+            given = outputs(student, ids, ours)
         return healing_loss(given, wanted, ids[:, 1:], weights)
 
     return loss
+
+
+def _matched(kept: Sequence[int], weights: LossWeights) -> tuple[Sequence[int], Sequence[int]]:
+    """Blocks of the student and of the teacher that the compared hidden states enter: all but the student's first."""
+    return (range(1, len(kept)), kept[1:]) if weights.hidden else ((), ())
 
 
 def continuation_loss(
@@ -188,22 +197,26 @@ def continuation_loss(
     student: PreTrainedModel,
     layer_map: Sequence[int],
     teacher: PreTrainedModel,
+    kept: Sequence[int],
     weights: LossWeights,
     *,
     prompt_tokens: int,
 ) -> Loss:
     """The healing loss of the decode `student` on what follows the prompt, reading the frozen prefill model's cache.
 
-    The first token after the prompt is the prefill model's, so the loss is over the others.
+    The student's blocks are the teacher's `kept` ones. The first token after the prompt is the prefill model's, so the
+    loss is over the others.
     """
+    ours, theirs = _matched(kept, weights)
 
     def loss(ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            hidden = teacher.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, prompt_tokens:]
-            wanted = Outputs(hidden, head(teacher, hidden))
-        with _mixed_precision(ids.device):
-            hidden = pair_hidden(prefill, student, layer_map, ids, prompt_tokens)[1]
-            given = Outputs(hidden, head(student, hidden))
+        with torch.no_grad(), entering(teacher, theirs) as states:
+            last = teacher.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            hidden = [state[:, prompt_tokens:] for state in (*states, last)]
+            wanted = Outputs(hidden, head(teacher, hidden[-1]))
+        with _mixed_precision(ids.device), entering(student, ours) as states:
+            last = pair_hidden(prefill, student, layer_map, ids, prompt_tokens)[1]
+            given = Outputs([*states, last], head(student, last))
         return healing_loss(given, wanted, ids[:, prompt_tokens + 1 :], weights)
 
     return loss
@@ -218,16 +231,17 @@ def mean_loss(loss_of: Loss, windows: Tensor, batch: int) -> float:
 def heal(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
+    kept: Sequence[int],
     parameters: Mapping[str, nn.Parameter],
     *,
-    losses: LossWeights = KL_ALONE,
+    losses: LossWeights = HEALING,
     windows: Tensor,
     held_out: Tensor,
     settings: TrainingSettings,
     journal: Journal,
 ) -> TrainingResult:
-    """Train `parameters` of the pruned `student` on whole windows."""
-    return train_on(sequence_loss(student, teacher, losses), parameters, windows, held_out, settings, journal)
+    """Train `parameters` of the pruned `student` as `sequence_loss` says."""
+    return train_on(sequence_loss(student, teacher, kept, losses), parameters, windows, held_out, settings, journal)
 
 
 def heal_decode(
@@ -235,17 +249,18 @@ def heal_decode(
     student: PreTrainedModel,
     layer_map: Sequence[int],
     teacher: PreTrainedModel,
+    kept: Sequence[int],
     parameters: Mapping[str, nn.Parameter],
     *,
     prompt_tokens: int,
-    losses: LossWeights = KL_ALONE,
+    losses: LossWeights = HEALING,
     windows: Tensor,
     held_out: Tensor,
     settings: TrainingSettings,
     journal: Journal,
 ) -> TrainingResult:
     """Train `parameters` of the decode `student` as `continuation_loss` says."""
-    loss_of = continuation_loss(prefill, student, layer_map, teacher, losses, prompt_tokens=prompt_tokens)
+    loss_of = continuation_loss(prefill, student, layer_map, teacher, kept, losses, prompt_tokens=prompt_tokens)
     return train_on(loss_of, parameters, windows, held_out, settings, journal)
 
 

@@ -192,21 +192,34 @@ class WindowsEngine(ABC):
 
 
 class Engine(WindowsEngine):
-    """Losses of candidate sets on whole windows. Every token but the first of a window is scored."""
+    """Losses of candidate sets on whole windows. Every token but the first of a window is scored.
+
+    Objectives that look at the dense model keep its last hidden states: windows · tokens · hidden numbers.
+    """
 
     def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective, *, chunk_windows: int) -> None:
         super().__init__(stack, windows, objective, chunk_windows)
         self._calls = capture_calls(stack, windows[:, :-1])
+        self._dense: dict[range, Tensor] = {}
+
+    def _shrink(self, chunk_windows: int) -> None:
+        super()._shrink(chunk_windows)
+        self._dense.clear()
 
     def _chunk_losses(
         self, candidates: Sequence[Blocks], chunk: range, objective: Objective
     ) -> dict[Blocks, list[float]]:
         ids = self._ids[chunk.start : chunk.stop]
-        walked = candidates if objective == "cross_entropy" else [NOTHING, *candidates]
-        h, forwards = walk(self._stack, self._calls, self._stack.embed(ids[:, :-1]), walked, {})
+        known = {NOTHING: self._dense[chunk]} if chunk in self._dense else {}
+        wanted = candidates if objective == "cross_entropy" else [NOTHING, *candidates]
+        new = [candidate for candidate in wanted if candidate not in known]
+        h, forwards = walk(self._stack, self._calls, self._stack.embed(ids[:, :-1]), new, {})
         self.block_forwards += forwards
-        wanted = {candidate: h[candidate] for candidate in candidates}
-        return mean_losses(self._stack, objective, wanted, h.get(NOTHING), ids[:, 1:])
+        h |= known
+        if objective != "cross_entropy":
+            self._dense[chunk] = h[NOTHING]
+        scored = {candidate: h[candidate] for candidate in candidates}
+        return mean_losses(self._stack, objective, scored, h.get(NOTHING), ids[:, 1:])
 
 
 @dataclass(frozen=True)

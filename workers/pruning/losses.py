@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from workers.pruning.blocks import head
+from workers.pruning.blocks import block_stack, head
 from workers.pruning.engine import HEAD_ELEMENTS
 
 
@@ -21,22 +24,41 @@ class LossWeights:
     """KL(dense ‖ pruned) of the next-token distributions, nats a token."""
     label: float = 0.0
     """−log p of the text's next token, nats a token."""
-    hidden: float = 0.0
-    """‖h − h_dense‖² / ‖h_dense‖² of the last hidden state after the final norm, mean over tokens."""
+    hidden: float = 20.0
+    """‖h − h_dense‖² / ‖h_dense‖² of the hidden states between the kept blocks, mean over states and tokens.
+
+    Each block before a gap is so taught to stand for the blocks that are gone, as a merged one is (PDTrim).
+    """
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of tokens: the last hidden state after the final norm, and the logits."""
+    """What a model makes of tokens: hidden states on the way, the last of them after the final norm, and the logits."""
 
-    hidden: Tensor  # (batch, time, hidden)
+    hidden: Sequence[Tensor]  # each (batch, time, hidden)
     logits: Tensor  # (batch, time, vocabulary)
 
 
-def outputs(model: PreTrainedModel, ids: Tensor) -> Outputs:
-    """A forward over whole windows `ids` (batch, time)."""
-    hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return Outputs(hidden, head(model, hidden))
+def outputs(model: PreTrainedModel, ids: Tensor, blocks: Sequence[int]) -> Outputs:
+    """A forward over whole windows `ids` (batch, time): the states that enter `blocks`, and the last."""
+    with entering(model, blocks) as states:
+        last: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return Outputs([*states, last], head(model, last))
+
+
+@contextmanager
+def entering(model: PreTrainedModel, blocks: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Collects the hidden states (batch, time, hidden) that enter `blocks`, ascending, in a forward meanwhile."""
+    states: list[Tensor] = []
+
+    def note(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        states.append(inputs[0])
+
+    modules = block_stack(model).blocks
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(modules[block].register_forward_pre_hook(note))
+        yield states
 
 
 def healing_loss(given: Outputs, wanted: Outputs, targets: Tensor, weights: LossWeights) -> Tensor:
@@ -51,7 +73,8 @@ def healing_loss(given: Outputs, wanted: Outputs, targets: Tensor, weights: Loss
         predictions = given.logits[:, : targets.shape[1]].flatten(0, 1)
         parts.append(weights.label * cross_entropy(predictions, targets.flatten()))
     if weights.hidden:
-        parts.append(weights.hidden * hidden_distance(wanted.hidden, given.hidden))
+        distances = [hidden_distance(w, g) for w, g in zip(wanted.hidden, given.hidden, strict=True)]
+        parts.append(weights.hidden * torch.stack(distances).mean())
     return torch.stack(parts).sum()
 
 

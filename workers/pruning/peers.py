@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 from typing import Protocol
 
@@ -83,14 +84,17 @@ def sleb(stack: BlockStack, windows: Tensor, remove: int, *, chunk_windows: int)
     Blocks" (ICML 2024, arXiv 2402.09025), the third of its metrics and the elimination algorithm.
     """
     _check(stack, remove, range(len(stack.blocks)))
-    removed: Blocks = frozenset()
-    forwards = 0
-    for _ in range(remove):
-        candidates = [block for block in range(len(stack.blocks)) if block not in removed]
-        losses = [_loss_without(stack, removed | {block}, windows, chunk_windows) for block in candidates]
-        forwards += len(candidates)
-        removed |= {candidates[_argmin(losses)]}
-    return PeerPlan(removed, forwards)
+    return next(islice(sleb_rounds(stack, windows, chunk_windows=chunk_windows), remove - 1, None))
+
+
+def sleb_rounds(stack: BlockStack, windows: Tensor, *, chunk_windows: int) -> Iterator[PeerPlan]:
+    """What `sleb` has removed after each round, and the forwards up to there."""
+    plan = PeerPlan(frozenset(), forwards=0)
+    while len(plan.removed) < len(stack.blocks) - 1:
+        candidates = [block for block in range(len(stack.blocks)) if block not in plan.removed]
+        losses = [_loss_without(stack, plan.removed | {block}, windows, chunk_windows) for block in candidates]
+        plan = PeerPlan(plan.removed | {candidates[_argmin(losses)]}, plan.forwards + len(candidates))
+        yield plan
 
 
 def shortened_llama_perplexity(stack: BlockStack, windows: Tensor, remove: int, *, chunk_windows: int) -> PeerPlan:

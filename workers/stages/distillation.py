@@ -212,7 +212,7 @@ def _distil_prefill(
         context,
         weights,
         student,
-        sequence_loss(student, teacher, _losses(context)),
+        sequence_loss(student, teacher, plans.prefill.kept, _losses(context)),
         pruned=bool(plans.prefill.removed) or channels.prefill is not None,
         start=narrow_tensors(start, channels.prefill),
         blocks=_trained_blocks(context, plans.prefill),
@@ -240,6 +240,7 @@ def _distil_decode(
         student,
         kv_layer_map(plans.prefill, plans.decode),
         teacher,
+        plans.decode.kept,
         _losses(context),
         prompt_tokens=data.prompt_tokens,
     )

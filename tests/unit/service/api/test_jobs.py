@@ -61,7 +61,7 @@ def test_specification_is_shown_with_its_defaults(gateway: Gateway) -> None:
         ({"distillation": {"learning_rate": float("inf")}}, "distillation.learning_rate"),
         ({"distillation": {"losses": {"hidden": -1}}}, "distillation.losses.hidden"),
         ({"distillation": {"losses": {"label": float("nan")}}}, "distillation.losses.label"),
-        ({"distillation": {"losses": {"kl": 0}}}, "distillation.losses"),
+        ({"distillation": {"losses": {"kl": 0, "hidden": 0}}}, "distillation.losses"),
         ({"distillation": {"patience": 0}}, "distillation.patience"),
         ({"distillation": {"batch_windows": 2, "gradient_accumulation": 3}}, "distillation.gradient_accumulation"),
         ({"kv_tokens": {}}, "kv_tokens"),

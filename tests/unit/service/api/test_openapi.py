@@ -40,6 +40,7 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "list_methods",
         "healthz",
         "readyz",
+        "metrics",
     }
     assert all(operation["tags"] and operation["summary"] for _, operation in operations(document))
 

@@ -69,6 +69,7 @@ def test_healing_lowers_perplexity_on_text_it_never_saw(removed: set[int]) -> No
     result = heal(
         student,
         teacher,
+        kept,
         trainable(weights, kept, frozen=set()),
         windows=reference_windows("train", 64, 128),
         held_out=reference_windows("calibration", 4, 128),
@@ -95,6 +96,7 @@ def test_healing_decode_trains_decode_alone_and_keeps_what_is_frozen() -> None:
         student,
         [0, 1, 3],
         teacher,
+        [0, 2, 4],
         trainable(weights, [0, 2, 4], frozen=frozen),
         prompt_tokens=8,
         windows=ids,

@@ -183,3 +183,11 @@ def test_a_window_that_does_not_fit_alone_is_reported_with_its_numbers() -> None
     short_of_memory(model, windows=0)
     with pytest.raises(torch.OutOfMemoryError, match=r"one window in 2 streams .*: the allocator has no more"):
         engine.losses([frozenset({1})])
+
+
+def test_the_dense_model_is_walked_once_for_all_rounds() -> None:
+    engine = Engine(block_stack(tiny_model("llama")), random_ids(4, 8), "kl", chunk_windows=2)
+    first, second = engine.losses([NOTHING, frozenset({1})]), engine.losses([NOTHING, frozenset({1})])
+    assert first == second
+    # Two chunks: the dense model's 5 blocks and the 3 after the gap; later the one before the gap and those 3.
+    assert engine.block_forwards == 2 * (5 + 3) + 2 * (1 + 3)

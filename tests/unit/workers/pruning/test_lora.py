@@ -41,7 +41,9 @@ def test_the_exported_checkpoint_computes_what_the_model_with_adapters_computes(
     teacher, student = tiny_model(family), drop_blocks(weights, {1, 3})
     healed = linear_weights(weights, [0, 2, 4], frozen=set())
     with lora_adapters(student, healed, rank=4, alpha=8.0, seed=0) as adapters:
-        result = heal(student, teacher, adapters, windows=IDS, held_out=IDS, settings=FAST, journal=Journal())
+        result = heal(
+            student, teacher, [0, 2, 4], adapters, windows=IDS, held_out=IDS, settings=FAST, journal=Journal()
+        )
         trained = logits(student)
     assert result.after < result.before
 
@@ -71,6 +73,7 @@ def test_adapters_lower_perplexity_on_text_they_never_saw() -> None:
         result = heal(
             student,
             teacher,
+            kept,
             adapters,
             windows=reference_windows("train", 64, 128),
             held_out=reference_windows("calibration", 4, 128),
@@ -98,6 +101,7 @@ def test_a_block_distilled_for_decode_alone_has_no_adapter_where_it_makes_keys_a
             student,
             [0, 2, 4],
             teacher,
+            [0, 2, 4],
             adapters,
             prompt_tokens=8,
             windows=IDS,
