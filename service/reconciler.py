@@ -99,11 +99,10 @@ def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = N
 
     Returns how many stages were sent. Raises: BrokerUnavailable; what was not sent is due at once.
     """
+    limit_s, grace_s = settings.stage_deadline_seconds, settings.lease_seconds
     with transaction(engine) as session:
         dead = stages.expired(session)
-        overdue = stages.overdue(
-            session, deadline_seconds=settings.stage_deadline_seconds, grace_seconds=settings.lease_seconds
-        )
+        overdue = stages.overdue(session, deadline_seconds=limit_s, grace_seconds=grace_s)
         idempotency.forget(session)
     for job_id, stage in dead:
         with transaction(engine) as session:
@@ -114,7 +113,7 @@ def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = N
                 leases_expired.inc()
     for job_id, stage in overdue:
         with transaction(engine) as session:
-            stages.time_out(session, job_id, stage)
+            stages.time_out(session, job_id, stage, deadline_seconds=limit_s, grace_seconds=grace_s)
     with transaction(engine) as session:
         waiting = stages.due(session, resend_seconds=settings.resend_seconds)
     for sent, (job_id, stage) in enumerate(waiting):

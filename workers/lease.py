@@ -75,6 +75,7 @@ class Lease:
             )
 
     def _renew_until_stopped(self) -> None:
+        out_of_reach = False
         # Being asked to stop is noticed here too, and soon even under a long lease.
         while not self._stop.wait(min(self._seconds / 3, HEARTBEAT_S)):
             asked_at = time.monotonic()
@@ -88,8 +89,11 @@ class Lease:
                     self._abandon()
                 return
             except SQLAlchemyError as error:
-                log.warning("lease of %s not renewed, trying again: %s", self._held, error)
+                if not out_of_reach:
+                    log.warning("lease of %s not renewed, trying again: %s", self._held, error)
+                out_of_reach = True
                 continue
+            out_of_reach = False
             self._deadline = asked_at + self._seconds
             if stop:
                 self._asked_to_stop.set()

@@ -225,19 +225,30 @@ def _running(session: Session, job_id: str, stage: StageName) -> tuple[JobRow, S
 
 def overdue(session: Session, *, deadline_seconds: float | None, grace_seconds: float) -> list[tuple[str, StageName]]:
     """Running stages that are so much past their deadline that their workers must be hanging."""
-    limit = col(JobRow.spec)["deadline_seconds"].as_float()
+    own_limit = col(JobRow.spec)["deadline_seconds"].as_float()
     rows = session.exec(
-        select(StageRow, limit).join(JobRow).where(StageRow.status == StageStatus.RUNNING, jobs.EXISTS)
+        select(StageRow, own_limit).join(JobRow).where(StageRow.status == StageStatus.RUNNING, jobs.EXISTS)
     ).all()
-    late = now() - timedelta(seconds=grace_seconds)
-    ends = [(row, _deadline(row, own_limit, deadline_seconds)) for row, own_limit in rows]
-    return [(row.job_id, StageName(row.name)) for row, end in ends if end is not None and end < late]
+    return [
+        (row.job_id, StageName(row.name))
+        for row, own_seconds in rows
+        if _is_late(_deadline(row, own_seconds, deadline_seconds), grace_seconds)
+    ]
 
 
-def time_out(session: Session, job_id: str, stage: StageName) -> None:
-    """Fail a running stage that is past its deadline, or finish the stopping that its worker does not get to."""
+def _is_late(deadline: datetime | None, grace_seconds: float) -> bool:
+    return deadline is not None and deadline + timedelta(seconds=grace_seconds) < now()
+
+
+def time_out(
+    session: Session, job_id: str, stage: StageName, *, deadline_seconds: float | None, grace_seconds: float
+) -> None:
+    """Fail a stage that is `overdue`, or finish the stopping that its worker does not get to."""
     job, row = _running(session, job_id, stage)
-    if job is None or row is None or _finish_stop(session, job):
+    if job is None or row is None:
+        return
+    deadline = _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds)
+    if not _is_late(deadline, grace_seconds) or _finish_stop(session, job):
         return
     error = DeadlineExceeded(f"Stage {stage} is past its deadline, and worker {row.worker} does not stop.")
     _fail(session, job, row, ErrorInfo(code=error.code, message=error.message, param=error.param))

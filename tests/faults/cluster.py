@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -81,7 +81,6 @@ class Cluster:
     """A file to fill the scratch folder with, where the folder is a file system of its own."""
     no_full_disk: str = ""
     """Why it is not."""
-    restarts: dict[str, int] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[Member]:
         """The living members of a kind that are not stopped."""
@@ -100,7 +99,6 @@ class Cluster:
                         process.resume()
                 member.stopped_until = None
             if not member.alive:
-                self.restarts[member.kind] = self.restarts.get(member.kind, 0) + 1
                 member.start()
 
     def processes(self) -> list[psutil.Process]:

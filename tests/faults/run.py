@@ -194,7 +194,6 @@ def _wait_until_ready(cluster: Cluster) -> None:
             raise SystemExit(f"the service did not become ready; its logs are in {cluster.folder}")
         cluster.tend()
         time.sleep(0.2)
-    cluster.restarts.clear()
 
 
 def _tell(cluster: Cluster, violations: list[Violation], seed: int) -> None:

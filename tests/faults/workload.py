@@ -33,7 +33,7 @@ class Planned:
 
 
 def plan(count: int, model: Path, rng: random.Random) -> list[Planned]:
-    """`count` small jobs in random order. One in twenty each is hopeless, late or poison; one in eight distils."""
+    """`count` small jobs in random order; one in eight distils, and for every 60 one each is poison, hopeless, late."""
     special = max(1, count // 60)
     kinds = ["poison", "hopeless", "late"] * special
     kinds += ["distilled"] * (count // 8)

@@ -794,7 +794,7 @@ def test_a_process_whose_stage_hangs_after_it_was_lost_is_given_up(
 
     def hang(context: StageContext) -> dict[str, Any]:
         with transaction(worker.engine) as session:
-            stages.time_out(session, job_id, StageName.SCORING)
+            stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=0.001, grace_seconds=0)
         assert given_up.wait(60)
         return {}
 

@@ -240,7 +240,9 @@ def test_a_worker_that_hangs_past_the_deadline_loses_its_stage_and_a_resume_give
     held = claim(engine, job_id, lease_seconds=600)
     begun_long_ago(engine, job_id, seconds=100)
     with transaction(engine) as session:
-        stages.time_out(session, job_id, StageName.SCORING)
+        stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=None, grace_seconds=60)
+        assert jobs.get(session, job_id).error is None
+        stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=None, grace_seconds=10)
         error = jobs.get(session, job_id).error
     assert error is not None
     assert error["code"] == "deadline_exceeded"
@@ -257,9 +259,10 @@ def test_a_worker_that_hangs_past_the_deadline_loses_its_stage_and_a_resume_give
 def test_the_cancellation_of_a_job_whose_worker_hangs_is_finished_at_the_deadline(engine: Engine) -> None:
     job_id = create_job(engine, deadline_seconds=60.0)
     claim(engine, job_id, lease_seconds=600)
+    begun_long_ago(engine, job_id, seconds=100)
     with transaction(engine) as session:
         jobs.request_cancel(session, job_id)
-        stages.time_out(session, job_id, StageName.SCORING)
+        stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=None, grace_seconds=10)
     assert event_types(engine, job_id)[-1] == "job.cancelled"
 
 
