@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench faults clean
 
 demo: $(VENV)/.worker
 	$(BIN)/pdtrim demo
@@ -32,6 +32,9 @@ bench: $(VENV)/.worker
 	$(BIN)/python benchmarks/kv_tokens.py
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072
+
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed 0
 
 clean:
 	rm -rf $(VENV) pdtrim-data .coverage*

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -20,11 +17,9 @@ from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
 from service.metrics import GatewayMetrics
-from service.reconciler import deliver, purge, sweep
+from service.reconciler import Reconciler
 from service.settings import Settings
 from service.storage import open_store
-
-log = logging.getLogger(__name__)
 
 TAGS = [
     {"name": "jobs", "description": "Prune a model: one job, five stages."},
@@ -87,30 +82,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         public_endpoint_url=settings.s3_public_endpoint_url,
         region=settings.s3_region,
     )
-    sweeping = partial(sweep, engine, settings, counted.leases_expired)
-    # Three tasks: a store that is slow to delete, or a receiver that is slow to answer, must keep no stage waiting.
-    reconciling = [
-        asyncio.create_task(_repeat(sweeping, settings.reconcile_seconds)),
-        asyncio.create_task(_repeat(partial(purge, engine, settings, app.state.store), settings.reconcile_seconds)),
-        asyncio.create_task(_repeat(partial(deliver, engine, settings), settings.reconcile_seconds)),
-    ]
+    reconciling = Reconciler(engine, settings, app.state.store, counted.leases_expired)
     try:
-        with counted.of_jobs(engine):
+        with counted.of_jobs(engine), reconciling if settings.reconcile_in_gateway else nullcontext():
             yield
     finally:
-        for task in reconciling:
-            task.cancel()
-        for task in reconciling:
-            with suppress(asyncio.CancelledError):
-                await task
         engine.dispose()
-
-
-async def _repeat(reconcile: Callable[[], int], pause_s: float) -> None:
-    """Reconcile for ever; what fails is logged, and the next time tries again."""
-    while True:
-        try:
-            await run_in_threadpool(reconcile)
-        except Exception:
-            log.exception("the reconciler failed; it tries again in %g s", pause_s)
-        await asyncio.sleep(pause_s)

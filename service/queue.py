@@ -25,7 +25,13 @@ BROKER_ERRORS = (OperationalError, ChannelError, OSError, ValueError)
 """What a transport raises when the broker is out of reach. ValueError: the files of `filesystem://` are not written in
 one piece, so that another process may read half of one.
 """
+SEND_AGAIN = {"max_retries": 1, "interval_start": 0}
+"""At once: the connection at hand may be one that a restart of the broker left behind."""
 log = logging.getLogger(__name__)
+
+
+class BrokerUnavailable(Exception):
+    """The broker is out of reach, or did not take a message."""
 
 
 def task_name(stage: StageName) -> str:
@@ -38,7 +44,13 @@ def _transport(broker_url: str) -> dict[str, Any]:
     parts = urlsplit(broker_url)
     if parts.scheme != "filesystem":
         # A stage may run for days. Redelivery only wakes a worker that then finds the lease held.
-        options = {"visibility_timeout": 3600, "socket_connect_timeout": 2}
+        options = {
+            "visibility_timeout": 3600,
+            "socket_connect_timeout": 2,
+            # A broker that is there and says nothing must not hold up whoever sends.
+            "socket_timeout": 10,
+            "socket_keepalive": True,
+        }
         return {"broker_url": broker_url, "broker_transport_options": options}
     folders = {name: Path(parts.path) / name for name in ("messages", "processed", "control")}
     for folder in folders.values():
@@ -70,21 +82,40 @@ def celery_app(broker_url: str) -> Celery:
         worker_prefetch_multiplier=1,
         worker_send_task_events=False,
         broker_connection_retry_on_startup=True,
+        # However long the broker is away, a worker waits for it; by default it would end after the hundredth try.
+        broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
+        # No result is waited for: a worker whose child died takes the next stage soon, by default after 10 s.
+        worker_lost_wait=0.5,
         broker_connection_timeout=2,
         worker_hijack_root_logger=False,
     )
     return app
 
 
-def send(settings: Settings, job_id: str, stage: StageName) -> bool:
-    """Wake a worker for a stage. False when the broker is out of reach: the reconciler sends again later."""
+def send(settings: Settings, job_id: str, stage: StageName) -> None:
+    """Wake a worker for a stage. Raises: BrokerUnavailable."""
     task = task_name(stage)
     try:
         with tracing.sending(task) as headers:
             celery_app(settings.broker_url).send_task(
-                task, args=[job_id], headers=headers, retry=False, argsrepr=job_id, ignore_result=True
+                task,
+                args=[job_id],
+                headers=headers,
+                retry=True,
+                retry_policy=SEND_AGAIN,
+                argsrepr=job_id,
+                ignore_result=True,
             )
     except BROKER_ERRORS as error:
+        raise BrokerUnavailable(f"{task_name(stage)} was not sent: {error}") from error
+
+
+def try_to_send(settings: Settings, job_id: str, stage: StageName) -> bool:
+    """Wake a worker for a stage. False when the broker is out of reach: the reconciler sends again later."""
+    try:
+        send(settings, job_id, stage)
+    except BrokerUnavailable as error:
         log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
         return False
     return True

@@ -1,7 +1,7 @@
 """Brings queue, store and webhooks' receivers in line with the database.
 
-Retires dead leases, sends what no worker took, forgets old keys and messages; deletes what is too old, and the files
-and rows of deleted jobs; delivers messages to webhooks.
+Retires dead leases, ends what is past its deadline, sends what no worker took, forgets old keys and messages; deletes
+what is too old, and the files and rows of deleted jobs; delivers messages to webhooks.
 
 Safe to run many times at once: every change is a conditional one under a row lock.
 """
@@ -9,53 +9,133 @@ Safe to run many times at once: every change is a conditional one under a row lo
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from time import monotonic
+from threading import Event, Thread
+from types import TracebackType
 
 import anyio
 from anyio import to_thread
 from prometheus_client import Counter
 from sqlalchemy import Engine
+from tenacity import RetryCallState, Retrying
+from tenacity.nap import sleep_using_event
+from tenacity.stop import stop_when_event_set
+from tenacity.wait import wait_exponential
 
 from service import queue, webhooks
 from service.db import deletion, deliveries, idempotency, stages
 from service.db.deliveries import Claimed
-from service.db.session import transaction
+from service.db.session import DATABASE_FAULTS, transaction
 from service.db.tables import now
 from service.outbound import Outbound
 from service.settings import Settings
-from service.storage import ArtifactStore, job_prefix
+from service.storage import ArtifactStore, StoreUnavailable, job_prefix
 
 PURGED_AT_ONCE = 20
-"""So that a gateway that is to stop need not wait for long."""
+"""So that a process that is to stop need not wait for long."""
 DELIVERED_AT_ONCE = 16
 DELIVERED_AT_ONCE_PER_WEBHOOK = 4
 DELIVERING_SECONDS = 5.0
 """After this no further messages are claimed, for the same reason."""
 DELIVERY_LEASE = timedelta(seconds=60)
 """Longer than an attempt and its recording take."""
+MAX_PAUSE_S = 30.0
+"""Pause between two tries of what failed, at most."""
+STOP_S = 4.0
+OUTAGES = (*DATABASE_FAULTS, queue.BrokerUnavailable, StoreUnavailable)
 log = logging.getLogger(__name__)
 
 
-def sweep(engine: Engine, settings: Settings, leases_expired: Counter) -> int:
-    """Retire dead leases and count them, send every queued stage that is due, forget what is old.
+class Reconciler:
+    """Context manager: reconciles in threads of its own, through every outage of what it works on."""
 
-    Returns how many stages were sent.
+    def __init__(
+        self, engine: Engine, settings: Settings, store: ArtifactStore, leases_expired: Counter | None = None
+    ) -> None:
+        self._stopping = Event()
+        # Three threads: a store that is slow to delete, or a receiver to answer, must keep no stage waiting.
+        self._threads = [
+            Thread(target=_repeat, args=(action, settings.reconcile_seconds, self._stopping), name=name, daemon=True)
+            for name, action in (
+                ("sweep", partial(sweep, engine, settings, leases_expired)),
+                ("purge", partial(purge, engine, settings, store)),
+                ("deliver", partial(deliver, engine, settings)),
+            )
+        ]
+
+    def __enter__(self) -> Reconciler:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for what is being done, but not for ever: it may be cut off anywhere."""
+        self._stopping.set()
+        deadline = time.monotonic() + STOP_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _repeat(action: Callable[[], int], pause_s: float, stopping: Event) -> None:
+    """Do it every `pause_s` seconds; what fails is tried again after longer and longer pauses, and logged once."""
+    persistent = Retrying(
+        stop=stop_when_event_set(stopping),
+        sleep=sleep_using_event(stopping),
+        wait=wait_exponential(multiplier=pause_s, max=max(pause_s, MAX_PAUSE_S)),
+        before_sleep=_log_first_failure,
+        retry_error_callback=lambda state: None,
+    )
+    while not stopping.is_set():
+        persistent(action)
+        if persistent.statistics["attempt_number"] > 1 and not stopping.is_set():
+            log.warning("the reconciler works again, after %d failures", persistent.statistics["attempt_number"] - 1)
+        stopping.wait(pause_s)
+
+
+def _log_first_failure(state: RetryCallState) -> None:
+    assert state.outcome is not None
+    if state.attempt_number == 1:
+        error = state.outcome.exception()
+        unforeseen = None if isinstance(error, OUTAGES) else error
+        log.error("the reconciler failed; it tries again until it works: %s", error, exc_info=unforeseen)
+
+
+def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = None) -> int:
+    """Retire dead leases and count them, end overdue stages, send every queued stage that is due.
+
+    Returns how many stages were sent. Raises: BrokerUnavailable; what was not sent is due at once.
     """
+    limit_s, grace_s = settings.stage_deadline_seconds, settings.lease_seconds
     with transaction(engine) as session:
         dead = stages.expired(session)
+        overdue = stages.overdue(session, deadline_seconds=limit_s, grace_seconds=grace_s)
+        idempotency.forget(session)
+        deliveries.forget(session)
     for job_id, stage in dead:
         with transaction(engine) as session:
             retired = stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)
         if retired:
-            leases_expired.inc()
             log.warning("a worker fell silent", extra={"job_id": job_id, "stage": stage.value})
+            if leases_expired is not None:
+                leases_expired.inc()
+    for job_id, stage in overdue:
+        with transaction(engine) as session:
+            stages.time_out(session, job_id, stage, deadline_seconds=limit_s, grace_seconds=grace_s)
     with transaction(engine) as session:
         waiting = stages.due(session, resend_seconds=settings.resend_seconds)
-        idempotency.forget(session)
-        deliveries.forget(session)
-    return sum(queue.send(settings, job_id, stage) for job_id, stage in waiting)
+    for sent, (job_id, stage) in enumerate(waiting):
+        try:
+            queue.send(settings, job_id, stage)
+        except queue.BrokerUnavailable:
+            with transaction(engine) as session:
+                stages.not_sent(session, [job_id for job_id, _ in waiting[sent:]])
+            raise
+    return len(waiting)
 
 
 def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
@@ -89,8 +169,8 @@ def deliver(engine: Engine, settings: Settings, outbound: Outbound | None = None
 
     No transaction is open while one is sent. Who dies before recording it leaves it to be sent again.
     """
-    attempts, stop_at = 0, monotonic() + DELIVERING_SECONDS
-    while monotonic() < stop_at:
+    attempts, stop_at = 0, time.monotonic() + DELIVERING_SECONDS
+    while time.monotonic() < stop_at:
         with transaction(engine) as session:
             claimed = deliveries.claim(
                 session,

@@ -53,10 +53,21 @@ class Settings(BaseSettings):
 
     lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retaken.")
     reconcile_seconds: float = Field(default=5.0, gt=0, description="Pause between two sweeps of the reconciler.")
+    reconcile_in_gateway: bool = Field(
+        default=True, description="Run the reconciler in the gateway; false where `pdtrim reconcile` runs."
+    )
     resend_seconds: float = Field(
         default=30.0, gt=0, description="A queued stage that no worker took is sent again after this, then 2×, 4×, …"
     )
     max_attempts: int = Field(default=5, ge=1, description="Claims of one stage before its job fails.")
+    stage_deadline_seconds: float | None = Field(
+        default=None, gt=0, description="Longest time of a stage, from its first start; by default there is no limit."
+    )
+    retry_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="How long a worker tries again what database or store did not do, before it gives up the attempt.",
+    )
     retention_days: float | None = Field(
         default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
     )

@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +87,34 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError(f"fewer than {count} local ports between {PORTS.start} and {PORTS.stop} are free")
 
 
+class Postgres:
+    """A PostgreSQL server that can be started again on its data. `url` is for SQLAlchemy with psycopg."""
+
+    def __init__(self, run: Callable[[], AbstractContextManager[subprocess.Popen[bytes]]], url: str) -> None:
+        self.url = url
+        self._run = run
+        self._running = ExitStack()
+
+    def start(self) -> None:
+        self._process = self._running.enter_context(self._run())
+
+    def stop(self, how: signal.Signals) -> None:
+        """`SIGINT` is its fast shutdown, `SIGQUIT` its immediate one, after which it recovers as from a crash."""
+        self._process.send_signal(how)
+        self._process.wait(STOP_SECONDS)
+        self._running.close()
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
     """A PostgreSQL server. Yields the URL of its database `postgres`, for SQLAlchemy with psycopg."""
+    with restartable_postgres() as server:
+        yield server.url
+
+
+@contextmanager
+def restartable_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server with a database `postgres`."""
     with _postgres_folder() as folder:
         account = _unprivileged_account()
         binaries, data, log = _reachable_binaries(folder), folder / "data", folder / "postgres.log"
@@ -112,19 +137,34 @@ def postgres() -> Iterator[str]:
             "full_page_writes": "off",
         }
         command = [binaries / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())]
-        # SIGINT is PostgreSQL's fast shutdown: it ends open connections rather than waiting for them.
-        with _process(command, log=log, folder=folder, stop=signal.SIGINT, account=account) as process:
-            _wait(lambda: psycopg.connect(host=HOST, port=port, user="postgres", dbname="postgres").close(),
-                  until_none_of=(psycopg.OperationalError,), process=process, log=log)  # fmt: skip
-            yield f"postgresql+psycopg://postgres@{HOST}:{port}/postgres"
+
+        @contextmanager
+        def run() -> Iterator[subprocess.Popen[bytes]]:
+            # SIGINT is PostgreSQL's fast shutdown: it ends open connections rather than waiting for them.
+            with _process(command, log=log, folder=folder, stop=signal.SIGINT, account=account) as process:
+                _wait(lambda: psycopg.connect(host=HOST, port=port, user="postgres", dbname="postgres").close(),
+                      until_none_of=(psycopg.OperationalError,), process=process, log=log)  # fmt: skip
+                yield process
+
+        server = Postgres(run, f"postgresql+psycopg://postgres@{HOST}:{port}/postgres")
+        with server._running:
+            server.start()
+            yield server
 
 
 @contextmanager
 def valkey() -> Iterator[str]:
     """A Valkey server. Yields its `redis://` URL."""
+    with restartable_valkey() as server:
+        yield f"{server.connection_url}/0"
+
+
+@contextmanager
+def restartable_valkey() -> Iterator[ValkeyServer]:
+    """A Valkey server that keeps nothing over a restart."""
     (port,) = free_ports(1)
     with ValkeyServer(port=port) as server:
-        yield f"{server.connection_url}/0"
+        yield server
 
 
 @contextmanager

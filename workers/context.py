@@ -13,13 +13,10 @@ from typing import Any
 from service.contract.jobs import StageName
 from service.contract.spec import JobSpec
 from service.storage import ArtifactStore, ObjectNotFound
+from workers.faults import CorruptArtifact, PatientStore
 
 REPORT_INTERVAL_S = 1.0
 Report = Callable[[float, str, dict[str, Any]], None]
-
-
-class CorruptArtifact(Exception):
-    """An input's bytes are not those that the stage before recorded."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class StageContext:
     model_revision: str | None
     workdir: Path
     inputs: dict[tuple[StageName, str], StoredInput]
-    store: ArtifactStore
+    store: ArtifactStore | PatientStore
     state_prefix: str
     documents: Callable[[], Iterable[str] | None]
     """Opens the job's text; None stands for the Python standard library."""

@@ -1,9 +1,10 @@
-"""A stage's lease: renewed by a thread while the stage works, and the stage's window on cancellation and pause."""
+"""A stage's lease: renewed by a thread while the stage works, and the stage's window on all that is to stop it."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from threading import Event, Thread
@@ -12,11 +13,15 @@ from types import TracebackType
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.contract.errors import DeadlineExceeded
 from service.db import stages
 from service.db.session import transaction
 from service.db.stages import Claim, LeaseLost
+from service.db.tables import now
 
 HEARTBEAT_S = 1.0
+STUCK_S = 60.0
+"""A stage that has not stepped back so long after its lease was lost never will."""
 log = logging.getLogger(__name__)
 
 
@@ -25,12 +30,18 @@ class StopRequested(Exception):
 
 
 class Lease:
-    """Context manager that renews `held` every third of `seconds` until it is left."""
+    """Context manager that renews `held` every third of `seconds` until it is left.
 
-    def __init__(self, engine: Engine, held: Claim, *, seconds: float) -> None:
+    `abandon` is called when the lease is lost and the stage, which hangs somewhere, does not step back.
+    """
+
+    def __init__(
+        self, engine: Engine, held: Claim, *, seconds: float, abandon: Callable[[], None] = lambda: None
+    ) -> None:
         self._engine = engine
         self._held = held
         self._seconds = seconds
+        self._abandon = abandon
         self._deadline = time.monotonic() + seconds
         self._asked_to_stop = Event()
         self._lost = Event()
@@ -50,13 +61,21 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises: StopRequested when the job is cancelled or paused; LeaseLost when the stage may be another's."""
+        """Raises: StopRequested when the job is cancelled or paused; DeadlineExceeded; LeaseLost when the stage may be
+        another's.
+        """
         if self._lost.is_set() or time.monotonic() > self._deadline:
             raise LeaseLost(f"the lease on {self._held.stage} of {self._held.job_id} was not renewed in time")
         if self._asked_to_stop.is_set():
             raise StopRequested
+        if self._held.deadline is not None and now() > self._held.deadline:
+            raise DeadlineExceeded(
+                f"Stage {self._held.stage} is not done within its time. Give the job a longer `deadline_seconds` or "
+                "less to do; a resume goes on from the last saved state with as much time again."
+            )
 
     def _renew_until_stopped(self) -> None:
+        out_of_reach = False
         # Being asked to stop is noticed here too, and soon even under a long lease.
         while not self._stop.wait(min(self._seconds / 3, HEARTBEAT_S)):
             asked_at = time.monotonic()
@@ -65,10 +84,16 @@ class Lease:
                     stop = stages.renew(session, self._held, lease_seconds=self._seconds)
             except LeaseLost:
                 self._lost.set()
+                if not self._stop.wait(STUCK_S):
+                    log.critical("%s was lost, and its stage does not step back", self._held)
+                    self._abandon()
                 return
             except SQLAlchemyError as error:
-                log.warning("lease of %s not renewed, trying again: %s", self._held, error)
+                if not out_of_reach:
+                    log.warning("lease of %s not renewed, trying again: %s", self._held, error)
+                out_of_reach = True
                 continue
+            out_of_reach = False
             self._deadline = asked_at + self._seconds
             if stop:
                 self._asked_to_stop.set()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from sqlalchemy import Engine
@@ -23,30 +22,48 @@ from service.contract.errors import PDTrimError
 from service.contract.jobs import ErrorInfo, StageName
 from service.contract.spec import JobSpec
 from service.db import artifacts, jobs, stages
-from service.db.session import transaction
+from service.db.session import DATABASE_FAULTS, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
+from service.db.tables import ArtifactRow, JobRow
 from service.settings import Settings
-from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable, job_prefix
-from workers.context import CorruptArtifact, StageContext, StoredInput
+from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
+from workers.context import StageContext, StoredInput
+from workers.faults import PatientStore, may_pass, patient
 from workers.lease import Lease, StopRequested
 from workers.metrics import Outcome, WorkerMetrics
+from workers.scratch import attempt_folder
 from workers.sources import model_folder, text_documents
 from workers.stages import STAGES
 
 MANIFEST = "manifest.json"
 VERSIONED = ("pdtrim-service", "torch", "transformers", "tokenizers", "safetensors")
+Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker process: what it reads from, writes to, and is called."""
+    """A worker process: what it reads from, writes to, and is called; and how it ends when a stage hangs."""
 
     settings: Settings
     engine: Engine
     store: ArtifactStore
     name: str
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
+    abandon: Callable[[], None] = lambda: None
+
+    def persistent_store(self, check: Callable[[], None]) -> PatientStore:
+        """The store for a stage that `check` may stop."""
+        return PatientStore(self.store, patient(self.settings.retry_seconds, check))
+
+    def transact(self, change: Callable[[Session], Answer]) -> Answer:
+        """Change the database in one transaction, which is tried again while the database is away."""
+
+        def once() -> Answer:
+            with transaction(self.engine) as session:
+                return change(session)
+
+        return patient(self.settings.retry_seconds)(once)
 
 
 @dataclass(frozen=True)
@@ -61,8 +78,16 @@ class StageResult:
 def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
     """Run a stage if it is there to be taken; whatever happens is recorded, and nothing is recorded twice."""
     with bound_contextvars(job_id=job_id, stage=stage.value, worker=worker.name):
-        with transaction(worker.engine) as session:
-            held = stages.claim(session, job_id, stage, worker=worker.name, lease_seconds=worker.settings.lease_seconds)
+        held = worker.transact(
+            lambda session: stages.claim(
+                session,
+                job_id,
+                stage,
+                worker=worker.name,
+                lease_seconds=worker.settings.lease_seconds,
+                deadline_seconds=worker.settings.stage_deadline_seconds,
+            )
+        )
         if held is None:
             log.info("the stage is not there to be taken")
             return
@@ -78,15 +103,15 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
                 tracing.fail()
             log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
             if following is not None:
-                queue.send(worker.settings, job_id, following)
+                queue.try_to_send(worker.settings, job_id, following)
 
 
 def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
     """Run a claimed stage to an outcome that is recorded; with it, the stage to wake a worker for."""
     settings = worker.settings
     try:
-        with Lease(worker.engine, held, seconds=settings.lease_seconds) as lease:
-            result = _finished_before(worker, held) or _execute(worker, held, lease.check)
+        with Lease(worker.engine, held, seconds=settings.lease_seconds, abandon=worker.abandon) as lease:
+            result = _finished_before(worker, held, lease.check) or _execute(worker, held, lease.check)
             lease.check()
             following = _record(worker, held, result)
         worker.metrics.artifact_bytes.labels(held.stage.value).inc(sum(artifact.size for artifact in result.artifacts))
@@ -96,17 +121,14 @@ def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
         return Outcome.LEASE_LOST, None
     except StopRequested:
         return _conclude(worker, held, Outcome.STOPPED, lambda session: stages.stopped(session, held)), None
-    except (StoreUnavailable, CorruptArtifact, SQLAlchemyError) as error:
-        log.exception("the stage met a fault that may pass")
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _conclude(
-            worker,
-            held,
-            Outcome.RELEASED,
-            lambda session: stages.release(session, held, reason, max_attempts=settings.max_attempts),
-        ), None
     except Exception as error:
-        # The border of the process: every failure becomes the job's error.
+        # The border of the process: every failure becomes the job's error, or costs an attempt.
+        if may_pass(error):
+            log.exception("the stage met a fault that may pass")
+            reason, most = f"{type(error).__name__}: {error}".splitlines()[0], settings.max_attempts
+            return _conclude(
+                worker, held, Outcome.RELEASED, lambda session: stages.release(session, held, reason, max_attempts=most)
+            ), None
         log.exception("the stage failed")
         info = _describe(error)
         return _conclude(worker, held, Outcome.FAILED, lambda session: stages.fail(session, held, info)), None
@@ -115,6 +137,8 @@ def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
 def _describe(error: Exception) -> ErrorInfo:
     if isinstance(error, PDTrimError):
         return ErrorInfo(code=error.code, message=error.message, param=error.param)
+    if isinstance(error, StoreRefused):
+        return ErrorInfo(code="store_refused", message=str(error))
     if isinstance(error, ValueError):
         return ErrorInfo(code="invalid_input", message=str(error))
     # PyTorch's CPU allocator raises a plain RuntimeError.
@@ -126,8 +150,7 @@ def _describe(error: Exception) -> ErrorInfo:
 def _conclude(worker: Worker, held: Claim, outcome: Outcome, change: Callable[[Session], None]) -> Outcome:
     """Record an outcome; returns what it came to."""
     try:
-        with transaction(worker.engine) as session:
-            change(session)
+        worker.transact(change)
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
         return Outcome.LEASE_LOST
@@ -141,11 +164,12 @@ def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
     return f"{job_prefix(held.job_id)}/{held.stage}/{attempt or held.attempt}"
 
 
-def _finished_before(worker: Worker, held: Claim) -> StageResult | None:
+def _finished_before(worker: Worker, held: Claim, check: Callable[[], None]) -> StageResult | None:
     """The result of an earlier attempt that wrote its manifest but died before it was recorded."""
+    store = worker.persistent_store(check)
     for attempt in range(held.attempt - 1, 0, -1):
         try:
-            manifest = json.loads(worker.store.get_bytes(f"{_attempt_prefix(held, attempt)}/{MANIFEST}"))
+            manifest = json.loads(store.get_bytes(f"{_attempt_prefix(held, attempt)}/{MANIFEST}"))
         except ObjectNotFound:
             continue
         log.info("the stage was finished by attempt %d", attempt)
@@ -156,27 +180,27 @@ def _finished_before(worker: Worker, held: Claim) -> StageResult | None:
 
 def _execute(worker: Worker, held: Claim, check: Callable[[], None]) -> StageResult:
     assert worker.settings.scratch_dir is not None
-    stage_scratch = worker.settings.scratch_dir / "jobs" / held.job_id / held.stage
-    shutil.rmtree(stage_scratch, ignore_errors=True)
-    workdir = stage_scratch / str(held.attempt)
-    workdir.mkdir(parents=True)
-    try:
+    with attempt_folder(worker.settings.scratch_dir, held) as workdir:
         context = _context(worker, held, workdir, check)
         metrics = STAGES[held.stage](context)
         return _push(worker, held, context.out, metrics, check)
-    finally:
-        shutil.rmtree(stage_scratch, ignore_errors=True)
 
 
 def _context(worker: Worker, held: Claim, workdir: Path, check: Callable[[], None]) -> StageContext:
-    with transaction(worker.engine) as session:
-        job = jobs.get(session, held.job_id)
+    def read(session: Session) -> tuple[JobRow, list[ArtifactRow]]:
         recorded = [row for name in StageName for row in artifacts.of_stage(session, held.job_id, name)]
+        return jobs.get(session, held.job_id), recorded
+
+    job, recorded = worker.transact(read)
     spec = JobSpec.model_validate(job.spec)
 
     def publish(progress: float, message: str, figures: dict[str, Any]) -> None:
-        with transaction(worker.engine) as session:
-            stages.report(session, held, progress=progress, message=message, data=figures)
+        try:
+            with transaction(worker.engine) as session:
+                stages.report(session, held, progress=progress, message=message, data=figures)
+        except DATABASE_FAULTS as error:
+            # No reason to stop working: whether the stage is still ours, the lease finds out.
+            log.warning("progress of %s is not recorded: %s", held, error)
 
     publish(0.0, "Loading the model.", {})
     return StageContext(
@@ -186,7 +210,7 @@ def _context(worker: Worker, held: Claim, workdir: Path, check: Callable[[], Non
         model_revision=job.model_revision,
         workdir=workdir,
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},
-        store=worker.store,
+        store=worker.persistent_store(check),
         state_prefix=f"{job_prefix(held.job_id)}/{held.stage}/state",
         documents=lambda: text_documents(spec.data, worker.settings),
         check=check,
@@ -196,23 +220,24 @@ def _context(worker: Worker, held: Claim, workdir: Path, check: Callable[[], Non
 
 def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], check: Callable[[], None]) -> StageResult:
     """Upload every file below `folder`, then the manifest that makes them count."""
-    prefix = _attempt_prefix(held)
+    prefix, store = _attempt_prefix(held), worker.persistent_store(check)
     pushed = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         check()
         name = path.relative_to(folder).as_posix()
-        stored = worker.store.put_file(f"{prefix}/{name}", path)
+        stored = store.put_file(f"{prefix}/{name}", path)
         pushed.append(
             NewArtifact(name=name, key=f"{prefix}/{name}", uri=stored.uri, size=stored.size, sha256=stored.sha256)
         )
     result = StageResult(metrics, {name: version(name) for name in VERSIONED}, pushed)
     manifest = {"format_version": 1, "job": held.job_id, "stage": held.stage, "attempt": held.attempt, **asdict(result)}
-    worker.store.put_bytes(f"{prefix}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True).encode())
+    store.put_bytes(f"{prefix}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True).encode())
     return result
 
 
 def _record(worker: Worker, held: Claim, result: StageResult) -> StageName | None:
-    with transaction(worker.engine) as session:
-        return stages.complete(
+    return worker.transact(
+        lambda session: stages.complete(
             session, held, artifacts=result.artifacts, metrics=result.metrics, versions=result.versions
         )
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from celery import current_task, signals
@@ -25,7 +25,9 @@ app = celery_app(settings.broker_url)
 def _worker(pid: int) -> Worker:
     """This process's worker. Keyed by process id: a forked pool child must not share its parent's connections."""
     store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
-    return Worker(settings, connect(settings.database_url), store, name=f"{socket.gethostname()}:{pid}")
+    name = f"{socket.gethostname()}:{pid}"
+    # The pool starts another child in place of one that ends.
+    return Worker(settings, connect(settings.database_url), store, name, abandon=partial(os._exit, 1))
 
 
 @signals.setup_logging.connect

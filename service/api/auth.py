@@ -14,11 +14,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from service.api.problems import DATABASE_ERRORS, database_unavailable, problem
+from service.api.problems import database_unavailable, problem
 from service.contract.access import DEFAULT_PROJECT, Scope
 from service.contract.errors import MissingScope, Unauthorized
 from service.db import keys
-from service.db.session import transaction
+from service.db.session import DATABASE_FAULTS, transaction
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class ApiKey:
         request = Request(scope)
         try:
             caller = await run_in_threadpool(_caller, scope["app"].state.engine, self.key, _token(request.headers))
-        except DATABASE_ERRORS as error:
+        except DATABASE_FAULTS as error:
             await database_unavailable(request, error)(scope, receive, send)
             return
         needed = Scope.READ if scope["method"] in ("GET", "HEAD") else Scope.SUBMIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from time import monotonic
@@ -20,7 +21,7 @@ from service.api.problems import documented
 from service.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, MissingScope, Unauthorized
 from service.contract.jobs import Event, JobStatus, Page
 from service.db import events, jobs
-from service.db.session import transaction
+from service.db.session import DATABASE_FAULTS, transaction
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"], dependencies=[declared])
 
@@ -28,6 +29,7 @@ POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15.0
 BATCH = 100
 STREAM_TYPE = "text/event-stream"
+log = logging.getLogger(__name__)
 
 MAX_NUMBER = 2**31 - 1
 
@@ -40,6 +42,9 @@ class Batch:
 
     page: Page[Event]
     last: bool
+
+
+NOTHING_NEW = Batch(Page(data=[], has_more=False), last=False)
 
 
 def read(engine: Engine, job_id: str, *, after: int, limit: int) -> Batch:
@@ -75,6 +80,11 @@ async def stream(engine: Engine, job_id: str, batch: Batch, *, after: int) -> As
             batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
         except JobNotFound:  # It was deleted meanwhile.
             return
+        except DATABASE_FAULTS as error:
+            # Too late for another answer; the stream goes on when the database is back.
+            if batch is not NOTHING_NEW:
+                log.warning("a stream of events waits for the database: %s", error)
+            batch = NOTHING_NEW
 
 
 @router.get(

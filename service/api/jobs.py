@@ -110,7 +110,7 @@ def create_job(
             shown = views.job(row, jobs.stages(session, [row.id])[row.id])
             if held is not None:
                 idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
-    queue.send(settings, row.id, StageName.SCORING)
+    queue.try_to_send(settings, row.id, StageName.SCORING)
     response.headers["Location"] = f"/v1/jobs/{row.id}"
     return shown
 
@@ -230,7 +230,7 @@ def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
     with transaction(engine) as session:
         row, stage = jobs.resume(session, job_id)
         shown = views.job(row, jobs.stages(session, [job_id])[job_id])
-    queue.send(settings, job_id, stage)
+    queue.try_to_send(settings, job_id, stage)
     return shown
 
 

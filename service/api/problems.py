@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -24,6 +22,7 @@ from service.contract.errors import (
     RequestInFlight,
     Unauthorized,
 )
+from service.db.session import DATABASE_FAULTS
 from service.redaction import redact, scrub
 from service.storage import ObjectNotFound, StoreUnavailable
 
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_LISTED_ERRORS = 5
 MAX_ECHO = 80
-DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeout)
 HEADERS = {Unauthorized: {"WWW-Authenticate": "Bearer"}, RequestInFlight: {"Retry-After": "1"}}
 
 
@@ -157,7 +155,7 @@ def install(app: FastAPI) -> None:
     app.exception_handler(RequestValidationError)(_from_validation)
     app.exception_handler(HTTPException)(_from_http)
     app.exception_handler(PDTrimError)(_from_pdtrim)
-    for error in DATABASE_ERRORS:
+    for error in DATABASE_FAULTS:
         app.exception_handler(error)(database_unavailable)
     app.exception_handler(StoreUnavailable)(_from_store)
     app.exception_handler(ObjectNotFound)(_from_missing_object)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import typer
@@ -112,6 +114,31 @@ def worker() -> None:
             os.environ.setdefault(f"HF_{cache}_CACHE", f"{settings.scratch_dir}/huggingface/{cache.lower()}")
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def reconcile() -> None:
+    """Run the reconciler alone: it queues again what dead workers left, sends what was lost, deletes what is too old.
+
+    As many may run as you like. Gateways run it too, unless PDTRIM_RECONCILE_IN_GATEWAY is false.
+
+    Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim reconcile`
+    """
+    # As for `serve`: the S3 library takes its time to import.
+    from service.reconciler import Reconciler
+    from service.storage import open_store
+
+    settings = configured()
+    logs.configure(settings)
+    tracing.configure("pdtrim-reconciler")
+    engine = connect(settings.database_url)
+    store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+    stopping = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with Reconciler(engine, settings, store):
+        logging.getLogger(__name__).info("the reconciler is running")
+        stopping.wait()
+    engine.dispose()
 
 
 def migrate() -> None:

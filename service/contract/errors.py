@@ -131,5 +131,9 @@ class TooManyBlocks(PDTrimError):
     code, title, status = "too_many_blocks", "More blocks to remove than the model can give up", 422
 
 
+class DeadlineExceeded(PDTrimError):
+    code, title, status = "deadline_exceeded", "The stage took longer than it may", 504
+
+
 class DependencyUnavailable(PDTrimError):
     code, title, status = "dependency_unavailable", "A server this needs is not reachable", 503

@@ -365,6 +365,15 @@ class JobSpec(SpecModel):
         default=None, description="Send decode only some prompt tokens' keys and values; by default all are sent."
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+    deadline_seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1e8,
+        description="Longest time of each stage, from its first start; pauses do not count, waiting for a worker after "
+        "a lost one does. A stage that takes longer fails: `deadline_exceeded`. The service may have its own limit; "
+        "the shorter counts.",
+        examples=[86400],
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Everything random follows from it.")
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=16, description="Your own labels; jobs can be listed by them."

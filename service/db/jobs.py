@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sqlmodel import Session, col, select
+from sqlmodel.sql.expression import SelectOfScalar
 from uuid_utils import uuid7
 
 from service.contract.access import DEFAULT_PROJECT
 from service.contract.errors import (
     CursorNotFound,
+    DeadlineExceeded,
     JobNotCancellable,
     JobNotFound,
     JobNotPausable,
@@ -21,7 +23,7 @@ from service.contract.spec import JobSpec
 from service.db import events
 from service.db.tables import JobRow, StageRow, now
 
-_EXISTS = col(JobRow.deleted_at).is_(None)
+EXISTS = col(JobRow.deleted_at).is_(None)
 
 
 def create(
@@ -58,19 +60,27 @@ def get(session: Session, job_id: str) -> JobRow:
 
 def check_project(session: Session, job_id: str, project: str) -> None:
     """Raises: JobNotFound when the project has no such job, whether another has it or not."""
-    found = select(JobRow.id).where(JobRow.id == job_id, JobRow.project == project, _EXISTS)
+    found = select(JobRow.id).where(JobRow.id == job_id, JobRow.project == project, EXISTS)
     if session.exec(found).first() is None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
 
 
 def lock(session: Session, job_id: str) -> JobRow:
     """The job, locked until the transaction ends; every change of a job or stage begins here. Raises: JobNotFound."""
-    row = session.exec(
-        select(JobRow).where(JobRow.id == job_id, _EXISTS).with_for_update().execution_options(populate_existing=True)
-    ).first()
+    row = session.exec(_locked(job_id)).first()
     if row is None:
         raise JobNotFound(f"No job {job_id} exists. List the jobs with GET /v1/jobs.")
     return row
+
+
+def lock_if_free(session: Session, job_id: str) -> JobRow | None:
+    """The job, locked as by `lock`; None when it does not exist, or another process holds its lock."""
+    return session.exec(_locked(job_id, skip_locked=True)).first()
+
+
+def _locked(job_id: str, *, skip_locked: bool = False) -> SelectOfScalar[JobRow]:
+    query = select(JobRow).where(JobRow.id == job_id, EXISTS).with_for_update(skip_locked=skip_locked)
+    return query.execution_options(populate_existing=True)
 
 
 def stages(session: Session, job_ids: list[str]) -> dict[str, list[StageRow]]:
@@ -92,7 +102,7 @@ def page(
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[list[JobRow], bool]:
     """Jobs of a project, newest first, and whether more follow. Raises: CursorNotFound."""
-    query = select(JobRow).where(JobRow.project == project, _EXISTS)
+    query = select(JobRow).where(JobRow.project == project, EXISTS)
     if status is not None:
         query = query.where(JobRow.status == status)
     for key, value in (metadata or {}).items():
@@ -183,7 +193,10 @@ def resume(session: Session, job_id: str) -> tuple[JobRow, StageName]:
     unfinished = [row for row in stages(session, [job_id])[job_id] if row.status != StageStatus.SUCCEEDED]
     for row in unfinished:
         stopped_at = row.paused_at or row.finished_at
-        if row.started_at is not None and stopped_at is not None:
+        if row.error is not None and row.error["code"] == DeadlineExceeded.code:
+            # What took too long gets as much time again.
+            row.started_at, row.progress = None, 0.0
+        elif row.started_at is not None and stopped_at is not None:
             # So that the time between start and finish stays the time it ran, and the finish can be estimated from it.
             row.started_at += now() - stopped_at
         row.status, row.error, row.message = StageStatus.PENDING, None, ""

@@ -11,17 +11,31 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+DATABASE_FAULTS = (OperationalError, InterfaceError, PoolTimeout)
+"""What may pass: the database is away, is restarting, ended the connection, or was too busy. All else is a mistake."""
+POSTGRESQL_OPTIONS = "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s"
+"""A process that is stopped in the middle of a transaction must not hold its locks against the others for ever."""
+POSTGRESQL_WAITS = {
+    # Without these, a connection to a server that vanished hangs as long as TCP likes: a quarter of an hour.
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
 
 
 def connect(url: str) -> Engine:
     """An engine for `url`; SQLite gets WAL, foreign keys and write locks taken at the start of a transaction."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True)
+        return create_engine(parsed, pool_pre_ping=True, connect_args=_waits(parsed))
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
@@ -39,6 +53,12 @@ def connect(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _waits(url: URL) -> dict[str, Any]:
+    """How long PostgreSQL may keep us waiting; what the URL says itself counts."""
+    given = {**POSTGRESQL_WAITS, "options": POSTGRESQL_OPTIONS}
+    return {name: value for name, value in given.items() if name not in url.query}
 
 
 @contextmanager

@@ -7,15 +7,15 @@ every later write names that number and is refused once another worker has taken
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import or_
+from sqlalchemy import or_, update
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
-from service.contract.errors import JobNotFound
+from service.contract.errors import DeadlineExceeded, JobNotFound
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.db import events, jobs
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
@@ -29,11 +29,12 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a stage and to record its results while the lease is renewed."""
+    """The right to run a stage and to record its results while the lease is renewed, until the `deadline` if any."""
 
     job_id: str
     stage: StageName
     attempt: int
+    deadline: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,22 @@ class NewArtifact:
     sha256: str
 
 
-def claim(session: Session, job_id: str, stage: StageName, *, worker: str, lease_seconds: float) -> Claim | None:
-    """Take a queued stage, or a running one whose lease ran out; None when there is nothing to take."""
+def claim(
+    session: Session,
+    job_id: str,
+    stage: StageName,
+    *,
+    worker: str,
+    lease_seconds: float,
+    deadline_seconds: float | None = None,
+) -> Claim | None:
+    """Take a queued stage; None when there is nothing to take. One whose lease ran out is first for `retire`."""
     try:
         job = jobs.lock(session, job_id)
     except JobNotFound:
         return None
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
-    expired = row.status == StageStatus.RUNNING and row.lease_expires_at is not None and row.lease_expires_at < now()
-    if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING) or not (row.status == StageStatus.QUEUED or expired):
+    if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING) or row.status != StageStatus.QUEUED:
         return None
     row.status = StageStatus.RUNNING
     row.attempt += 1
@@ -71,7 +79,13 @@ def claim(session: Session, job_id: str, stage: StageName, *, worker: str, lease
     events.append(
         session, job_id, "stage.started", message, stage=stage, data={"attempt": row.attempt, "worker": worker}
     )
-    return Claim(job_id, stage, row.attempt)
+    return Claim(job_id, stage, row.attempt, _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds))
+
+
+def _deadline(row: StageRow, *limits_s: float | None) -> datetime | None:
+    """When a stage that was started is out of time, by the strictest of its limits."""
+    given = [limit for limit in limits_s if limit is not None]
+    return row.started_at + timedelta(seconds=min(given)) if given and row.started_at is not None else None
 
 
 def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
@@ -190,21 +204,65 @@ def retire(session: Session, job_id: str, stage: StageName, *, max_attempts: int
 
     False when its lease is no longer a dead one.
     """
-    try:
-        job = jobs.lock(session, job_id)
-    except JobNotFound:
-        return False
-    row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
-    if row.status != StageStatus.RUNNING or row.lease_expires_at is None or row.lease_expires_at >= now():
+    job, row = _running(session, job_id, stage)
+    if job is None or row is None or row.lease_expires_at is None or row.lease_expires_at >= now():
         return False
     _requeue(session, job, row, f"Worker {row.worker} fell silent", max_attempts=max_attempts)
     return True
 
 
+def _running(session: Session, job_id: str, stage: StageName) -> tuple[JobRow, StageRow] | tuple[None, None]:
+    """A running stage and its job, locked; or nothing, also when another process is just changing the job.
+
+    Nobody waits for that process: it may have been stopped in the middle of its transaction.
+    """
+    job = jobs.lock_if_free(session, job_id)
+    if job is None:
+        return None, None
+    row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
+    return (job, row) if row.status == StageStatus.RUNNING else (None, None)
+
+
+def overdue(session: Session, *, deadline_seconds: float | None, grace_seconds: float) -> list[tuple[str, StageName]]:
+    """Running stages that are so much past their deadline that their workers must be hanging."""
+    own_limit = col(JobRow.spec)["deadline_seconds"].as_float()
+    rows = session.exec(
+        select(StageRow, own_limit).join(JobRow).where(StageRow.status == StageStatus.RUNNING, jobs.EXISTS)
+    ).all()
+    return [
+        (row.job_id, StageName(row.name))
+        for row, own_seconds in rows
+        if _is_late(_deadline(row, own_seconds, deadline_seconds), grace_seconds)
+    ]
+
+
+def _is_late(deadline: datetime | None, grace_seconds: float) -> bool:
+    return deadline is not None and deadline + timedelta(seconds=grace_seconds) < now()
+
+
+def time_out(
+    session: Session, job_id: str, stage: StageName, *, deadline_seconds: float | None, grace_seconds: float
+) -> None:
+    """Fail a stage that is `overdue`, or finish the stopping that its worker does not get to."""
+    job, row = _running(session, job_id, stage)
+    if job is None or row is None:
+        return
+    deadline = _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds)
+    if not _is_late(deadline, grace_seconds) or _finish_stop(session, job):
+        return
+    error = DeadlineExceeded(f"Stage {stage} is past its deadline, and worker {row.worker} does not stop.")
+    _fail(session, job, row, ErrorInfo(code=error.code, message=error.message, param=error.param))
+
+
 def release(session: Session, held: Claim, reason: str, *, max_attempts: int) -> None:
-    """Hand a stage back after a fault that may pass, as `retire` does for a dead worker. Raises: LeaseLost."""
+    """Hand a stage back after a fault that may pass, as `retire` does for a dead worker. Raises: LeaseLost.
+
+    It is sent again after a pause that doubles with every attempt: the fault needs time to pass.
+    """
     job, row = _held(session, held)
     _requeue(session, job, row, reason, max_attempts=max_attempts)
+    if row.status == StageStatus.QUEUED:
+        row.sent_at, row.sends = now(), row.attempt - row.attempts_forgiven
 
 
 def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_attempts: int) -> None:
@@ -250,3 +308,13 @@ def due(session: Session, *, resend_seconds: float, at: datetime | None = None) 
             row.sent_at, row.sends = at, row.sends + 1
             sent.append((row.job_id, StageName(row.name)))
     return sent
+
+
+def not_sent(session: Session, job_ids: Sequence[str]) -> None:
+    """Take back that the queued stages of jobs were sent: they are due at once."""
+    session.exec(
+        update(StageRow)
+        .where(col(StageRow.job_id).in_(job_ids), col(StageRow.status) == StageStatus.QUEUED)
+        .values(sent_at=None, sends=col(StageRow.sends) - 1)
+        .execution_options(synchronize_session=False)
+    )

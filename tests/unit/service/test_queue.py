@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import redis
 from kombu.transport.filesystem import Transport
 
 from service import queue
 from service.contract.jobs import StageName
 from service.settings import Settings
+from tests.servers import free_ports, restartable_valkey
 
 
 @pytest.mark.parametrize("half_written", ["", '[["pdtrim"'])
@@ -18,8 +20,31 @@ def test_a_half_written_file_of_the_embedded_broker_counts_as_out_of_reach(tmp_p
     exchange.parent.mkdir(parents=True)
 
     exchange.write_text(half_written)
-    assert not queue.send(settings, "job_1", StageName.SCORING)
+    assert not queue.try_to_send(settings, "job_1", StageName.SCORING)
 
     exchange.write_text('[["pdtrim", "", "pdtrim"]]')
-    assert queue.send(settings, "job_1", StageName.SCORING)
+    assert queue.try_to_send(settings, "job_1", StageName.SCORING)
     assert len(list((tmp_path / "broker" / "messages").iterdir())) == 1
+
+
+def test_a_restart_of_the_broker_loses_no_message_that_is_sent_after_it() -> None:
+    with restartable_valkey() as valkey:
+        settings = Settings(broker_url=f"{valkey.connection_url}/0")
+        for _ in range(2):
+            queue.send(settings, "job_1", StageName.SCORING)
+            with redis.Redis.from_url(settings.broker_url) as broker:
+                assert broker.llen(queue.QUEUE) == 1
+            valkey.terminate()
+            valkey.start()
+
+
+def test_a_broker_that_is_away_is_an_error_of_its_own_and_costs_no_job() -> None:
+    (closed,) = free_ports(1)
+    settings = Settings(broker_url=f"redis://127.0.0.1:{closed}/0")
+    with pytest.raises(queue.BrokerUnavailable, match="was not sent"):
+        queue.send(settings, "job_1", StageName.SCORING)
+    assert not queue.try_to_send(settings, "job_1", StageName.SCORING)
+
+
+def test_a_worker_waits_for_its_broker_however_long_that_is_away() -> None:
+    assert queue.celery_app("redis://127.0.0.1:6379/0").conf.broker_connection_max_retries is None

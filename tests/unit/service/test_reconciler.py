@@ -7,21 +7,25 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event, Thread
+from threading import enumerate as enumerate_threads
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine
+from sqlmodel import select
 
 from service.app import create_app
 from service.contract.spec import JobSpec
 from service.db import deletion, jobs
 from service.db.session import connect, migrate, transaction
-from service.db.tables import JobRow, now
-from service.reconciler import purge
+from service.db.tables import JobRow, StageRow, now
+from service.queue import BrokerUnavailable
+from service.reconciler import _repeat, purge, sweep
 from service.settings import Settings
 from service.storage import ArtifactStore, StoreUnavailable, open_store
 from tests.processes import wait_until
+from tests.servers import free_ports
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -147,6 +151,66 @@ def test_finished_jobs_go_when_they_are_older_than_the_retention(
 
     assert [exists(engine, job.id) for job in (old, resumed, young, paused)] == [False, True, True, True]
     assert list(store.list_keys("")) == [f"jobs/{young.id}/scoring/1/file"]
+
+
+def test_an_outage_is_told_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    stopping, calls = Event(), 0
+
+    def away_at_first() -> int:
+        nonlocal calls
+        calls += 1
+        if calls < 4:
+            raise StoreUnavailable("the bucket is away")
+        stopping.wait(0.05)
+        if calls == 6:
+            stopping.set()
+        return 0
+
+    with caplog.at_level("WARNING", "service.reconciler"):
+        _repeat(away_at_first, 0.01, stopping)
+
+    assert calls == 6
+    assert [record.getMessage() for record in caplog.records] == [
+        "the reconciler failed; it tries again until it works: the bucket is away",
+        "the reconciler works again, after 3 failures",
+    ]
+
+
+def test_a_stop_does_not_wait_for_the_next_try() -> None:
+    stopping, failed = Event(), Event()
+
+    def fail() -> int:
+        failed.set()
+        raise StoreUnavailable("the bucket is away")
+
+    thread = Thread(target=_repeat, args=(fail, 600.0, stopping))
+    thread.start()
+    assert failed.wait(10)
+    stopping.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_what_a_broker_that_is_away_did_not_take_is_sent_as_soon_as_it_is_back(
+    engine: Engine, settings: Settings, redis_url: str
+) -> None:
+    with transaction(engine) as session:
+        for _ in range(2):
+            jobs.create(session, SPEC)
+        for row in session.exec(select(StageRow)):
+            row.sent_at = None
+
+    (closed,) = free_ports(1)
+    with pytest.raises(BrokerUnavailable):
+        sweep(engine, settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{closed}/0"}))
+
+    assert sweep(engine, settings.model_copy(update={"broker_url": redis_url})) == 2
+
+
+def test_a_gateway_that_is_told_so_leaves_it_to_others(settings: Settings) -> None:
+    quick = settings.model_copy(update={"reconcile_seconds": 0.05, "reconcile_in_gateway": False})
+    with TestClient(create_app(quick)):
+        assert {"sweep", "purge"}.isdisjoint(thread.name for thread in enumerate_threads())
 
 
 def test_a_gateway_deletes_by_itself(settings: Settings, store: ArtifactStore) -> None:

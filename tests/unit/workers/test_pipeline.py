@@ -7,15 +7,18 @@ import io
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load, load_file
+from sqlalchemy.exc import OperationalError
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -34,11 +37,12 @@ from service.contract.jobs import JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import artifacts, events, jobs, stages
 from service.db.session import connect, migrate, transaction
-from service.db.tables import ArtifactRow, StageRow
+from service.db.tables import ArtifactRow, StageRow, now
 from service.settings import Settings
-from service.storage import open_store
+from service.storage import StoreRefused, open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers import pipeline
+from workers.context import StageContext
 from workers.pipeline import Worker, run_stage
 from workers.pruning.blocks import block_stack
 from workers.pruning.bound import PerplexityBound
@@ -54,6 +58,7 @@ def worker(tmp_path: Path) -> Worker:
         data_dir=tmp_path / "data",
         allowed_sources=["builtin:", (tmp_path / "models").as_uri()],
         lease_seconds=5,
+        retry_seconds=0.2,
     )
     engine = connect(settings.database_url)
     migrate(engine)
@@ -68,6 +73,11 @@ def model(tmp_path: Path) -> Path:
 def create(worker: Worker, spec: dict[str, Any]) -> str:
     with transaction(worker.engine) as session:
         return jobs.create(session, JobSpec.model_validate(spec)).id
+
+
+def retire(worker: Worker, job_id: str, stage: StageName) -> None:
+    with transaction(worker.engine) as session:
+        stages.retire(session, job_id, stage, max_attempts=5)
 
 
 def run_through(worker: Worker, job_id: str, last: StageName = StageName.EVALUATION) -> None:
@@ -131,7 +141,7 @@ def test_a_job_ends_with_both_checkpoints_every_artifact_recorded_and_no_scratch
             data = worker.store.get_bytes(row.key)
             assert (len(data), hashlib.sha256(data).hexdigest()) == (row.size, row.sha256)
     assert worker.settings.scratch_dir is not None
-    assert not list((worker.settings.scratch_dir / "jobs" / job_id).iterdir())
+    assert not list((worker.settings.scratch_dir / "jobs").iterdir())
 
 
 def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: Path) -> None:
@@ -542,6 +552,7 @@ def test_a_stage_finished_by_a_worker_that_died_before_recording_is_not_run_agai
     # The dead worker came as far as its manifest.
     pipeline._execute(worker, dead, check=lambda: None)
     time.sleep(0.1)
+    retire(worker, job_id, StageName.SCORING)
     run_stage(worker, job_id, StageName.SCORING)
     row = stage_row(worker, job_id, StageName.SCORING)
     assert (row.status, row.attempt) == (StageStatus.SUCCEEDED, 2)
@@ -585,6 +596,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         pipeline._execute(worker, held, die_after_a_while)
     assert list(worker.store.list_keys(f"jobs/{broken}/{stage}/state"))
+    retire(worker, broken, stage)
     run_stage(worker, broken, stage)
 
     first, second = (recorded(worker, job_id, stage) for job_id in (unbroken, broken))
@@ -682,6 +694,115 @@ def test_a_store_that_fails_costs_an_attempt_not_the_job(worker: Worker, model: 
     root.unlink()
     run_stage(worker, job_id, StageName.SCORING)
     assert stage_row(worker, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
+
+
+def test_a_store_that_is_closed_to_us_fails_the_job_at_once(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(key: str, data: bytes) -> None:
+        raise StoreRefused("bucket pdtrim refused: AccessDenied")
+
+    job_id = create(worker, tiny_spec(model))
+    monkeypatch.setattr(worker.store, "put_bytes", refuse)
+    run_stage(worker, job_id, StageName.SCORING)
+    assert job_error(worker, job_id)["code"] == "store_refused"
+
+
+def test_a_full_disk_costs_an_attempt_not_the_job(worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(context: StageContext) -> dict[str, Any]:
+        with Path("/dev/full").open("wb", buffering=0) as disk:
+            disk.write(b"x")
+        return {}
+
+    job_id = create(worker, tiny_spec(model))
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.STAGES, StageName.SCORING, fill)
+        run_stage(worker, job_id, StageName.SCORING)
+    with transaction(worker.engine) as session:
+        last = events.page(session, job_id, after=0, limit=1000)[0][-1]
+    assert last.type == "stage.requeued"
+    assert "No space left on device" in last.message
+    run_stage(worker, job_id, StageName.SCORING)
+    assert stage_row(worker, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
+
+
+def test_a_database_that_is_away_when_progress_is_told_stops_no_work(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object, **kwargs: object) -> None:
+        raise OperationalError("UPDATE stages", {}, Exception("the server closed the connection"))
+
+    job_id = create(worker, tiny_spec(model))
+    monkeypatch.setattr(stages, "report", away)
+    run_stage(worker, job_id, StageName.SCORING)
+    assert stage_row(worker, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
+    assert "stage.progress" not in event_types(worker, job_id)
+
+
+def test_a_worker_that_comes_back_to_a_stage_taken_over_leaves_the_other_its_folder(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = create(worker, tiny_spec(model))
+    succeeded = pipeline.STAGES[StageName.SCORING]
+
+    def be_overtaken(context: StageContext) -> dict[str, Any]:
+        """What a process does that was stopped for longer than its lease, and its successor meanwhile."""
+        monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, let_the_other_go_first)
+        with transaction(worker.engine) as session:
+            session.get_one(StageRow, (job_id, StageName.SCORING)).lease_expires_at = now() - timedelta(seconds=1)
+        retire(worker, job_id, StageName.SCORING)
+        successor.start()
+        assert working.wait(60)
+        raise ValueError("the first worker goes on, and stumbles")
+
+    def let_the_other_go_first(context: StageContext) -> dict[str, Any]:
+        (context.out / "early").write_text("x")
+        working.set()
+        stumbled.wait(60)
+        return succeeded(context)
+
+    working, stumbled = Event(), Event()
+    successor = Thread(target=run_stage, args=(worker, job_id, StageName.SCORING))
+    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, be_overtaken)
+    run_stage(worker, job_id, StageName.SCORING)
+    stumbled.set()
+    successor.join(60)
+    row = stage_row(worker, job_id, StageName.SCORING)
+    assert (row.status, row.attempt) == (StageStatus.SUCCEEDED, 2)
+    assert "early" in recorded(worker, job_id, StageName.SCORING)
+
+
+def test_a_stage_that_takes_longer_than_it_may_fails_by_name_and_goes_on_after_a_resume(
+    worker: Worker, model: Path
+) -> None:
+    job_id = create(worker, tiny_spec(model, deadline_seconds=0.001))
+    run_stage(worker, job_id, StageName.SCORING)
+    assert job_error(worker, job_id)["code"] == "deadline_exceeded"
+    with transaction(worker.engine) as session:
+        job, stage = jobs.resume(session, job_id)
+        job.spec = {**job.spec, "deadline_seconds": 600}
+    run_stage(worker, job_id, stage)
+    assert stage_row(worker, job_id, stage).status == StageStatus.SUCCEEDED
+
+
+def test_a_process_whose_stage_hangs_after_it_was_lost_is_given_up(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.lease.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("workers.lease.STUCK_S", 0.1)
+    given_up = Event()
+
+    def hang(context: StageContext) -> dict[str, Any]:
+        with transaction(worker.engine) as session:
+            stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=0.001, grace_seconds=0)
+        assert given_up.wait(60)
+        return {}
+
+    job_id = create(worker, tiny_spec(model))
+    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, hang)
+    run_stage(replace(worker, abandon=given_up.set), job_id, StageName.SCORING)
+    assert given_up.is_set()
+    assert job_error(worker, job_id)["code"] == "deadline_exceeded"
 
 
 def test_an_input_whose_bytes_changed_is_not_used(worker: Worker, model: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from httpx_sse import ServerSentEvent, connect_sse
+from sqlalchemy import text
 
 from service.api import events
 from service.contract.jobs import StageName
@@ -72,6 +73,22 @@ def test_a_stream_follows_the_job_and_ends_with_its_final_event(gateway: Gateway
         "stage.succeeded",
         "job.cancelled",
     ]
+
+
+def test_a_stream_waits_for_a_database_that_is_away(gateway: Gateway, address: str) -> None:
+    job_id = gateway.create()
+
+    with following(address, job_id) as stream:
+        types = [next(stream).event]
+        with gateway.engine.begin() as connection:
+            connection.execute(text("ALTER TABLE events RENAME TO hidden"))
+        time.sleep(0.3)
+        with gateway.engine.begin() as connection:
+            connection.execute(text("ALTER TABLE hidden RENAME TO events"))
+        gateway.client.post(f"/v1/jobs/{job_id}/cancel")
+        types += [event.event for event in stream]
+
+    assert types == ["job.created", "job.cancelled"]
 
 
 def test_the_stream_of_a_job_that_is_deleted_ends(gateway: Gateway, address: str) -> None:

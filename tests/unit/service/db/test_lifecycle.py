@@ -76,9 +76,7 @@ class Expected:
         return next((i for i, status in enumerate(self.stages) if status != StageStatus.SUCCEEDED), 4)
 
     def can_be_claimed(self, position: int) -> bool:
-        waits = self.stages[position] == StageStatus.QUEUED
-        abandoned = self.stages[position] == StageStatus.RUNNING and self.silent
-        return not self.deleted and self.status in (JobStatus.QUEUED, JobStatus.RUNNING) and (waits or abandoned)
+        return not self.deleted and self.stages[position] == StageStatus.QUEUED
 
     def holds(self, claim: Claim) -> bool:
         position = STAGES.index(claim.stage)

@@ -13,23 +13,43 @@ from service.contract.errors import JobNotPausable
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import artifacts, events, jobs, stages
-from service.db.session import transaction
+from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.db.tables import JobRow, StageRow, now
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
-def create_job(engine: Engine) -> str:
+def create_job(engine: Engine, *, deadline_seconds: float | None = None) -> str:
     with transaction(engine) as session:
-        return jobs.create(session, SPEC).id
+        return jobs.create(session, SPEC.model_copy(update={"deadline_seconds": deadline_seconds})).id
 
 
-def claim(engine: Engine, job_id: str, stage: StageName = StageName.SCORING, *, lease_seconds: float = 60) -> Claim:
+def begun_long_ago(engine: Engine, job_id: str, *, seconds: float) -> None:
     with transaction(engine) as session:
-        held = stages.claim(session, job_id, stage, worker="w", lease_seconds=lease_seconds)
+        row = session.get_one(StageRow, (job_id, StageName.SCORING))
+        row.started_at = now() - timedelta(seconds=seconds)
+
+
+def claim(
+    engine: Engine,
+    job_id: str,
+    stage: StageName = StageName.SCORING,
+    *,
+    lease_seconds: float = 60,
+    deadline_seconds: float | None = None,
+) -> Claim:
+    with transaction(engine) as session:
+        held = stages.claim(
+            session, job_id, stage, worker="w", lease_seconds=lease_seconds, deadline_seconds=deadline_seconds
+        )
     assert held is not None
     return held
+
+
+def retire(engine: Engine, job_id: str, *, max_attempts: int = 5) -> None:
+    with transaction(engine) as session:
+        stages.retire(session, job_id, StageName.SCORING, max_attempts=max_attempts)
 
 
 def complete(engine: Engine, held: Claim) -> StageName | None:
@@ -82,6 +102,7 @@ def test_stages_completed_in_order_end_in_a_succeeded_job_with_every_artifact(en
 def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) -> None:
     job_id = create_job(engine)
     zombie = claim(engine, job_id, lease_seconds=-1)
+    retire(engine, job_id)
     successor = claim(engine, job_id)
     for record in (
         lambda session: stages.renew(session, zombie, lease_seconds=60),
@@ -121,12 +142,16 @@ def test_a_stage_that_keeps_killing_its_worker_fails_the_job(engine: Engine) -> 
     job_id = create_job(engine)
     for _ in range(3):
         claim(engine, job_id, lease_seconds=-1)
+        retire(engine, job_id, max_attempts=3)
     with transaction(engine) as session:
-        stages.retire(session, job_id, StageName.SCORING, max_attempts=3)
+        rows, _ = events.page(session, job_id, after=0, limit=100)
         job = jobs.get(session, job_id)
     assert job.status == JobStatus.FAILED
     assert job.error is not None
     assert job.error["code"] == "attempts_exhausted"
+    told = [row.message for row in rows if row.type in ("stage.requeued", "stage.failed")]
+    assert len(told) == 3
+    assert all("Worker w fell silent" in message for message in told)
 
 
 def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> None:
@@ -137,6 +162,108 @@ def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> Non
         rows, _ = events.page(session, job_id, after=0, limit=100)
     assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
     assert rows[-1].message.startswith("the store refused")
+
+
+def test_a_stage_whose_lease_ran_out_is_not_taken_before_its_loss_is_on_record(engine: Engine) -> None:
+    job_id = create_job(engine)
+    claim(engine, job_id, lease_seconds=-1)
+    with transaction(engine) as session:
+        assert stages.claim(session, job_id, StageName.SCORING, worker="other", lease_seconds=60) is None
+    retire(engine, job_id)
+    assert claim(engine, job_id).attempt == 2
+
+
+def test_a_job_that_a_stopped_process_holds_locked_keeps_no_other_waiting(postgres_database_url: str) -> None:
+    engine = connect(postgres_database_url)
+    migrate(engine)
+    frozen, other = create_job(engine), create_job(engine)
+    for job_id in (frozen, other):
+        claim(engine, job_id, lease_seconds=-1)
+    with transaction(engine) as stopped:
+        jobs.lock(stopped, frozen)
+        for job_id in (frozen, other):
+            retire(engine, job_id)
+        assert stage_row(engine, frozen, StageName.SCORING).status == StageStatus.RUNNING
+        assert stage_row(engine, other, StageName.SCORING).status == StageStatus.QUEUED
+    retire(engine, frozen)
+    assert stage_row(engine, frozen, StageName.SCORING).status == StageStatus.QUEUED
+    engine.dispose()
+
+
+def test_a_stage_handed_back_after_a_fault_is_sent_after_pauses_that_double(engine: Engine) -> None:
+    job_id = create_job(engine)
+
+    def due_after(seconds: float) -> bool:
+        with transaction(engine) as session:
+            return bool(stages.due(session, resend_seconds=10, at=now() + timedelta(seconds=seconds)))
+
+    for early, late in ((9, 11), (19, 21), (39, 41)):
+        held = claim(engine, job_id)
+        with transaction(engine) as session:
+            stages.release(session, held, "the store is away", max_attempts=5)
+        assert [due_after(early), due_after(late)] == [False, True]
+
+
+def test_what_the_broker_did_not_take_is_due_at_once(engine: Engine) -> None:
+    job_id = create_job(engine)
+    later = now() + timedelta(seconds=11)
+    for _ in range(2):
+        with transaction(engine) as session:
+            assert stages.due(session, resend_seconds=10, at=later) == [(job_id, StageName.SCORING)]
+        with transaction(engine) as session:
+            stages.not_sent(session, [job_id])
+    row = stage_row(engine, job_id, StageName.SCORING)
+    assert (row.sends, row.sent_at) == (1, None)
+
+
+@pytest.mark.parametrize(("own", "of_service", "seconds"), [(None, None, None), (60.0, None, 60), (600.0, 60.0, 60)])
+def test_a_stage_has_until_the_strictest_of_its_deadlines(
+    own: float | None, of_service: float | None, seconds: int | None, engine: Engine
+) -> None:
+    job_id = create_job(engine, deadline_seconds=own)
+    held = claim(engine, job_id, deadline_seconds=of_service)
+    started_at = stage_row(engine, job_id, StageName.SCORING).started_at
+    assert started_at is not None
+    assert held.deadline == (None if seconds is None else started_at + timedelta(seconds=seconds))
+    begun_long_ago(engine, job_id, seconds=100)
+    with transaction(engine) as session:
+        found = stages.overdue(session, deadline_seconds=of_service, grace_seconds=10)
+        spared = stages.overdue(session, deadline_seconds=of_service, grace_seconds=50)
+    assert found == ([] if seconds is None else [(job_id, StageName.SCORING)])
+    assert spared == []
+
+
+def test_a_worker_that_hangs_past_the_deadline_loses_its_stage_and_a_resume_gives_as_much_time_again(
+    engine: Engine,
+) -> None:
+    job_id = create_job(engine, deadline_seconds=60.0)
+    held = claim(engine, job_id, lease_seconds=600)
+    begun_long_ago(engine, job_id, seconds=100)
+    with transaction(engine) as session:
+        stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=None, grace_seconds=60)
+        assert jobs.get(session, job_id).error is None
+        stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=None, grace_seconds=10)
+        error = jobs.get(session, job_id).error
+    assert error is not None
+    assert error["code"] == "deadline_exceeded"
+    with pytest.raises(LeaseLost), transaction(engine) as session:
+        stages.renew(session, held, lease_seconds=60)
+
+    with transaction(engine) as session:
+        jobs.resume(session, job_id)
+    deadline = claim(engine, job_id).deadline
+    assert deadline is not None
+    assert timedelta(seconds=50) < deadline - now() <= timedelta(seconds=60)
+
+
+def test_the_cancellation_of_a_job_whose_worker_hangs_is_finished_at_the_deadline(engine: Engine) -> None:
+    job_id = create_job(engine, deadline_seconds=60.0)
+    claim(engine, job_id, lease_seconds=600)
+    begun_long_ago(engine, job_id, seconds=100)
+    with transaction(engine) as session:
+        jobs.request_cancel(session, job_id)
+        stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=None, grace_seconds=10)
+    assert event_types(engine, job_id)[-1] == "job.cancelled"
 
 
 def test_queued_stages_are_sent_again_after_doubling_pauses(engine: Engine) -> None:
