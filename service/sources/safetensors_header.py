@@ -8,6 +8,7 @@ model, and so does every number here: nothing is read or allocated on their word
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -102,7 +103,11 @@ def _json_object(header: bytes) -> dict[str, Any]:
         raise InvalidHeader("its header does not begin with {")
     try:
         content: dict[str, Any] = json.loads(
-            text, object_pairs_hook=_distinct, parse_int=_whole, parse_float=_refuse_number, parse_constant=_refuse_number
+            text,
+            object_pairs_hook=_distinct,
+            parse_int=_whole,
+            parse_float=_refuse_number,
+            parse_constant=_refuse_number,
         )
     except RecursionError as error:
         raise InvalidHeader("its header is nested too deeply") from error
@@ -114,8 +119,7 @@ def _json_object(header: bytes) -> dict[str, Any]:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise InvalidHeader(f"its header has {_shown(repeated)} twice")
     return found
 
