@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request
+from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
 from service.api.auth import Caller
@@ -61,8 +62,15 @@ def _artifact_id(artifact_id: Annotated[str, Path(examples=["art_0198a3f2a3b07d6
     return artifact_id
 
 
+def _cursor(of: re.Pattern[str]) -> Any:
+    """A query parameter that takes an id. The pattern is documentation: what breaks it has a code of its own."""
+    return Query(
+        description="`last_id` of the page before.", max_length=64, json_schema_extra={"pattern": f"^{of.pattern}$"}
+    )
+
+
 def _after_job(
-    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+    after: Annotated[str | SkipJsonSchema[None], _cursor(JOB_ID)] = None,
 ) -> str | None:
     if after is not None and not JOB_ID.fullmatch(after):
         raise CursorNotFound("`after` is not the id of a job.", param="after")
@@ -70,7 +78,7 @@ def _after_job(
 
 
 def _after_artifact(
-    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+    after: Annotated[str | SkipJsonSchema[None], _cursor(ARTIFACT_ID)] = None,
 ) -> str | None:
     if after is not None and not ARTIFACT_ID.fullmatch(after):
         raise CursorNotFound("`after` is not the id of an artifact.", param="after")
