@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench faults clean
+.PHONY: demo test lint bench faults fuzz schemathesis state-machine clean
 
 demo: $(VENV)/.worker
 	$(BIN)/pdtrim demo
@@ -36,6 +36,21 @@ bench: $(VENV)/.worker
 faults: $(VENV)/.test
 	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed 0
 
+# Each target of tests/fuzz for so long; what it finds is kept in tests/fuzz/corpus, and fails the tests until it is mended.
+FUZZ_SECONDS ?= 600
+FUZZ_MEMORY_MB ?= 2048
+FUZZ_TARGETS ?= safetensors_header job_spec
+fuzz: $(VENV)/.fuzz
+	for target in $(FUZZ_TARGETS); do $(BIN)/python -m tests.fuzz.run $$target $(FUZZ_SECONDS) $(FUZZ_MEMORY_MB) || exit 1; done
+
+SCHEMATHESIS_REQUESTS ?= 20000
+schemathesis: $(VENV)/.test
+	$(BIN)/python -m tests.api_fuzz.run $(SCHEMATHESIS_REQUESTS)
+
+STATE_MACHINE_EXAMPLES ?= 2000
+state-machine: $(VENV)/.test
+	STATE_MACHINE_EXAMPLES=$(STATE_MACHINE_EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/unit/service/db/test_lifecycle.py
+
 clean:
 	rm -rf $(VENV) pdtrim-data .coverage*
 
@@ -48,6 +63,10 @@ $(VENV)/.worker: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.worker
 	$(PIP) --editable '.[worker,test]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	$(PIP) --editable '.[worker,test,fuzz]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -14,6 +14,7 @@ from service.sources import (
     ModelDescription,
     SourceError,
     check_allowed,
+    check_links,
     check_text,
     describe_model,
     parse_model_source,
@@ -52,8 +53,9 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermed
 def check(spec: JobSpec, settings: Settings) -> str | None:
     """The commit that a hub model's revision names now, None for other models, if the job can be run.
 
-    Raises: InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelUnsupported, TooManyBlocks, which name the field
-    at fault; DependencyUnavailable when the hub or S3 does not answer, as the job's model could not be pinned then.
+    Raises: InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge, ModelUnsupported, TooManyBlocks, which
+    name the field at fault; DependencyUnavailable when the hub or S3 does not answer, as the job's model could not be
+    pinned then.
     """
     model = _describe(spec.model, settings)
     _check_text(spec.data, settings)
@@ -129,9 +131,15 @@ def _check_mlp_width(stage: str, target: StageTarget, config: Mapping[str, Any])
 
 def _describe(model: ModelSpec, settings: Settings) -> ModelDescription:
     with _blamed_on("model.source"):
-        check_allowed(parse_model_source(model.source), settings.allowed_sources)
+        source = parse_model_source(model.source)
+        check_allowed(source, settings.allowed_sources)
+        check_links(source, settings.allowed_sources)
         return describe_model(
-            model.source, model.revision, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region
+            model.source,
+            model.revision,
+            max_bytes=settings.max_model_bytes,
+            endpoint_url=settings.s3_endpoint_url,
+            region=settings.s3_region,
         )
 
 

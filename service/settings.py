@@ -47,6 +47,11 @@ class Settings(BaseSettings):
         default=["reference", "builtin:", "hf://"],
         description="JSON list of the model and text sources that jobs may name, as URI prefixes.",
     )
+    max_model_bytes: int = Field(
+        default=10**12,
+        ge=1,
+        description="Most bytes that a model's files may have in all; summed before any is fetched.",
+    )
     scratch_dir: Path | None = Field(
         default=None, description="Workers' scratch folder; by default in the data folder."
     )

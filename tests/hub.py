@@ -17,13 +17,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """A hub with one repository; `downloads` are the files that were asked for, `broken` breaks it off half-way."""
+    """A hub with one repository; `downloads` are the files that were asked for, with their ranges.
+
+    Of a file in `broken` or `stalled` nothing comes from that byte on: the answer breaks off, or stays open.
+    What comes of those in `damaged` is wrong.
+    """
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     kind: str = "models"
     refusal: tuple[int, str] | None = None
-    broken: set[str] = field(default_factory=set)
+    broken: dict[str, int] = field(default_factory=dict)
+    stalled: dict[str, int] = field(default_factory=dict)
+    damaged: set[str] = field(default_factory=set)
+    closing: threading.Event = field(default_factory=threading.Event)
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
 
 
@@ -54,9 +61,7 @@ def serve_hub(files: dict[str, bytes], kind: str = "models") -> Iterator[Hub]:
                 status, code = hub.refusal
                 self._answer(status, b"{}", {"X-Error-Code": code} if code else {})
             elif path == api or path in {f"{api}/revision/{name}" for name in ("main", "v1", COMMIT)}:
-                siblings = [
-                    {"rfilename": name, "size": len(data), "blobId": _oid(data)} for name, data in hub.files.items()
-                ]
+                siblings = [{"rfilename": name, **_stored(name, data)} for name, data in hub.files.items()]
                 self._json({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, "tags": [], "downloads": 0})
             elif path.startswith(f"{api}/tree/"):
                 self._json([_entry(hub, name) for name in hub.files])
@@ -72,27 +77,38 @@ def serve_hub(files: dict[str, bytes], kind: str = "models") -> Iterator[Hub]:
                 self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
                 return
             data, wanted = hub.files[name], self.headers.get("Range")
+            data = bytes(len(data)) if name in hub.damaged else data
             headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
             if self.command == "GET":
                 hub.downloads.append((name, wanted))
             if wanted is None:
-                self._answer(200, data, headers, sent=len(data) // 2 if name in hub.broken else len(data))
+                self._send(name, 200, 0, data, headers)
                 return
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, stop = int(first), int(last) + 1 if last else len(data)
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
-            self._answer(206, data[start:stop], headers)
+            self._send(name, 206, start, data[start:stop], headers)
+
+        def _send(self, name: str, status: int, start: int, data: bytes, headers: dict[str, str]) -> None:
+            end = {**hub.broken, **hub.stalled}.get(name, start + len(data))
+            sent = min(max(end - start, 0), len(data))
+            self._answer(status, data, headers, sent=sent, wait=name in hub.stalled and sent < len(data))
 
         def _json(self, content: object) -> None:
             self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-        def _answer(self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None) -> None:
+        def _answer(
+            self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None, wait: bool = False
+        ) -> None:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body[:sent])
+                self.wfile.flush()
+                if wait:
+                    hub.closing.wait()
             if sent is not None and sent < len(body):
                 self.close_connection = True
 
@@ -104,12 +120,20 @@ def serve_hub(files: dict[str, bytes], kind: str = "models") -> Iterator[Hub]:
         try:
             yield hub
         finally:
+            hub.closing.set()
             server.shutdown()
             thread.join()
 
 
 def _oid(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _stored(name: str, data: bytes) -> dict[str, object]:
+    """What the hub tells of a file: weights are in Git LFS, the rest in git."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    lfs = {"lfs": {"size": len(data), "sha256": sha256, "pointerSize": 134}} if name.endswith(".safetensors") else {}
+    return {"size": len(data), "blobId": _oid(data), **lfs}
 
 
 def _entry(hub: Hub, name: str) -> dict[str, object]:

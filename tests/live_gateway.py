@@ -41,6 +41,11 @@ class LiveGateway:
         while not self._server.started and self._thread.is_alive():
             self._thread.join(0.01)
 
+    @property
+    def requests(self) -> int:
+        """How many requests have come since the last start."""
+        return self._server.server_state.total_requests
+
     def stop(self) -> None:
         """Stop at once; open streams break."""
         self._server.should_exit = self._server.force_exit = True

@@ -10,6 +10,7 @@ from service.contract.spec import DataSpec, ModelSpec
 from service.settings import Settings
 from service.sources import (
     check_allowed,
+    check_links,
     fetch_model,
     fetch_text_documents,
     parse_model_source,
@@ -18,18 +19,21 @@ from service.sources import (
 
 
 def model_folder(model: ModelSpec, revision: str | None, settings: Settings) -> Path:
-    """The folder with the model's files, fetched into the scratch folder unless it is already local.
+    """The folder with the model's files, fetched into the scratch folder unless it is already local, headers checked.
 
     Raises: SourceError, StoreUnavailable.
     """
     assert settings.scratch_dir is not None
     # The gateway checked this too, but a link may lead elsewhere by now.
-    check_allowed(parse_model_source(model.source), settings.allowed_sources)
+    source = parse_model_source(model.source)
+    check_allowed(source, settings.allowed_sources)
+    check_links(source, settings.allowed_sources)
     name = hashlib.sha256(f"{model.source}@{revision}".encode()).hexdigest()[:24]
     return fetch_model(
         model.source,
         revision or model.revision,
         settings.scratch_dir / "models" / name,
+        max_bytes=settings.max_model_bytes,
         endpoint_url=settings.s3_endpoint_url,
         region=settings.s3_region,
     )

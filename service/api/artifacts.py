@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import RedirectResponse, StreamingResponse
 
 from service.api import examples, ranges, views
@@ -39,7 +40,8 @@ HEADERS: dict[str, Any] = {
         ("Accept-Ranges", "`bytes`"),
     )
 }
-BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+CONTENT: dict[str, Any] = {"*/*": {}}
+"""Its type follows from the file's name."""
 
 
 @router.get(
@@ -57,7 +59,7 @@ def list_artifacts(
     engine: EngineDep,
     after: AfterArtifact,
     limit: Limit = 20,
-    stage: Annotated[StageName | None, Query(description="Only what this stage left.")] = None,
+    stage: Annotated[StageName | SkipJsonSchema[None], Query(description="Only what this stage left.")] = None,
 ) -> Page[Artifact]:
     """What finished stages left, with size and SHA-256. Read on with `after` set to the page's `last_id`."""
     with transaction(engine) as session:
@@ -72,10 +74,10 @@ def list_artifacts(
     operation_id="get_artifact_content",
     response_class=Response,
     responses={
-        200: {"description": "The file, from a local store.", "content": BINARY, "headers": HEADERS},
+        200: {"description": "The file, from a local store.", "content": CONTENT, "headers": HEADERS},
         206: {
             "description": "The bytes that `Range` asked for.",
-            "content": BINARY,
+            "content": CONTENT,
             "headers": {**HEADERS, "Content-Range": {"description": "Which bytes.", "schema": {"type": "string"}}},
         },
         304: {"description": "`If-None-Match` names this content."},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request
+from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
 from service.api.auth import Caller
@@ -93,8 +94,15 @@ def _delivery_id(delivery_id: Annotated[str, Path(examples=["msg_0198a3f2a3b07d6
     return delivery_id
 
 
+def _cursor(of: re.Pattern[str]) -> Any:
+    """A query parameter that takes an id. The pattern is documentation: what breaks it has a code of its own."""
+    return Query(
+        description="`last_id` of the page before.", max_length=64, json_schema_extra={"pattern": f"^{of.pattern}$"}
+    )
+
+
 def _after_job(
-    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+    after: Annotated[str | SkipJsonSchema[None], _cursor(JOB_ID)] = None,
 ) -> str | None:
     if after is not None and not JOB_ID.fullmatch(after):
         raise CursorNotFound("`after` is not the id of a job.", param="after")
@@ -102,7 +110,7 @@ def _after_job(
 
 
 def _after_artifact(
-    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+    after: Annotated[str | SkipJsonSchema[None], _cursor(ARTIFACT_ID)] = None,
 ) -> str | None:
     if after is not None and not ARTIFACT_ID.fullmatch(after):
         raise CursorNotFound("`after` is not the id of an artifact.", param="after")
@@ -110,7 +118,7 @@ def _after_artifact(
 
 
 def _after_webhook(
-    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+    after: Annotated[str | SkipJsonSchema[None], _cursor(WEBHOOK_ID)] = None,
 ) -> str | None:
     if after is not None and not WEBHOOK_ID.fullmatch(after):
         raise CursorNotFound("`after` is not the id of a webhook.", param="after")
@@ -118,7 +126,7 @@ def _after_webhook(
 
 
 def _after_delivery(
-    after: Annotated[str | None, Query(description="`last_id` of the page before.", max_length=64)] = None,
+    after: Annotated[str | SkipJsonSchema[None], _cursor(DELIVERY_ID)] = None,
 ) -> str | None:
     if after is not None and not DELIVERY_ID.fullmatch(after):
         raise CursorNotFound("`after` is not the id of a delivery.", param="after")

@@ -12,6 +12,8 @@ import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
 from service.api import examples, views
@@ -111,8 +113,8 @@ def list_events(
     after: Number = 0,
     limit: Limit = 20,
     last_event_id: Annotated[
-        int | None,
-        Header(alias="Last-Event-ID", ge=0, le=MAX_NUMBER, description="Streams only: resume after this event."),
+        Annotated[int, Field(ge=0, le=MAX_NUMBER)] | SkipJsonSchema[None],
+        Header(alias="Last-Event-ID", description="Streams only: resume after this event."),
     ] = None,
 ) -> Page[Event] | Response:
     """A page; with `Accept: text/event-stream` a stream: `id` is the number, `event` the type, `data` the event.

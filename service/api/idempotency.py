@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
+from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
 from service.contract.errors import InvalidIdempotencyKey
@@ -21,7 +22,8 @@ from service.db.session import transaction
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotency-Replayed"
 # The draft has a quoted string; much software sends it bare.
-KEY = re.compile(r'("?)([A-Za-z0-9._:~+/=-]{1,128})\1')
+BARE = "[A-Za-z0-9._:~+/=-]{1,128}"
+KEY = re.compile(rf'("?)({BARE})\1')
 REPLAYED_HEADER: dict[str, Any] = {
     REPLAYED: {
         "description": "`true` where the answer repeats that of an earlier request with the same key.",
@@ -33,12 +35,13 @@ REPLAYED_HEADER: dict[str, Any] = {
 def _key(
     request: Request,
     given: Annotated[
-        str | None,
+        str | SkipJsonSchema[None],
         Header(
             alias=HEADER,
             description="Makes sending again safe: the same key with the same body gives the same job for 24 h. "
             "1 to 128 letters, digits and `._:~+/=-`, in double quotes or bare. A refused request frees its key.",
             examples=['"0198a3f2-5e0e-7c52-b3a0-d1f3b6a4c7de"'],
+            json_schema_extra={"pattern": f'^({BARE}|"{BARE}")$'},
         ),
     ] = None,
 ) -> str | None:

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 
 from service import preflight, queue
 from service.api import examples, views
@@ -27,6 +28,7 @@ from service.contract.errors import (
     JobNotPausable,
     JobNotResumable,
     MissingScope,
+    ModelTooLarge,
     ModelUnsupported,
     RequestInFlight,
     SourceNotAllowed,
@@ -85,6 +87,7 @@ def metadata_filter(request: Request) -> dict[str, str]:
             InvalidRequest,
             SourceNotAllowed,
             SourceUnreadable,
+            ModelTooLarge,
             ModelUnsupported,
             TooManyBlocks,
             DependencyUnavailable,
@@ -132,7 +135,7 @@ def create_job(
                 "description": "Only jobs that carry these labels: `metadata[team]=serving`.",
                 "style": "deepObject",
                 "explode": True,
-                "schema": {"type": "object", "maxProperties": 16, "additionalProperties": {"type": "string"}},
+                "schema": {**Labels.json_schema(), "additionalProperties": False},
             }
         ]
     },
@@ -143,7 +146,7 @@ def list_jobs(
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
     after: AfterJob,
     limit: Limit = 20,
-    status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
+    status: Annotated[JobStatus | SkipJsonSchema[None], Query(description="Only jobs in this state.")] = None,
 ) -> Page[Job]:
     """Newest first. Read on with `after` set to the page's `last_id` while `has_more` is true."""
     with transaction(engine) as session:

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from service.contract.errors import (
     ArtifactNotFound,
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_LISTED_ERRORS = 5
 MAX_ECHO = 80
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 HEADERS = {Unauthorized: {"WWW-Authenticate": "Bearer"}, RequestInFlight: {"Retry-After": "1"}}
 
 
@@ -125,7 +127,15 @@ def _from_http(request: Request, error: HTTPException) -> Response:
     }
     if error.status_code not in translated:
         raise TypeError(f"no problem is declared for HTTP status {error.status_code}") from error
-    return problem(request, translated[error.status_code], headers=error.headers)
+    headers = {"Allow": ", ".join(_methods(request))} if error.status_code == 405 else error.headers
+    return problem(request, translated[error.status_code], headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that the request's path takes; the router's own answer names those of one route alone."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return [name for name, scope in scopes.items() if any(route.matches(scope)[0] == Match.FULL for route in routes)]
 
 
 def _from_pdtrim(request: Request, error: PDTrimError) -> Response:

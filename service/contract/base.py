@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
+
+NO_NUL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
+"""What JSON Schema can say of `storable`."""
 
 
 def storable(value: str) -> str:

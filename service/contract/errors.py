@@ -119,6 +119,10 @@ class SourceUnreadable(PDTrimError):
     code, title, status = "source_unreadable", "The source cannot be read", 422
 
 
+class ModelTooLarge(PDTrimError):
+    code, title, status = "model_too_large", "The model has more bytes than this service takes", 422
+
+
 class ModelUnsupported(PDTrimError):
     code, title, status = "model_unsupported", "The model cannot be pruned", 422
 

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.contract.base import SpecModel, storable
+from service.contract.base import NO_NUL, SpecModel, storable
 from service.contract.tasks import InlineTask, parse_tasks
 
 MAX_BLOCKS = 1024
 
 
-SourceString = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(storable)]
+SourceString = Annotated[str, Field(min_length=1, max_length=1024, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
 
 class ModelSpec(SpecModel):
@@ -104,7 +104,7 @@ class DataSpec(SpecModel):
         "`.jsonl`, `s3://bucket/key`, `hf://datasets/organisation/name`.",
         examples=["builtin:stdlib"],
     )
-    text: Annotated[str, AfterValidator(storable)] | None = Field(
+    text: Annotated[str, Field(json_schema_extra=NO_NUL), AfterValidator(storable)] | None = Field(
         default=None, min_length=1, max_length=1_000_000, description="Inline text instead."
     )
 
@@ -333,7 +333,7 @@ class EvaluationSpec(SpecModel):
 
 
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(storable)]
+MetadataValue = Annotated[str, Field(max_length=512, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
 
 class JobSpec(SpecModel):
@@ -376,7 +376,10 @@ class JobSpec(SpecModel):
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Everything random follows from it.")
     metadata: dict[MetadataKey, MetadataValue] = Field(
-        default_factory=dict, max_length=16, description="Your own labels; jobs can be listed by them."
+        default_factory=dict,
+        max_length=16,
+        description="Your own labels; jobs can be listed by them.",
+        json_schema_extra={"additionalProperties": False},
     )
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.contract.base import SpecModel, storable
+from service.contract.base import NO_NUL, SpecModel, storable
 
 MAX_TASKS = 32
 MAX_DOCS = 10_000
@@ -25,7 +25,7 @@ PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z0-9_]+)\s*\}\}")
 TEMPLATE_MARKS = ("{{", "{%", "{#")
 CORE_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))
 
-Text = Annotated[str, Field(max_length=100_000), AfterValidator(storable)]
+Text = Annotated[str, Field(max_length=100_000, json_schema_extra=NO_NUL), AfterValidator(storable)]
 Column = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 Cell = bool | int | FiniteFloat | Text | tuple[Text, ...]
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from service.sources.errors import ForbiddenSource, InvalidSource, SourceError, UnreadableSource
-from service.sources.models import ModelDescription, describe_model, fetch_model, reference_model, resolve_revision
+from service.sources.errors import ForbiddenSource, InvalidSource, SourceError, TooLargeSource, UnreadableSource
+from service.sources.models import (
+    ModelDescription,
+    check_links,
+    describe_model,
+    fetch_model,
+    reference_model,
+    resolve_revision,
+)
 from service.sources.names import ModelSource, TextSource, check_allowed, parse_model_source, parse_text_source
 from service.sources.texts import check_text, fetch_text_documents
 
@@ -14,8 +21,10 @@ __all__ = [
     "ModelSource",
     "SourceError",
     "TextSource",
+    "TooLargeSource",
     "UnreadableSource",
     "check_allowed",
+    "check_links",
     "check_text",
     "describe_model",
     "fetch_model",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from service.contract.errors import InvalidRequest, PDTrimError, SourceNotAllowed, SourceUnreadable
+from service.contract.errors import InvalidRequest, ModelTooLarge, PDTrimError, SourceNotAllowed, SourceUnreadable
 
 
 class SourceError(PDTrimError, ValueError):
-    """A source that cannot be used; `code` and `message` say why. Raised as one of the three below."""
+    """A source that cannot be used; `code` and `message` say why. Raised as one of those below."""
 
 
 class InvalidSource(InvalidRequest, SourceError):
@@ -19,3 +19,7 @@ class ForbiddenSource(SourceNotAllowed, SourceError):
 
 class UnreadableSource(SourceUnreadable, SourceError):
     """What the source names is not there, is closed to us, or is not what it should be."""
+
+
+class TooLargeSource(ModelTooLarge, SourceError):
+    """The model's files have more bytes than the operator allows."""

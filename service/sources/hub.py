@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -22,12 +21,14 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
     XetDownloadError,
 )
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from service.sources.errors import UnreadableSource
+from service.sources.files import Declared, Digest
 from service.storage import StoreUnavailable
 
 ANSWER_SECONDS = 15.0
-DOWNLOADS_AT_ONCE = 4
 
 
 class HubFiles:
@@ -40,36 +41,68 @@ class HubFiles:
         if info.sha is None or info.siblings is None:
             raise StoreUnavailable(f"{constants.ENDPOINT} told neither commit nor files of hf://{repo}; try again")
         self.commit = info.sha
-        self.sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings}
+        self._declared = {entry.rfilename: _declared(entry, self) for entry in info.siblings}
 
     def __str__(self) -> str:
         return f"hf://{self._repo} at {self.commit}"
 
     def names(self) -> list[str]:
-        return sorted(self.sizes)
+        return sorted(self._declared)
 
     def size(self, name: str) -> int:
-        return self.sizes[name]
+        return self._declared[name].size
 
-    def read(self, name: str) -> bytes:
-        with TemporaryDirectory() as folder, hub_failures(str(self)):
-            return Path(hf_hub_download(self._repo, name, revision=self.commit, local_dir=folder)).read_bytes()
+    def declared(self, name: str) -> Declared:
+        return self._declared[name]
 
-    def fetch(self, names: Sequence[str], target: Path) -> None:
-        """Download files into `target`, going on where an earlier call stopped."""
-        with hub_failures(str(self)):
-            snapshot_download(
-                self._repo,
-                revision=self.commit,
-                local_dir=target,
-                allow_patterns=[glob.escape(name) for name in names],
-                max_workers=DOWNLOADS_AT_ONCE,
-            )
-        # Without an answer from the hub, the library makes do with what an earlier call left in the folder.
-        for name in names:
-            size = (target / name).stat().st_size if (target / name).is_file() else 0
-            if size != self.sizes[name]:
-                raise StoreUnavailable(f"{name} of {self} arrived with {size} bytes, not {self.sizes[name]}; try again")
+    def read(self, name: str, limit: int) -> bytes:
+        return self.read_range(name, 0, min(limit, self.size(name)))
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        # Not the library's own downloads: those of a killed process begin again.
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        whole = (start, stop) == (0, self.size(name))
+        if not whole:
+            headers["Range"] = f"bytes={start}-{stop - 1}"
+        url = hf_hub_url(self._repo, name, revision=self.commit)
+        data = bytearray()
+        with (
+            hub_failures(str(self)),
+            # No retries on exceptions: it would go round again in the middle of this block.
+            http_stream_backoff(
+                "GET",
+                url,
+                headers=headers,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                max_retries=2,
+                retry_on_exceptions=(),
+            ) as response,
+        ):
+            hf_raise_for_status(response)
+            if not whole and response.status_code != 206:
+                raise StoreUnavailable(f"{constants.ENDPOINT} did not give {name} of {self} in parts; try again")
+            for piece in response.iter_bytes():
+                data += piece
+                if len(data) > stop - start:
+                    break
+        if len(data) != stop - start:
+            raise StoreUnavailable(f"{name} of {self} arrived with {start + len(data)} bytes, not {stop}; try again")
+        return bytes(data)
+
+
+def _declared(entry: RepoSibling, repository: HubFiles) -> Declared:
+    if entry.size is None:
+        raise StoreUnavailable(f"{constants.ENDPOINT} did not tell the size of {entry.rfilename} of {repository}")
+    if entry.lfs is not None:
+        return Declared(entry.size, entry.lfs.sha256, Digest(hashlib.sha256, entry.lfs.sha256))
+    if entry.blob_id is not None:
+        return Declared(entry.size, entry.blob_id, Digest(partial(_git_blob, entry.size), entry.blob_id))
+    return Declared(entry.size, repository.commit)
+
+
+def _git_blob(size: int) -> hashlib._Hash:
+    """The hash by which git names a file of `size` bytes."""
+    return hashlib.sha1(b"blob %d\x00" % size, usedforsecurity=False)
 
 
 @contextmanager

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
-from service.sources.errors import InvalidSource, UnreadableSource
+from service.sources.download import fetch
+from service.sources.errors import InvalidSource, TooLargeSource, UnreadableSource
+from service.sources.files import BucketFiles, FolderFiles, ModelFiles
 from service.sources.hub import HubFiles
-from service.sources.names import HubModel, LocalPath, ModelSource, Reference, S3Location, parse_model_source
-from service.storage import ObjectNotFound, S3Options, StoreRefused, open_store
-from service.storage.local import written_whole
+from service.sources.names import (
+    HubModel,
+    LocalPath,
+    ModelSource,
+    Reference,
+    S3Location,
+    check_allowed,
+    parse_model_source,
+)
+from service.sources.weights import check_weights, headers_size, read_json, weight_names
+from service.storage import S3Options
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 1 << 20
-MAX_INDEX_BYTES = 64 << 20
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MAX_FILES = 5_000
 SMALL_FILES = re.compile(r"[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
-FETCHED = ".pdtrim-fetched.json"
+CHEAP_HEADER_BYTES = 4 << 20
+"""Headers of a local model that are checked before a job is accepted; longer ones are the worker's to check."""
 
 
 @dataclass(frozen=True)
@@ -40,112 +47,24 @@ class ModelDescription:
         return sum(self.weights.values())
 
 
-class ModelFiles(Protocol):
-    """The files of one model, wherever they are. `str()` names it in messages."""
+def describe_model(
+    source: str, revision: str | None = None, *, max_bytes: int | None = None, **s3: Unpack[S3Options]
+) -> ModelDescription:
+    """What a model's `config.json` and file names tell; no weights are read, of a local model their headers if short.
 
-    def names(self) -> Sequence[str]: ...
-
-    def size(self, name: str) -> int: ...
-
-    def read(self, name: str) -> bytes: ...
-
-
-class FolderFiles:
-    """A model in a local folder. Raises: UnreadableSource."""
-
-    def __init__(self, source: ModelSource, folder: Path) -> None:
-        self.folder = folder
-        self._source = source
-        if not folder.is_dir():
-            raise UnreadableSource(
-                f"{self} is not a folder on this machine. Check the path, and that it is mounted here."
-            )
-
-    def __str__(self) -> str:
-        return str(self._source)
-
-    def names(self) -> list[str]:
-        try:
-            return sorted(
-                path.relative_to(self.folder).as_posix()
-                for pattern in ("*", "additional_chat_templates/*")
-                for path in self.folder.glob(pattern)
-                if path.is_file()
-            )
-        except OSError as error:
-            raise UnreadableSource(f"{self} cannot be listed: {error.strerror}.") from error
-
-    def size(self, name: str) -> int:
-        return (self.folder / name).stat().st_size
-
-    def read(self, name: str) -> bytes:
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError as error:
-            raise UnreadableSource(f"{name} of {self} cannot be read: {error.strerror}.") from error
-
-
-class BucketFiles:
-    """A model below an S3 prefix. Raises: UnreadableSource, StoreUnavailable."""
-
-    def __init__(self, source: S3Location, **s3: Unpack[S3Options]) -> None:
-        self._source = source
-        self._store = open_store(str(source), **s3)
-        try:
-            self._names = [name for name in self._store.list_keys("") if name.count("/") <= 1]
-        except StoreRefused as error:
-            raise UnreadableSource(f"{self} cannot be listed: {error}") from error
-
-    def __str__(self) -> str:
-        return str(self._source)
-
-    def names(self) -> list[str]:
-        return self._names
-
-    def size(self, name: str) -> int:
-        return self._store.stat(name).size
-
-    def read(self, name: str) -> bytes:
-        return self._store.get_bytes(name)
-
-    def fetch(self, names: Sequence[str], target: Path) -> None:
-        """Download files into `target`; those fetched before and unchanged since stay."""
-        record = target / FETCHED
-        fetched: dict[str, str] = json.loads(record.read_bytes()) if record.exists() else {}
-        for name in sorted(fetched.keys() - set(names)):
-            (target / name).unlink(missing_ok=True)
-            del fetched[name]
-        for name in names:
-            self._fetch(name, target, fetched)
-            with written_whole(record) as file:
-                file.write(json.dumps(fetched, indent=2, sort_keys=True).encode())
-
-    def _fetch(self, name: str, target: Path, fetched: dict[str, str]) -> None:
-        path = target / name
-        try:
-            found = self._store.stat(name)
-            if fetched.get(name) == found.version and path.is_file() and path.stat().st_size == found.size:
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._store.download(name, path)
-        except (ObjectNotFound, StoreRefused) as error:
-            raise UnreadableSource(f"{name} of {self} cannot be read: {error}") from error
-        if (size := path.stat().st_size) != found.size:
-            path.unlink()
-            raise UnreadableSource(f"{name} of {self} changed while it was fetched: {size} bytes, not {found.size}.")
-        fetched[name] = found.version
-
-
-def describe_model(source: str, revision: str | None = None, **s3: Unpack[S3Options]) -> ModelDescription:
-    """What a model's `config.json` and file names tell; no weights are read.
-
-    Raises: SourceError for a model that is not there or has no safetensors weights; StoreUnavailable.
+    Raises: SourceError for a model that is not there, has no safetensors weights or more than `max_bytes` in all;
+    StoreUnavailable.
     """
     files = _open(source, revision, **s3)
+    weights = weight_names(files)
+    config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
+    _check_size(files, _needed(files, weights), max_bytes)
+    if isinstance(files, FolderFiles) and headers_size(files) <= CHEAP_HEADER_BYTES:
+        check_weights(files)
     return ModelDescription(
-        config=_read_json(files, CONFIG, MAX_CONFIG_BYTES),
+        config=config,
         revision=files.commit if isinstance(files, HubFiles) else None,
-        weights={name: files.size(name) for name in _weight_names(files)},
+        weights={name: files.size(name) for name in weights},
     )
 
 
@@ -159,20 +78,34 @@ def resolve_revision(source: str, revision: str | None = None) -> str | None:
     return HubFiles(parsed.repo, revision).commit if isinstance(parsed, HubModel) else None
 
 
-def fetch_model(source: str, revision: str | None, target: Path, **s3: Unpack[S3Options]) -> Path:
+def fetch_model(
+    source: str, revision: str | None, target: Path, *, max_bytes: int | None = None, **s3: Unpack[S3Options]
+) -> Path:
     """A folder with the model's weights, configuration and tokenizer: `target`, or where the model is if it is local.
 
     `target` belongs to this one source: a fetch that was interrupted goes on, and what changed in S3 is fetched again.
+    Nothing is fetched of a model whose files have more than `max_bytes` in all. Every weight file's header is checked.
     Raises: SourceError, StoreUnavailable.
     """
     files = _open(source, revision, **s3)
-    weights = _weight_names(files)
-    _read_json(files, CONFIG, MAX_CONFIG_BYTES)
+    weights = weight_names(files)
+    read_json(files, CONFIG, MAX_CONFIG_BYTES)
+    needed = _needed(files, weights)
+    _check_size(files, needed, max_bytes)
     if isinstance(files, FolderFiles):
+        check_weights(files)
         return files.folder
-    target.mkdir(parents=True, exist_ok=True)
-    files.fetch([*(name for name in files.names() if SMALL_FILES.fullmatch(name)), *weights], target)
+    fetch(files, needed, target)
+    check_weights(FolderFiles(parse_model_source(source), target))
     return target
+
+
+def check_links(source: ModelSource, allowed: Sequence[str]) -> None:
+    """Hold what the links in a local model's folder lead to against the operator's allow list. Raises: SourceError."""
+    if isinstance(source, LocalPath):
+        files = FolderFiles(source, source.path)
+        for name in files.names():
+            check_allowed(LocalPath((files.folder / name).resolve()), allowed)
 
 
 def reference_model() -> Path:
@@ -206,38 +139,20 @@ def _check_revision(source: ModelSource, revision: str | None) -> None:
         raise InvalidSource("Only models on the hub have revisions; leave it out.", param="model.revision")
 
 
-def _weight_names(files: ModelFiles) -> list[str]:
-    """The safetensors files that make up the model, as transformers would choose them."""
-    names = set(files.names())
-    if SINGLE in names:
-        return [SINGLE]
-    if INDEX not in names:
-        if pickles := sorted(name for name in names if name.endswith(PICKLES)):
-            raise UnreadableSource(
-                f"{files} has only pickle weights ({', '.join(pickles[:5])}), which can run code when they are loaded. "
-                "Convert them to safetensors."
-            )
-        raise UnreadableSource(f"{files} has neither {SINGLE} nor {INDEX}.")
-    mapped = _read_json(files, INDEX, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped:
-        raise UnreadableSource(f"{INDEX} of {files} has no weight_map.")
-    shards = sorted({str(shard) for shard in mapped.values()})
-    if strange := [shard for shard in shards if "/" in shard or not shard.endswith(".safetensors")]:
-        raise UnreadableSource(f"{INDEX} of {files} names {strange[0]!r}, which is no safetensors file beside it.")
-    if missing := [shard for shard in shards if shard not in names]:
-        raise UnreadableSource(f"{files} lacks {len(missing)} of {len(shards)} shards, the first is {missing[0]}.")
-    return shards
+def _needed(files: ModelFiles, weights: Sequence[str]) -> list[str]:
+    """The small files and the weights. Raises: UnreadableSource."""
+    needed = [*(name for name in files.names() if SMALL_FILES.fullmatch(name)), *weights]
+    if len(needed) > MAX_FILES:
+        raise UnreadableSource(f"{files} has {len(needed)} files; a model has at most {MAX_FILES}.")
+    return needed
 
 
-def _read_json(files: ModelFiles, name: str, limit: int) -> dict[str, Any]:
-    if name not in files.names():
-        raise UnreadableSource(f"{files} has no {name}; a model is a folder as transformers saves it.")
-    if (size := files.size(name)) > limit:
-        raise UnreadableSource(f"{name} of {files} has {size} bytes; more than {limit} are not read.")
-    try:
-        content = json.loads(files.read(name))
-    except (ValueError, RecursionError) as error:
-        raise UnreadableSource(f"{name} of {files} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UnreadableSource(f"{name} of {files} is not a JSON object.")
-    return content
+def _check_size(files: ModelFiles, names: Sequence[str], max_bytes: int | None) -> None:
+    if max_bytes is None:
+        return
+    total = sum(files.size(name) for name in names)
+    if total > max_bytes:
+        raise TooLargeSource(
+            f"{files} has {total} bytes in {len(names)} files; this service takes models of at most {max_bytes}. The "
+            "operator can raise PDTRIM_MAX_MODEL_BYTES."
+        )

@@ -16,6 +16,7 @@ from service.storage.store import (
     StoreRefused,
     StoreUnavailable,
     content_disposition,
+    is_key,
     job_prefix,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "StoreUnavailable",
     "StoredObject",
     "content_disposition",
+    "is_key",
     "job_prefix",
     "open_store",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -37,11 +39,13 @@ from service.storage.store import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
 DOWNLOAD = TransferConfig(
     multipart_threshold=multipart.PART_BYTES, multipart_chunksize=multipart.PART_BYTES, max_concurrency=4
 )
 DELETED_AT_ONCE = 1000
+MD5_ETAG = re.compile(r'"([0-9a-f]{32})"')
 MISSING = {"NoSuchKey", "404", "NotFound"}
 REFUSED = {
     "403",
@@ -144,8 +148,8 @@ class S3Store:
 
     def stat(self, key: str) -> ObjectInfo:
         with self._failures(key):
-            found = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
-        return ObjectInfo(found["ContentLength"], found["ETag"])
+            found = self._client.head_object(Bucket=self._bucket, Key=self._name(key), ChecksumMode="ENABLED")
+        return ObjectInfo(found["ContentLength"], found["ETag"], _digest(found))
 
     def exists(self, key: str) -> bool:
         with suppress(ObjectNotFound):
@@ -229,3 +233,18 @@ class S3Store:
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(f"{self._where} failed: {error}; check that it runs and that its endpoint URL is right")
+
+
+def _digest(found: HeadObjectOutputTypeDef) -> tuple[str, str] | None:
+    """The digest of a whole object: its SHA-256, else the MD5 that an ETag is unless it was uploaded in parts.
+
+    What was uploaded in parts has a digest of the parts' digests, which ends in a dash and their number. With a key
+    of KMS or of the client's own, an ETag is no MD5.
+    (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html)
+    """
+    sha256 = found.get("ChecksumSHA256", "")
+    if sha256 and "-" not in sha256:
+        return "sha256", base64.b64decode(sha256).hex()
+    encrypted = found.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in found
+    md5 = None if encrypted else MD5_ETAG.fullmatch(found["ETag"])
+    return None if md5 is None else ("md5", md5[1])

@@ -39,10 +39,14 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """Size in bytes, and a `version` that differs when the content does."""
+    """Size in bytes, and a `version` that differs when the content does.
+
+    `digest` is the content's digest if the store tells it: the algorithm as hashlib calls it, and hexadecimal.
+    """
 
     size: int
     version: str
+    digest: tuple[str, str] | None = None
 
 
 class ArtifactStore(Protocol):
@@ -109,10 +113,14 @@ def job_prefix(job_id: str) -> str:
     return f"jobs/{job_id}"
 
 
+def is_key(key: str) -> bool:
+    """Whether a key is a relative path that stays below the store's root."""
+    return len(key) <= MAX_KEY_LENGTH and all(KEY_PART.fullmatch(part) and part.strip(".") for part in key.split("/"))
+
+
 def checked_key(key: str) -> str:
-    """The key, if it is a relative path that stays below the store's root. Raises: ValueError."""
-    parts = key.split("/")
-    if len(key) > MAX_KEY_LENGTH or not all(KEY_PART.fullmatch(part) and part.strip(".") for part in parts):
+    """The key, if it is one. Raises: ValueError."""
+    if not is_key(key):
         raise ValueError(f"not a key of the artifact store: {key!r}")
     return key
 

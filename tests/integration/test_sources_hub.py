@@ -5,21 +5,35 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from service.sources import UnreadableSource, check_text, describe_model, fetch_model, resolve_revision
+from service.sources import (
+    TooLargeSource,
+    UnreadableSource,
+    check_text,
+    describe_model,
+    download,
+    fetch_model,
+    resolve_revision,
+)
 from service.storage import StoreUnavailable
 from tests.hub import COMMIT, REPOSITORY, Hub, serve_hub
 from tests.servers import free_ports
+from tests.weights import safetensors_file
 
 SOURCE = f"hf://{REPOSITORY}"
+PART = 1 << 16
+WEIGHTS = safetensors_file("a", "b", size=PART * 3 // 2)
+"""Three parts, and a little for the header."""
 MODEL = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"weights" * 1000,
+    "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"pickle",
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"{{ x }}",
@@ -42,6 +56,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetches in small parts, and without pauses."""
+    monkeypatch.setattr(download, "PART_BYTES", PART)
+    monkeypatch.setattr(download, "RETRY_PAUSES_S", (0.0,))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".pdtrim-"))
+
+
 @pytest.mark.parametrize("revision", [None, "main", "v1", COMMIT])
 def test_a_revision_resolves_to_its_commit(hub: Hub, revision: str | None) -> None:
     assert resolve_revision(SOURCE, revision) == COMMIT
@@ -51,30 +76,106 @@ def test_a_model_is_described_at_one_commit_without_its_weights(hub: Hub) -> Non
     described = describe_model(SOURCE, "v1")
 
     assert described.config == {"model_type": "llama"}
-    assert (described.revision, described.weights) == (COMMIT, {"model.safetensors": 7000})
+    assert (described.revision, described.weights) == (COMMIT, {"model.safetensors": len(WEIGHTS)})
     assert [name for name, _ in hub.downloads] == ["config.json"]
 
 
 def test_a_model_is_fetched_without_pickles(hub: Hub, tmp_path: Path) -> None:
     folder = fetch_model(SOURCE, "v1", tmp_path / "model")
 
-    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == FETCHED
+    assert names_in(folder) == FETCHED
     assert all((folder / name).read_bytes() == MODEL[name] for name in FETCHED)
     assert "pytorch_model.bin" not in {name for name, _ in hub.downloads}
 
 
-def test_a_fetch_that_broke_off_goes_on(hub: Hub, tmp_path: Path) -> None:
-    hub.broken = {"model.safetensors"}
-    with pytest.raises(StoreUnavailable, match=hub.url):
+def weights_asked_for(hub: Hub) -> list[int]:
+    """Where the parts of the weights that were asked for begin."""
+    return sorted(
+        int(wanted.removeprefix("bytes=").partition("-")[0])
+        for name, wanted in hub.downloads
+        if name == "model.safetensors" and wanted is not None
+    )
+
+
+def test_a_fetch_that_broke_off_goes_on(hub: Hub, tmp_path: Path, in_parts: None) -> None:
+    hub.broken = {"model.safetensors": PART * 5 // 2}
+    with pytest.raises(StoreUnavailable, match=rf"{hub.url}|arrived with {PART * 5 // 2} bytes"):
         fetch_model(SOURCE, None, tmp_path / "model")
-    hub.broken = set()
+    assert names_in(tmp_path / "model") == [name for name in FETCHED if name != "model.safetensors"]
+    hub.broken = {}
     hub.downloads.clear()
 
     fetch_model(SOURCE, None, tmp_path / "model")
 
     # The configuration is read once more for the checks; the tokenizer and the template stay as they are.
     assert {name for name, _ in hub.downloads} == {"config.json", "model.safetensors"}
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+    assert weights_asked_for(hub) == [2 * PART, 3 * PART]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_fetch_that_was_killed_goes_on_where_it_was(hub: Hub, tmp_path: Path, in_parts: None) -> None:
+    hub.stalled = {"model.safetensors": PART * 5 // 2}
+    script = (
+        "from pathlib import Path; from service.sources import download, fetch_model\n"
+        f"download.PART_BYTES = {PART}\n"
+        f"fetch_model({SOURCE!r}, None, Path({str(tmp_path / 'model')!r}))\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.url}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as fetching:
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size for path in (tmp_path / "model").glob(".pdtrim-part-*")) < 2 * PART:
+            assert fetching.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        fetching.kill()
+    hub.stalled = {}
+    hub.downloads.clear()
+
+    fetch_model(SOURCE, None, tmp_path / "model")
+
+    assert weights_asked_for(hub) == [2 * PART, 3 * PART]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == WEIGHTS
+    assert names_in(tmp_path / "model") == FETCHED
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_what_arrives_damaged_is_fetched_anew(hub: Hub, tmp_path: Path, in_parts: None, name: str) -> None:
+    hub.damaged = {name}
+    with pytest.raises(StoreUnavailable, match=rf"{name} of {SOURCE} at {COMMIT} arrived damaged: its sha"):
+        fetch_model(SOURCE, None, tmp_path / "model")
+    assert name not in names_in(tmp_path / "model")
+    hub.damaged = set()
+
+    fetch_model(SOURCE, None, tmp_path / "model")
+
+    assert (tmp_path / "model" / name).read_bytes() == MODEL[name]
+
+
+def test_two_that_fetch_the_same_model_fetch_it_once(hub: Hub, tmp_path: Path, in_parts: None) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: fetch_model(SOURCE, None, tmp_path / "model"), range(2)))
+
+    assert weights_asked_for(hub) == [0, PART, 2 * PART, 3 * PART]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_model_that_is_too_large_is_refused_before_the_first_byte(hub: Hub, tmp_path: Path) -> None:
+    total = sum(len(MODEL[name]) for name in FETCHED)
+
+    for refused in (describe_model, lambda *a, **k: fetch_model(*a, tmp_path / "model", **k)):
+        with pytest.raises(TooLargeSource, match=rf"has {total} bytes in 4 files.*at most {total - 1}\..*MAX_MODEL"):
+            refused(SOURCE, None, max_bytes=total - 1)
+
+    assert {name for name, _ in hub.downloads} == {"config.json"}
+    assert not (tmp_path / "model").exists()
+    assert describe_model(SOURCE, None, max_bytes=total).weight_bytes == len(WEIGHTS)
+
+
+def test_weights_that_are_none_are_refused_once_they_are_here(hub: Hub, tmp_path: Path) -> None:
+    hub.files["model.safetensors"] = b"\x80\x02}q\x00X" * 100
+
+    with pytest.raises(UnreadableSource, match=rf"model\.safetensors of {SOURCE}.*a pickle under another name.*again"):
+        fetch_model(SOURCE, None, tmp_path / "model")
 
 
 def test_only_pickles_are_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:

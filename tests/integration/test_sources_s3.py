@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from service.sources import UnreadableSource, check_text, describe_model, fetch_model, fetch_text_documents
+from service.sources import (
+    TooLargeSource,
+    UnreadableSource,
+    check_text,
+    describe_model,
+    download,
+    fetch_model,
+    fetch_text_documents,
+)
 from service.storage import ArtifactStore, StoreUnavailable, open_store
-from service.storage.s3 import S3Store
+from service.storage.s3 import S3Store, s3_client
+from tests.live_gateway import relay
 from tests.servers import S3Server, free_ports
+from tests.weights import safetensors_file
 
+PART = 1 << 16
+WEIGHTS = safetensors_file("a", "b", size=PART * 3 // 2)
+"""Three parts, and a little for the header."""
 MODEL = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"weights",
+    "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"pickle",
     "tokenizer.json": b"{}",
     "additional_chat_templates/tools.jinja": b"{{ x }}",
@@ -41,7 +56,7 @@ def test_a_model_is_described_without_its_weights(s3: S3Server, s3_url: str, sto
     described = describe_model(s3_url, **s3.options)
 
     assert described.config == {"model_type": "llama"}
-    assert described.weights == {"model.safetensors": 7}
+    assert described.weights == {"model.safetensors": len(WEIGHTS)}
 
 
 def test_a_model_is_fetched_without_pickles(s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path) -> None:
@@ -51,40 +66,116 @@ def test_a_model_is_fetched_without_pickles(s3: S3Server, s3_url: str, store: Ar
     assert all((folder / name).read_bytes() == MODEL[name] for name in FETCHED)
 
 
-def test_a_fetch_that_broke_off_goes_on(
+def ranges_in(requests: list[bytes], name: str) -> list[str]:
+    """The ranges of a file that were asked for."""
+    return sorted(
+        range_[1].decode()
+        for request in requests
+        if request.startswith(b"GET ") and f"/{name} ".encode() in request.split(b"\r\n")[0]
+        if (range_ := re.search(rb"(?i)\r\nrange: bytes=(\d+)-", request))
+    )
+
+
+def test_a_fetch_that_broke_off_goes_on_where_it_was(
     s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_download = S3Store.download
-    downloaded: list[str] = []
+    monkeypatch.setattr(download, "PART_BYTES", PART)
+    monkeypatch.setattr(download, "RETRY_PAUSES_S", ())
+    true_range = S3Store.read_range
 
-    def download(self: S3Store, key: str, path: Path) -> None:
-        if key == "model.safetensors" and len(downloaded) < 4:
-            downloaded.append("broken off")
+    def read_range(self: S3Store, key: str, start: int, end: int) -> Iterator[bytes]:
+        if key == "model.safetensors" and start >= 2 * PART:
             raise StoreUnavailable("the connection broke off")
-        downloaded.append(key)
-        true_download(self, key, path)
+        return true_range(self, key, start, end)
 
-    monkeypatch.setattr(S3Store, "download", download)
-    with pytest.raises(StoreUnavailable, match="broke off"):
-        fetch_model(s3_url, None, tmp_path / "model", **s3.options)
-    before = list(downloaded)
-    fetch_model(s3_url, None, tmp_path / "model", **s3.options)
+    with monkeypatch.context() as broken:
+        broken.setattr(S3Store, "read_range", read_range)
+        with pytest.raises(StoreUnavailable, match="broke off"):
+            fetch_model(s3_url, None, tmp_path / "model", **s3.options)
+    assert "model.safetensors" not in names_in(tmp_path / "model")
 
-    assert downloaded[len(before) :] == ["model.safetensors"]
+    port = int(s3.endpoint_url.rpartition(":")[2])
+    with relay(port, break_after=[]) as watched:
+        fetch_model(s3_url, None, tmp_path / "model", **{**s3.options, "endpoint_url": watched.url})
+
+    assert ranges_in(watched.requests, "model.safetensors") == [str(2 * PART), str(3 * PART)]
     assert names_in(tmp_path / "model") == FETCHED
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_connection_that_breaks_is_opened_again(
+    s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "RETRY_PAUSES_S", (0.0, 0.0))
+    port = int(s3.endpoint_url.rpartition(":")[2])
+
+    # Each connection breaks after half of the weights, until some have broken.
+    with relay(port, break_after=[len(WEIGHTS) // 2] * 2) as breaking:
+        fetch_model(s3_url, None, tmp_path / "model", **{**s3.options, "endpoint_url": breaking.url})
+
+    assert len(ranges_in(breaking.requests, "model.safetensors")) == 3
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_what_changed_in_s3_is_fetched_again_though_its_size_is_the_same(
     s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path
 ) -> None:
     fetch_model(s3_url, None, tmp_path / "model", **s3.options)
-    store.put_bytes("model.safetensors", b"WEIGHTS")
+    changed = WEIGHTS[:-1] + b"!"
+    store.put_bytes("model.safetensors", changed)
     store.delete_prefix("additional_chat_templates")
 
     fetch_model(s3_url, None, tmp_path / "model", **s3.options)
 
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"WEIGHTS"
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == changed
     assert names_in(tmp_path / "model") == [name for name in FETCHED if "/" not in name]
+
+
+@pytest.mark.parametrize("upload", ["with its SHA-256", "as any client does", "in parts"])
+def test_the_digest_that_s3_declares_is_checked(
+    s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload: str
+) -> None:
+    """What is damaged on the way is noticed, unless the object was uploaded in parts: only its header is held then."""
+    whole = WEIGHTS + bytes(20 << 20) if upload == "in parts" else WEIGHTS
+    (tmp_path / "weights").write_bytes(whole)
+    if upload == "as any client does":
+        client = s3_client(**s3.options)
+        client.put_object(Bucket=s3.bucket, Key=f"{s3_url.rpartition('/')[2]}/model.safetensors", Body=whole)
+    else:
+        store.put_file("model.safetensors", tmp_path / "weights")
+    true_range = S3Store.read_range
+
+    def read_range(self: S3Store, key: str, start: int, end: int) -> Iterator[bytes]:
+        data = b"".join(true_range(self, key, start, end))
+        yield data[:-1] + b"?" if key == "model.safetensors" else data
+
+    monkeypatch.setattr(S3Store, "read_range", read_range)
+
+    expected = (
+        "belong to no tensor" if upload == "in parts" else "model.safetensors of .* arrived damaged: its (md5|sha256)"
+    )
+    with pytest.raises((StoreUnavailable, UnreadableSource), match=expected):
+        fetch_model(s3_url, None, tmp_path / "model", **s3.options)
+
+
+def test_a_model_that_is_too_large_is_refused_before_the_first_byte(
+    s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path
+) -> None:
+    total = sum(len(MODEL[name]) for name in FETCHED)
+
+    for refused in (describe_model, lambda *a, **k: fetch_model(*a, tmp_path / "model", **k)):
+        with pytest.raises(TooLargeSource, match=rf"has {total} bytes in 4 files.*at most {total - 1}\."):
+            refused(s3_url, None, max_bytes=total - 1, **s3.options)
+    assert not (tmp_path / "model").exists()
+
+
+def test_objects_whose_names_are_no_keys_are_no_files_of_a_model(
+    s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path
+) -> None:
+    key = f"{s3_url.rpartition('/')[2]}/odd#name?.json"
+    s3_client(**s3.options).put_object(Bucket=s3.bucket, Key=key, Body=b"{}")
+
+    assert names_in(fetch_model(s3_url, None, tmp_path / "model", **s3.options)) == FETCHED
 
 
 def test_a_prefix_with_nothing_below_it_is_no_model(s3: S3Server, s3_url: str) -> None:

@@ -56,7 +56,9 @@ class SourceTensors:
 
     @classmethod
     def of(cls, folder: Path) -> SourceTensors:
-        """Raises: BrokenCheckpoint when there are no safetensors, or the index lies."""
+        """Those that transformers would load. Raises: BrokenCheckpoint when there are none, or the index lies."""
+        if (folder / SINGLE).is_file():
+            return cls.in_file(folder / SINGLE)
         if (folder / INDEX).exists():
             weight_map = _weight_map(folder / INDEX)
             for name in sorted(set(weight_map.values())):
@@ -65,8 +67,6 @@ class SourceTensors:
                 if not (folder / name).is_file():
                     raise BrokenCheckpoint(f"{INDEX} names the shard {name}, which is not in {folder}")
             return cls({tensor: folder / name for tensor, name in weight_map.items()})
-        if (folder / SINGLE).is_file():
-            return cls.in_file(folder / SINGLE)
         others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
         found = f"; {', '.join(others)} are pickles, which are never loaded" if others else ""
         raise BrokenCheckpoint(f"{folder} has no {SINGLE} and no {INDEX}{found}")
@@ -134,7 +134,7 @@ def check_complete(folder: Path) -> SourceTensors:
     stored = {name: _stored_names(model, name, parameter, files) for name, parameter in model.named_parameters()}
     needed = [part for parts in stored.values() for part in parts]  # of tied weights, the embedding alone
     if missing := sorted({name for name in needed if name not in files}, key=_natural):
-        place = INDEX if (folder / INDEX).exists() else SINGLE
+        place = SINGLE if (folder / SINGLE).is_file() else INDEX
         raise BrokenCheckpoint(f"{place} in {folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
     return SourceTensors(files, {name: parts for name, parts in stored.items() if parts != (name,)})
 

@@ -11,6 +11,7 @@ from service.contract.errors import InvalidRequest, ModelUnsupported, PDTrimErro
 from service.contract.spec import JobSpec, StageTarget
 from service.settings import Settings
 from tests.gateway import Gateway, gateway, model, problem_of, write_model
+from tests.weights import safetensors_file
 
 __all__ = ["gateway", "model"]
 
@@ -281,6 +282,27 @@ def test_a_model_without_safetensors_is_refused(gateway: Gateway, model: Path) -
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
 
     assert "pickle" in refusal(gateway, "source_unreadable")["detail"]
+
+
+def test_a_model_whose_weights_are_no_safetensors_is_refused(gateway: Gateway, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(safetensors_file("a")[:-1])
+
+    assert "the tensor 'a' is said to lie at bytes 0 to 4 of 3" in refusal(gateway, "source_unreadable")["detail"]
+
+
+def test_a_model_that_is_too_large_is_refused(gateway: Gateway, model: Path) -> None:
+    gateway.settings.max_model_bytes = 9
+
+    body = refusal(gateway, "model_too_large")
+
+    assert (body["param"], "at most 9" in body["detail"]) == ("model.source", True)
+
+
+def test_a_link_out_of_what_is_allowed_is_refused(gateway: Gateway, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+
+    assert refusal(gateway, "source_not_allowed")["param"] == "model.source"
 
 
 def test_a_model_of_another_architecture_is_refused(gateway: Gateway, model: Path) -> None:

@@ -69,10 +69,17 @@ def test_unknown_path_is_404(gateway: Gateway) -> None:
 
 
 def test_wrong_method_is_405_and_names_the_right_ones(gateway: Gateway) -> None:
-    response = gateway.client.delete("/v1/jobs")
+    job = f"/v1/jobs/{gateway.create()}"
+    for path, allowed in (
+        ("/v1/jobs", "GET, POST"),
+        (job, "GET, DELETE"),
+        (f"{job}/cancel", "POST"),
+        (f"{job}/artifacts/art_{'0' * 32}/content", "GET, HEAD"),
+    ):
+        response = gateway.client.patch(path)
 
-    problem_of(response, 405, "method_not_allowed")
-    assert {"GET", "POST"} & set(response.headers["allow"].replace(" ", "").split(","))
+        problem_of(response, 405, "method_not_allowed")
+        assert response.headers["allow"] == allowed
 
 
 def test_a_request_id_is_made_or_taken_over(gateway: Gateway) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, REFERENCE, TOLERANCE, random_ids, tiny_model
+from tests.weights import safetensors_file
 from workers.pruning.blocks import drop_blocks
 from workers.pruning.checkpoint import BrokenCheckpoint, SourceTensors, write_checkpoint
 from workers.pruning.distill import load_tensors
@@ -257,6 +258,13 @@ def test_an_index_that_lies_is_caught(tmp_path: Path) -> None:
         path.write_text(json.dumps(index))
         with pytest.raises(BrokenCheckpoint, match=reason):
             write(source, tmp_path / file.replace("/", "_"), [0])
+
+
+def test_a_whole_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(safetensors_file("a", "b"))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c": "other.safetensors"}}')
+
+    assert set(SourceTensors.of(tmp_path).files) == {"a", "b"}
 
 
 def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
