@@ -25,7 +25,7 @@ bench: $(VENV)/.worker
 	$(BIN)/python benchmarks/engine.py --streamed
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/search.py optimum --removed 1 2 3 4 5
-	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 64
+	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 128
 	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 64 --copies 2
 	$(BIN)/python benchmarks/pair.py
 	$(BIN)/python benchmarks/distillation.py

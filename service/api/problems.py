@@ -93,7 +93,10 @@ def problem(
 
 def dotted(location: Sequence[str | int]) -> str | None:
     """A validation error's location as the field's dotted path, without the part of the request it is in."""
-    path = [str(part) for part in location[1:] if part != "[key]"]
+    # Parameters are flat but for metadata[key]: what follows a name is the member of a union that was tried.
+    deep = location[0] == "body" or location[1:2] == ("metadata",)
+    inside = location[1:] if deep else location[1:2]
+    path = [str(part) for part in inside if part != "[key]"]
     return ".".join(path) or None
 
 

@@ -6,9 +6,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, StrictBool
 
-from service.contract.base import SpecModel, storable
+from service.contract.base import NO_NUL, SpecModel, storable
 from service.contract.jobs import ErrorInfo, JobStatus, Shown, StageName
 
 MAX_WEBHOOKS = 50
@@ -61,9 +61,9 @@ def _each_once(events: tuple[WebhookEvent, ...]) -> tuple[WebhookEvent, ...]:
     return tuple(event for event in WebhookEvent if event in events)
 
 
-Url = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(storable)]
+Url = Annotated[str, Field(min_length=1, max_length=2048, json_schema_extra=NO_NUL), AfterValidator(storable)]
 Events = Annotated[tuple[WebhookEvent, ...], Field(min_length=1, max_length=100), AfterValidator(_each_once)]
-Description = Annotated[str, Field(max_length=512), AfterValidator(storable)]
+Description = Annotated[str, Field(max_length=512, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
 
 class WebhookSpec(SpecModel):
@@ -85,7 +85,7 @@ class WebhookChange(SpecModel):
     events: Events | None = None
     description: Description | None = None
     format: MessageFormat | None = None
-    enabled: bool | None = Field(default=None, description="Enabling forgets earlier failures.")
+    enabled: StrictBool | None = Field(default=None, description="Enabling forgets earlier failures.")
 
 
 class Webhook(Shown):

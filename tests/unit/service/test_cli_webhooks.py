@@ -12,6 +12,7 @@ from standardwebhooks import Webhook
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.cli.connection import console
 from service.cli.webhooks import COMMANDS
 from service.client import Client, ServiceError
 from service.contract.webhooks import DeliveryStatus, WebhookChange, WebhookEvent, WebhookSpec
@@ -40,8 +41,9 @@ def gateway(tmp_path: Path, model: Path) -> Iterator[LiveGateway]:
 
 
 @pytest.fixture
-def pdtrim_webhooks(gateway: LiveGateway) -> Command:
-    environment = {"PDTRIM_URL": gateway.url, "COLUMNS": "240"}
+def pdtrim_webhooks(gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setattr(console, "width", 240)  # it has read COLUMNS already
+    environment = {"PDTRIM_URL": gateway.url}
     return lambda *arguments: CliRunner().invoke(app, ["webhooks", *arguments], env=environment)
 
 
