@@ -29,7 +29,7 @@ from service.settings import Settings
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
 from workers.context import StageContext, StoredInput
 from workers.faults import PatientStore, may_pass, patient
-from workers.lease import Lease, StopRequested
+from workers.lease import Lease, StopRequested, WorkerStopping
 from workers.metrics import Outcome, WorkerMetrics
 from workers.scratch import attempt_folder
 from workers.sources import model_folder, text_documents
@@ -43,7 +43,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker process: what it reads from, writes to, and is called; and how it ends when a stage hangs."""
+    """A worker process: what it reads from, writes to, and is called; how it ends when a stage hangs, and whether it is
+    to end soon.
+    """
 
     settings: Settings
     engine: Engine
@@ -51,6 +53,7 @@ class Worker:
     name: str
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     abandon: Callable[[], None] = lambda: None
+    stopping: Callable[[], bool] = lambda: False
 
     def persistent_store(self, check: Callable[[], None]) -> PatientStore:
         """The store for a stage that `check` may stop."""
@@ -99,7 +102,7 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
             seconds = time.monotonic() - started
             worker.metrics.stage_ended(stage, outcome, seconds)
             tracing.describe(outcome=outcome.value)
-            if outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED):
+            if outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED, Outcome.HANDED_BACK):
                 tracing.fail()
             log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
             if following is not None:
@@ -110,7 +113,13 @@ def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
     """Run a claimed stage to an outcome that is recorded; with it, the stage to wake a worker for."""
     settings = worker.settings
     try:
-        with Lease(worker.engine, held, seconds=settings.lease_seconds, abandon=worker.abandon) as lease:
+        with Lease(
+            worker.engine,
+            held,
+            seconds=settings.lease_seconds,
+            abandon=worker.abandon,
+            stopping=worker.stopping,
+        ) as lease:
             result = _finished_before(worker, held, lease.check) or _execute(worker, held, lease.check)
             lease.check()
             following = _record(worker, held, result)
@@ -121,6 +130,9 @@ def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
         return Outcome.LEASE_LOST, None
     except StopRequested:
         return _conclude(worker, held, Outcome.STOPPED, lambda session: stages.stopped(session, held)), None
+    except WorkerStopping:
+        outcome = _conclude(worker, held, Outcome.HANDED_BACK, lambda session: stages.hand_back(session, held))
+        return outcome, held.stage if outcome == Outcome.HANDED_BACK else None
     except Exception as error:
         # The border of the process: every failure becomes the job's error, or costs an attempt.
         if may_pass(error):

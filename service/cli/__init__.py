@@ -29,7 +29,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         jobs.artifacts,
         jobs.download,
     ),
-    "Service": (run.demo, run.up, run.serve, run.worker, run.reconcile, run.migrate),
+    "Service": (run.demo, run.up, run.serve, run.worker, run.ping, run.reconcile, run.migrate),
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from service.contract.jobs import JobStatus, StageName
 from service.db.session import connect
 from service.db.session import migrate as migrate_database
 from service.embedded import Embedded, EmbeddedFailure, worker_name
-from service.queue import QUEUE
+from service.queue import BROKER_ERRORS, QUEUE, celery_app
 from service.settings import Settings
 
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="PDTRIM_DATA_DIR", help="Folder that keeps everything.")]
@@ -44,6 +45,7 @@ DEMO_SPEC = {
 
 
 WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "peft")
+PING_SECONDS = 5.0
 # Importing the tasks first pins them: Celery would rather take a folder `workers` where the user happens to be.
 CELERY = "import workers.tasks, celery.__main__; celery.__main__.main()"
 
@@ -114,6 +116,24 @@ def worker() -> None:
             os.environ.setdefault(f"HF_{cache}_CACHE", f"{settings.scratch_dir}/huggingface/{cache.lower()}")
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def ping() -> None:
+    """Ask the workers of this machine for a sign of life; fails when none answers. For health checks.
+
+    A broker that is out of reach is no fault of theirs: whoever restarted them would stop a stage that goes on.
+
+    Example: `PDTRIM_BROKER_URL=redis://… pdtrim ping`
+    """
+    workers = {"pattern": f"pdtrim-*@{socket.gethostname()}", "matcher": "glob"}
+    try:
+        answers = celery_app(configured().broker_url).control.ping(timeout=PING_SECONDS, limit=1, **workers)
+    except BROKER_ERRORS as error:
+        console.print(f"The broker is out of reach: {error}", markup=False, highlight=False)
+        return
+    if not answers:
+        fail(f"no worker on {socket.gethostname()} answered within {PING_SECONDS:g} s")
+    console.print(f"{', '.join(name for answer in answers for name in answer)} is there.", highlight=False)
 
 
 def reconcile() -> None:

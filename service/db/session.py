@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ POSTGRESQL_WAITS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
+log = logging.getLogger(__name__)
 
 
 def connect(url: str) -> Engine:
@@ -76,12 +78,28 @@ def _alembic_config(engine: Engine) -> Config:
 
 
 def migrate(engine: Engine, to: str = "head") -> None:
-    """Bring the database to the newest schema, or to a revision. Safe to call from several processes at once."""
+    """Bring the database to the newest schema, or to a revision. Safe to call from several processes at once.
+
+    A schema that a newer version made is left as it is: both versions run while an upgrade is rolled out, or back.
+    """
+    if _is_newer(engine):
+        log.warning("the database's schema is newer than this version of the service")
+        return
     command.upgrade(_alembic_config(engine), to)
 
 
 def schema_is_current(engine: Engine) -> bool:
-    """Whether every migration has been applied."""
+    """Whether every migration of this version has been applied, be it by a newer one."""
     head = ScriptDirectory.from_config(_alembic_config(engine)).get_current_head()
+    return _revision(engine) == head or _is_newer(engine)
+
+
+def _revision(engine: Engine) -> str | None:
     with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision() == head
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def _is_newer(engine: Engine) -> bool:
+    """Whether the schema's revision is none that this version knows."""
+    known = {script.revision for script in ScriptDirectory.from_config(_alembic_config(engine)).walk_revisions()}
+    return (revision := _revision(engine)) is not None and revision not in known

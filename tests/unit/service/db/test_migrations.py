@@ -52,3 +52,12 @@ def test_a_job_of_the_first_version_is_there_after_migrating(first_version: Engi
         assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(SPEC)
         assert [row.name for row in jobs.stages(session, [JOB_ID])[JOB_ID]] == [StageName.SCORING]
         assert [row.type for row in events.page(session, JOB_ID, after=0, limit=10)[0]] == ["job.created"]
+
+
+def test_a_schema_of_a_newer_version_is_left_as_it_is_and_worked_with(first_version: Engine) -> None:
+    migrate(first_version)
+    with first_version.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = 'from-the-future'"))
+
+    migrate(first_version)
+    assert schema_is_current(first_version)

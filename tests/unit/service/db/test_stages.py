@@ -111,6 +111,7 @@ def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) 
         lambda session: stages.fail(session, zombie, ErrorInfo(code="x", message="x")),
         lambda session: stages.stopped(session, zombie),
         lambda session: stages.release(session, zombie, "x", max_attempts=5),
+        lambda session: stages.hand_back(session, zombie),
     ):
         with pytest.raises(LeaseLost), transaction(engine) as session:
             record(session)
@@ -162,6 +163,18 @@ def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> Non
         rows, _ = events.page(session, job_id, after=0, limit=100)
     assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
     assert rows[-1].message.startswith("the store refused")
+
+
+def test_a_stage_that_is_handed_back_ever_so_often_costs_no_attempt(engine: Engine) -> None:
+    job_id = create_job(engine)
+    for _ in range(3):
+        held = claim(engine, job_id)
+        with transaction(engine) as session:
+            stages.hand_back(session, held)
+    assert (held.attempt, stage_row(engine, job_id, StageName.SCORING).status) == (3, StageStatus.QUEUED)
+    claim(engine, job_id, lease_seconds=-1)
+    retire(engine, job_id, max_attempts=2)
+    assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
 
 
 def test_a_stage_whose_lease_ran_out_is_not_taken_before_its_loss_is_on_record(engine: Engine) -> None:
