@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench faults fuzz schemathesis state-machine clean
+.PHONY: demo test chart-test chart-docs lint bench faults fuzz schemathesis state-machine clean
 
 demo: $(VENV)/.worker
 	$(BIN)/pdtrim demo
@@ -14,6 +14,13 @@ test: $(VENV)/.test
 	$(BIN)/coverage run -m pytest --numprocesses 2 --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90 --skip-covered --skip-empty
+
+# Part of `make test`: the images' build files, the compose file, and the chart as Helm renders it.
+chart-test: $(VENV)/.test
+	$(BIN)/python -m pytest tests/chart
+
+chart-docs: $(VENV)/.worker
+	$(BIN)/python helm/document.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 from service.contract.jobs import StageName
 from service.settings import Settings
 from tests.processes import pdtrim_up
@@ -58,12 +56,3 @@ def test_the_walk_through_ends_in_a_checkpoint_that_generates(environment: dict[
 def test_every_setting_is_in_the_configuration_table() -> None:
     documented = set(re.findall(r"`PDTRIM_(\w+)`", README))
     assert documented == {name.upper() for name in Settings.model_fields}
-
-
-def test_compose_sets_only_what_the_service_reads() -> None:
-    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
-    for name in ("gateway", "worker"):
-        variables = compose["services"][name]["environment"]
-        ours = {variable for variable in variables if variable.startswith("PDTRIM_")}
-        assert ours <= {f"PDTRIM_{field.upper()}" for field in Settings.model_fields}
-        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= variables.keys()

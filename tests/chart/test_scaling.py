@@ -1,0 +1,51 @@
+"""The query by which KEDA counts the work for a pool, on a real database of the service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlmodel import Session
+
+from service.contract.jobs import StageName, StageStatus
+from service.contract.spec import JobSpec
+from service.db import jobs
+from service.db.session import connect, migrate, transaction
+from service.db.tables import JobRow, StageRow
+from tests.chart.rendering import KEDA, of_kind, render
+
+SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
+
+
+@pytest.fixture
+def engine(postgres_database_url: str) -> Iterator[Engine]:
+    engine = connect(postgres_database_url)
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+def submit(session: Session, status: StageStatus, **labels: Any) -> None:
+    """A job whose first stage is in a state, with a label for a queue or without."""
+    job_id = jobs.create(session, SPEC).id
+    row = session.get_one(JobRow, job_id)
+    row.spec = {**row.spec, **labels}
+    session.get_one(StageRow, (job_id, StageName.SCORING)).status = status
+
+
+def test_waiting_and_running_stages_count_for_the_pool_that_takes_them(engine: Engine) -> None:
+    demand = {
+        name.removeprefix("pdtrim-worker-"): scaled["spec"]["triggers"][0]["metadata"]["query"]
+        for name, scaled in of_kind(render(KEDA), "ScaledObject").items()
+    }
+    with transaction(engine) as session:
+        for status in StageStatus:
+            submit(session, status)
+        for status in (StageStatus.QUEUED, StageStatus.QUEUED, StageStatus.RUNNING, StageStatus.SUCCEEDED):
+            submit(session, status, queue="gpu-80g")
+        submit(session, StageStatus.QUEUED, queue="another")
+        session.flush()
+        counted = {pool: session.execute(text(query)).scalar_one() for pool, query in demand.items()}
+    assert counted == {"default": 2, "big": 3}
