@@ -107,14 +107,14 @@ def chart() -> helm_python.Chart:
     return helm_python.Chart.load(CHART)
 
 
-def render(values: Document) -> list[Document]:
-    """Every document of a release `pdtrim` in the namespace `ml`. Raises: HelmError."""
-    return list(_documents(json.dumps(values)))
+def render(values: Document, release: str = "pdtrim") -> list[Document]:
+    """Every document of a release in the namespace `ml`. Raises: HelmError."""
+    return list(_documents(json.dumps(values), release))
 
 
 @cache
-def _documents(values: str) -> tuple[Document, ...]:
-    return tuple(_parse(chart().render(json.loads(values), name="pdtrim", namespace="ml")))
+def _documents(values: str, release: str) -> tuple[Document, ...]:
+    return tuple(_parse(chart().render(json.loads(values), name=release, namespace="ml")))
 
 
 def _parse(files: dict[str, str]) -> Iterator[Document]:

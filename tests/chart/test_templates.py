@@ -306,6 +306,13 @@ def test_versions_agree() -> None:
     assert f'version = "{about["appVersion"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_longest_names_are_short_enough_for_labels() -> None:
+    longest = {**EVERYTHING, "pools": {"p" * 16: {"autoscaling": {"enabled": True}}}}
+    names = [document["metadata"]["name"] for document in render(longest, "r" * 53)]
+    assert max(map(len, names)) <= 63
+    assert all(name.startswith("prod-pdtrim") for name in (d["metadata"]["name"] for d in render({}, "prod")))
+
+
 def test_the_notes_say_where_the_service_is_and_warn_of_jobs_that_nobody_takes() -> None:
     assert "port-forward service/pdtrim-gateway 8000:80" in notes({})
     assert "https://pdtrim.example.com" in notes(EVERYTHING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
-from tests.chart.rendering import CHART, ROOT, SCENARIOS, chart, render
+from tests.chart.rendering import CHART, ROOT, SCENARIOS, chart, of_kind, render
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -77,6 +78,13 @@ def test_unknown_and_mistyped_values_are_refused(values: dict[str, Any]) -> None
 @pytest.mark.parametrize("values", SCENARIOS.values(), ids=SCENARIOS.keys())
 def test_good_values_are_taken(values: dict[str, Any]) -> None:
     chart().validate_schema(values)
+
+
+def test_the_readmes_pools_are_ones_that_the_chart_takes() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL)
+    values = yaml.safe_load(example)
+    chart().validate_schema(values)
+    assert of_kind(render(values), "Deployment").keys() >= {f"pdtrim-worker-{pool}" for pool in values["pools"]}
 
 
 def objects(schema: Any, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
