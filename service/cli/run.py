@@ -129,7 +129,7 @@ def ping() -> None:
     try:
         answers = celery_app(configured().broker_url).control.ping(timeout=PING_SECONDS, limit=1, **workers)
     except BROKER_ERRORS as error:
-        console.print(f"The broker is out of reach: {error}", markup=False, highlight=False)
+        console.print(f"The broker is out of reach: {error}", markup=False, highlight=False, soft_wrap=True)
         return
     if not answers:
         fail(f"no worker on {socket.gethostname()} answered within {PING_SECONDS:g} s")
