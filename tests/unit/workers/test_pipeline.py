@@ -651,6 +651,14 @@ def test_a_paused_stage_stops_within_seconds_and_ends_as_one_that_was_never_paus
     assert stage_row(worker, broken, stage).attempt == 2
 
 
+def test_a_worker_that_is_to_end_hands_its_stage_to_another(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
+    run_stage(replace(worker, stopping=lambda: True), job_id, StageName.SCORING)
+    assert stage_row(worker, job_id, StageName.SCORING).status == StageStatus.QUEUED
+    assert event_types(worker, job_id)[-1] == "stage.requeued"
+    run_through(worker, job_id, StageName.SCORING)
+
+
 def test_every_stage_can_be_stopped_before_each_block_it_runs(worker: Worker, model: Path) -> None:
     job_id = create(worker, tiny_spec(model))
     for stage in StageName:
