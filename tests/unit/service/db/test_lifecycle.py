@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -42,6 +43,7 @@ from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 STAGES = list(StageName)
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "60"))
 MAX_ATTEMPTS = 2
 MAX_JOBS = 2
 AT_HAND = (StageStatus.QUEUED, StageStatus.RUNNING, StageStatus.PAUSED)
@@ -388,7 +390,7 @@ def test_jobs_keep_their_rules_whatever_happens_in_whatever_order(database: Engi
     run_state_machine_as_test(
         OnDatabase,
         settings=settings(
-            max_examples=60,
+            max_examples=EXAMPLES,
             stateful_step_count=30,
             deadline=None,
             database=None,
