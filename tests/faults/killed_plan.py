@@ -1,4 +1,4 @@
-"""One search on the embedded service, unbroken and killed over and over: `python -m tests.faults.killed_plan KILLS SEED`.
+"""One search on the embedded service, unbroken and killed: `python -m tests.faults.killed_plan KILLS SEED`.
 
 Exits with 1 when the plan or what the search recorded is not, byte for byte, that of the unbroken run.
 """

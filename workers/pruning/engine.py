@@ -129,7 +129,8 @@ def _measure(
         # Σ p (log p − log q) by differences of logits: fewer passes over the vocabulary than by log-softmax, and small
         # numbers, so that nothing cancels.
         logits = stack.head(normed).float()
-        return torch.logsumexp(logits, dim=-1) - dense_lse - torch.linalg.vecdot(dense_p, logits - dense_logits)
+        expected: Tensor = torch.linalg.vecdot(dense_p, logits - dense_logits)
+        return torch.logsumexp(logits, dim=-1) - dense_lse - expected
 
     return kl
 
