@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from functools import cache, partial
+from multiprocessing import RawValue
 from typing import Any
 
 from celery import current_task, signals
@@ -19,6 +20,10 @@ from workers.pipeline import Worker, run_stage
 
 settings = Settings()
 app = celery_app(settings.broker_url)
+leaving = RawValue("b", False)
+"""Whether the worker was asked to end. Its pool children, which run the stages, are forked and share it; without a
+lock, since one that is killed would keep it.
+"""
 
 
 @cache
@@ -27,12 +32,18 @@ def _worker(pid: int) -> Worker:
     store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
     name = f"{socket.gethostname()}:{pid}"
     # The pool starts another child in place of one that ends.
-    return Worker(settings, connect(settings.database_url), store, name, abandon=partial(os._exit, 1))
+    engine = connect(settings.database_url)
+    return Worker(settings, engine, store, name, abandon=partial(os._exit, 1), leaving=lambda: bool(leaving.value))
 
 
 @signals.setup_logging.connect
 def _set_up_logging(**given: Any) -> None:
     logs.configure(settings)
+
+
+@signals.worker_shutting_down.connect
+def _leave(**given: Any) -> None:
+    leaving.value = True
 
 
 @signals.worker_process_init.connect

@@ -265,6 +265,19 @@ def release(session: Session, held: Claim, reason: str, *, max_attempts: int) ->
         row.sent_at, row.sends = now(), row.attempt - row.attempts_forgiven
 
 
+def hand_back(session: Session, held: Claim) -> None:
+    """Queue a stage again whose worker was asked to end, which the caller sends after the commit. Costs no attempt.
+
+    A job that was to stop has stopped. Raises: LeaseLost.
+    """
+    job, row = _held(session, held)
+    if _finish_stop(session, job):
+        return
+    row.attempts_forgiven += 1
+    _queue_again(session, row, f"Worker {row.worker} was asked to end")
+    row.sent_at, row.sends = now(), 1
+
+
 def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_attempts: int) -> None:
     if _finish_stop(session, job):
         return
@@ -277,11 +290,15 @@ def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_a
             ErrorInfo(code="attempts_exhausted", message=f"Given up after {attempts} attempts. {reason}."),
         )
         return
+    _queue_again(session, row, reason)
+
+
+def _queue_again(session: Session, row: StageRow, reason: str) -> None:
     row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 0, None
     session.flush()
     events.append(
         session,
-        job.id,
+        row.job_id,
         "stage.requeued",
         f"{reason}; stage {row.name} is queued again.",
         stage=StageName(row.name),
