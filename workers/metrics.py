@@ -23,10 +23,8 @@ log = logging.getLogger(__name__)
 
 
 class Outcome(StrEnum):
-    """How an attempt at a stage ended.
-
-    `released`: by a fault that may pass; `handed_back`: the worker was asked to end; `unrecorded`: the database was
-    gone.
+    """How an attempt at a stage ended. `released`: by a fault that may pass; `handed_back`: by the end of the worker;
+    `unrecorded`: the database was gone.
     """
 
     SUCCEEDED = "succeeded"

@@ -30,7 +30,7 @@ from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
 from workers.context import StageContext, StoredInput
 from workers.faults import PatientStore, may_pass, patient
-from workers.lease import Lease, StopRequested, WorkerLeaving
+from workers.lease import Lease, StopRequested, WorkerStopping
 from workers.metrics import Outcome, WorkerMetrics
 from workers.scratch import attempt_folder
 from workers.sources import model_folder, text_documents
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker process: what it reads from, writes to, and is called; how it ends when a stage hangs; whether it was
-    asked to end.
+    """A worker process: what it reads from, writes to, and is called; how it ends when a stage hangs, and whether it is
+    to end soon.
     """
 
     settings: Settings
@@ -54,7 +54,7 @@ class Worker:
     name: str
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     abandon: Callable[[], None] = lambda: None
-    leaving: Callable[[], bool] = lambda: False
+    stopping: Callable[[], bool] = lambda: False
 
     def persistent_store(self, check: Check) -> PatientStore:
         """The store for a stage that `check` may stop."""
@@ -115,7 +115,11 @@ def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
     settings = worker.settings
     try:
         with Lease(
-            worker.engine, held, seconds=settings.lease_seconds, abandon=worker.abandon, leaving=worker.leaving
+            worker.engine,
+            held,
+            seconds=settings.lease_seconds,
+            abandon=worker.abandon,
+            stopping=worker.stopping,
         ) as lease:
             result = _finished_before(worker, held, lease.check) or _execute(worker, held, lease.check)
             lease.check()
@@ -127,9 +131,9 @@ def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
         return Outcome.LEASE_LOST, None
     except StopRequested:
         return _conclude(worker, held, Outcome.STOPPED, lambda session: stages.stopped(session, held)), None
-    except WorkerLeaving:
-        # Whoever is woken for a job that was stopped at the same moment finds nothing to take.
-        return _conclude(worker, held, Outcome.HANDED_BACK, lambda session: stages.hand_back(session, held)), held.stage
+    except WorkerStopping:
+        outcome = _conclude(worker, held, Outcome.HANDED_BACK, lambda session: stages.hand_back(session, held))
+        return outcome, held.stage if outcome == Outcome.HANDED_BACK else None
     except Exception as error:
         # The border of the process: every failure becomes the job's error, or costs an attempt.
         if may_pass(error):

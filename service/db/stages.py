@@ -266,16 +266,19 @@ def release(session: Session, held: Claim, reason: str, *, max_attempts: int) ->
 
 
 def hand_back(session: Session, held: Claim) -> None:
-    """Queue a stage again whose worker was asked to end, which the caller sends after the commit. Costs no attempt.
+    """Queue a stage again because its worker is to end. It costs no attempt; the caller sends it.
 
-    A job that was to stop has stopped. Raises: LeaseLost.
+    Raises: LeaseLost.
     """
     job, row = _held(session, held)
     if _finish_stop(session, job):
         return
+    row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 1, now()
     row.attempts_forgiven += 1
-    _queue_again(session, row, f"Worker {row.worker} was asked to end")
-    row.sent_at, row.sends = now(), 1
+    session.flush()
+    message = f"Worker {row.worker} is being stopped; stage {row.name} is queued again."
+    stage = StageName(row.name)
+    events.append(session, job.id, "stage.requeued", message, stage=stage, data={"attempt": row.attempt})
 
 
 def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_attempts: int) -> None:
@@ -290,15 +293,11 @@ def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_a
             ErrorInfo(code="attempts_exhausted", message=f"Given up after {attempts} attempts. {reason}."),
         )
         return
-    _queue_again(session, row, reason)
-
-
-def _queue_again(session: Session, row: StageRow, reason: str) -> None:
     row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 0, None
     session.flush()
     events.append(
         session,
-        row.job_id,
+        job.id,
         "stage.requeued",
         f"{reason}; stage {row.name} is queued again.",
         stage=StageName(row.name),
