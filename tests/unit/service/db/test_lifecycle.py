@@ -47,7 +47,7 @@ EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "60"))
 MAX_ATTEMPTS = 2
 MAX_JOBS = 2
 AT_HAND = (StageStatus.QUEUED, StageStatus.RUNNING, StageStatus.PAUSED)
-WORKERS_ACTS = ["finish", "finish", "fail", "stop", "release", "renew", "report"]
+WORKERS_ACTS = ["finish", "finish", "fail", "stop", "release", "leave", "renew", "report"]
 OTHER_ACTS = ["fall_silent", "reconcile", "reconcile", "retire_the_living", "remove"]
 # Deleting is rare, as little can happen afterwards.
 USERS_ACTS = [*["cancel", "pause", "pause", "resume", "resume", "resume"] * 2, "delete"]
@@ -213,6 +213,13 @@ class Lifecycle(RuleBasedStateMachine):
     def release(self, job_id: str, back: int) -> None:
         if recorded := self.record(job_id, back, stages.release, "a fault", max_attempts=MAX_ATTEMPTS):
             self.expected[job_id].hand_back(recorded[0])
+
+    def leave(self, job_id: str, back: int) -> None:
+        if recorded := self.record(job_id, back, stages.hand_back):
+            job, position = self.expected[job_id], recorded[0]
+            if not job.stop():
+                job.stages[position] = StageStatus.QUEUED
+                job.counted[position] -= 1
 
     def renew(self, job_id: str, back: int) -> None:
         if recorded := self.record(job_id, back, stages.renew, lease_seconds=600):
