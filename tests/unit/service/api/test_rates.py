@@ -250,9 +250,7 @@ def test_an_open_gateway_counts_by_address(gateway_settings: Settings, model: Pa
     assert limits_of(there.headers) == [("address", "1")]
 
 
-def test_two_gateways_grant_no_more_than_one(
-    gateway_settings: Settings, model: Path, empty_redis_url: str
-) -> None:
+def test_two_gateways_grant_no_more_than_one(gateway_settings: Settings, model: Path, empty_redis_url: str) -> None:
     settings = gateway_settings.model_copy(update={"broker_url": empty_redis_url, "rate_limit": "5/hour"})
     with serve(settings, model) as first, serve(settings, model) as second:
         key = new_key(first)

@@ -52,3 +52,21 @@ def test_a_job_of_the_first_version_is_there_after_migrating(first_version: Engi
         assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(SPEC)
         assert [row.name for row in jobs.stages(session, [JOB_ID])[JOB_ID]] == [StageName.SCORING]
         assert [row.type for row in events.page(session, JOB_ID, after=0, limit=10)[0]] == ["job.created"]
+
+
+def test_what_a_job_kept_before_there_were_quotas_counts(first_version: Engine) -> None:
+    migrate(first_version, "0005")
+    with first_version.begin() as connection:
+        for number in range(2):
+            connection.execute(
+                text(
+                    "INSERT INTO artifacts (id, job_id, stage, name, key, uri, size, sha256, created_at) "
+                    "VALUES (:id, :job, 'scoring', :id, '', '', 5000000000, '', :at)"
+                ),
+                {"id": f"art_{number}", "job": JOB_ID, "at": AT},
+            )
+
+    migrate(first_version)
+
+    with transaction(first_version) as session:
+        assert jobs.get(session, JOB_ID).artifact_bytes == 10_000_000_000
