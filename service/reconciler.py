@@ -127,7 +127,9 @@ def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = N
         with transaction(engine) as session:
             stages.time_out(session, job_id, stage, deadline_seconds=limit_s, grace_seconds=grace_s)
     with transaction(engine) as session:
-        waiting = stages.due(session, resend_seconds=settings.resend_seconds)
+        waiting = stages.due(
+            session, resend_seconds=settings.resend_seconds, max_running_jobs=settings.max_running_jobs
+        )
     for sent, (job_id, stage) in enumerate(waiting):
         try:
             queue.send(settings, job_id, stage)

@@ -90,6 +90,7 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
                 worker=worker.name,
                 lease_seconds=worker.settings.lease_seconds,
                 deadline_seconds=worker.settings.stage_deadline_seconds,
+                max_running_jobs=worker.settings.max_running_jobs,
             )
         )
         if held is None:

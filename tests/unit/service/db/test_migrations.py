@@ -12,7 +12,7 @@ from sqlalchemy import Engine, text
 
 from service.contract.jobs import JobStatus, StageName
 from service.contract.spec import JobSpec
-from service.db import stages
+from service.db import jobs, stages
 from service.db.session import MIGRATIONS, connect, migrate, schema_is_current, transaction
 from service.settings import Settings
 from tests.gateway import serve, write_model
@@ -105,4 +105,17 @@ def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
     assert waiting["status"] == JobStatus.SUCCEEDED
     with transaction(engine) as session:
         assert stages.claim(session, DONE, StageName.SCORING, worker="test", lease_seconds=1) is None
+    engine.dispose()
+
+
+def test_what_a_job_kept_before_there_were_quotas_counts(database_url: str) -> None:
+    engine = connect(database_url)
+    _fill(engine, "0005")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE artifacts SET size = 5000000000"))
+
+    migrate(engine)
+
+    with transaction(engine) as session:
+        assert [jobs.get(session, job_id).artifact_bytes for job_id in (DONE, WAITING)] == [5_000_000_000, 0]
     engine.dispose()
