@@ -35,7 +35,7 @@ OUTLIVED_S = 86_400.0
 """Keys are used for so long at the most while the provider does not answer."""
 PAUSE_S = 30.0
 """Between two times that the provider is asked."""
-ANSWER_S = 5.0
+ANSWER_S = 3.0
 MAX_ANSWER_BYTES = 1 << 20
 
 
@@ -97,7 +97,9 @@ class Provider:
         held = self._keys
         if held is not None and time.monotonic() - held.read_at < KEPT_S:
             return held
-        self._ask(held)
+        usable = held is not None and time.monotonic() - held.read_at < OUTLIVED_S
+        # A provider that is slow to answer holds up whoever asks it, and nobody else who can do without.
+        self._ask(held, wait=not usable)
         held = self._keys
         if held is None or time.monotonic() - held.read_at > OUTLIVED_S:
             raise ProviderAway(f"the keys of {self._issuer} cannot be read")
@@ -105,26 +107,28 @@ class Provider:
 
     def _newer(self, held: _Keys) -> _Keys | None:
         """Keys that were read after these; None when there are none. Raises: ProviderAway when there may be some."""
-        self._ask(held)
+        self._ask(held, wait=True)
         if not self._answered:
             raise ProviderAway(f"{self._issuer} does not answer, and the token's key is not known")
         return None if self._keys is held else self._keys
 
-    def _ask(self, held: _Keys | None) -> None:
-        """Read the keys, unless that was tried just now, or another thread has read newer ones than `held`."""
-        with self._reading:
+    def _ask(self, held: _Keys | None, *, wait: bool) -> None:
+        """Read the keys, unless that was tried just now, or another thread has read newer ones than `held`.
+
+        While another thread reads, `wait` for it, or leave it at that.
+        """
+        if not self._reading.acquire(blocking=wait):
+            return
+        try:
             recently = self._asked_at is not None and time.monotonic() - self._asked_at < PAUSE_S
-            if recently or self._keys is not held:
-                return
-            self._asked_at = time.monotonic()
-            try:
-                keys = self._read()
-            except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, JoseError) as error:
-                log.warning("the keys of %s were not read: %s", self._issuer, error)
-                self._answered = False
-                return
-            self._answered = True
-            self._keys = _Keys(keys, time.monotonic())
+            if not recently and self._keys is held:
+                self._asked_at = time.monotonic()
+                self._keys, self._answered = _Keys(self._read(), time.monotonic()), True
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, JoseError) as error:
+            log.warning("the keys of %s were not read: %s", self._issuer, error)
+            self._answered = False
+        finally:
+            self._reading.release()
 
     def _read(self) -> KeySet:
         """Raises: httpx.HTTPError; ValueError and its like for what is no such document."""

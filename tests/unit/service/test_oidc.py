@@ -196,6 +196,28 @@ def test_while_the_provider_is_away_known_keys_go_on_and_others_are_told_apart(
         assert provider.verify(known)
 
 
+def test_a_provider_that_says_nothing_holds_up_one_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = free_ports(1)
+    with issuer(port) as running:
+        provider = Provider(running.url, AUDIENCE)
+        known = running.token()
+        provider.verify(known)
+    monkeypatch.setattr(oidc, "KEPT_S", 0.0)
+    monkeypatch.setattr(oidc, "ANSWER_S", 1.0)
+    monkeypatch.setattr(provider, "_asked_at", None)
+
+    def seconds(_: int) -> float:
+        started = time.monotonic()
+        assert provider.verify(known)
+        return time.monotonic() - started
+
+    with socket.create_server(("127.0.0.1", port), backlog=64), ThreadPoolExecutor(8) as requests:
+        times = sorted(requests.map(seconds, range(8)))
+
+    assert times[-1] >= 1.0
+    assert times[-2] < 0.7
+
+
 def test_a_provider_that_was_never_there_is_asked_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     (port,) = free_ports(1)
     provider = Provider(f"http://127.0.0.1:{port}", AUDIENCE)
