@@ -60,8 +60,8 @@ def check(spec: JobSpec, settings: Settings) -> str | None:
     """The commit that a hub model's revision names now, None for other models, if the job can be run.
 
     Raises: NoSuchQueue, InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge, ModelUnsupported,
-    TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not answer, as the job's model could not be
-    pinned then.
+    TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not answer, as the
+    job's model could not be pinned then.
     """
     if spec.queue is not None and spec.queue not in settings.queues:
         raise NoSuchQueue(

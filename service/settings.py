@@ -112,6 +112,11 @@ class Settings(BaseSettings):
         ge=0,
         description="How long a worker tries again what database or store did not do, before it gives up the attempt.",
     )
+    shutdown_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="How long a worker that is told to stop works on; what is not done by then it hands back.",
+    )
     retention_days: float | None = Field(
         default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
     )

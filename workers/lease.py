@@ -29,19 +29,31 @@ class StopRequested(Exception):
     """The job is being cancelled or paused; the stage must stop."""
 
 
+class WorkerStopping(Exception):
+    """The worker is to end, and has no more time for the stage, which must go to another."""
+
+
 class Lease:
     """Context manager that renews `held` every third of `seconds` until it is left.
 
-    `abandon` is called when the lease is lost and the stage, which hangs somewhere, does not step back.
+    `abandon` is called when the lease is lost and the stage, which hangs somewhere, does not step back. `stopping`
+    tells whether the worker is to end.
     """
 
     def __init__(
-        self, engine: Engine, held: Claim, *, seconds: float, abandon: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        held: Claim,
+        *,
+        seconds: float,
+        abandon: Callable[[], None] = lambda: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._engine = engine
         self._held = held
         self._seconds = seconds
         self._abandon = abandon
+        self._stopping = stopping
         self._deadline = time.monotonic() + seconds
         self._asked_to_stop = Event()
         self._lost = Event()
@@ -61,13 +73,15 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises: StopRequested when the job is cancelled or paused; DeadlineExceeded; LeaseLost when the stage may be
-        another's.
+        """Raises: StopRequested when the job is cancelled or paused; WorkerStopping; DeadlineExceeded; LeaseLost when
+        the stage may be another's.
         """
         if self._lost.is_set() or time.monotonic() > self._deadline:
             raise LeaseLost(f"the lease on {self._held.stage} of {self._held.job_id} was not renewed in time")
         if self._asked_to_stop.is_set():
             raise StopRequested
+        if self._stopping():
+            raise WorkerStopping
         if self._held.deadline is not None and now() > self._held.deadline:
             raise DeadlineExceeded(
                 f"Stage {self._held.stage} is not done within its time. Give the job a longer `deadline_seconds` or "

@@ -23,12 +23,15 @@ log = logging.getLogger(__name__)
 
 
 class Outcome(StrEnum):
-    """How an attempt at a stage ended. `released`: by a fault that may pass; `unrecorded`: the database was gone."""
+    """How an attempt at a stage ended. `released`: by a fault that may pass; `handed_back`: by the end of the worker;
+    `unrecorded`: the database was gone.
+    """
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     STOPPED = "stopped"
     RELEASED = "released"
+    HANDED_BACK = "handed_back"
     LEASE_LOST = "lease_lost"
     UNRECORDED = "unrecorded"
 

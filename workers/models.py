@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.pruning.blocks import block_stack
@@ -38,10 +38,11 @@ def compute_dtype() -> torch.dtype:
 def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode on this worker's device; safetensors only, no remote code.
 
-    Before each of its blocks runs it calls `check`, which may raise to stop a long pass in its middle.
+    `check`, which may raise to stop what takes long, is called as weights are read, and then before each block runs, or
+    runs backwards, and before the head does.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
-    return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device()), check)
+    return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device(), check=check), check)
 
 
 def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel:
@@ -54,17 +55,24 @@ def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel
     fits = parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes()
     if fits or not tensors.one_to_one:
         return load_model(folder, check)
-    model, _ = load_streamed(folder, dtype=compute_dtype(), device=device())
+    model, _ = load_streamed(folder, dtype=compute_dtype(), device=device(), check=check)
     return _stoppable(model, check)
 
 
 def _stoppable(model: PreTrainedModel, check: Check) -> PreTrainedModel:
-    # A function of its own: models are copied, and copies share functions, but would copy what `check` is bound to.
-    def ask(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    # Functions of their own: models are copied, and copies share functions, but would copy what `check` is bound to.
+    def ask(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         check()
+
+    def ask_going_back(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        h: Tensor = output[0] if isinstance(output, tuple) else output
+        if h.requires_grad:
+            h.register_hook(lambda gradient: check())
 
     for block in block_stack(model).blocks:
         block.register_forward_pre_hook(ask)
+        block.register_forward_hook(ask_going_back)
+    model.get_output_embeddings().register_forward_pre_hook(ask)
     return model
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from ctypes import c_bool
 from functools import cache, partial
+from multiprocessing import RawValue
+from threading import Timer
 from typing import Any
 
 from celery import current_task, signals
@@ -19,6 +22,9 @@ from workers.pipeline import Worker, run_stage
 
 settings = Settings()
 app = celery_app(settings.broker_url)
+# Memory that the process of the pool shares with the one that hears the signals; without a lock, so that whoever is
+# killed holds none.
+stopping = RawValue(c_bool, False)
 
 
 @cache
@@ -27,7 +33,8 @@ def _worker(pid: int) -> Worker:
     store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
     name = f"{socket.gethostname()}:{pid}"
     # The pool starts another child in place of one that ends.
-    return Worker(settings, connect(settings.database_url), store, name, abandon=partial(os._exit, 1))
+    engine, ended = connect(settings.database_url), partial(os._exit, 1)
+    return Worker(settings, engine, store, name, abandon=ended, stopping=lambda: stopping.value)
 
 
 @signals.setup_logging.connect
@@ -40,6 +47,14 @@ def _begin(**given: Any) -> None:
     tracing.configure("pdtrim-worker")
     if settings.worker_metrics_port is not None:
         _worker(os.getpid()).metrics.serve(settings.worker_metrics_port)
+
+
+@signals.worker_shutting_down.connect
+def _stop(**given: Any) -> None:
+    """Celery waits for the stage at hand however long it takes; after its time the stage is asked to go back."""
+    timer = Timer(settings.shutdown_seconds, lambda: setattr(stopping, "value", True))
+    timer.daemon = True
+    timer.start()
 
 
 @signals.worker_process_shutdown.connect

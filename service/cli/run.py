@@ -102,9 +102,7 @@ def serve() -> None:
 def worker(
     queue: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Take stages from this queue alone; may be given again. By default from all of PDTRIM_QUEUES."
-        ),
+        typer.Option(help="Take stages of this queue alone; may be given again. By default of all."),
     ] = None,
 ) -> None:
     """Run one worker: it takes one stage at a time, on the GPU if there is one.

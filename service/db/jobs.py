@@ -39,7 +39,8 @@ def create(
 ) -> JobRow:
     """Insert a job, its stages (the first one queued, to be sent after the commit if `is_sent`) and its first event.
 
-    `limits` are the project's; `default_queue` is for jobs that name none. Raises: QueueQuotaExceeded, ArtifactQuotaExceeded.
+    `limits` are the project's; `default_queue` is for jobs that name none.
+    Raises: QueueQuotaExceeded, ArtifactQuotaExceeded.
     """
     sent = quotas.admit(session, project, api_key, limits)
     job = JobRow(

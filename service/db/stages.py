@@ -279,6 +279,22 @@ def release(session: Session, held: Claim, reason: str, *, max_attempts: int) ->
         row.sent_at, row.sends = now(), row.attempt - row.attempts_forgiven
 
 
+def hand_back(session: Session, held: Claim) -> None:
+    """Queue a stage again because its worker is to end. It costs no attempt; the caller sends it.
+
+    Raises: LeaseLost.
+    """
+    job, row = _held(session, held)
+    if _finish_stop(session, job):
+        return
+    row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 1, now()
+    row.attempts_forgiven += 1
+    session.flush()
+    message = f"Worker {row.worker} is being stopped; stage {row.name} is queued again."
+    stage = StageName(row.name)
+    events.append(session, job.id, "stage.requeued", message, stage=stage, data={"attempt": row.attempt})
+
+
 def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_attempts: int) -> None:
     if _finish_stop(session, job):
         return

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
@@ -24,7 +25,7 @@ from service.db import keys
 from service.db.session import transaction
 from service.settings import Settings
 from tests import servers
-from tests.gateway import Gateway, problem_of, serve
+from tests.gateway import Gateway, listening, problem_of, serve
 
 RATE = "3/hour"
 OPERATOR_KEY = "operator"
@@ -248,6 +249,18 @@ def test_an_open_gateway_counts_by_address(gateway_settings: Settings, model: Pa
 
     assert here == [200, 200, 429]
     assert limits_of(there.headers) == [("address", "1")]
+
+
+def test_behind_a_proxy_on_this_machine_the_address_is_the_one_that_it_forwards(
+    gateway_settings: Settings,
+) -> None:
+    with listening(gateway_settings.model_copy(update={"rate_limit": "1/hour"})) as url:
+        answers = [
+            httpx.get(f"{url}/v1/methods", headers={"X-Forwarded-For": address})
+            for address in ("203.0.113.7", "203.0.113.7", "203.0.113.8")
+        ]
+
+    assert [answer.status_code for answer in answers] == [200, 429, 200]
 
 
 def test_two_gateways_grant_no_more_than_one(gateway_settings: Settings, model: Path, empty_redis_url: str) -> None:
