@@ -84,7 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     reconciling = Reconciler(engine, settings, app.state.store, counted.leases_expired)
     try:
-        with counted.of_jobs(engine), reconciling if settings.reconcile_in_gateway else nullcontext():
+        with counted.of_jobs(engine, settings.queues), reconciling if settings.reconcile_in_gateway else nullcontext():
             yield
     finally:
         engine.dispose()

@@ -12,6 +12,7 @@ from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_val
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.contract.access import Quotas, Rate, Scope
+from service.contract.routes import DEFAULT_QUEUE, QueueName
 from service.sources.names import check_prefix
 
 
@@ -87,6 +88,13 @@ class Settings(BaseSettings):
         default=None, description="Workers' scratch folder; by default in the data folder."
     )
 
+    queues: list[QueueName] = Field(
+        default=[DEFAULT_QUEUE],
+        min_length=1,
+        max_length=100,
+        description="JSON list of the queues that jobs may name, and workers take stages from; the first is for jobs "
+        "that name none.",
+    )
     lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retaken.")
     reconcile_seconds: float = Field(default=5.0, gt=0, description="Pause between two sweeps of the reconciler.")
     reconcile_in_gateway: bool = Field(
@@ -111,6 +119,15 @@ class Settings(BaseSettings):
     )
     retention_days: float | None = Field(
         default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
+    )
+    retention_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="While all jobs keep more bytes of artifacts, those that finished first are deleted; by default "
+        "none is.",
+    )
+    upload_hours: float = Field(
+        default=48.0, gt=0, le=87600, description="An upload to S3 that is unfinished for so long is aborted."
     )
 
     webhook_allowed_networks: list[IPvAnyNetwork] = Field(

@@ -108,7 +108,7 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
                 tracing.fail()
             log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
             if following is not None:
-                queue.try_to_send(worker.settings, job_id, following)
+                queue.try_to_send(worker.settings, job_id, following, held.route)
 
 
 def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:

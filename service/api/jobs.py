@@ -31,6 +31,7 @@ from service.contract.errors import (
     MissingScope,
     ModelTooLarge,
     ModelUnsupported,
+    NoSuchQueue,
     QueueQuotaExceeded,
     RequestInFlight,
     SourceNotAllowed,
@@ -92,6 +93,7 @@ def metadata_filter(request: Request) -> dict[str, str]:
             ModelTooLarge,
             ModelUnsupported,
             TooManyBlocks,
+            NoSuchQueue,
             QueueQuotaExceeded,
             ArtifactQuotaExceeded,
             DependencyUnavailable,
@@ -115,14 +117,20 @@ def create_job(
         revision = preflight.check(spec, settings)
         with transaction(engine) as session:
             row = jobs.create(
-                session, spec, project=project, api_key=api_key, limits=settings.quotas, model_revision=revision
+                session,
+                spec,
+                project=project,
+                api_key=api_key,
+                limits=settings.quotas,
+                model_revision=revision,
+                default_queue=settings.queues[0],
             )
             stages = jobs.stages(session, [row.id])[row.id]
             shown = views.job(row, stages)
             if held is not None:
                 idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
     if jobs.is_sent(stages):
-        queue.try_to_send(settings, row.id, StageName.SCORING)
+        queue.try_to_send(settings, row.id, StageName.SCORING, row.route)
     response.headers["Location"] = f"/v1/jobs/{row.id}"
     return shown
 
@@ -252,7 +260,7 @@ def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
         stages = jobs.stages(session, [job_id])[job_id]
         shown = views.job(row, stages)
     if jobs.is_sent(stages):
-        queue.try_to_send(settings, job_id, stage)
+        queue.try_to_send(settings, job_id, stage, row.route)
     return shown
 
 

@@ -147,6 +147,10 @@ class ExtraNotInstalled(PDTrimError):
     code, title, status = "extra_not_installed", "The worker lacks an optional package that the job needs", 501
 
 
+class NoSuchQueue(PDTrimError):
+    code, title, status = "no_such_queue", "The service has no such queue", 422
+
+
 class TooManyBlocks(PDTrimError):
     code, title, status = "too_many_blocks", "More blocks to remove than the model can give up", 422
 

@@ -19,6 +19,7 @@ from service.contract.errors import (
     PDTrimError,
 )
 from service.contract.jobs import Action, JobStatus, StageName, StageStatus
+from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.contract.spec import JobSpec
 from service.db import events, quotas
 from service.db.tables import JobRow, StageRow, now
@@ -34,10 +35,12 @@ def create(
     api_key: str | None = None,
     limits: Quotas = quotas.NONE,
     model_revision: str | None = None,
+    default_queue: str = DEFAULT_QUEUE,
 ) -> JobRow:
     """Insert a job, its stages (the first one queued, to be sent after the commit if `is_sent`) and its first event.
 
-    `limits` are the project's. Raises: QueueQuotaExceeded, ArtifactQuotaExceeded.
+    `limits` are the project's; `default_queue` is for jobs that name none.
+    Raises: QueueQuotaExceeded, ArtifactQuotaExceeded.
     """
     sent = quotas.admit(session, project, api_key, limits)
     job = JobRow(
@@ -45,6 +48,8 @@ def create(
         project=project,
         api_key=api_key,
         status=JobStatus.QUEUED,
+        queue=spec.queue or default_queue,
+        priority=spec.priority,
         spec=spec.model_dump(mode="json"),
         labels=dict(spec.metadata),
         model_revision=model_revision,
@@ -111,6 +116,12 @@ def stages(session: Session, job_ids: list[str]) -> dict[str, list[StageRow]]:
     for row in rows:
         found[row.job_id].append(row)
     return found
+
+
+def routes(session: Session, job_ids: list[str]) -> dict[str, Route]:
+    """Where the messages of jobs go, by job; those that are gone are left out."""
+    rows = session.exec(select(JobRow.id, JobRow.queue, JobRow.priority).where(col(JobRow.id).in_(job_ids)))
+    return {job_id: Route(queue, Priority(priority)) for job_id, queue, priority in rows}
 
 
 def page(

@@ -17,6 +17,7 @@ from uuid_utils import uuid7
 
 from service.contract.errors import DeadlineExceeded, JobNotFound
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from service.contract.routes import Route
 from service.db import events, jobs, quotas
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
 
@@ -29,12 +30,16 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a stage and to record its results while the lease is renewed, until the `deadline` if any."""
+    """The right to run a stage and to record its results while the lease is renewed, until the `deadline` if any.
+
+    `route` is where the job's next message goes.
+    """
 
     job_id: str
     stage: StageName
     attempt: int
     deadline: datetime | None = field(default=None, compare=False)
+    route: Route = field(default=Route(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def claim(
     events.append(
         session, job_id, "stage.started", message, stage=stage, data={"attempt": row.attempt, "worker": worker}
     )
-    return Claim(job_id, stage, row.attempt, _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds))
+    deadline = _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds)
+    return Claim(job_id, stage, row.attempt, deadline, job.route)
 
 
 def _deadline(row: StageRow, *limits_s: float | None) -> datetime | None:

@@ -11,6 +11,7 @@ from sqlmodel import Field, SQLModel
 
 from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
 from service.redaction import redact, scrub
 
@@ -75,6 +76,8 @@ class JobRow(SQLModel, table=True):
     project: str = Field(default=DEFAULT_PROJECT, max_length=64)
     api_key: str | None = Field(default=None, max_length=12)
     status: JobStatus = Field(sa_type=Name, index=True)
+    queue: str = Field(default=DEFAULT_QUEUE, max_length=48)
+    priority: Priority = Field(default=Priority.NORMAL, sa_type=Name)
     spec: dict[str, Any] = Field(sa_type=JSON)
     labels: dict[str, str] = Field(sa_type=JSON)
     model_revision: str | None = None
@@ -86,6 +89,11 @@ class JobRow(SQLModel, table=True):
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+
+    @property
+    def route(self) -> Route:
+        """Where the messages go that wake workers for its stages."""
+        return Route(self.queue, Priority(self.priority))
 
 
 class StageRow(SQLModel, table=True):

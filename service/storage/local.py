@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,6 +95,17 @@ class LocalStore:
                 # Another process that deletes here too makes rmtree stumble over what it no longer finds.
                 with suppress(FileNotFoundError):
                     shutil.rmtree(folder)
+
+    def abandon_uploads(self, *, before: datetime) -> int:
+        abandoned = 0
+        with self._failures():
+            for parent, _, names in os.walk(self._root, onerror=self._unless_missing):
+                for path in (Path(parent, name) for name in names if name.startswith(PARTIAL)):
+                    with suppress(FileNotFoundError):  # It has just become whole.
+                        if path.stat().st_mtime < before.timestamp():
+                            path.unlink()
+                            abandoned += 1
+        return abandoned
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
         return None

@@ -8,6 +8,7 @@ import io
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, BinaryIO
 
 from boto3.exceptions import Boto3Error
@@ -93,13 +94,22 @@ def upload(
     return read, digest.hexdigest()
 
 
-def abort_uploads(client: S3Client, bucket: str, prefix: str) -> None:
-    """Abort every unfinished upload of an object whose name begins with `prefix`; till then its parts cost money."""
+def abort_uploads(client: S3Client, bucket: str, prefix: str, *, before: datetime | None = None) -> int:
+    """Abort every unfinished upload of an object whose name begins with `prefix`; till then its parts cost money.
+
+    With `before`, those that began before it. Returns how many were aborted.
+    """
     pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
-    for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+    found = [upload for page in pages for upload in page.get("Uploads", [])]
+    aborted = 0
+    for upload in found:
+        if before is not None and upload["Initiated"] >= before:
+            continue
         # One that was completed or aborted since it was listed is no longer there.
         with suppress(client.exceptions.NoSuchUpload):
             client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            aborted += 1
+    return aborted
 
 
 def base64_sha256(data: bytes) -> str:

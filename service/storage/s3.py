@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -196,6 +197,12 @@ class S3Store:
                 )
             if errors := answer.get("Errors"):
                 raise StoreUnavailable(f"{self._where} did not delete {len(errors)} objects, the first: {errors[0]}")
+
+    def abandon_uploads(self, *, before: datetime) -> int:
+        with self._failures(""):
+            return multipart.abort_uploads(
+                self._client, self._bucket, f"{self._prefix}/" if self._prefix else "", before=before
+            )
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
         params = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -102,6 +103,10 @@ class ArtifactStore(Protocol):
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete everything below the folder `prefix`, unfinished uploads too. May be done twice, or by two at once."""
+        ...
+
+    def abandon_uploads(self, *, before: datetime) -> int:
+        """Delete what was written of objects whose writing began before a time and never ended; returns how many."""
         ...
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:

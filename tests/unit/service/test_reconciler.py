@@ -171,6 +171,27 @@ def test_finished_jobs_go_when_they_are_older_than_the_retention(
     assert list(store.list_keys("")) == [f"jobs/{young.id}/scoring/1/file"]
 
 
+def test_finished_jobs_go_in_their_order_while_more_is_kept_than_the_retention(
+    engine: Engine, store: ArtifactStore, settings: Settings
+) -> None:
+    with transaction(engine) as session:
+        found = [jobs.create(session, SPEC) for _ in range(5)]
+        paused, *finished = found
+        jobs.request_pause(session, paused.id)
+        for hours, job in enumerate(finished):
+            jobs.request_cancel(session, job.id)
+            job.finished_at = now() - timedelta(hours=hours)
+        for job in found:
+            job.artifact_bytes = 100
+        finished[2].artifact_bytes = 0
+
+    assert purge(engine, settings.model_copy(update={"retention_bytes": 400}), store) == 0
+    assert purge(engine, settings.model_copy(update={"retention_bytes": 399}), store) == 1
+    assert [exists(engine, job.id) for job in finished] == [True, True, True, False]
+    assert purge(engine, settings.model_copy(update={"retention_bytes": 1}), store) == 2
+    assert [exists(engine, job.id) for job in found] == [True, False, False, True, False]
+
+
 def test_an_outage_is_told_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
     stopping, calls = Event(), 0
 
