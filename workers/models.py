@@ -24,6 +24,9 @@ RESIDENT_WALK_BYTES = 16 * 2**20
 STREAMED_WALK_BYTES = 512 * 2**20
 """The same when blocks are read from disk: the more windows a walk carries, the fewer times every block is read."""
 
+ANCHOR_BYTES = 256 * 2**20
+"""Hidden states held of the set that a search moves from, on the CPU."""
+
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
@@ -86,6 +89,11 @@ def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
         hidden=model.config.hidden_size,
         itemsize=compute_dtype().itemsize,
     )
+
+
+def anchor_bytes() -> int:
+    """What the hidden states may take that an engine holds of the set that a search moves from."""
+    return free_memory_bytes() // 4 if device().type == "cuda" else ANCHOR_BYTES
 
 
 def free_memory_bytes() -> int:
