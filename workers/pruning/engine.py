@@ -127,7 +127,7 @@ def _measure(
 ) -> Callable[[Tensor], Tensor]:
     """From hidden states (tokens, hidden) after the final norm to the loss of each token (tokens,)."""
     if objective == "cross_entropy":
-        return lambda normed: F.cross_entropy(stack.head(normed).float(), targets, reduction="none")
+        return lambda normed: _cross_entropy(stack.head(normed).float(), targets)
     if dense is None:
         raise ValueError(f"{objective} needs the dense model's hidden states")
     reference = stack.norm(dense)
@@ -138,6 +138,10 @@ def _measure(
     return lambda normed: F.kl_div(
         F.log_softmax(stack.head(normed).float(), dim=-1), dense_log_p, reduction="none", log_target=True
     ).sum(-1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
 def check_finite(losses: Mapping[Blocks, Sequence[float]], first_window: int) -> None:
@@ -357,5 +361,5 @@ class PairEngine(WindowsEngine):
         prompt = self._prompts[chunk]
         fed = self._stack.embed(ids[:, self._prompt_tokens : -1], start=self._prompt_tokens)
         h = self._walk(self._calls, chunk, fed, candidates, prompt.caches)
-        whole = {candidate: torch.cat([prompt.last, h[candidate]], dim=1) for candidate in candidates}
+        whole = {c: torch.cat([prompt.last.to(h[c].device), h[c]], dim=1) for c in candidates}
         return mean_losses(self._stack, objective, whole, prompt.dense, ids[:, self._prompt_tokens :])

@@ -250,7 +250,7 @@ class Searcher:
             self._windows,
             self._spec.search.objective,
             chunk_windows=self._chunk_windows,
-            anchor_bytes=anchor_bytes(),
+            anchor_bytes=anchor_bytes(self._stack.model),
         )
 
     def _pair(self, prefill: Blocks, *, project_skipped: bool = False) -> PairEngine:
@@ -262,5 +262,5 @@ class Searcher:
             prompt_tokens=self.prompt_tokens,
             chunk_windows=self._chunk_windows,
             project_skipped=project_skipped,
-            anchor_bytes=anchor_bytes(),
+            anchor_bytes=anchor_bytes(self._stack.model),
         )
