@@ -83,7 +83,8 @@ def readme(text: str, values: str) -> str:
 def settings() -> dict[str, Any]:
     """JSON Schema of the settings that `settings` in the values may hold."""
     secret = {name for name, field in Settings.model_fields.items() if SecretStr in _types(field.annotation)}
-    found = Settings.model_json_schema()["properties"]
+    model = Settings.model_json_schema()
+    found = model["properties"]
     named = {f"PDTRIM_{name.upper()}": found[name] for name in sorted(found.keys() - secret)}
     dropped = ("title", "default", "format")
     properties = {
@@ -91,7 +92,10 @@ def settings() -> dict[str, Any]:
         for name, property in named.items()
         if name not in OURS
     }
-    return {"type": "object", "additionalProperties": False, "properties": properties}
+    text = json.dumps(properties)
+    for name, definition in model.get("$defs", {}).items():
+        text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(definition))
+    return {"type": "object", "additionalProperties": False, "properties": json.loads(text)}
 
 
 def _types(annotation: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from fastapi.telemetry import TelemetryConfig
 
 from service.api import artifacts, events, health, jobs, methods, metrics, problems, webhooks
 from service.api.access import AccessLog
-from service.api.auth import ApiKey, warn_if_open
+from service.api.auth import Access, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
 from service.db.session import connect, migrate
@@ -62,7 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.document(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(ApiKey, settings=settings)
+    app.add_middleware(Access, settings=settings)
     app.add_middleware(RequestIds)
     app.add_middleware(AccessLog, metrics=app.state.metrics)
     return app
@@ -84,7 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     reconciling = Reconciler(engine, settings, app.state.store, counted.leases_expired)
     try:
-        with counted.of_jobs(engine), reconciling if settings.reconcile_in_gateway else nullcontext():
+        with counted.of_jobs(engine, settings.queues), reconciling if settings.reconcile_in_gateway else nullcontext():
             yield
     finally:
         engine.dispose()

@@ -28,6 +28,7 @@ PATIENCE_S = 60.0
 """How long streams and downloads keep trying to reach a service that went away."""
 RETRY_S = 0.5
 PASSING_STATUSES = {502, 503, 504}
+SAFE = {"GET", "HEAD"}
 LOST = (httpx.ReadError, httpx.ReadTimeout, httpx.WriteError, httpx.WriteTimeout, httpx.RemoteProtocolError)
 """What breaks a request that may have arrived."""
 READ_BYTES = 1 << 16
@@ -38,12 +39,16 @@ class ClientError(Exception):
 
 
 class ServiceError(ClientError):
-    """The service refused a request; `problem` is its RFC 9457 answer."""
+    """The service refused a request; `problem` is its RFC 9457 answer.
 
-    def __init__(self, problem: Problem) -> None:
+    `retry_after` is how many seconds later, as it says, it is worth trying again.
+    """
+
+    def __init__(self, problem: Problem, *, retry_after: float | None = None) -> None:
         where = f" ({problem.param})" if problem.param else ""
         super().__init__(f"{problem.title}{where}: {problem.detail}")
         self.problem = problem
+        self.retry_after = retry_after
 
 
 class ServiceUnreachable(ClientError):
@@ -63,7 +68,7 @@ class CorruptDownload(ClientError):
 
 
 class _Patience:
-    """How long the service has been out of reach without a break."""
+    """How long the service has been out of reach, or has asked to wait, without a break."""
 
     def __init__(self, url: str, seconds: float) -> None:
         self._url, self._seconds = url, seconds
@@ -73,12 +78,17 @@ class _Patience:
         self._silent_since = None
 
     def wait(self, error: Exception) -> None:
-        """Pause before the next try. Raises: ServiceUnreachable when there were enough."""
+        """Pause before the next try. Raises: ServiceUnreachable after too many; a limit that asks for too long."""
         now = time.monotonic()
         self._silent_since = self._silent_since or now
-        if now - self._silent_since > self._seconds:
+        waited_s, pause_s = now - self._silent_since, RETRY_S
+        if isinstance(error, ServiceError) and _is_limit(error):
+            pause_s = max(RETRY_S, error.retry_after or 0.0)
+            if waited_s + pause_s > self._seconds:
+                raise error
+        elif waited_s > self._seconds:
             raise ServiceUnreachable(f"{self._url} has not answered for {self._seconds:.0f} s: {error}") from error
-        time.sleep(RETRY_S)
+        time.sleep(pause_s)
 
 
 class Client:
@@ -90,7 +100,8 @@ class Client:
     ...         print(event.message)
 
     Every method raises ServiceError for what the service refuses, ServiceUnreachable when nothing answers, and
-    UnexpectedAnswer when something else does. Raises: ValueError for what is no http(s) URL.
+    UnexpectedAnswer when something else does. A limit (429) is waited for, within `patience_s`, where sending again is
+    safe: on reading, and on `create`. Raises: ValueError for what is no http(s) URL.
     """
 
     def __init__(
@@ -127,7 +138,7 @@ class Client:
         self._http.close()
 
     def create(self, spec: JobSpec | Mapping[str, Any]) -> Job:
-        """Submit a job. When the answer is lost on its way it is asked for again, which never makes a second job."""
+        """Submit a job. What was lost on its way, or came too early, is sent again, which never makes a second job."""
         body = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
         headers = {"Idempotency-Key": f'"{uuid4()}"'}
         patience = _Patience(self._url, self._patience_s)
@@ -137,7 +148,7 @@ class Client:
                 return self._fetch(Job, "POST", "/v1/jobs", json=body, headers=headers)
             except ClientError as error:
                 lost = lost or isinstance(error, AnswerLost)
-                if not lost or not (_may_pass(error) or _in_flight(error)):
+                if not _is_limit(error) and not (lost and (_may_pass(error) or _in_flight(error))):
                     raise
                 patience.wait(error)
 
@@ -283,6 +294,16 @@ class Client:
         return self._read(kind, self._ask(method, url, **request).content)
 
     def _ask(self, method: str, url: str, **request: Any) -> httpx.Response:
+        patience = _Patience(self._url, self._patience_s)
+        while True:
+            try:
+                return self._ask_once(method, url, **request)
+            except ServiceError as error:
+                if method not in SAFE or not _is_limit(error):
+                    raise
+                patience.wait(error)
+
+    def _ask_once(self, method: str, url: str, **request: Any) -> httpx.Response:
         try:
             response = self._http.request(method, url, **request)
         except httpx.RequestError as error:
@@ -305,7 +326,7 @@ class Client:
 
     def _refusal(self, response: httpx.Response) -> ClientError:
         if response.headers.get("Content-Type", "").startswith("application/problem+json"):
-            return ServiceError(self._read(Problem, response.content))
+            return ServiceError(self._read(Problem, response.content), retry_after=_seconds(response.headers))
         # A presigned link carries its credentials in the query.
         where = response.url.copy_with(query=None)
         if response.status_code in PASSING_STATUSES:
@@ -318,8 +339,18 @@ class Client:
 def _may_pass(error: Exception) -> bool:
     """Whether the next try may fare better."""
     if isinstance(error, ServiceError):
-        return error.problem.status in PASSING_STATUSES
+        return error.problem.status in PASSING_STATUSES or _is_limit(error)
     return isinstance(error, httpx.RequestError | ServiceUnreachable)
+
+
+def _is_limit(error: Exception) -> bool:
+    return isinstance(error, ServiceError) and error.problem.status == 429
+
+
+def _seconds(headers: httpx.Headers) -> float | None:
+    """`Retry-After`, where it is a number of seconds (our service sends no dates)."""
+    given = headers.get("Retry-After", "")
+    return float(given) if given.isdecimal() else None
 
 
 def _in_flight(error: Exception) -> bool:

@@ -137,6 +137,8 @@ class Embedded:
             "PDTRIM_DATA_DIR": str(settings.data_dir),
             "PDTRIM_LOG_FORMAT": chosen_format(settings, sys.stderr),
             "PDTRIM_PORT": str(port),
+            # The next start goes on with a stage that was handed back; one that was killed waits for its lease.
+            "PDTRIM_SHUTDOWN_SECONDS": "0",
             "PYTHONUNBUFFERED": "1",
         }
         self._gateway = Child("gateway", "serve", environment, self.logs / "gateway.log")

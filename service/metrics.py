@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
@@ -63,9 +64,9 @@ class GatewayMetrics:
         )
 
     @contextmanager
-    def of_jobs(self, engine: Engine) -> Iterator[None]:
-        """Add the state of the jobs in a database, as long as the block lasts."""
-        collector = JobsCollector(engine)
+    def of_jobs(self, engine: Engine, queues: Sequence[str]) -> Iterator[None]:
+        """Add the state of the jobs in a database, as long as the block lasts. `queues` are shown when empty, too."""
+        collector = JobsCollector(engine, queues)
         self.registry.register(collector)
         try:
             yield
@@ -76,8 +77,9 @@ class GatewayMetrics:
 class JobsCollector(Collector):
     """Jobs by state and what waits for a worker. A database that does not answer is a figure too, not a failure."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, queues: Sequence[str]) -> None:
         self._engine = engine
+        self._queues = queues
         self._lock = Lock()
         self._found: list[Metric] = []
         self._read_at = -READ_SECONDS
@@ -102,12 +104,14 @@ class JobsCollector(Collector):
         states = GaugeMetricFamily("pdtrim_jobs", "Jobs, by state.", labels=["status"])
         for status, count in jobs.items():
             states.add_metric([status.value], count)
-        waiting = GaugeMetricFamily("pdtrim_stages_queued", "Stages that wait for a worker.", labels=["stage"])
+        waiting = GaugeMetricFamily("pdtrim_stages_queued", "Stages that wait for a worker.", labels=["queue", "stage"])
         oldest = GaugeMetricFamily(
-            "pdtrim_stages_queued_oldest_age_seconds", "How long the first of them has waited.", labels=["stage"]
+            "pdtrim_stages_queued_oldest_age_seconds",
+            "How long the first of them has waited.",
+            labels=["queue", "stage"],
         )
-        for stage in StageName:
-            found = queued.get(stage)
-            waiting.add_metric([stage.value], found.count if found else 0)
-            oldest.add_metric([stage.value], (at - found.oldest).total_seconds() if found else 0)
+        for queue, stage in sorted({*product(self._queues, StageName), *queued}):
+            found = queued.get((queue, stage))
+            waiting.add_metric([queue, stage.value], found.count if found else 0)
+            oldest.add_metric([queue, stage.value], (at - found.oldest).total_seconds() if found else 0)
         return [up, states, waiting, oldest]

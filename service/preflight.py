@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from service.contract.blocks import check_blocks
-from service.contract.errors import DependencyUnavailable, InvalidRequest, ModelUnsupported, SourceNotAllowed
+from service.contract.errors import (
+    DependencyUnavailable,
+    InvalidRequest,
+    ModelUnsupported,
+    NoSuchQueue,
+    SourceNotAllowed,
+)
 from service.contract.spec import DataSpec, JobSpec, ModelSpec, StageTarget
 from service.settings import Settings
 from service.sources import (
@@ -53,10 +59,14 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermed
 def check(spec: JobSpec, settings: Settings) -> str | None:
     """The commit that a hub model's revision names now, None for other models, if the job can be run.
 
-    Raises: InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge, ModelUnsupported, TooManyBlocks, which
-    name the field at fault; DependencyUnavailable when the hub or S3 does not answer, as the job's model could not be
-    pinned then.
+    Raises: NoSuchQueue, InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge, ModelUnsupported,
+    TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not answer, as the
+    job's model could not be pinned then.
     """
+    if spec.queue is not None and spec.queue not in settings.queues:
+        raise NoSuchQueue(
+            f"There is no queue {spec.queue!r}; the service has {', '.join(settings.queues)}.", param="queue"
+        )
     model = _describe(spec.model, settings)
     _check_text(spec.data, settings)
     _check_tasks(spec, settings)

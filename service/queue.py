@@ -18,9 +18,13 @@ from kombu.exceptions import ChannelError, OperationalError
 
 from service import tracing
 from service.contract.jobs import StageName
+from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.settings import Settings
 
 QUEUE = "pdtrim"
+"""What the broker calls the queue `default`; the others are called so with their own name behind it."""
+PRIORITIES = {Priority.HIGH: 0, Priority.NORMAL: 3, Priority.LOW: 6}
+"""As Redis has them: a list for each, and workers empty the lowest number first."""
 BROKER_ERRORS = (OperationalError, ChannelError, OSError, ValueError)
 """What a transport raises when the broker is out of reach. ValueError: the files of `filesystem://` are not written in
 one piece, so that another process may read half of one.
@@ -39,6 +43,11 @@ def task_name(stage: StageName) -> str:
     return f"pdtrim.{stage.value}"
 
 
+def broker_queue(queue: str) -> str:
+    """What the broker calls a queue."""
+    return QUEUE if queue == DEFAULT_QUEUE else f"{QUEUE}.{queue}"
+
+
 def _transport(broker_url: str) -> dict[str, Any]:
     """Celery's settings for a broker URL; `filesystem:///folder` keeps messages as files, without a server."""
     parts = urlsplit(broker_url)
@@ -46,6 +55,7 @@ def _transport(broker_url: str) -> dict[str, Any]:
         # A stage may run for days. Redelivery only wakes a worker that then finds the lease held.
         options = {
             "visibility_timeout": 3600,
+            "priority_steps": list(PRIORITIES.values()),
             "socket_connect_timeout": 2,
             # A broker that is there and says nothing must not hold up whoever sends.
             "socket_timeout": 10,
@@ -93,7 +103,7 @@ def celery_app(broker_url: str) -> Celery:
     return app
 
 
-def send(settings: Settings, job_id: str, stage: StageName) -> None:
+def send(settings: Settings, job_id: str, stage: StageName, route: Route) -> None:
     """Wake a worker for a stage. Raises: BrokerUnavailable."""
     task = task_name(stage)
     try:
@@ -101,6 +111,8 @@ def send(settings: Settings, job_id: str, stage: StageName) -> None:
             celery_app(settings.broker_url).send_task(
                 task,
                 args=[job_id],
+                queue=broker_queue(route.queue),
+                priority=PRIORITIES[route.priority],
                 headers=headers,
                 retry=True,
                 retry_policy=SEND_AGAIN,
@@ -111,10 +123,10 @@ def send(settings: Settings, job_id: str, stage: StageName) -> None:
         raise BrokerUnavailable(f"{task_name(stage)} was not sent: {error}") from error
 
 
-def try_to_send(settings: Settings, job_id: str, stage: StageName) -> bool:
+def try_to_send(settings: Settings, job_id: str, stage: StageName, route: Route) -> bool:
     """Wake a worker for a stage. False when the broker is out of reach: the reconciler sends again later."""
     try:
-        send(settings, job_id, stage)
+        send(settings, job_id, stage, route)
     except BrokerUnavailable as error:
         log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
         return False
@@ -122,8 +134,9 @@ def try_to_send(settings: Settings, job_id: str, stage: StageName) -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Declare the queue. Raises: what the transport raises when the broker is out of reach or refuses."""
+    """Declare the queues. Raises: what the transport raises when the broker is out of reach or refuses."""
     with celery_app(settings.broker_url).connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, timeout=2)
         with connection.channel() as channel:
-            Queue(QUEUE, channel=channel).declare()
+            for queue in settings.queues:
+                Queue(broker_queue(queue), channel=channel).declare()

@@ -1,7 +1,7 @@
 """Brings queue, store and webhooks' receivers in line with the database.
 
 Retires dead leases, ends what is past its deadline, sends what no worker took, forgets old keys and messages; deletes
-what is too old, and the files and rows of deleted jobs; delivers messages to webhooks.
+what is too old or too much, the files and rows of deleted jobs, and uploads left behind; delivers messages to webhooks.
 
 Safe to run many times at once: every change is a conditional one under a row lock.
 """
@@ -26,7 +26,7 @@ from tenacity.stop import stop_when_event_set
 from tenacity.wait import wait_exponential
 
 from service import queue, webhooks
-from service.db import deletion, deliveries, idempotency, stages
+from service.db import deletion, deliveries, idempotency, jobs, stages
 from service.db.deliveries import Claimed
 from service.db.session import DATABASE_FAULTS, transaction
 from service.db.tables import now
@@ -44,6 +44,8 @@ DELIVERY_LEASE = timedelta(seconds=60)
 """Longer than an attempt and its recording take."""
 MAX_PAUSE_S = 30.0
 """Pause between two tries of what failed, at most."""
+UPLOADS_PAUSE_S = 3600.0
+"""Uploads are rarely left behind, and looking for them costs money on some stores."""
 STOP_S = 4.0
 OUTAGES = (*DATABASE_FAULTS, queue.BrokerUnavailable, StoreUnavailable)
 log = logging.getLogger(__name__)
@@ -56,13 +58,15 @@ class Reconciler:
         self, engine: Engine, settings: Settings, store: ArtifactStore, leases_expired: Counter | None = None
     ) -> None:
         self._stopping = Event()
-        # Three threads: a store that is slow to delete, or a receiver to answer, must keep no stage waiting.
+        pause_s = settings.reconcile_seconds
+        # Threads: a store that is slow to delete, or a receiver to answer, must keep no stage waiting.
         self._threads = [
-            Thread(target=_repeat, args=(action, settings.reconcile_seconds, self._stopping), name=name, daemon=True)
-            for name, action in (
-                ("sweep", partial(sweep, engine, settings, leases_expired)),
-                ("purge", partial(purge, engine, settings, store)),
-                ("deliver", partial(deliver, engine, settings)),
+            Thread(target=_repeat, args=(action, pause_s, self._stopping), name=name, daemon=True)
+            for name, action, pause_s in (
+                ("sweep", partial(sweep, engine, settings, leases_expired), pause_s),
+                ("purge", partial(purge, engine, settings, store), pause_s),
+                ("deliver", partial(deliver, engine, settings), pause_s),
+                ("uploads", partial(abandon_uploads, settings, store), max(pause_s, UPLOADS_PAUSE_S)),
             )
         ]
 
@@ -127,10 +131,13 @@ def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = N
         with transaction(engine) as session:
             stages.time_out(session, job_id, stage, deadline_seconds=limit_s, grace_seconds=grace_s)
     with transaction(engine) as session:
-        waiting = stages.due(session, resend_seconds=settings.resend_seconds)
+        waiting = stages.due(
+            session, resend_seconds=settings.resend_seconds, max_running_jobs=settings.max_running_jobs
+        )
+        routes = jobs.routes(session, [job_id for job_id, _ in waiting])
     for sent, (job_id, stage) in enumerate(waiting):
         try:
-            queue.send(settings, job_id, stage)
+            queue.send(settings, job_id, stage, routes[job_id])
         except queue.BrokerUnavailable:
             with transaction(engine) as session:
                 stages.not_sent(session, [job_id for job_id, _ in waiting[sent:]])
@@ -148,6 +155,10 @@ def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
         with transaction(engine) as session:
             for job_id in deletion.mark_finished(session, before=now() - timedelta(days=settings.retention_days)):
                 log.info("deleting %s, which finished more than %g days ago", job_id, settings.retention_days)
+    if settings.retention_bytes is not None:
+        with transaction(engine) as session:
+            for job_id in deletion.mark_beyond(session, most_bytes=settings.retention_bytes):
+                log.info("deleting %s to keep no more than %d bytes", job_id, settings.retention_bytes)
     with transaction(engine) as session:
         waited = now() - timedelta(seconds=settings.lease_seconds)
         found = deletion.marked(session, before=waited, limit=PURGED_AT_ONCE)
@@ -162,6 +173,14 @@ def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
             deletion.remove(session, job_id)
         log.info("deleted %s with all it left", job_id)
     return len(found)
+
+
+def abandon_uploads(settings: Settings, store: ArtifactStore) -> int:
+    """Give up uploads that their writers left unfinished long ago; returns how many. Raises: what the store raises."""
+    abandoned = store.abandon_uploads(before=now() - timedelta(hours=settings.upload_hours))
+    if abandoned:
+        log.info("gave up %d unfinished uploads", abandoned)
+    return abandoned
 
 
 def deliver(engine: Engine, settings: Settings, outbound: Outbound | None = None) -> int:

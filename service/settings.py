@@ -6,10 +6,13 @@ from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.contract.access import Quotas, Rate, Scope
+from service.contract.routes import DEFAULT_QUEUE, QueueName
 from service.sources.names import check_prefix
 
 
@@ -41,6 +44,35 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None, description="Bearer token that requests must carry; may be absent only on a loopback address."
     )
+    rate_limit: Rate = Field(
+        default="6000/minute", description="Requests that each key may make, unless it has a limit of its own."
+    )
+    failed_auth_limit: Rate = Field(
+        default="30/minute", description="Keys that do not open which an address may send before it has to wait."
+    )
+    max_running_jobs: int | None = Field(
+        default=None, ge=1, description="Jobs of a project that run at once; the others wait. By default any number."
+    )
+    max_queued_jobs: int | None = Field(
+        default=None, ge=1, description="Jobs of a project that may be queued; by default any number."
+    )
+    max_artifact_bytes: int | None = Field(
+        default=None, ge=1, description="A project that keeps as many bytes of artifacts gets no new job."
+    )
+    oidc_issuer: str | None = Field(
+        default=None, description="URL of the OpenID provider whose tokens open, too; by default there is none."
+    )
+    oidc_audience: str | None = Field(default=None, description="What has to be in a token's `aud`.")
+    oidc_project_claim: str = Field(
+        default="project", min_length=1, description="The claim that names the project; `a.b` is `b` within `a`."
+    )
+    oidc_scopes_claim: str = Field(
+        default="scope", min_length=1, description="The claim that says what is allowed: a list, or words in a text."
+    )
+    oidc_scopes: dict[str, Scope] = Field(
+        default={f"pdtrim:{scope}": scope for scope in Scope},
+        description="JSON object: from what that claim says to `read`, `submit` or `admin`.",
+    )
     max_body_bytes: int = Field(default=2_000_000, ge=1024, description="Largest request body.")
 
     allowed_sources: list[str] = Field(
@@ -56,6 +88,13 @@ class Settings(BaseSettings):
         default=None, description="Workers' scratch folder; by default in the data folder."
     )
 
+    queues: list[QueueName] = Field(
+        default=[DEFAULT_QUEUE],
+        min_length=1,
+        max_length=100,
+        description="JSON list of the queues that jobs may name, and workers take stages from; the first is for jobs "
+        "that name none.",
+    )
     lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retaken.")
     reconcile_seconds: float = Field(default=5.0, gt=0, description="Pause between two sweeps of the reconciler.")
     reconcile_in_gateway: bool = Field(
@@ -80,6 +119,15 @@ class Settings(BaseSettings):
     )
     retention_days: float | None = Field(
         default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
+    )
+    retention_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="While all jobs keep more bytes of artifacts, those that finished first are deleted; by default "
+        "none is.",
+    )
+    upload_hours: float = Field(
+        default=48.0, gt=0, le=87600, description="An upload to S3 that is unfinished for so long is aborted."
     )
 
     webhook_allowed_networks: list[IPvAnyNetwork] = Field(
@@ -125,17 +173,44 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _key_unless_loopback(self) -> Self:
-        if self.api_key is None and not self.binds_loopback:
+        if self.api_key is None and self.oidc_issuer is None and not self.binds_loopback:
             raise ValueError(
                 f"the gateway would listen on {self.host} without a key; set PDTRIM_API_KEY, or PDTRIM_HOST=127.0.0.1"
             )
         return self
 
+    @model_validator(mode="after")
+    def _whole_issuer(self) -> Self:
+        if self.oidc_issuer is not None:
+            if not is_authentic(self.oidc_issuer):
+                raise ValueError("PDTRIM_OIDC_ISSUER begins with https://, or with http:// and a loopback address")
+            if not self.oidc_audience:
+                raise ValueError(
+                    "PDTRIM_OIDC_ISSUER needs PDTRIM_OIDC_AUDIENCE: tokens for other services must not open"
+                )
+        return self
+
+    @property
+    def quotas(self) -> Quotas:
+        """What every project may have at once."""
+        return Quotas.model_validate(self)
+
     @cached_property
     def binds_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return _is_loopback(self.host)
+
+
+def is_authentic(url: str) -> bool:
+    """Whether nobody on the network can forge what is read from a URL: it is https, or on this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host)))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -6,10 +6,13 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 REPOSITORY = "acme/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -20,7 +23,7 @@ class Hub:
     """A hub with one repository; `downloads` are the files that were asked for, with their ranges.
 
     Of a file in `broken` or `stalled` nothing comes from that byte on: the answer breaks off, or stays open.
-    What comes of those in `damaged` is wrong.
+    What comes of those in `damaged` is wrong. Of one in `slow` so many bytes come in a second.
     """
 
     url: str = ""
@@ -30,8 +33,15 @@ class Hub:
     broken: dict[str, int] = field(default_factory=dict)
     stalled: dict[str, int] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
+    slow: dict[str, int] = field(default_factory=dict)
     closing: threading.Event = field(default_factory=threading.Event)
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Send the hub's client to `url`, as HF_ENDPOINT does when the process starts."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 @contextmanager
@@ -92,21 +102,33 @@ def serve_hub(files: dict[str, bytes], kind: str = "models") -> Iterator[Hub]:
         def _send(self, name: str, status: int, start: int, data: bytes, headers: dict[str, str]) -> None:
             end = {**hub.broken, **hub.stalled}.get(name, start + len(data))
             sent = min(max(end - start, 0), len(data))
-            self._answer(status, data, headers, sent=sent, wait=name in hub.stalled and sent < len(data))
+            wait = name in hub.stalled and sent < len(data)
+            self._answer(status, data, headers, sent=sent, wait=wait, rate=hub.slow.get(name))
 
         def _json(self, content: object) -> None:
             self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
         def _answer(
-            self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None, wait: bool = False
+            self,
+            status: int,
+            body: bytes,
+            headers: dict[str, str],
+            sent: int | None = None,
+            wait: bool = False,
+            rate: int | None = None,
         ) -> None:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body[:sent])
-                self.wfile.flush()
+                step = len(body) if rate is None else max(1, rate // 10)
+                with suppress(ConnectionError):
+                    for start in range(0, len(body[:sent]), max(step, 1)):
+                        self.wfile.write(body[:sent][start : start + step])
+                        self.wfile.flush()
+                        if rate is not None and hub.closing.wait(0.1):
+                            break
                 if wait:
                     hub.closing.wait()
             if sent is not None and sent < len(body):

@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from service.contract.jobs import StageName
 from service.contract.spec import JobSpec
+from service.stopping import Check, interruptible
 from service.storage import ArtifactStore, ObjectNotFound
 from workers.faults import CorruptArtifact, PatientStore
 
 REPORT_INTERVAL_S = 1.0
+READ_BYTES = 1 << 22
 Report = Callable[[float, str, dict[str, Any]], None]
 
 
@@ -41,7 +47,7 @@ class StageContext:
     state_prefix: str
     documents: Callable[[], Iterable[str] | None]
     """Opens the job's text; None stands for the Python standard library."""
-    check: Callable[[], None]
+    check: Check
     publish: Report
     _reported_at: float = field(default=0.0, init=False)
 
@@ -66,12 +72,19 @@ class StageContext:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.store.download(stored.key, path)
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = self._sha256(path)
             if found != stored.sha256:
                 path.unlink()
                 raise CorruptArtifact(f"{stored.key} has SHA-256 {found}, recorded was {stored.sha256}")
         return path
+
+    def _sha256(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(READ_BYTES):
+                self.check()
+                digest.update(piece)
+        return digest.hexdigest()
 
     def input_json(self, stage: StageName, name: str) -> Any:
         """An earlier stage's JSON artifact. Raises: as `input`."""
@@ -99,3 +112,24 @@ class StageContext:
             return self.store.get_bytes(f"{self.state_prefix}/{name}")
         except ObjectNotFound:
             return None
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors as `save_state` keeps bytes; as a file, since in memory they would be there twice."""
+        path = self.workdir / name
+        self.write_tensors(path, tensors)
+        self.store.put_file(f"{self.state_prefix}/{name}", path)
+        path.unlink()
+
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What `save_tensors` kept, or None. Raises: StoreUnavailable."""
+        path = self.workdir / f"kept-{name}"
+        try:
+            self.store.download(f"{self.state_prefix}/{name}", path)
+        except ObjectNotFound:
+            return None
+        # The tensors lie in the file, which goes with the folder.
+        return load_file(path)
+
+    def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file of any size. Raises: as `report`."""
+        interruptible(self.check, partial(save_file, dict(tensors), path))

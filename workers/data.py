@@ -10,15 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from service.contract.errors import InvalidRequest
 from service.contract.spec import JobSpec
+from service.stopping import Check, go_on
 from workers.pruning.calibration import Split, cut_windows, split_stream, stdlib_documents, token_stream
 
 
 def token_windows(
-    spec: JobSpec, documents: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase
+    spec: JobSpec, documents: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase, check: Check = go_on
 ) -> dict[str, Tensor]:
     """Windows by use, each (windows, tokens). None for `documents` means the Python standard library.
 
-    There are as many training windows as distillation reads, or all there are.
+    There are as many training windows as distillation reads, or all there are. Asks `check` all the while.
     Raises: InvalidRequest when there is too little text.
     """
     tokens = spec.calibration.window_tokens
@@ -30,10 +31,11 @@ def token_windows(
     try:
         if documents is None:
             streams = {
-                split: _stdlib_stream(split, count * tokens, spec.seed, tokenizer) for split, count in wanted.items()
+                split: _stdlib_stream(split, count * tokens, spec.seed, tokenizer, check)
+                for split, count in wanted.items()
             }
         else:
-            streams = split_stream(token_stream(documents, tokenizer), tokens=tokens)
+            streams = split_stream(token_stream(documents, tokenizer, check=check), tokens=tokens)
         return {
             split: cut_windows(streams[split], count=count, tokens=tokens, seed=spec.seed)
             for split, count in wanted.items()
@@ -42,7 +44,7 @@ def token_windows(
         raise InvalidRequest(f"{error}; give more text or a smaller calibration.window_tokens", param="data") from error
 
 
-def _stdlib_stream(split: Split, tokens: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _stdlib_stream(split: Split, tokens: int, seed: int, tokenizer: PreTrainedTokenizerBase, check: Check) -> Tensor:
     documents = list(stdlib_documents(split))
     random.Random(seed).shuffle(documents)
-    return token_stream(documents, tokenizer, at_least=tokens)
+    return token_stream(documents, tokenizer, at_least=tokens, check=check)

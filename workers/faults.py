@@ -6,6 +6,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tenacity import RetryCallState, Retrying
@@ -14,6 +15,7 @@ from tenacity.stop import stop_after_delay
 from tenacity.wait import wait_random_exponential
 
 from service.db.session import DATABASE_FAULTS
+from service.stopping import Answer, Check, go_on, interruptible
 from service.storage import ArtifactStore, StoredObject, StoreRefused, StoreUnavailable
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -39,7 +41,7 @@ def _no_space(error: BaseException) -> bool:
     return any(f"os error {number}" in str(error) for number in NO_SPACE) or "No space left on device" in str(error)
 
 
-def patient(seconds: float, check: Callable[[], None] = lambda: None) -> Retrying:
+def patient(seconds: float, check: Check = go_on) -> Retrying:
     """Calls a function until it works, for so many seconds; between two tries it calls `check`, which may raise.
 
     What is not a fault of database or store that may pass is raised at once, and the last fault when the time is over.
@@ -66,24 +68,28 @@ def _log(state: RetryCallState) -> None:
 
 
 class PatientStore:
-    """What stages use of an artifact store, each call repeated while the store is away."""
+    """What stages use of an artifact store, each call repeated while the store is away, until `check` raises."""
 
-    def __init__(self, store: ArtifactStore, retrying: Retrying) -> None:
+    def __init__(self, store: ArtifactStore, seconds: float, check: Check) -> None:
         self._store = store
-        self._retrying = retrying
+        self._retrying = patient(seconds, check)
+        self._check = check
 
     def put_file(self, key: str, path: Path) -> StoredObject:
         """As of the store."""
-        return self._retrying(self._store.put_file, key, path)
+        return self._until_stopped(partial(self._store.put_file, key, path, self._check))
 
     def put_bytes(self, key: str, data: bytes) -> StoredObject:
         """As of the store."""
-        return self._retrying(self._store.put_bytes, key, data)
+        return self._until_stopped(partial(self._store.put_bytes, key, data, self._check))
 
     def get_bytes(self, key: str) -> bytes:
         """As of the store."""
-        return self._retrying(self._store.get_bytes, key)
+        return self._until_stopped(partial(self._store.get_bytes, key, self._check))
 
     def download(self, key: str, path: Path) -> None:
         """As of the store."""
-        self._retrying(self._store.download, key, path)
+        self._until_stopped(partial(self._store.download, key, path, self._check))
+
+    def _until_stopped(self, call: Callable[[], Answer]) -> Answer:
+        return interruptible(self._check, partial(self._retrying, call))

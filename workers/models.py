@@ -8,12 +8,13 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.pruning.blocks import block_stack
 from workers.pruning.checkpoint import check_complete, load_checkpoint
 from workers.pruning.engine import windows_in
+from workers.pruning.sharding import load_sharded, placement
 from workers.pruning.streaming import load_streamed, parameter_bytes
 
 Check = Callable[[], None]
@@ -24,10 +25,18 @@ RESIDENT_WALK_BYTES = 16 * 2**20
 STREAMED_WALK_BYTES = 512 * 2**20
 """The same when blocks are read from disk: the more windows a walk carries, the fewer times every block is read."""
 
+ANCHOR_BYTES = 256 * 2**20
+"""Hidden states held of the set that a search moves from, on the CPU."""
+
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def accelerators() -> list[torch.device]:
+    """All that this worker sees."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def compute_dtype() -> torch.dtype:
@@ -38,33 +47,47 @@ def compute_dtype() -> torch.dtype:
 def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode on this worker's device; safetensors only, no remote code.
 
-    Before each of its blocks runs it calls `check`, which may raise to stop a long pass in its middle.
+    `check`, which may raise to stop what takes long, is called as weights are read, and then before each block runs, or
+    runs backwards, and before the head does.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
-    return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device()), check)
+    return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device(), check=check), check)
 
 
 def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel:
-    """The model for passes over its blocks: resident where it fits, else with its blocks read one at a time.
+    """The model for passes over its blocks: on this worker's device, or sharded over all accelerators that it sees, or
+    with its blocks read one at a time, whatever is the first that fits.
 
-    Stacked experts, which checkpoints keep apart, are resident in any case. Calls `check` as that of `load_model` does.
+    Stacked experts, which checkpoints keep apart, are never read one at a time. Calls `check` as that of `load_model`
+    does.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
     tensors = check_complete(folder)
-    fits = parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes()
-    if fits or not tensors.one_to_one:
+    if parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes(device()):
         return load_model(folder, check)
-    model, _ = load_streamed(folder, dtype=compute_dtype(), device=device())
+    memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
+    if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory)) is not None:
+        return _stoppable(load_sharded(folder, placed, dtype=compute_dtype()), check)
+    if not tensors.one_to_one:
+        return load_model(folder, check)
+    model, _ = load_streamed(folder, dtype=compute_dtype(), device=device(), check=check)
     return _stoppable(model, check)
 
 
 def _stoppable(model: PreTrainedModel, check: Check) -> PreTrainedModel:
-    # A function of its own: models are copied, and copies share functions, but would copy what `check` is bound to.
-    def ask(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    # Functions of their own: models are copied, and copies share functions, but would copy what `check` is bound to.
+    def ask(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         check()
+
+    def ask_going_back(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        h: Tensor = output[0] if isinstance(output, tuple) else output
+        if h.requires_grad:
+            h.register_hook(lambda gradient: check())
 
     for block in block_stack(model).blocks:
         block.register_forward_pre_hook(ask)
+        block.register_forward_hook(ask_going_back)
+    model.get_output_embeddings().register_forward_pre_hook(ask)
     return model
 
 
@@ -76,7 +99,7 @@ def is_streamed(model: PreTrainedModel) -> bool:
 def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
     """How many calibration windows to walk through the blocks together when every block is tried for removal."""
     if device().type == "cuda":
-        memory_bytes = free_memory_bytes() // 4
+        memory_bytes = _room(model) // 4
     else:
         memory_bytes = STREAMED_WALK_BYTES if is_streamed(model) else RESIDENT_WALK_BYTES
     return windows_in(
@@ -88,10 +111,20 @@ def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
     )
 
 
-def free_memory_bytes() -> int:
-    """What this worker's device could still hold."""
-    if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+def anchor_bytes(model: PreTrainedModel) -> int:
+    """What the hidden states may take that an engine holds of the set that a search moves from."""
+    return _room(model) // 4 if device().type == "cuda" else ANCHOR_BYTES
+
+
+def _room(model: PreTrainedModel) -> int:
+    """What the fullest of the model's devices could still hold."""
+    return min(map(free_memory_bytes, {p.device for p in model.parameters() if not p.is_meta}))
+
+
+def free_memory_bytes(at: torch.device) -> int:
+    """What a device could still hold."""
+    if at.type == "cuda":
+        return torch.cuda.mem_get_info(at)[0]
     return int(psutil.virtual_memory().available)
 
 

@@ -26,6 +26,7 @@ from service.db.session import DATABASE_FAULTS, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.db.tables import ArtifactRow, JobRow
 from service.settings import Settings
+from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
 from workers.context import StageContext, StoredInput
 from workers.faults import PatientStore, may_pass, patient
@@ -55,9 +56,9 @@ class Worker:
     abandon: Callable[[], None] = lambda: None
     stopping: Callable[[], bool] = lambda: False
 
-    def persistent_store(self, check: Callable[[], None]) -> PatientStore:
+    def persistent_store(self, check: Check) -> PatientStore:
         """The store for a stage that `check` may stop."""
-        return PatientStore(self.store, patient(self.settings.retry_seconds, check))
+        return PatientStore(self.store, self.settings.retry_seconds, check)
 
     def transact(self, change: Callable[[Session], Answer]) -> Answer:
         """Change the database in one transaction, which is tried again while the database is away."""
@@ -89,6 +90,7 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
                 worker=worker.name,
                 lease_seconds=worker.settings.lease_seconds,
                 deadline_seconds=worker.settings.stage_deadline_seconds,
+                max_running_jobs=worker.settings.max_running_jobs,
             )
         )
         if held is None:
@@ -106,7 +108,7 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
                 tracing.fail()
             log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
             if following is not None:
-                queue.try_to_send(worker.settings, job_id, following)
+                queue.try_to_send(worker.settings, job_id, following, held.route)
 
 
 def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
@@ -176,7 +178,7 @@ def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
     return f"{job_prefix(held.job_id)}/{held.stage}/{attempt or held.attempt}"
 
 
-def _finished_before(worker: Worker, held: Claim, check: Callable[[], None]) -> StageResult | None:
+def _finished_before(worker: Worker, held: Claim, check: Check) -> StageResult | None:
     """The result of an earlier attempt that wrote its manifest but died before it was recorded."""
     store = worker.persistent_store(check)
     for attempt in range(held.attempt - 1, 0, -1):
@@ -190,7 +192,7 @@ def _finished_before(worker: Worker, held: Claim, check: Callable[[], None]) -> 
     return None
 
 
-def _execute(worker: Worker, held: Claim, check: Callable[[], None]) -> StageResult:
+def _execute(worker: Worker, held: Claim, check: Check) -> StageResult:
     assert worker.settings.scratch_dir is not None
     with attempt_folder(worker.settings.scratch_dir, held) as workdir:
         context = _context(worker, held, workdir, check)
@@ -198,7 +200,7 @@ def _execute(worker: Worker, held: Claim, check: Callable[[], None]) -> StageRes
         return _push(worker, held, context.out, metrics, check)
 
 
-def _context(worker: Worker, held: Claim, workdir: Path, check: Callable[[], None]) -> StageContext:
+def _context(worker: Worker, held: Claim, workdir: Path, check: Check) -> StageContext:
     def read(session: Session) -> tuple[JobRow, list[ArtifactRow]]:
         recorded = [row for name in StageName for row in artifacts.of_stage(session, held.job_id, name)]
         return jobs.get(session, held.job_id), recorded
@@ -218,19 +220,19 @@ def _context(worker: Worker, held: Claim, workdir: Path, check: Callable[[], Non
     return StageContext(
         job_id=held.job_id,
         spec=spec,
-        model_dir=model_folder(spec.model, job.model_revision, worker.settings),
+        model_dir=model_folder(spec.model, job.model_revision, worker.settings, check),
         model_revision=job.model_revision,
         workdir=workdir,
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},
         store=worker.persistent_store(check),
         state_prefix=f"{job_prefix(held.job_id)}/{held.stage}/state",
-        documents=lambda: text_documents(spec.data, worker.settings),
+        documents=lambda: text_documents(spec.data, worker.settings, check),
         check=check,
         publish=publish,
     )
 
 
-def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], check: Callable[[], None]) -> StageResult:
+def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], check: Check) -> StageResult:
     """Upload every file below `folder`, then the manifest that makes them count."""
     prefix, store = _attempt_prefix(held), worker.persistent_store(check)
     pushed = []

@@ -53,6 +53,11 @@ def _project(request: Request) -> str:
     return caller.project
 
 
+def _api_key(request: Request) -> str | None:
+    caller: Caller = request.state.caller
+    return caller.api_key
+
+
 def _job_id(
     job_id: Annotated[str, Path(examples=["job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])],
     engine: Annotated[Engine, Depends(_engine)],
@@ -137,6 +142,7 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 EngineDep = Annotated[Engine, Depends(_engine)]
 StoreDep = Annotated[ArtifactStore, Depends(_store)]
 Project = Annotated[str, Depends(_project)]
+ApiKeyPrefix = Annotated[str | None, Depends(_api_key)]
 JobId = Annotated[str, Depends(_job_id)]
 ArtifactId = Annotated[str, Depends(_artifact_id)]
 WebhookId = Annotated[str, Depends(_webhook_id)]

@@ -84,6 +84,7 @@ JOB: dict[str, Any] = {
     "id": JOB_ID,
     "status": "running",
     "spec": REQUESTS["pair"]["value"],
+    "queue": "default",
     "metadata": {"team": "serving"},
     "stages": [SCORING, REMOVAL, *({**WAITING, "name": name} for name in ("distillation", "export", "evaluation"))],
     "error": None,

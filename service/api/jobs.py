@@ -13,10 +13,11 @@ from pydantic.json_schema import SkipJsonSchema
 from service import preflight, queue
 from service.api import examples, views
 from service.api.auth import declared
-from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep, json_only
+from service.api.deps import AfterJob, ApiKeyPrefix, EngineDep, JobId, Limit, Project, SettingsDep, json_only
 from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, reserved
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
 from service.contract.errors import (
+    ArtifactQuotaExceeded,
     CursorNotFound,
     DependencyUnavailable,
     IdempotencyKeyReused,
@@ -30,6 +31,8 @@ from service.contract.errors import (
     MissingScope,
     ModelTooLarge,
     ModelUnsupported,
+    NoSuchQueue,
+    QueueQuotaExceeded,
     RequestInFlight,
     SourceNotAllowed,
     SourceUnreadable,
@@ -90,6 +93,9 @@ def metadata_filter(request: Request) -> dict[str, str]:
             ModelTooLarge,
             ModelUnsupported,
             TooManyBlocks,
+            NoSuchQueue,
+            QueueQuotaExceeded,
+            ArtifactQuotaExceeded,
             DependencyUnavailable,
         ),
     },
@@ -100,6 +106,7 @@ def create_job(
     settings: SettingsDep,
     engine: EngineDep,
     project: Project,
+    api_key: ApiKeyPrefix,
     idempotency_key: IdempotencyKey,
 ) -> Job:
     """Check what can be checked without weights, then queue a job that scores, removes, distils, exports, evaluates."""
@@ -109,11 +116,21 @@ def create_job(
             return Job.model_validate(held.response)
         revision = preflight.check(spec, settings)
         with transaction(engine) as session:
-            row = jobs.create(session, spec, project=project, model_revision=revision)
-            shown = views.job(row, jobs.stages(session, [row.id])[row.id])
+            row = jobs.create(
+                session,
+                spec,
+                project=project,
+                api_key=api_key,
+                limits=settings.quotas,
+                model_revision=revision,
+                default_queue=settings.queues[0],
+            )
+            stages = jobs.stages(session, [row.id])[row.id]
+            shown = views.job(row, stages)
             if held is not None:
                 idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
-    queue.try_to_send(settings, row.id, StageName.SCORING)
+    if jobs.is_sent(stages):
+        queue.try_to_send(settings, row.id, StageName.SCORING, row.route)
     response.headers["Location"] = f"/v1/jobs/{row.id}"
     return shown
 
@@ -222,7 +239,15 @@ def pause_job(job_id: JobId, engine: EngineDep) -> Job:
         200: examples.response(
             {**examples.JOB, "status": "queued", "estimated_finish": None}, "The job, queued for a worker."
         ),
-        **documented(Unauthorized, MissingScope, JobNotFound, JobNotResumable, DependencyUnavailable),
+        **documented(
+            Unauthorized,
+            MissingScope,
+            JobNotFound,
+            JobNotResumable,
+            QueueQuotaExceeded,
+            ArtifactQuotaExceeded,
+            DependencyUnavailable,
+        ),
     },
 )
 def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
@@ -231,9 +256,11 @@ def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
     What counted against the stage's attempts is forgiven.
     """
     with transaction(engine) as session:
-        row, stage = jobs.resume(session, job_id)
-        shown = views.job(row, jobs.stages(session, [job_id])[job_id])
-    queue.try_to_send(settings, job_id, stage)
+        row, stage = jobs.resume(session, job_id, limits=settings.quotas)
+        stages = jobs.stages(session, [job_id])[job_id]
+        shown = views.job(row, stages)
+    if jobs.is_sent(stages):
+        queue.try_to_send(settings, job_id, stage, row.route)
     return shown
 
 

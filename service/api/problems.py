@@ -16,10 +16,15 @@ from starlette.routing import Match
 
 from service.contract.errors import (
     ArtifactNotFound,
+    ArtifactQuotaExceeded,
     DependencyUnavailable,
     InvalidRequest,
+    MissingProject,
+    MissingScope,
     PDTrimError,
     Problem,
+    QueueQuotaExceeded,
+    RateLimited,
     RequestInFlight,
     Unauthorized,
 )
@@ -33,7 +38,18 @@ MEDIA_TYPE = "application/problem+json"
 MAX_LISTED_ERRORS = 5
 MAX_ECHO = 80
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-HEADERS = {Unauthorized: {"WWW-Authenticate": "Bearer"}, RequestInFlight: {"Retry-After": "1"}}
+# A queue moves on within a minute, if at all; bytes are there until somebody deletes them.
+HEADERS = {
+    Unauthorized: {"WWW-Authenticate": "Bearer"},
+    RequestInFlight: {"Retry-After": "1"},
+    QueueQuotaExceeded: {"Retry-After": "60"},
+    ArtifactQuotaExceeded: {"Retry-After": "3600"},
+}
+RATE_HEADERS = {
+    "Retry-After": "Seconds after which it is worth trying again.",
+    "RateLimit-Policy": "The limit: its name, `q` requests in `w` seconds (draft-ietf-httpapi-ratelimit-headers).",
+    "RateLimit": "What is left of it: `r` requests, and `t` seconds until there are more. Other answers have both.",
+}
 
 
 class NotFound(PDTrimError):
@@ -184,7 +200,19 @@ def documented(*errors: type[PDTrimError]) -> dict[int | str, dict[str, Any]]:
             error.status, {"description": HTTPStatus(error.status).phrase, "content": {MEDIA_TYPE: content}}
         )
         response["content"][MEDIA_TYPE]["examples"][error.code] = {"summary": error.title, "value": _example(error)}
+        if error.status == RateLimited.status:
+            headers = {name: {"description": said, "schema": {"type": "string"}} for name, said in RATE_HEADERS.items()}
+            response["headers"] = headers
     return responses
+
+
+def _add_access(responses: dict[str, Any]) -> None:
+    """Add what `service.api.auth` answers in front of every route."""
+    for status, found in documented(
+        Unauthorized, MissingScope, MissingProject, RateLimited, DependencyUnavailable
+    ).items():
+        there = responses.setdefault(str(status), found)
+        there["content"][MEDIA_TYPE]["examples"] |= found["content"][MEDIA_TYPE]["examples"]
 
 
 def _example(error: type[PDTrimError]) -> dict[str, Any]:
@@ -208,6 +236,9 @@ def document(app: FastAPI) -> None:
         schemas["Problem"] = Problem.model_json_schema()
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        for path, operations in schema["paths"].items():
+            for operation in operations.values() if path.startswith("/v1/") else ():
+                _add_access(operation["responses"])
         for operations in (*schema["paths"].values(), *schema["webhooks"].values()):
             for operation in operations.values():
                 if "application/json" in operation["responses"].get("422", {}).get("content", {}):

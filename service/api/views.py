@@ -19,6 +19,7 @@ def job(row: JobRow, stages: Sequence[StageRow]) -> Job:
         id=row.id,
         status=JobStatus(row.status),
         spec=JobSpec.model_validate(row.spec),
+        queue=row.queue,
         metadata=row.labels,
         stages=[Stage.model_validate(stage) for stage in stages],
         error=None if row.error is None else ErrorInfo.model_validate(row.error),

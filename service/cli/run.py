@@ -28,10 +28,12 @@ from service.contract.jobs import JobStatus, StageName
 from service.db.session import connect
 from service.db.session import migrate as migrate_database
 from service.embedded import Embedded, EmbeddedFailure, worker_name
-from service.queue import BROKER_ERRORS, QUEUE, celery_app
+from service.queue import BROKER_ERRORS, broker_queue, celery_app
 from service.settings import Settings
 
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="PDTRIM_DATA_DIR", help="Folder that keeps everything.")]
+MAX_HEAD_BYTES = 32 << 10
+"""Longest request line with headers; the rest of a longer one is not read."""
 DEMO_SPEC = {
     "model": "reference",
     "prefill": {"remove_blocks": 2},
@@ -93,17 +95,29 @@ def serve() -> None:
         timeout_graceful_shutdown=2,
         log_config=None,
         access_log=False,
+        # This one bounds what it keeps of a request that has no end.
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
 
 
-def worker() -> None:
+def worker(
+    queue: Annotated[
+        list[str] | None,
+        typer.Option(help="Take stages of this queue alone; may be given again. By default of all."),
+    ] = None,
+) -> None:
     """Run one worker: it takes one stage at a time, on the GPU if there is one.
 
-    Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim worker`
+    Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim worker --queue gpu-80g`
     """
     _require_worker()
     settings = configured()
-    options = ["--concurrency=1", "--pool=prefork", f"--queues={QUEUE}", "--without-gossip", "--without-mingle"]
+    for name in queue or ():
+        if name not in settings.queues:
+            fail(f"there is no queue {name!r}; PDTRIM_QUEUES has {', '.join(settings.queues)}", code=USAGE)
+    queues = ",".join(broker_queue(name) for name in queue or settings.queues)
+    options = ["--concurrency=1", "--pool=prefork", f"--queues={queues}", "--without-gossip", "--without-mingle"]
     named = f"--hostname={worker_name(os.getpid())}"
     command = [sys.executable, "-P", "-c", CELERY, "--quiet", "-A", "workers.tasks", "worker", named, *options]
     # OpenMP's threads spin while they wait; on a machine that others use too, for much longer than it pays.

@@ -1,4 +1,4 @@
-"""Who may do what: API keys, their scopes and their projects."""
+"""Who may do what, and how much of it: API keys, their scopes, projects, rates and quotas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from service.contract.jobs import Shown
 DEFAULT_PROJECT = "default"
 PROJECT_PATTERN = "^[a-z0-9][a-z0-9._-]{0,63}$"
 ProjectName = Annotated[str, StringConstraints(pattern=PROJECT_PATTERN)]
+UNLIMITED = "none"
+RATE_PATTERN = f"^({UNLIMITED}|[1-9][0-9]{{0,8}}/(second|minute|hour|day))$"
+Rate = Annotated[str, StringConstraints(pattern=RATE_PATTERN)]
+"""So many requests in any such time, `600/minute`; or `none`, for as many as one likes."""
 
 
 class Scope(StrEnum):
@@ -23,13 +27,25 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-class KeyInfo(Shown):
-    """An API key without its secret. `prefix` is its part that is no secret."""
+class Quotas(Shown):
+    """How much there may be at once; None is any amount."""
+
+    max_running_jobs: int | None = Field(default=None, ge=1)
+    max_queued_jobs: int | None = Field(default=None, ge=1)
+    max_artifact_bytes: int | None = Field(default=None, ge=1)
+
+
+class KeyInfo(Quotas):
+    """An API key without its secret. `prefix` is its part that is no secret.
+
+    Its quotas count the jobs that were made with it. Without a rate of its own it has the service's.
+    """
 
     prefix: str
     name: str
     project: ProjectName
     scopes: list[Scope] = Field(min_length=1)
+    rate_limit: Rate | None = None
     created_at: datetime
     expires_at: datetime | None = None
     revoked_at: datetime | None = None

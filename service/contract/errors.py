@@ -111,6 +111,22 @@ class MissingScope(PDTrimError):
     code, title, status = "missing_scope", "The API key does not allow this", 403
 
 
+class MissingProject(PDTrimError):
+    code, title, status = "missing_project", "The token names no project", 403
+
+
+class RateLimited(PDTrimError):
+    code, title, status = "rate_limited", "Too many requests", 429
+
+
+class QueueQuotaExceeded(PDTrimError):
+    code, title, status = "queue_quota_exceeded", "As many jobs are queued as may be", 429
+
+
+class ArtifactQuotaExceeded(PDTrimError):
+    code, title, status = "artifact_quota_exceeded", "As many bytes of artifacts are kept as may be", 429
+
+
 class SourceNotAllowed(PDTrimError):
     code, title, status = "source_not_allowed", "The source is not on the allow list", 422
 
@@ -129,6 +145,10 @@ class ModelUnsupported(PDTrimError):
 
 class ExtraNotInstalled(PDTrimError):
     code, title, status = "extra_not_installed", "The worker lacks an optional package that the job needs", 501
+
+
+class NoSuchQueue(PDTrimError):
+    code, title, status = "no_such_queue", "The service has no such queue", 422
 
 
 class TooManyBlocks(PDTrimError):

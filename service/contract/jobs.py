@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.contract.routes import DEFAULT_QUEUE
 from service.contract.spec import JobSpec
 
 
@@ -114,6 +115,7 @@ class Job(Shown):
     id: str = Field(examples=["job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])
     status: JobStatus
     spec: JobSpec
+    queue: str = Field(default=DEFAULT_QUEUE, description="Where it waits for workers.")
     metadata: dict[str, str]
     stages: list[Stage]
     error: ErrorInfo | None = None

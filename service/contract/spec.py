@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic_core import PydanticCustomError
 
 from service.contract.base import NO_NUL, SpecModel, storable
+from service.contract.routes import Priority, QueueName
 from service.contract.tasks import InlineTask, parse_tasks
 
 MAX_BLOCKS = 1024
@@ -365,6 +366,16 @@ class JobSpec(SpecModel):
         default=None, description="Send decode only some prompt tokens' keys and values; by default all are sent."
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+    queue: QueueName | None = Field(
+        default=None,
+        description="Which workers take the job: one of the queues that the service has. By default its first.",
+        examples=["gpu-80g"],
+    )
+    priority: Priority = Field(
+        default=Priority.NORMAL,
+        description="Which of the jobs that wait in a queue goes first: a stage waits while there are others of a "
+        "higher priority. What runs is not interrupted. Without effect where the broker keeps messages as files.",
+    )
     deadline_seconds: float | None = Field(
         default=None,
         gt=0.0,

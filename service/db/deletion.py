@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, delete, update
+from sqlalchemy import ColumnElement, delete, func, update
 from sqlmodel import Session, col, select
 
 from service.contract.errors import JobNotDeletable
 from service.contract.jobs import Action, JobStatus
 from service.db import jobs
 from service.db.tables import IdempotencyRow, JobRow, now
+
+MARKED_AT_ONCE = 1000
 
 
 def mark(session: Session, job_id: str) -> None:
@@ -38,6 +40,44 @@ def mark_finished(session: Session, *, before: datetime) -> list[str]:
     job_ids = list(found.scalars())
     _free_keys(session, job_ids)
     return job_ids
+
+
+def mark_beyond(session: Session, *, most_bytes: int) -> list[str]:
+    """Delete, as far as anyone can see, those finished jobs that finished first, until all others keep at most so many
+    bytes of artifacts; returns their ids.
+    """
+    kept = session.exec(select(func.coalesce(func.sum(JobRow.artifact_bytes), 0)).where(*_keeps_files())).one()
+    if kept <= most_bytes:
+        return []
+    final = [status for status in JobStatus if status.final]
+    oldest = session.exec(
+        select(JobRow.id, JobRow.artifact_bytes)
+        .where(*_keeps_files(), col(JobRow.status).in_(final))
+        .order_by(col(JobRow.finished_at), col(JobRow.id))
+        .limit(MARKED_AT_ONCE)
+    )
+    excess, job_ids = kept - most_bytes, []
+    for job_id, size in oldest:
+        if excess <= 0:
+            break
+        job_ids.append(job_id)
+        excess -= size
+    # One that is resumed meanwhile stays.
+    found = session.exec(
+        update(JobRow)
+        .where(col(JobRow.id).in_(job_ids), col(JobRow.status).in_(final), col(JobRow.deleted_at).is_(None))
+        .values(deleted_at=now())
+        .returning(col(JobRow.id))
+        .execution_options(synchronize_session=False)
+    )
+    marked = list(found.scalars())
+    _free_keys(session, marked)
+    return marked
+
+
+def _keeps_files() -> tuple[ColumnElement[bool], ...]:
+    """The condition of the index `ix_jobs_kept`."""
+    return col(JobRow.artifact_bytes) > 0, col(JobRow.deleted_at).is_(None)
 
 
 def _free_keys(session: Session, job_ids: list[str]) -> None:

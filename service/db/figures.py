@@ -35,8 +35,8 @@ def jobs_by_status(session: Session) -> dict[JobStatus, int]:
     return {name: found.get(name, 0) for name in JobStatus}
 
 
-def queued_stages(session: Session) -> dict[StageName, Queued]:
-    """The stages that wait for a worker. Costs three look-ups in indexes for each of them, however many jobs there are.
+def queued_stages(session: Session) -> dict[tuple[str, StageName], Queued]:
+    """The stages that wait for a worker, by queue. Costs four look-ups in indexes for each, however many jobs exist.
 
     While a stage waits nothing happens in its job: it waits since the job's last event.
     """
@@ -44,14 +44,15 @@ def queued_stages(session: Session) -> dict[StageName, Queued]:
     last_event = (
         select(col(JobRow.last_event)).where(col(JobRow.id) == StageRow.job_id).correlate(StageRow).scalar_subquery()
     )
+    queue = select(col(JobRow.queue)).where(col(JobRow.id) == StageRow.job_id).correlate(StageRow).scalar_subquery()
     queued_at = (
         select(col(EventRow.created_at))
         .where(col(EventRow.job_id) == StageRow.job_id, col(EventRow.number) == last_event)
         .scalar_subquery()
     )
     rows = session.execute(
-        select(col(StageRow.name), func.count(), func.min(queued_at))
+        select(queue.label("queue"), col(StageRow.name), func.count(), func.min(queued_at))
         .where(col(StageRow.status) == StageStatus.QUEUED)
-        .group_by(col(StageRow.name))
+        .group_by("queue", col(StageRow.name))
     )
-    return {StageName(name): Queued(count, oldest) for name, count, oldest in rows}
+    return {(name, StageName(stage)): Queued(count, oldest) for name, stage, count, oldest in rows}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 from uuid_utils import uuid7
 
-from service.contract.access import DEFAULT_PROJECT
+from service.contract.access import DEFAULT_PROJECT, Quotas
 from service.contract.errors import (
     CursorNotFound,
     DeadlineExceeded,
@@ -19,21 +19,37 @@ from service.contract.errors import (
     PDTrimError,
 )
 from service.contract.jobs import Action, JobStatus, StageName, StageStatus
+from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.contract.spec import JobSpec
-from service.db import events
+from service.db import events, quotas
 from service.db.tables import JobRow, StageRow, now
 
 EXISTS = col(JobRow.deleted_at).is_(None)
 
 
 def create(
-    session: Session, spec: JobSpec, *, project: str = DEFAULT_PROJECT, model_revision: str | None = None
+    session: Session,
+    spec: JobSpec,
+    *,
+    project: str = DEFAULT_PROJECT,
+    api_key: str | None = None,
+    limits: Quotas = quotas.NONE,
+    model_revision: str | None = None,
+    default_queue: str = DEFAULT_QUEUE,
 ) -> JobRow:
-    """Insert a job, its stages (the first one queued, to be sent after the commit) and its first event."""
+    """Insert a job, its stages (the first one queued, to be sent after the commit if `is_sent`) and its first event.
+
+    `limits` are the project's; `default_queue` is for jobs that name none.
+    Raises: QueueQuotaExceeded, ArtifactQuotaExceeded.
+    """
+    sent = quotas.admit(session, project, api_key, limits)
     job = JobRow(
         id=f"job_{uuid7().hex}",
         project=project,
+        api_key=api_key,
         status=JobStatus.QUEUED,
+        queue=spec.queue or default_queue,
+        priority=spec.priority,
         spec=spec.model_dump(mode="json"),
         labels=dict(spec.metadata),
         model_revision=model_revision,
@@ -43,11 +59,21 @@ def create(
     for position, name in enumerate(StageName):
         stage = StageRow(job_id=job.id, name=name, position=position, status=StageStatus.PENDING)
         if position == 0:
-            stage.status, stage.sent_at, stage.sends = StageStatus.QUEUED, now(), 1
+            _queue(stage, sent=sent)
         session.add(stage)
     events.append(session, job.id, "job.created", "Job created.")
     session.refresh(job)
     return job
+
+
+def _queue(stage: StageRow, *, sent: bool) -> None:
+    stage.status = StageStatus.QUEUED
+    stage.sent_at, stage.sends, stage.message = (now(), 1, "") if sent else (None, 0, quotas.HELD)
+
+
+def is_sent(stages: Sequence[StageRow]) -> bool:
+    """Whether a job's queued stage goes to the broker now, rather than being held back until fewer others run."""
+    return any(stage.status == StageStatus.QUEUED and stage.sent_at is not None for stage in stages)
 
 
 def get(session: Session, job_id: str) -> JobRow:
@@ -90,6 +116,12 @@ def stages(session: Session, job_ids: list[str]) -> dict[str, list[StageRow]]:
     for row in rows:
         found[row.job_id].append(row)
     return found
+
+
+def routes(session: Session, job_ids: list[str]) -> dict[str, Route]:
+    """Where the messages of jobs go, by job; those that are gone are left out."""
+    rows = session.exec(select(JobRow.id, JobRow.queue, JobRow.priority).where(col(JobRow.id).in_(job_ids)))
+    return {job_id: Route(queue, Priority(priority)) for job_id, queue, priority in rows}
 
 
 def page(
@@ -183,13 +215,15 @@ def finish_pause(session: Session, job: JobRow) -> None:
     events.append(session, job.id, "job.paused", "Job paused.")
 
 
-def resume(session: Session, job_id: str) -> tuple[JobRow, StageName]:
+def resume(session: Session, job_id: str, *, limits: Quotas = quotas.NONE) -> tuple[JobRow, StageName]:
     """Queue the first unfinished stage of a paused, failed or cancelled job, as if no attempt at it had been made.
 
-    Returns the job and that stage, which the caller sends after the commit. Raises: JobNotFound; JobNotResumable.
+    Returns the job and that stage, which the caller sends after the commit if `is_sent`. `limits` are the project's.
+    Raises: JobNotFound; JobNotResumable; QueueQuotaExceeded, ArtifactQuotaExceeded.
     """
     job = lock(session, job_id)
     check_possible(job, Action.RESUME, JobNotResumable)
+    sent = quotas.admit(session, job.project, job.api_key, limits)
     unfinished = [row for row in stages(session, [job_id])[job_id] if row.status != StageStatus.SUCCEEDED]
     for row in unfinished:
         stopped_at = row.paused_at or row.finished_at
@@ -202,7 +236,7 @@ def resume(session: Session, job_id: str) -> tuple[JobRow, StageName]:
         row.status, row.error, row.message = StageStatus.PENDING, None, ""
         row.paused_at = row.finished_at = None
     first = unfinished[0]
-    first.status, first.sent_at, first.sends = StageStatus.QUEUED, now(), 1
+    _queue(first, sent=sent)
     first.attempts_forgiven = first.attempt
     job.status, job.error, job.finished_at = JobStatus.QUEUED, None, None
     session.flush()

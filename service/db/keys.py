@@ -15,7 +15,7 @@ from datetime import datetime
 
 from sqlmodel import Session, col, select
 
-from service.contract.access import Scope
+from service.contract.access import Quotas, Rate, Scope
 from service.db.tables import ApiKeyRow, now
 
 KEY = re.compile(r"pdt_([0-9a-f]{12})_([0-9a-f]{64})")
@@ -26,7 +26,14 @@ class NoSuchKey(Exception):
 
 
 def create(
-    session: Session, *, project: str, name: str, scopes: Collection[Scope], expires_at: datetime | None = None
+    session: Session,
+    *,
+    project: str,
+    name: str,
+    scopes: Collection[Scope],
+    expires_at: datetime | None = None,
+    rate_limit: Rate | None = None,
+    quotas: Quotas | None = None,
 ) -> tuple[ApiKeyRow, str]:
     """A new key's row, and the key itself, which nothing but this return value knows."""
     prefix, secret = secrets.token_hex(6), secrets.token_hex(32)
@@ -37,6 +44,8 @@ def create(
         name=name,
         scopes=[scope.value for scope in Scope if scope in scopes],
         expires_at=expires_at,
+        rate_limit=rate_limit,
+        **(quotas or Quotas()).model_dump(),
     )
     session.add(row)
     session.flush()

@@ -17,7 +17,8 @@ from uuid_utils import uuid7
 
 from service.contract.errors import DeadlineExceeded, JobNotFound
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
-from service.db import events, jobs
+from service.contract.routes import Route
+from service.db import events, jobs, quotas
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
 
 STOPPING = (JobStatus.CANCELLING, JobStatus.PAUSING)
@@ -29,12 +30,16 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a stage and to record its results while the lease is renewed, until the `deadline` if any."""
+    """The right to run a stage and to record its results while the lease is renewed, until the `deadline` if any.
+
+    `route` is where the job's next message goes.
+    """
 
     job_id: str
     stage: StageName
     attempt: int
     deadline: datetime | None = field(default=None, compare=False)
+    route: Route = field(default=Route(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,12 @@ def claim(
     worker: str,
     lease_seconds: float,
     deadline_seconds: float | None = None,
+    max_running_jobs: int | None = None,
 ) -> Claim | None:
-    """Take a queued stage; None when there is nothing to take. One whose lease ran out is first for `retire`."""
+    """Take a queued stage; None when there is nothing to take. One whose lease ran out is first for `retire`.
+
+    A job that waits while its project or key runs as many as it may is held back, for `due` to send later.
+    """
     try:
         job = jobs.lock(session, job_id)
     except JobNotFound:
@@ -65,7 +74,10 @@ def claim(
     row = session.get_one(StageRow, (job_id, stage), populate_existing=True)
     if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING) or row.status != StageStatus.QUEUED:
         return None
-    row.status = StageStatus.RUNNING
+    if job.status == JobStatus.QUEUED and not quotas.may_run(session, job, max_running_jobs):
+        row.sent_at, row.sends, row.message = None, 0, quotas.HELD
+        return None
+    row.status, row.message = StageStatus.RUNNING, ""
     row.attempt += 1
     row.worker = worker
     row.lease_expires_at = now() + timedelta(seconds=lease_seconds)
@@ -79,7 +91,8 @@ def claim(
     events.append(
         session, job_id, "stage.started", message, stage=stage, data={"attempt": row.attempt, "worker": worker}
     )
-    return Claim(job_id, stage, row.attempt, _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds))
+    deadline = _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds)
+    return Claim(job_id, stage, row.attempt, deadline, job.route)
 
 
 def _deadline(row: StageRow, *limits_s: float | None) -> datetime | None:
@@ -134,6 +147,7 @@ def complete(
     row.status, row.progress, row.message = StageStatus.SUCCEEDED, 1.0, ""
     row.metrics, row.finished_at, row.lease_expires_at = dict(metrics), now(), None
     job.versions = dict(versions)
+    job.artifact_bytes += sum(artifact.size for artifact in artifacts)
     session.flush()
     events.append(
         session,
@@ -305,23 +319,39 @@ def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_a
     )
 
 
-def due(session: Session, *, resend_seconds: float, at: datetime | None = None) -> list[tuple[str, StageName]]:
-    """Queued stages to send (again): never sent, or sent `resend_seconds` · 2^(sends − 1) ago. Marks them sent."""
+def due(
+    session: Session, *, resend_seconds: float, max_running_jobs: int | None = None, at: datetime | None = None
+) -> list[tuple[str, StageName]]:
+    """Queued stages to send (again): never sent, or sent `resend_seconds` · 2^(sends − 1) ago. Marks them sent.
+
+    Of jobs that wait for others of their project or key to end, the first go as soon as there are slots for them.
+    """
     at = at or now()
+    latest = at - timedelta(seconds=resend_seconds)
+    slots = quotas.Slots(session, max_running_jobs, since=latest)
     rows = session.exec(
-        select(StageRow)
+        select(StageRow, JobRow.project, JobRow.api_key, JobRow.status)
+        .join(JobRow)
         .where(
             StageRow.status == StageStatus.QUEUED,
-            or_(col(StageRow.sent_at).is_(None), col(StageRow.sent_at) < at - timedelta(seconds=resend_seconds)),
+            or_(col(StageRow.sent_at).is_(None), col(StageRow.sent_at) < latest),
+            slots.left,
         )
         .order_by(col(StageRow.job_id))
-        .with_for_update(skip_locked=True)
+        .with_for_update(of=StageRow, skip_locked=True)
     ).all()
-    sent = []
-    for row in rows:
+    waiting = []
+    for row, project, api_key, status in rows:
+        begins = status == JobStatus.QUEUED
         wait = timedelta(seconds=resend_seconds * 2 ** max(min(row.sends, 8) - 1, 0))
         if row.sent_at is None or row.sent_at < at - wait:
-            row.sent_at, row.sends = at, row.sends + 1
+            waiting.append((row, project, api_key, begins))
+        elif begins:
+            slots.take(project, api_key)  # Its message is still on the way.
+    sent = []
+    for row, project, api_key, begins in waiting:
+        if not begins or slots.take(project, api_key):
+            row.sent_at, row.sends, row.message = at, row.sends + 1, "" if begins else row.message
             sent.append((row.job_id, StageName(row.name)))
     return sent
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, String, UniqueConstraint, text
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
 from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
 from service.redaction import redact, scrub
 
@@ -54,30 +55,45 @@ class RedactedJson(TypeDecorator[Any]):
 
 
 Name = String(32)
+KEPT = text("artifact_bytes > 0 AND deleted_at IS NULL")
 
 
 class JobRow(SQLModel, table=True):
     """A job. Its id is a UUID version 7, so ids sort by creation.
 
     With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row.
+    `api_key` is the prefix of the key that it was made with, `artifact_bytes` the size of what its stages recorded.
     """
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_project_id", "project", "id"),)
+    __table_args__ = (
+        Index("ix_jobs_project_id", "project", "id"),
+        Index("ix_jobs_project_status", "project", "status"),
+        Index("ix_jobs_kept", "project", "api_key", "artifact_bytes", postgresql_where=KEPT, sqlite_where=KEPT),
+    )
 
     id: str = Field(primary_key=True, max_length=40)
     project: str = Field(default=DEFAULT_PROJECT, max_length=64)
+    api_key: str | None = Field(default=None, max_length=12)
     status: JobStatus = Field(sa_type=Name, index=True)
+    queue: str = Field(default=DEFAULT_QUEUE, max_length=48)
+    priority: Priority = Field(default=Priority.NORMAL, sa_type=Name)
     spec: dict[str, Any] = Field(sa_type=JSON)
     labels: dict[str, str] = Field(sa_type=JSON)
     model_revision: str | None = None
     versions: dict[str, str] = Field(default_factory=dict, sa_type=JSON)
     error: dict[str, Any] | None = Field(default=None, sa_type=RedactedJson)
     last_event: int = 0
+    artifact_bytes: int = Field(default=0, sa_type=BigInteger)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+
+    @property
+    def route(self) -> Route:
+        """Where the messages go that wake workers for its stages."""
+        return Route(self.queue, Priority(self.priority))
 
 
 class StageRow(SQLModel, table=True):
@@ -157,7 +173,7 @@ class IdempotencyRow(SQLModel, table=True):
 
 
 class ApiKeyRow(SQLModel, table=True):
-    """An API key. Its secret is not here, only the SHA-256 of it."""
+    """An API key. Its secret is not here, only the SHA-256 of it. A limit that is empty is the service's."""
 
     __tablename__ = "api_keys"
 
@@ -166,6 +182,10 @@ class ApiKeyRow(SQLModel, table=True):
     project: str = Field(max_length=64)
     name: str = Field(max_length=128)
     scopes: list[str] = Field(sa_type=JSON)
+    rate_limit: str | None = Field(default=None, max_length=32)
+    max_running_jobs: int | None = None
+    max_queued_jobs: int | None = None
+    max_artifact_bytes: int | None = Field(default=None, sa_type=BigInteger)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol, Unpack
 
 from service.sources.errors import UnreadableSource
 from service.sources.names import ModelSource, S3Location
+from service.stopping import Check, go_on
 from service.storage import ObjectNotFound, S3Options, StoreRefused, is_key, open_store
+from service.storage.local import checked
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -50,8 +52,8 @@ class RemoteFiles(ModelFiles, Protocol):
 
     def declared(self, name: str) -> Declared: ...
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes from `start` up to, without, `stop`: all of them, or it raises."""
+    def read_range(self, name: str, start: int, stop: int, check: Check = go_on) -> bytes:
+        """The bytes from `start` up to, without, `stop`: all of them, or it raises. Asks `check` as they come."""
         ...
 
 
@@ -128,9 +130,9 @@ class BucketFiles:
         except (ObjectNotFound, StoreRefused) as error:
             raise self._unreadable(name, error) from error
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int, check: Check = go_on) -> bytes:
         try:
-            data = b"".join(self._store.read_range(name, start, stop))
+            data = b"".join(checked(self._store.read_range(name, start, stop), check))
         except (ObjectNotFound, StoreRefused) as error:
             raise self._unreadable(name, error) from error
         if len(data) != stop - start:

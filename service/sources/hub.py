@@ -26,6 +26,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from service.sources.errors import UnreadableSource
 from service.sources.files import Declared, Digest
+from service.stopping import Check, go_on
 from service.storage import StoreUnavailable
 
 ANSWER_SECONDS = 15.0
@@ -58,7 +59,7 @@ class HubFiles:
     def read(self, name: str, limit: int) -> bytes:
         return self.read_range(name, 0, min(limit, self.size(name)))
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int, check: Check = go_on) -> bytes:
         # Not the library's own downloads: those of a killed process begin again.
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         whole = (start, stop) == (0, self.size(name))
@@ -82,6 +83,7 @@ class HubFiles:
             if not whole and response.status_code != 206:
                 raise StoreUnavailable(f"{constants.ENDPOINT} did not give {name} of {self} in parts; try again")
             for piece in response.iter_bytes():
+                check()
                 data += piece
                 if len(data) > stop - start:
                     break

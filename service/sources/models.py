@@ -23,6 +23,7 @@ from service.sources.names import (
     parse_model_source,
 )
 from service.sources.weights import check_weights, headers_size, read_json, weight_names
+from service.stopping import Check, go_on
 from service.storage import S3Options
 
 CONFIG = "config.json"
@@ -79,13 +80,19 @@ def resolve_revision(source: str, revision: str | None = None) -> str | None:
 
 
 def fetch_model(
-    source: str, revision: str | None, target: Path, *, max_bytes: int | None = None, **s3: Unpack[S3Options]
+    source: str,
+    revision: str | None,
+    target: Path,
+    *,
+    max_bytes: int | None = None,
+    check: Check = go_on,
+    **s3: Unpack[S3Options],
 ) -> Path:
     """A folder with the model's weights, configuration and tokenizer: `target`, or where the model is if it is local.
 
     `target` belongs to this one source: a fetch that was interrupted goes on, and what changed in S3 is fetched again.
     Nothing is fetched of a model whose files have more than `max_bytes` in all. Every weight file's header is checked.
-    Raises: SourceError, StoreUnavailable.
+    Asks `check` all the while. Raises: SourceError, StoreUnavailable, what `check` raises.
     """
     files = _open(source, revision, **s3)
     weights = weight_names(files)
@@ -95,7 +102,7 @@ def fetch_model(
     if isinstance(files, FolderFiles):
         check_weights(files)
         return files.folder
-    fetch(files, needed, target)
+    fetch(files, needed, target, check)
     check_weights(FolderFiles(parse_model_source(source), target))
     return target
 

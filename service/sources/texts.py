@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from service.sources.errors import InvalidSource, UnreadableSource
 from service.sources.hub import ANSWER_SECONDS, hub_failures
 from service.sources.names import Builtin, HubDataset, LocalPath, S3Location, parse_text_source
+from service.stopping import Check, go_on
 from service.storage import ArtifactStore, ObjectNotFound, S3Options, StoreRefused, open_store
 
 MAX_TEXT_BYTES = 1 << 30
@@ -32,19 +33,21 @@ def check_text(source: str, *, max_bytes: int = MAX_TEXT_BYTES, **s3: Unpack[S3O
             pass
 
 
-def fetch_text_documents(source: str, *, max_bytes: int = MAX_TEXT_BYTES, **s3: Unpack[S3Options]) -> Iterator[str]:
+def fetch_text_documents(
+    source: str, *, max_bytes: int = MAX_TEXT_BYTES, check: Check = go_on, **s3: Unpack[S3Options]
+) -> Iterator[str]:
     """The documents of a text: a `.txt` is one, a `.jsonl` has one a line, a hub data set one a row of `train`.
 
     A file of more than `max_bytes` is refused; a hub data set is read up to that many and no further. What is wrong
     with the source as a whole is raised at the call, what is wrong with a line when the line is reached.
-    Raises: SourceError; StoreUnavailable.
+    Asks `check` as a file of S3 comes. Raises: SourceError; StoreUnavailable; what `check` raises.
     """
     match parse_text_source(source):
         case LocalPath(path):
             _check_file(path, max_bytes)
             return _documents(path, path.as_uri())
         case S3Location() as location:
-            return _object_documents(_check_object(location, max_bytes, **s3), location)
+            return _object_documents(_check_object(location, max_bytes, **s3), location, check)
         case HubDataset() as dataset:
             return _dataset_documents(_load_dataset(dataset), dataset, max_bytes)
         case Builtin() as builtin:
@@ -74,10 +77,10 @@ def _check_size(size: int, max_bytes: int, what: str) -> None:
         raise UnreadableSource(f"{what} has {size} bytes; a text may have {max_bytes}. Give an excerpt of it.")
 
 
-def _object_documents(store: ArtifactStore, location: S3Location) -> Iterator[str]:
+def _object_documents(store: ArtifactStore, location: S3Location, check: Check) -> Iterator[str]:
     with TemporaryDirectory(prefix="pdtrim-text-") as folder:
         name = location.key.rpartition("/")[2]
-        store.download(name, Path(folder) / name)
+        store.download(name, Path(folder) / name, check)
         yield from _documents(Path(folder) / name, str(location))
 
 

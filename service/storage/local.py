@@ -8,9 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from service.stopping import Check, go_on
 from service.storage.store import (
     READ_BYTES,
     ObjectInfo,
@@ -22,6 +24,8 @@ from service.storage.store import (
 
 PARTIAL = ".pdtrim-"
 """Begins the names of files that are still being written; no key has it."""
+SYNC_BYTES = 64 << 20
+"""A file is synced whenever it has grown by so much: all of it at the end would take as long as it is large."""
 
 
 class LocalStore:
@@ -30,20 +34,21 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
 
-    def put_file(self, key: str, path: Path) -> StoredObject:
+    def put_file(self, key: str, path: Path, check: Check = go_on) -> StoredObject:
         with path.open("rb") as source:
-            return self._write(key, iter(lambda: source.read(READ_BYTES), b""))
+            return self._write(key, checked(iter(lambda: source.read(READ_BYTES), b""), check))
 
-    def put_bytes(self, key: str, data: bytes) -> StoredObject:
-        return self._write(key, [data])
+    def put_bytes(self, key: str, data: bytes, check: Check = go_on) -> StoredObject:
+        return self._write(key, checked([data], check))
 
-    def get_bytes(self, key: str) -> bytes:
+    def get_bytes(self, key: str, check: Check = go_on) -> bytes:
         with self._reading(key) as file, self._failures():
-            return file.read()
+            return b"".join(checked(iter(lambda: file.read(READ_BYTES), b""), check))
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, check: Check = go_on) -> None:
         with self._reading(key) as source, written_whole(path) as target:
-            shutil.copyfileobj(source, target, READ_BYTES)
+            for piece in checked(iter(lambda: source.read(READ_BYTES), b""), check):
+                target.write(piece)
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
         self.stat(key)
@@ -91,6 +96,17 @@ class LocalStore:
                 with suppress(FileNotFoundError):
                     shutil.rmtree(folder)
 
+    def abandon_uploads(self, *, before: datetime) -> int:
+        abandoned = 0
+        with self._failures():
+            for parent, _, names in os.walk(self._root, onerror=self._unless_missing):
+                for path in (Path(parent, name) for name in names if name.startswith(PARTIAL)):
+                    with suppress(FileNotFoundError):  # It has just become whole.
+                        if path.stat().st_mtime < before.timestamp():
+                            path.unlink()
+                            abandoned += 1
+        return abandoned
+
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
         return None
 
@@ -119,8 +135,9 @@ class LocalStore:
                     digest.update(piece)
                     size += len(piece)
                     target.write(piece)
-                target.flush()
-                os.fsync(target.fileno())
+                    if size // SYNC_BYTES > (size - len(piece)) // SYNC_BYTES:
+                        sync(target)
+                sync(target)
             _sync_folder(path.parent)
         return StoredObject(path.as_uri(), size, digest.hexdigest())
 
@@ -161,6 +178,19 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def checked(pieces: Iterable[bytes], check: Check) -> Iterator[bytes]:
+    """The pieces, and `check` asked before each."""
+    for piece in pieces:
+        check()
+        yield piece
+
+
+def sync(file: BinaryIO) -> None:
+    """Make what was written last through a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -25,6 +26,7 @@ from botocore.exceptions import (
 )
 from botocore.response import StreamingBody
 
+from service.stopping import Check, go_on, reasons
 from service.storage import multipart
 from service.storage.store import (
     READ_BYTES,
@@ -109,30 +111,37 @@ class S3Store:
             outside["endpoint_url"] = public_endpoint_url
             self._signer = s3_client(**outside)
 
-    def put_file(self, key: str, path: Path) -> StoredObject:
+    def put_file(self, key: str, path: Path, check: Check = go_on) -> StoredObject:
         name = self._name(key)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size <= multipart.PART_BYTES:
-                return self.put_bytes(key, file.read())
+                return self.put_bytes(key, file.read(), check)
             with self._failures(key):
-                read, sha256 = multipart.upload(self._client, self._bucket, name, file, size)
+                read, sha256 = multipart.upload(self._client, self._bucket, name, file, size, check)
         return StoredObject(self.uri(key), read, sha256)
 
-    def put_bytes(self, key: str, data: bytes) -> StoredObject:
-        with self._failures(key):
-            checksum = multipart.base64_sha256(data)
-            self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, ChecksumSHA256=checksum)
+    def put_bytes(self, key: str, data: bytes, check: Check = go_on) -> StoredObject:
+        checksum, body = multipart.base64_sha256(data), multipart.body(data, check)
+        with self._failures(key), reasons():
+            self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=body, ChecksumSHA256=checksum)
         return StoredObject(self.uri(key), len(data), hashlib.sha256(data).hexdigest())
 
-    def get_bytes(self, key: str) -> bytes:
+    def get_bytes(self, key: str, check: Check = go_on) -> bytes:
+        data = bytearray()
         with self._failures(key):
-            return self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"].read()
+            body = self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"]
+        for piece in self._pieces(key, body):
+            check()
+            data += piece
+        return bytes(data)
 
-    def download(self, key: str, path: Path) -> None:
-        # boto3 downloads to a temporary name in the same folder and renames it.
+    def download(self, key: str, path: Path, check: Check = go_on) -> None:
+        # boto3 downloads to a temporary name in the same folder and renames it, or deletes it when `check` raises.
         with self._failures(key):
-            self._client.download_file(self._bucket, self._name(key), str(path), Config=DOWNLOAD)
+            self._client.download_file(
+                self._bucket, self._name(key), str(path), Config=DOWNLOAD, Callback=lambda size: check()
+            )
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
         if start >= min(end, self.stat(key).size):
@@ -188,6 +197,12 @@ class S3Store:
                 )
             if errors := answer.get("Errors"):
                 raise StoreUnavailable(f"{self._where} did not delete {len(errors)} objects, the first: {errors[0]}")
+
+    def abandon_uploads(self, *, before: datetime) -> int:
+        with self._failures(""):
+            return multipart.abort_uploads(
+                self._client, self._bucket, f"{self._prefix}/" if self._prefix else "", before=before
+            )
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
         params = {

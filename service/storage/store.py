@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
+
+from service.stopping import Check, go_on
 
 MAX_KEY_LENGTH = 900
 """S3 allows 1024 bytes; the rest is for the bucket's prefix."""
@@ -54,21 +57,24 @@ class ArtifactStore(Protocol):
 
     Every method raises StoreUnavailable when the store fails, and ValueError for a key that is none. What is wrong
     with a local file given to `put_file` or `download` is raised as OSError. One store serves many threads.
+
+    What moves much data asks `check` at least once a megabyte; what that raises is raised when all that was begun is
+    cleared away. A server that says nothing is waited for meanwhile.
     """
 
-    def put_file(self, key: str, path: Path) -> StoredObject:
+    def put_file(self, key: str, path: Path, check: Check = go_on) -> StoredObject:
         """Store a file, read once; large ones in parts."""
         ...
 
-    def put_bytes(self, key: str, data: bytes) -> StoredObject:
+    def put_bytes(self, key: str, data: bytes, check: Check = go_on) -> StoredObject:
         """Store a small object."""
         ...
 
-    def get_bytes(self, key: str) -> bytes:
+    def get_bytes(self, key: str, check: Check = go_on) -> bytes:
         """A small object's content. Raises: ObjectNotFound."""
         ...
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, check: Check = go_on) -> None:
         """Copy an object to `path`, which appears only when it is whole. Raises: ObjectNotFound."""
         ...
 
@@ -97,6 +103,10 @@ class ArtifactStore(Protocol):
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete everything below the folder `prefix`, unfinished uploads too. May be done twice, or by two at once."""
+        ...
+
+    def abandon_uploads(self, *, before: datetime) -> int:
+        """Delete what was written of objects whose writing began before a time and never ended; returns how many."""
         ...
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:

@@ -37,7 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     engine = connect(f"sqlite:///{tmp_path_factory.mktemp('metrics')}/jobs.db")
     migrate(engine)
     gateway, worker = GatewayMetrics(), WorkerMetrics()
-    with gateway.of_jobs(engine):
+    with gateway.of_jobs(engine, ["default"]):
         families = [*gateway.registry.collect(), *worker.registry.collect()]
     engine.dispose()
     return {family.name: set(_series(family)) for family in families}

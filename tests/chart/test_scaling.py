@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
@@ -13,7 +12,7 @@ from service.contract.jobs import StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import jobs
 from service.db.session import connect, migrate, transaction
-from service.db.tables import JobRow, StageRow
+from service.db.tables import StageRow, now
 from tests.chart.rendering import KEDA, of_kind, render
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
@@ -27,12 +26,11 @@ def engine(postgres_database_url: str) -> Iterator[Engine]:
     engine.dispose()
 
 
-def submit(session: Session, status: StageStatus, **labels: Any) -> None:
-    """A job whose first stage is in a state, with a label for a queue or without."""
-    job_id = jobs.create(session, SPEC).id
-    row = session.get_one(JobRow, job_id)
-    row.spec = {**row.spec, **labels}
-    session.get_one(StageRow, (job_id, StageName.SCORING)).status = status
+def submit(session: Session, status: StageStatus, queue: str | None = None, *, held: bool = False) -> None:
+    """A job whose first stage is in a state, or is held back until others end."""
+    job_id = jobs.create(session, SPEC.model_copy(update={"queue": queue})).id
+    row = session.get_one(StageRow, (job_id, StageName.SCORING))
+    row.status, row.sent_at = status, None if held else now()
 
 
 def test_waiting_and_running_stages_count_for_the_pool_that_takes_them(engine: Engine) -> None:
@@ -46,6 +44,7 @@ def test_waiting_and_running_stages_count_for_the_pool_that_takes_them(engine: E
         for status in (StageStatus.QUEUED, StageStatus.QUEUED, StageStatus.RUNNING, StageStatus.SUCCEEDED):
             submit(session, status, queue="gpu-80g")
         submit(session, StageStatus.QUEUED, queue="another")
+        submit(session, StageStatus.QUEUED, held=True)
         session.flush()
         counted = {pool: session.execute(text(query)).scalar_one() for pool, query in demand.items()}
     assert counted == {"default": 2, "big": 3}

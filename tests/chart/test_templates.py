@@ -154,7 +154,7 @@ def test_selectors_find_their_pods_and_only_theirs(values: Document) -> None:
 
 @scenarios
 def test_every_variable_is_one_that_the_service_reads(values: Document) -> None:
-    known = {f"PDTRIM_{name.upper()}" for name in Settings.model_fields} | {"PDTRIM_QUEUES"}
+    known = {f"PDTRIM_{name.upper()}" for name in Settings.model_fields}
     documents = render(values)
     given = set(of_kind(documents, "ConfigMap")["pdtrim-settings"]["data"])
     for pod in pods(documents).values():
@@ -202,7 +202,7 @@ def test_pools_of_workers_differ_as_they_say() -> None:
     documents = render(GPU_POOLS)
     found = pods(documents)
     default, big, cpu = (found[f"Deployment pdtrim-worker-{pool}"] for pool in ("default", "big", "cpu"))
-    assert default["containers"][0]["args"] == ["worker"]
+    assert default["containers"][0]["args"] == ["worker", "--queue", "default"]
     assert default["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert big["containers"][0]["args"] == ["worker", "--queue", "gpu-80g", "--queue", "gpu-141g"]
     assert big["containers"][0]["resources"]["limits"] == {"memory": "192Gi", "amd.com/gpu": 4}
@@ -215,8 +215,7 @@ def test_pools_of_workers_differ_as_they_say() -> None:
     assert cpu["containers"][0]["image"] == "pdtrim-worker:0.1.0-cpu"
     assert "tolerations" not in cpu
     queues = of_kind(documents, "ConfigMap")["pdtrim-settings"]["data"]["PDTRIM_QUEUES"]
-    assert json.loads(queues) == ["cpu", "gpu-141g", "gpu-80g"]
-    assert "PDTRIM_QUEUES" not in of_kind(render({}), "ConfigMap")["pdtrim-settings"]["data"]
+    assert json.loads(queues) == ["default", "cpu", "gpu-141g", "gpu-80g"]
 
 
 @scenarios
@@ -316,5 +315,6 @@ def test_the_longest_names_are_short_enough_for_labels() -> None:
 def test_the_notes_say_where_the_service_is_and_warn_of_jobs_that_nobody_takes() -> None:
     assert "port-forward service/pdtrim-gateway 8000:80" in notes({})
     assert "https://pdtrim.example.com" in notes(EVERYTHING)
-    assert "no pool takes jobs without a label" not in notes(GPU_POOLS)
-    assert "no pool takes jobs without a label" in notes({"pools": {"default": None, "cpu": {"queues": ["cpu"]}}})
+    assert "will wait" not in notes(GPU_POOLS)
+    assert "will wait" in notes({"pools": {"default": None, "cpu": {"queues": ["cpu"]}}})
+    assert "will wait" not in notes({"pools": {"default": None, "cpu": {"queues": ["cpu"]}}, "defaultQueue": "cpu"})

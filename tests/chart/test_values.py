@@ -53,6 +53,10 @@ def mistakes() -> Iterator[dict[str, Any]]:
     yield {"pools": {"Big": {}}}
     yield {"pools": {"big": {"queues": ["a'); DROP TABLE jobs; --"]}}}
     yield {"pools": {"big": {"queues": ["a", "a"]}}}
+    yield {"pools": {"big": {"queues": []}}}
+    yield {"defaultQueue": ""}
+    yield {"settings": {"PDTRIM_QUEUES": ["a"]}}
+    yield {"settings": {"PDTRIM_OIDC_SCOPES": {"engineer": "everything"}}}
     yield {"pools": {"big": {"scratch": {"size": 100}}}}
     yield {"settings": {"PDTRIM_RETENTION_DAY": 1}}
     yield {"settings": {"PDTRIM_RETENTION_DAYS": "soon"}}
@@ -129,5 +133,5 @@ def test_the_table_of_values_and_the_schemas_settings_are_current(document: Modu
 
 def test_every_setting_is_the_users_or_the_charts(document: ModuleType) -> None:
     assert {f"PDTRIM_{name.upper()}" for name in Settings.model_fields} == (
-        SCHEMA["properties"]["settings"]["properties"].keys() | (document.OURS - {"PDTRIM_QUEUES"})
+        SCHEMA["properties"]["settings"]["properties"].keys() | document.OURS
     )

@@ -58,7 +58,8 @@ def test_a_worker_killed_in_the_middle_costs_neither_the_job_nor_a_finished_stag
 def test_a_job_on_a_model_below_the_current_folder_survives_a_stop_of_the_whole_service(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    spec = tiny_spec(write_tiny_model(tmp_path / "mine"), distillation=LONG_HEALING)
+    environment |= {"PDTRIM_QUEUES": '["default", "gpu-80g"]'}
+    spec = tiny_spec(write_tiny_model(tmp_path / "mine"), distillation=LONG_HEALING, queue="gpu-80g", priority="low")
     with pdtrim_up(environment, tmp_path) as url, Client(url) as client:
         refused = httpx.post(f"{url}/v1/jobs", json=tiny_spec(Path("/etc")))
         job_id = client.create(spec).id

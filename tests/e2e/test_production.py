@@ -34,6 +34,7 @@ def production(
         "PDTRIM_API_KEY": "a-long-secret",
         "PDTRIM_ALLOWED_SOURCES": json.dumps([tmp_path.as_uri()]),
         "PDTRIM_RESEND_SECONDS": "1",
+        "PDTRIM_QUEUES": '["gpu-24g", "gpu-80g"]',
     }  # fmt: skip
 
 
@@ -44,10 +45,10 @@ def test_a_job_whose_message_was_lost_gives_a_pair_whose_files_alone_reproduce_t
     url = f"http://127.0.0.1:{production['PDTRIM_PORT']}"
     with running(["serve"], production, tmp_path / "gateway.log"), Client(url, api_key="a-long-secret") as client:
         wait_until(client.ready, what="the gateway to be ready")
-        job_id = client.create(tiny_spec(model)).id
+        job_id = client.create(tiny_spec(model, queue="gpu-80g")).id
         with redis.Redis.from_url(production["PDTRIM_BROKER_URL"]) as broker:
             assert broker.flushall()
-        with running(["worker"], production, tmp_path / "worker.log"):
+        with running(["worker", "--queue", "gpu-80g"], production, tmp_path / "worker.log"):
             list(client.events(job_id))
         job = client.get(job_id)
         assert job.status == JobStatus.SUCCEEDED, job.error

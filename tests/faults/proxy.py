@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server, which can refuse, stall and cut what passes through it."""
+"""A TCP proxy in front of a server, which can refuse, stall, slow down and cut what passes through it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Proxy:
         self._open.set()
         self._refusing = False
         self._cut_after: int | None = None
+        self._rate: float | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -56,6 +57,10 @@ class Proxy:
         """Reset every connection on which, from now on, a client sends more than so many bytes."""
         self._loop.call_soon_threadsafe(setattr, self, "_cut_after", after)
 
+    def slow_down(self, rate: float) -> None:
+        """Let so many bytes a second through each connection, in each direction."""
+        self._loop.call_soon_threadsafe(setattr, self, "_rate", rate)
+
     def mend(self) -> None:
         """Let everything through again."""
         self._loop.call_soon_threadsafe(self._mend)
@@ -66,7 +71,7 @@ class Proxy:
             _reset(writer)
 
     def _mend(self) -> None:
-        self._refusing, self._cut_after = False, None
+        self._refusing, self._cut_after, self._rate = False, None, None
         self._open.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -98,6 +103,8 @@ class Proxy:
                         break
                 writer.write(data)
                 await writer.drain()
+                if self._rate is not None:
+                    await asyncio.sleep(len(data) / self._rate)
         with suppress(OSError):
             writer.write_eof()
 

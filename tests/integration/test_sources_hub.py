@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from service.sources import (
     TooLargeSource,
@@ -23,7 +22,7 @@ from service.sources import (
     resolve_revision,
 )
 from service.storage import StoreUnavailable
-from tests.hub import COMMIT, REPOSITORY, Hub, serve_hub
+from tests.hub import COMMIT, REPOSITORY, Hub, serve_hub, use_hub
 from tests.servers import free_ports
 from tests.weights import safetensors_file
 
@@ -43,16 +42,10 @@ MODEL = {
 FETCHED = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
 
 
-def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Send the hub's client to `url`, as HF_ENDPOINT does when the process starts."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serve_hub(MODEL) as hub:
-        use(monkeypatch, hub.url)
+        use_hub(monkeypatch, hub.url)
         yield hub
 
 
@@ -219,7 +212,7 @@ def test_a_hub_in_trouble_may_recover(hub: Hub, status: int) -> None:
 
 def test_a_hub_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    use(monkeypatch, f"http://127.0.0.1:{port}")
+    use_hub(monkeypatch, f"http://127.0.0.1:{port}")
 
     for ask in (resolve_revision, describe_model, lambda source: fetch_model(source, COMMIT, tmp_path / "model")):
         with pytest.raises(StoreUnavailable, match=rf"http://127\.0\.0\.1:{port} did not give"):

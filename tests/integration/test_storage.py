@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from service.storage import ArtifactStore, ObjectNotFound, open_store
+from service.storage.s3 import s3_client
 from tests.servers import S3Server
 
 ABC = hashlib.sha256(b"abc").hexdigest()
@@ -110,6 +112,24 @@ def test_deleting_nothing_is_no_error(store: ArtifactStore) -> None:
 def test_everything_cannot_be_deleted_at_once(store: ArtifactStore) -> None:
     with pytest.raises(ValueError, match="not a key"):
         store.delete_prefix("")
+
+
+def test_writing_that_never_ended_is_given_up_when_it_is_old(
+    request: pytest.FixtureRequest, store: ArtifactStore, url: str, tmp_path: Path
+) -> None:
+    store.put_bytes("a/whole", b"abc")
+    if url.startswith("file"):
+        (tmp_path / "artifacts" / "a" / ".pdtrim-half").write_bytes(b"ab")
+    else:
+        server: S3Server = request.getfixturevalue("s3")
+        prefix = url.removeprefix(f"s3://{server.bucket}/")
+        s3_client(**server.options).create_multipart_upload(Bucket=server.bucket, Key=f"{prefix}/a/half")
+
+    moment = datetime.now(UTC)
+    assert store.abandon_uploads(before=moment - timedelta(hours=1)) == 0
+    assert store.abandon_uploads(before=moment + timedelta(hours=1)) == 1
+    assert store.abandon_uploads(before=moment + timedelta(hours=1)) == 0
+    assert store.get_bytes("a/whole") == b"abc"
 
 
 def test_a_probe_leaves_nothing(store: ArtifactStore) -> None:

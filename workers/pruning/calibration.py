@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "calibration", "validation"]
+PIECE_CHARACTERS = 1 << 20
+LINE_START = re.compile(r"(?<=\n)(?=\S)")
 EXCLUDED_PARTS = {"site-packages", "test", "tests", "lib2to3", "__pycache__"}
 
 
@@ -33,17 +36,41 @@ def stdlib_documents(split: Split) -> Iterator[str]:
 
 
 def token_stream(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, at_least: int | None = None
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    at_least: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Token ids of the documents, (tokens,), an end-of-text token after each; stops once there are `at_least`."""
+    """Token ids of the documents, (tokens,), an end-of-text token after each; stops once there are `at_least`.
+
+    Before each document, and within long ones, `check` is called, which may raise.
+    """
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        for piece in pieces(document):
+            check()
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if at_least is not None and len(ids) >= at_least:
             break
     return torch.tensor(ids, dtype=torch.long)
+
+
+def pieces(document: str) -> Iterator[str]:
+    """A long document in parts that are tokenized by themselves: a gigabyte at once takes many times its memory.
+
+    Where a line begins without white space, which tokenizers hardly ever join to the line before.
+    """
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        border = LINE_START.search(document, start + PIECE_CHARACTERS)
+        if border is None:
+            break
+        yield document[start : border.start()]
+        start = border.start()
+    yield document[start:]
 
 
 def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int) -> Tensor:

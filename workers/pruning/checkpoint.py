@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
 
 from workers.pruning.blocks import BlockStack, block_stack, pruned_config
 from workers.pruning.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
@@ -178,13 +180,14 @@ def write_checkpoint(
     model_card: str,
     kept_channels: Channels | None = None,
     max_shard_bytes: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the model of folder `source` without the blocks not in `kept` to the new folder `target`.
 
     `overrides` replaces tensors, called as in the dense model, and is cast to the stored dtype. `kept_channels` names
     the MLP channels that stay in each kept block, by its dense index; overrides are then as narrow. `pdtrim` becomes
     `pdtrim.json` and `model_card` README.md. Memory holds one shard of at most `max_shard_bytes` (or one tensor), by
-    default as much as the source's largest file.
+    default as much as the source's largest file. Before every tensor and shard `check` is called, which may raise.
 
     Raises: BrokenCheckpoint; KeyError when an override names no tensor of a kept block; UnsupportedArchitecture or
     ValueError when the channels do not fit the model.
@@ -217,6 +220,7 @@ def write_checkpoint(
         return dict(zip(tensors.stored(name), parts.values(), strict=True))
 
     def tensor(old: str) -> Tensor:
+        check()
         value = tensors.read(old)
         found = names.split(old)
         if kept_channels is not None and found is not None:
@@ -310,15 +314,56 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return tensors.read(min(tensors.files)).dtype
 
 
-def load_checkpoint(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """A causal language model in evaluation mode; safetensors only, no remote code; as stored when `dtype` is None."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+def load_checkpoint(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device, check: Callable[[], None] = lambda: None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode; safetensors only, no remote code; as stored when `dtype` is None.
+
+    Before every tensor `check` is called, which may raise.
+    """
+    with _asking(check):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    for block in block_stack(model).blocks:
+        check()
+        block.to(device)
     torch.nn.Module.to(model, device)
     model.eval().requires_grad_(False)
     return model
+
+
+@contextmanager
+def _asking(check: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, transformers calls `check` before each weight it loads: where it would move a progress bar."""
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args:
+            return factory(*args, **kwargs)
+        return factory(_Asked(args[0], check), *args[1:], **kwargs)
+
+    before = transformers_logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A collection that calls `check` before it gives an item."""
+
+    items: Collection[Any]
+    check: Callable[[], None]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            self.check()
+            yield item

@@ -7,6 +7,7 @@ is, so a walk that runs all its streams through one block before the next (`engi
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ class BlockReader:
     """Keeps the one block that is being called in memory. `blocks_read` counts how often a block came from disk."""
 
     def __init__(
-        self, model: PreTrainedModel, tensors: SourceTensors, dtype: torch.dtype, device: torch.device
+        self,
+        model: PreTrainedModel,
+        tensors: SourceTensors,
+        dtype: torch.dtype,
+        device: torch.device,
+        check: Callable[[], None],
     ) -> None:
         self.blocks_read = 0
+        self._check = check
         self._tensors = tensors
         self._dtype = dtype
         self._device = device
@@ -48,6 +55,7 @@ class BlockReader:
 
     def _read(self, index: int) -> None:
         for name, _ in self._blocks[index].named_parameters():
+            self._check()
             value = self._tensors.read(f"{self._prefix}{index}.{name}")
             key = (name, value.shape)
             if key not in self._buffers:
@@ -69,9 +77,12 @@ def parameter_bytes(folder: Path, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize
 
 
-def load_streamed(folder: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, BlockReader]:
+def load_streamed(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, check: Callable[[], None] = lambda: None
+) -> tuple[PreTrainedModel, BlockReader]:
     """A causal language model in evaluation mode that holds one block at a time; for walks, not for training.
 
+    Before every tensor that it reads, now or later, `check` is called, which may raise.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
     tensors = check_complete(folder)
@@ -82,9 +93,10 @@ def load_streamed(folder: Path, *, dtype: torch.dtype, device: torch.device) -> 
     prefix = block_stack(model).prefix
     for name, _ in list(model.named_parameters()):  # of tied weights, the embedding alone
         if not name.startswith(prefix):
+            check()
             set_module_tensor_to_device(model, name, device, tensors.read(name), dtype=dtype)
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         set_module_tensor_to_device(model, name, device, buffer)
     model.eval().requires_grad_(False)
-    return model, BlockReader(model, tensors, dtype, device)
+    return model, BlockReader(model, tensors, dtype, device, check)

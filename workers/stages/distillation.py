@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -72,7 +72,7 @@ def run(context: StageContext) -> dict[str, Any]:
     merged, merge_metrics = _merge(context, plans, teacher, data)
     prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
     prefill, prefill_metrics = _distil_prefill(context, plans, channels, merged, prefill_weights, teacher, data)
-    save_file(prefill, context.out / PREFILL)
+    context.write_tensors(context.out / PREFILL, prefill)
     if plans.unified:
         decode, decode_metrics = prefill, prefill_metrics
     else:
@@ -90,7 +90,7 @@ def run(context: StageContext) -> dict[str, Any]:
             context, plans, channels, merged, weights, prefill_weights, teacher, data
         )
         decode = inherited | trained
-    save_file(decode, context.out / DECODE)
+    context.write_tensors(context.out / DECODE, decode)
     return {"enabled": True, "merged": merge_metrics, "prefill": prefill_metrics, "decode": decode_metrics}
 
 
@@ -142,10 +142,9 @@ def _journal(context: StageContext, phase: str, span: tuple[float, float], messa
         nonlocal saved_at
         if last or time.monotonic() - saved_at >= SAVE_INTERVAL_S:
             saved_at = time.monotonic()
-            context.save_state(name, save(state()))
+            context.save_tensors(name, state())
 
-    kept = context.load_state(name)
-    return Journal(report, save_now_and_then, None if kept is None else load(kept))
+    return Journal(report, save_now_and_then, context.load_tensors(name))
 
 
 def _merge(context: StageContext, plans: Plans, teacher: PreTrainedModel, data: Data) -> tuple[Tensors, dict[str, Any]]:

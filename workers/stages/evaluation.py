@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from service.contract.jobs import StageName
+from service.stopping import interruptible
 from workers.context import StageContext
 from workers.models import device, load_model, load_tokenizer
 from workers.pruning.blocks import drop_blocks
@@ -81,7 +82,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> dict[str, dict[str, TaskResult]]:
     """Task → model → metrics."""
     spec = context.spec.evaluation
-    tasks = load_tasks(spec.tasks)
+    tasks = interruptible(context.check, partial(load_tasks, spec.tasks))
     if tasks is None:
         return {}
     tokenizer = load_tokenizer(context.model_dir)
@@ -89,10 +90,17 @@ def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> di
     for number, (name, subject) in enumerate(subjects.items()):
         progress = 0.85 + 0.15 * number / len(subjects)
         ask = partial(context.report, progress, f"Asking the {name} model the evaluation tasks.")
-        results = measure_tasks(
-            subject.model, tokenizer, tasks, limit=spec.task_limit, seed=context.spec.seed, on_forward=ask
+        measure = partial(
+            measure_tasks,
+            subject.model,
+            tokenizer,
+            tasks,
+            limit=spec.task_limit,
+            seed=context.spec.seed,
+            on_forward=ask,
         )
-        for task, result in results.items():
+        # Before the first question and after the last the harness asks nobody.
+        for task, result in interruptible(context.check, measure).items():
             found.setdefault(task, {})[name] = result
     return found
 

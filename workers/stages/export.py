@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from service.contract.jobs import StageName
+from service.stopping import interruptible
 from workers.context import StageContext
 from workers.models import Check, device, load_model
 from workers.pruning.blocks import drop_blocks
@@ -54,7 +56,8 @@ def run(context: StageContext) -> dict[str, Any]:
         context.report(start, f"Writing the {role} checkpoint.")
         overrides = context.input(StageName.DISTILLATION, trained)
         target = context.out / role
-        write_checkpoint(
+        write = partial(
+            write_checkpoint,
             context.model_dir,
             target,
             kept=plan.kept,
@@ -62,7 +65,9 @@ def run(context: StageContext) -> dict[str, Any]:
             pdtrim=pdtrim_json(context, role, plan, plans, rule),
             model_card=model_card(context, role, plan, rule),
             kept_channels=channels.of(role),
+            check=context.check,
         )
+        interruptible(context.check, write)
         context.report(start + 0.15, f"Proving the {role} checkpoint.")
         expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
         difference = _prove(target, expected, proof, context.check)

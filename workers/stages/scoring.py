@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from service.contract.blocks import check_blocks
 from service.contract.errors import ModelUnsupported
+from service.stopping import interruptible
 from workers.context import StageContext
 from workers.data import token_windows
 from workers.models import device, load_for_walks, load_tokenizer, windows_at_once
@@ -26,9 +29,10 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable; as `load_tasks`.
     """
     context.report(0.0, "Loading the evaluation tasks.")
-    load_tasks(context.spec.evaluation.tasks)  # What they lack should show now, not after hours of work.
+    # What they lack should show now, not after hours of work.
+    interruptible(context.check, partial(load_tasks, context.spec.evaluation.tasks))
     context.report(0.05, "Cutting the text into windows.")
-    windows = token_windows(context.spec, context.documents(), load_tokenizer(context.model_dir))
+    windows = interruptible(context.check, partial(_windows, context))
     save_file(windows, context.out / WINDOWS)
 
     context.report(0.4, "Scoring blocks.")
@@ -51,3 +55,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "cosine": [round(value, 6) for value in scores.cosine],
         "windows": {split: len(part) for split, part in windows.items()},
     }
+
+
+def _windows(context: StageContext) -> dict[str, Tensor]:
+    return token_windows(context.spec, context.documents(), load_tokenizer(context.model_dir), context.check)

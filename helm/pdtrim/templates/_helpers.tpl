@@ -74,7 +74,9 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- define "pdtrim.apiKeyVariable" -}}
 {{- $secret := include "pdtrim.secret" (dict "root" . "own" .Values.apiKey "bundled" .Values.bundled.apiKey) -}}
 {{- $key := .Values.bundled.apiKey.enabled | ternary "PDTRIM_API_KEY" .Values.apiKey.key -}}
+{{- if $secret }}
 {{- include "pdtrim.secretVariable" (dict "name" "PDTRIM_API_KEY" "secret" $secret "key" $key) }}
+{{- end }}
 {{- end }}
 
 {{/* What every process of the service reads from Secrets. */}}
@@ -179,11 +181,11 @@ labels:
 {{- end }}
 {{- end }}
 
-{{/* Every label that some pool takes, as a JSON list. */}}
+{{/* Every queue that some pool takes, as a JSON list that begins with the one for jobs that name none. */}}
 {{- define "pdtrim.queues" -}}
 {{- $queues := list -}}
 {{- range $name, $pool := include "pdtrim.pools" . | fromYaml -}}
 {{- $queues = concat $queues $pool.queues -}}
 {{- end -}}
-{{- $queues | uniq | sortAlpha | toJson -}}
+{{- prepend (without ($queues | uniq | sortAlpha) .Values.defaultQueue) .Values.defaultQueue | toJson -}}
 {{- end }}

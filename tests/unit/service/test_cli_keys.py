@@ -69,12 +69,37 @@ def test_people_see_the_key_once_and_then_a_table(settings: Settings, pdtrim_key
     assert "opens nothing" in closed.output
 
 
+def test_a_keys_own_limits_are_kept_and_shown(settings: Settings, pdtrim_keys: Keys) -> None:
+    migrate(connect(settings.database_url))
+    limits = ["--rate-limit", "100/minute", "--max-running-jobs", "2", "--max-queued-jobs", "10"]
+
+    made = json.loads(pdtrim_keys("create", "ci", *limits, "--max-artifact-bytes", "5000000000", "--json").output)
+    free = json.loads(pdtrim_keys("create", "free", "--rate-limit", "none", "--json").output)
+    plain = json.loads(pdtrim_keys("create", "plain", "--json").output)
+    listed = [json.loads(line) for line in pdtrim_keys("list", "--json").output.splitlines()]
+    table = pdtrim_keys("list").output
+
+    names = ("rate_limit", "max_running_jobs", "max_queued_jobs", "max_artifact_bytes")
+    assert [[one[name] for name in names] for one in (made, free, plain)] == [
+        ["100/minute", 2, 10, 5_000_000_000],
+        ["none", None, None, None],
+        [None] * 4,
+    ]
+    assert [one["rate_limit"] for one in listed] == ["100/minute", "none", None]
+    assert "100/minute requests, 2 running, 10 queued, 5.0 GB kept" in table
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["create", "ci", "--project", "No Such"], 2, "is no project"),
         (["create", ""], 2, "1 to 128 printable"),
         (["create", "ci", "--expires-days", "0"], 2, "expires-days"),
+        (["create", "ci", "--rate-limit", "100"], 2, "looks like 100/minute"),
+        (["create", "ci", "--rate-limit", "0/minute"], 2, "looks like 100/minute"),
+        (["create", "ci", "--max-running-jobs", "0"], 2, "max-running-jobs"),
+        (["create", "ci", "--max-queued-jobs", "9" * 10], 2, "max-queued-jobs"),
+        (["create", "ci", "--max-artifact-bytes", "9" * 20], 2, "max-artifact-bytes"),
         (["revoke", "nowhere"], 1, "no key has the prefix"),
     ],
 )

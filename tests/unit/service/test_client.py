@@ -4,13 +4,17 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.api import events as api_events
+from service.api import problems
 from service.client import Client, ClientError, CorruptDownload, ServiceError, ServiceUnreachable, UnexpectedAnswer
+from service.contract.errors import QueueQuotaExceeded
 from service.contract.jobs import Artifact, JobStatus, StageName
 from service.contract.spec import JobSpec
 from service.settings import Settings
@@ -337,3 +341,52 @@ def test_an_artifact_gone_from_the_store_is_said_at_once(gateway: LiveGateway, c
         client.download(job_id, artifact, tmp_path / "model")
 
     assert refused.value.problem.code == "artifact_not_found"
+
+
+@contextmanager
+def limited(tmp_path: Path, model: Path, **limits: Any) -> Iterator[LiveGateway]:
+    settings = Settings(data_dir=tmp_path / "data", allowed_sources=["builtin:", model.as_uri()], **limits)
+    with live(settings, model) as running:
+        yield running
+
+
+def test_reading_waits_as_long_as_the_service_asks(tmp_path: Path, model: Path) -> None:
+    with limited(tmp_path, model, rate_limit="2/second") as gateway, Client(gateway.url, patience_s=20) as client:
+        job_id = gateway.played.create()
+        gateway.played.run(job_id)
+
+        assert [client.get(job_id).id for _ in range(4)] == [job_id] * 4
+        assert len(list(client.events(job_id))) > 0
+        assert gateway.requests > 6
+
+
+def test_a_wait_beyond_the_clients_patience_is_an_error_at_once(tmp_path: Path, model: Path) -> None:
+    with limited(tmp_path, model, rate_limit="1/hour") as gateway, Client(gateway.url, patience_s=5) as client:
+        client.jobs()
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match="Too many requests") as refused:
+            client.jobs()
+
+    assert refused.value.retry_after is not None
+    assert refused.value.retry_after > 5
+    assert time.monotonic() - started < 4
+
+
+def test_what_is_not_safe_to_send_again_is_not_waited_for(tmp_path: Path, model: Path) -> None:
+    with limited(tmp_path, model, rate_limit="1/hour") as gateway, Client(gateway.url, patience_s=20) as client:
+        job_id = client.create(gateway.played.spec).id
+        before = gateway.requests
+        with pytest.raises(ServiceError, match="Too many requests"):
+            client.cancel(job_id)
+
+        assert gateway.requests == before + 1
+
+
+def test_a_create_waits_for_room_in_the_queue(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(problems.HEADERS, QueueQuotaExceeded, {"Retry-After": "1"})
+    with limited(tmp_path, model, max_queued_jobs=1) as gateway, Client(gateway.url, patience_s=20) as client:
+        first = client.create(gateway.played.spec)
+        threading.Timer(0.2, gateway.played.claim, (first.id, StageName.SCORING)).start()
+        second = client.create(gateway.played.spec)
+
+        assert [job.id for job in client.jobs().data] == [second.id, first.id]

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import redis
+from kombu import Queue
 from kombu.transport.filesystem import Transport
 
 from service import queue
 from service.contract.jobs import StageName
+from service.contract.routes import Priority, Route
 from service.settings import Settings
 from tests.servers import free_ports, restartable_valkey
 
@@ -20,10 +22,10 @@ def test_a_half_written_file_of_the_embedded_broker_counts_as_out_of_reach(tmp_p
     exchange.parent.mkdir(parents=True)
 
     exchange.write_text(half_written)
-    assert not queue.try_to_send(settings, "job_1", StageName.SCORING)
+    assert not queue.try_to_send(settings, "job_1", StageName.SCORING, Route())
 
     exchange.write_text('[["pdtrim", "", "pdtrim"]]')
-    assert queue.try_to_send(settings, "job_1", StageName.SCORING)
+    assert queue.try_to_send(settings, "job_1", StageName.SCORING, Route())
     assert len(list((tmp_path / "broker" / "messages").iterdir())) == 1
 
 
@@ -31,9 +33,9 @@ def test_a_restart_of_the_broker_loses_no_message_that_is_sent_after_it() -> Non
     with restartable_valkey() as valkey:
         settings = Settings(broker_url=f"{valkey.connection_url}/0")
         for _ in range(2):
-            queue.send(settings, "job_1", StageName.SCORING)
+            queue.send(settings, "job_1", StageName.SCORING, Route())
             with redis.Redis.from_url(settings.broker_url) as broker:
-                assert broker.llen(queue.QUEUE) == 1
+                assert broker.llen(f"{queue.QUEUE}\x06\x163") == 1
             valkey.terminate()
             valkey.start()
 
@@ -42,8 +44,25 @@ def test_a_broker_that_is_away_is_an_error_of_its_own_and_costs_no_job() -> None
     (closed,) = free_ports(1)
     settings = Settings(broker_url=f"redis://127.0.0.1:{closed}/0")
     with pytest.raises(queue.BrokerUnavailable, match="was not sent"):
-        queue.send(settings, "job_1", StageName.SCORING)
-    assert not queue.try_to_send(settings, "job_1", StageName.SCORING)
+        queue.send(settings, "job_1", StageName.SCORING, Route())
+    assert not queue.try_to_send(settings, "job_1", StageName.SCORING, Route())
+
+
+def test_messages_wait_in_the_queue_of_their_job_and_urgent_ones_go_first(empty_redis_url: str) -> None:
+    settings = Settings(broker_url=empty_redis_url, queues=["default", "gpu-80g"])
+    for number, priority in enumerate([Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.NORMAL]):
+        queue.send(settings, f"job_{number}", StageName.SCORING, Route("gpu-80g", priority))
+    queue.send(settings, "job_other", StageName.SCORING, Route())
+
+    taken: dict[str, list[str]] = {"default": [], "gpu-80g": []}
+    with queue.celery_app(settings.broker_url).connection_for_read() as connection:
+        for name, found in taken.items():
+            channel = connection.channel()
+            waiting = Queue(queue.broker_queue(name), channel=channel)
+            while message := waiting.get(no_ack=True):
+                found.append(message.payload[0][0])
+
+    assert taken == {"default": ["job_other"], "gpu-80g": ["job_2", "job_1", "job_3", "job_0"]}
 
 
 def test_a_worker_waits_for_its_broker_however_long_that_is_away() -> None:

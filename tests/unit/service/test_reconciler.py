@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +13,12 @@ from threading import enumerate as enumerate_threads
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine
-from sqlmodel import select
+from sqlmodel import Session, select
 
 from service.app import create_app
+from service.contract.jobs import JobStatus, StageName
 from service.contract.spec import JobSpec
-from service.db import deletion, jobs
+from service.db import deletion, jobs, stages
 from service.db.session import connect, migrate, transaction
 from service.db.tables import JobRow, StageRow, now
 from service.queue import BrokerUnavailable
@@ -62,6 +63,23 @@ def deleted(engine: Engine, store: ArtifactStore, files: int = 3) -> str:
 def exists(engine: Engine, job_id: str) -> bool:
     with transaction(engine) as session:
         return session.get(JobRow, job_id) is not None
+
+
+@pytest.mark.parametrize(
+    ("ask", "ended"), [(jobs.request_pause, JobStatus.PAUSED), (jobs.request_cancel, JobStatus.CANCELLED)]
+)
+def test_a_job_whose_worker_died_before_it_stopped_is_stopped(
+    ask: Callable[[Session, str], JobRow], ended: JobStatus, engine: Engine, settings: Settings
+) -> None:
+    with transaction(engine) as session:
+        job_id = jobs.create(session, SPEC).id
+        stages.claim(session, job_id, StageName.SCORING, worker="dead", lease_seconds=0.0)
+        assert ask(session, job_id).status != ended
+
+    assert sweep(engine, settings) == 0
+
+    with transaction(engine) as session:
+        assert jobs.get(session, job_id).status == ended
 
 
 def test_a_lease_passes_before_files_go(engine: Engine, store: ArtifactStore, settings: Settings) -> None:
@@ -151,6 +169,27 @@ def test_finished_jobs_go_when_they_are_older_than_the_retention(
 
     assert [exists(engine, job.id) for job in (old, resumed, young, paused)] == [False, True, True, True]
     assert list(store.list_keys("")) == [f"jobs/{young.id}/scoring/1/file"]
+
+
+def test_finished_jobs_go_in_their_order_while_more_is_kept_than_the_retention(
+    engine: Engine, store: ArtifactStore, settings: Settings
+) -> None:
+    with transaction(engine) as session:
+        found = [jobs.create(session, SPEC) for _ in range(5)]
+        paused, *finished = found
+        jobs.request_pause(session, paused.id)
+        for hours, job in enumerate(finished):
+            jobs.request_cancel(session, job.id)
+            job.finished_at = now() - timedelta(hours=hours)
+        for job in found:
+            job.artifact_bytes = 100
+        finished[2].artifact_bytes = 0
+
+    assert purge(engine, settings.model_copy(update={"retention_bytes": 400}), store) == 0
+    assert purge(engine, settings.model_copy(update={"retention_bytes": 399}), store) == 1
+    assert [exists(engine, job.id) for job in finished] == [True, True, True, False]
+    assert purge(engine, settings.model_copy(update={"retention_bytes": 1}), store) == 2
+    assert [exists(engine, job.id) for job in found] == [True, False, False, True, False]
 
 
 def test_an_outage_is_told_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:

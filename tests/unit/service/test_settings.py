@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from service.contract.access import Quotas, Scope
 from service.settings import Settings
 
 
@@ -45,3 +46,40 @@ def test_finished_jobs_stay_unless_a_retention_is_set(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PDTRIM_RETENTION_DAYS", "0")
     with pytest.raises(ValidationError, match="retention_days"):
         Settings()
+
+
+@pytest.mark.parametrize(
+    "rate", ["100", "0/minute", "10/fortnight", "10 per minute", "-1/second", "10/minute; 1/second"]
+)
+def test_a_rate_is_a_number_and_a_time(rate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(rate_limit="none", failed_auth_limit="5/day").failed_auth_limit == "5/day"
+    monkeypatch.setenv("PDTRIM_RATE_LIMIT", rate)
+    with pytest.raises(ValidationError, match="rate_limit"):
+        Settings()
+
+
+def test_quotas_are_any_amount_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().quotas == Quotas()
+    monkeypatch.setenv("PDTRIM_MAX_RUNNING_JOBS", "3")
+    assert Settings().quotas == Quotas(max_running_jobs=3)
+
+
+@pytest.mark.parametrize(
+    ("issuer", "audience", "reason"),
+    [
+        ("https://login.example.com", None, "PDTRIM_OIDC_AUDIENCE"),
+        ("http://login.example.com", "pdtrim", "https://"),
+        ("login.example.com", "pdtrim", "https://"),
+    ],
+)
+def test_an_issuer_cannot_be_forged_and_needs_an_audience(issuer: str, audience: str | None, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Settings(oidc_issuer=issuer, oidc_audience=audience)
+
+
+def test_an_issuer_lets_the_gateway_listen_on_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDTRIM_OIDC_ISSUER", "https://login.example.com/realms/ml")
+    monkeypatch.setenv("PDTRIM_OIDC_AUDIENCE", "pdtrim")
+    monkeypatch.setenv("PDTRIM_OIDC_SCOPES", '{"viewer": "read"}')
+
+    assert Settings(host="0.0.0.0").oidc_scopes == {"viewer": Scope.READ}

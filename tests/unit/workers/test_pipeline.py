@@ -707,7 +707,7 @@ def test_a_store_that_fails_costs_an_attempt_not_the_job(worker: Worker, model: 
 def test_a_store_that_is_closed_to_us_fails_the_job_at_once(
     worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(key: str, data: bytes) -> None:
+    def refuse(key: str, data: bytes, check: Callable[[], None]) -> None:
         raise StoreRefused("bucket pdtrim refused: AccessDenied")
 
     job_id = create(worker, tiny_spec(model))

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlmodel import select
 
 from service.contract.jobs import ErrorInfo, StageName
+from service.contract.routes import Priority, Route
+from service.db import jobs
 from service.db.session import transaction
 from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
 from service.reconciler import purge
-from tests.gateway import Gateway, problem_of
+from service.settings import Settings
+from tests.gateway import Gateway, problem_of, serve
 
 
 def test_created_job_is_queued_with_its_stages_and_a_location(gateway: Gateway) -> None:
@@ -78,6 +82,24 @@ def test_invalid_field_is_named(gateway: Gateway, changes: dict[str, Any], param
 
     body = problem_of(response, 422, "invalid_request")
     assert body["param"] == param
+
+
+def test_a_job_waits_in_the_queue_that_it_names_or_in_the_first(gateway_settings: Settings, model: Path) -> None:
+    settings = gateway_settings.model_copy(update={"queues": ["gpu-24g", "gpu-80g"]})
+    with serve(settings, model) as gateway:
+        named = gateway.create(queue="gpu-80g", priority="high")
+        unnamed = gateway.create()
+        refused = gateway.client.post("/v1/jobs", json={**gateway.spec, "queue": "default"})
+
+        shown = [gateway.client.get(f"/v1/jobs/{job_id}").json() for job_id in (named, unnamed)]
+        with transaction(gateway.engine) as session:
+            routes = jobs.routes(session, [named, unnamed])
+
+    problem = problem_of(refused, 422, "no_such_queue")
+    assert problem["param"] == "queue"
+    assert "gpu-24g, gpu-80g" in problem["detail"]
+    assert [job["queue"] for job in shown] == ["gpu-80g", "gpu-24g"]
+    assert routes == {named: Route("gpu-80g", Priority.HIGH), unnamed: Route("gpu-24g", Priority.NORMAL)}
 
 
 def test_every_invalid_field_is_told_at_once(gateway: Gateway) -> None:

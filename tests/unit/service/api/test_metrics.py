@@ -77,9 +77,9 @@ def test_jobs_are_shown_by_state_and_the_queue_by_its_oldest(gateway: Gateway) -
     found = scrape(gateway.client)
 
     assert (found["pdtrim_jobs", "queued"], found["pdtrim_jobs", "failed"], found["pdtrim_jobs", "paused"]) == (1, 1, 0)
-    assert found["pdtrim_stages_queued", "scoring"] == 1
-    assert 100 <= found["pdtrim_stages_queued_oldest_age_seconds", "scoring"] < 200
-    assert found["pdtrim_stages_queued_oldest_age_seconds", "export"] == 0
+    assert found["pdtrim_stages_queued", "default", "scoring"] == 1
+    assert 100 <= found["pdtrim_stages_queued_oldest_age_seconds", "default", "scoring"] < 200
+    assert found["pdtrim_stages_queued_oldest_age_seconds", "default", "export"] == 0
     assert found["pdtrim_database_up",] == 1
     assert found["pdtrim_leases_expired_total",] == 0
 
@@ -90,7 +90,7 @@ def test_nothing_is_named(gateway: Gateway) -> None:
     shown = gateway.client.get("/metrics").text
     assert job_id not in shown
     assert "job_0" not in shown
-    assert "default" not in shown
+    assert "project" not in shown
 
 
 def test_without_a_database_the_gateways_own_figures_stay(gateway: Gateway) -> None:

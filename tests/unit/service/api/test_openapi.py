@@ -60,7 +60,9 @@ def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> Non
     for path, operation in operations(document):
         failures = {code: response for code, response in operation["responses"].items() if code >= "400"}
         if path.startswith("/v1"):
-            assert {"401", "500"} <= failures.keys(), path
+            assert {"401", "403", "429", "500", "503"} <= failures.keys(), path
+            assert "rate_limited" in failures["429"]["content"]["application/problem+json"]["examples"], path
+            assert {"Retry-After", "RateLimit", "RateLimit-Policy"} <= failures["429"]["headers"].keys(), path
             assert operation["security"] == [{"ApiKey": []}]
         if "{job_id}" in path or "{webhook_id}" in path:
             assert "404" in failures, path
@@ -68,6 +70,12 @@ def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> Non
             content = response["content"]["application/problem+json"]
             assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
             assert all(example["value"]["code"] == code for code, example in content["examples"].items())
+
+
+def test_what_a_quota_refuses_is_documented(document: dict[str, Any]) -> None:
+    for path in ("/v1/jobs", "/v1/jobs/{job_id}/resume"):
+        refused = document["paths"][path]["post"]["responses"]["429"]["content"]["application/problem+json"]
+        assert set(refused["examples"]) == {"rate_limited", "queue_quota_exceeded", "artifact_quota_exceeded"}
 
 
 def test_the_document_refers_only_to_schemas_it_has(document: dict[str, Any]) -> None:

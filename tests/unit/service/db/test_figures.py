@@ -39,7 +39,8 @@ def queued(engine: Engine) -> dict[StageName, tuple[int, int]]:
     """How many stages wait, and for how many hours the first of them does."""
     with transaction(engine) as session:
         found = figures.queued_stages(session)
-    return {name: (one.count, (now() - one.oldest) // timedelta(hours=1)) for name, one in found.items()}
+    assert {queue for queue, _ in found} <= {"default"}
+    return {name: (one.count, (now() - one.oldest) // timedelta(hours=1)) for (_, name), one in found.items()}
 
 
 def test_jobs_are_counted_by_state_without_deleted_ones(engine: Engine) -> None:

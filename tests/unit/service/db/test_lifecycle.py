@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -42,10 +43,11 @@ from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 STAGES = list(StageName)
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "60"))
 MAX_ATTEMPTS = 2
 MAX_JOBS = 2
 AT_HAND = (StageStatus.QUEUED, StageStatus.RUNNING, StageStatus.PAUSED)
-WORKERS_ACTS = ["finish", "finish", "fail", "stop", "release", "renew", "report"]
+WORKERS_ACTS = ["finish", "finish", "fail", "stop", "release", "leave", "renew", "report"]
 OTHER_ACTS = ["fall_silent", "reconcile", "reconcile", "retire_the_living", "remove"]
 # Deleting is rare, as little can happen afterwards.
 USERS_ACTS = [*["cancel", "pause", "pause", "resume", "resume", "resume"] * 2, "delete"]
@@ -211,6 +213,13 @@ class Lifecycle(RuleBasedStateMachine):
     def release(self, job_id: str, back: int) -> None:
         if recorded := self.record(job_id, back, stages.release, "a fault", max_attempts=MAX_ATTEMPTS):
             self.expected[job_id].hand_back(recorded[0])
+
+    def leave(self, job_id: str, back: int) -> None:
+        if recorded := self.record(job_id, back, stages.hand_back):
+            job, position = self.expected[job_id], recorded[0]
+            if not job.stop():
+                job.stages[position] = StageStatus.QUEUED
+                job.counted[position] -= 1
 
     def renew(self, job_id: str, back: int) -> None:
         if recorded := self.record(job_id, back, stages.renew, lease_seconds=600):
@@ -388,7 +397,7 @@ def test_jobs_keep_their_rules_whatever_happens_in_whatever_order(database: Engi
     run_state_machine_as_test(
         OnDatabase,
         settings=settings(
-            max_examples=60,
+            max_examples=EXAMPLES,
             stateful_step_count=30,
             deadline=None,
             database=None,

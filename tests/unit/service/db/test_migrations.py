@@ -1,4 +1,4 @@
-"""Databases of earlier versions move forward with what is in them, on SQLite and on PostgreSQL."""
+"""Databases of every earlier version move forward with what is in them, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -7,57 +7,126 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
-from service.contract.access import DEFAULT_PROJECT
-from service.contract.jobs import StageName
+from service.contract.jobs import JobStatus, StageName
 from service.contract.spec import JobSpec
-from service.db import events, jobs
-from service.db.session import connect, migrate, schema_is_current, transaction
+from service.db import jobs, stages
+from service.db.session import MIGRATIONS, connect, migrate, schema_is_current, transaction
+from service.settings import Settings
+from tests.gateway import serve, write_model
 
-JOB_ID = "job_" + "1" * 32
+DONE, WAITING = "job_" + "1" * 32, "job_" + "2" * 32
+ARTIFACT = "art_" + "3" * 32
 SPEC = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 AT = "2026-01-02 03:04:05+00:00"
+EARLIER = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()][:0:-1]
+"""Every revision but the newest, oldest first."""
+
+
+def _rows() -> Iterator[tuple[str, dict[str, object]]]:
+    """A finished job and a queued one, in the columns of the first version."""
+    for job_id, status, done in ((DONE, "succeeded", True), (WAITING, "queued", False)):
+        yield (
+            "jobs",
+            {
+                "id": job_id, "status": status, "spec": json.dumps(SPEC), "labels": json.dumps({"team": "serving"}),
+                "versions": json.dumps({"torch": "2.13.0"} if done else {}), "last_event": 1, "created_at": AT,
+                "finished_at": AT if done else None,
+            },
+        )  # fmt: skip
+        yield (
+            "events",
+            {
+                "job_id": job_id, "number": 1, "type": "job.created", "message": "Job created.", "data": "{}",
+                "created_at": AT,
+            },
+        )  # fmt: skip
+        for position, name in enumerate(StageName):
+            stage = "succeeded" if done else ("queued" if position == 0 else "pending")
+            yield (
+                "stages",
+                {
+                    "job_id": job_id, "name": name.value, "position": position, "status": stage,
+                    "attempt": int(done), "sends": 1, "progress": float(done), "message": "",
+                    "metrics": json.dumps({"blocks": 12} if done else {}),
+                },
+            )  # fmt: skip
+    yield (
+        "artifacts",
+        {
+            "id": ARTIFACT, "job_id": DONE, "stage": "removal", "name": "plan.json", "key": f"jobs/{DONE}/removal/1/p",
+            "uri": "file:///p", "size": 2, "sha256": "0" * 64, "created_at": AT,
+        },
+    )  # fmt: skip
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def first_version(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    """A database at revision 0001 with a job in it."""
-    sqlite = request.param == "sqlite"
-    url = f"sqlite:///{tmp_path}/jobs.db" if sqlite else request.getfixturevalue("postgres_database_url")
-    engine = connect(url)
-    migrate(engine, "0001")
-    statements = [
-        "INSERT INTO jobs (id, status, spec, labels, versions, last_event, created_at) "
-        "VALUES (:job, 'queued', :spec, '{}', '{}', 1, :at)",
-        "INSERT INTO events (job_id, number, type, message, data, created_at) "
-        "VALUES (:job, 1, 'job.created', 'Job created.', '{}', :at)",
-        "INSERT INTO stages (job_id, name, position, status, attempt, sends, progress, message, metrics) "
-        "VALUES (:job, 'scoring', 0, 'queued', 0, 1, 0, '', '{}')",
-    ]
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.db"
+    url: str = request.getfixturevalue("postgres_database_url")
+    return url
+
+
+def _fill(engine: Engine, revision: str) -> None:
+    migrate(engine, revision)
     with engine.begin() as connection:
-        for statement in statements:
-            connection.execute(text(statement), {"job": JOB_ID, "spec": json.dumps(SPEC), "at": AT})
-    yield engine
+        for table, row in _rows():
+            columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+            connection.execute(text(f"INSERT INTO {table} ({columns}) VALUES ({values})"), row)
+
+
+@pytest.mark.parametrize("revision", EARLIER)
+def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
+    database_url: str, revision: str, tmp_path: Path
+) -> None:
+    engine = connect(database_url)
+    _fill(engine, revision)
+    assert not schema_is_current(engine)
+
+    settings = Settings(data_dir=tmp_path / "data", database_url=database_url)
+    with serve(settings, write_model(tmp_path / "tiny")) as gateway:
+        listed = gateway.client.get("/v1/jobs", params={"metadata[team]": "serving"}).json()
+        done = gateway.client.get(f"/v1/jobs/{DONE}").json()
+        events = gateway.client.get(f"/v1/jobs/{DONE}/events").json()
+        artifacts = gateway.client.get(f"/v1/jobs/{DONE}/artifacts").json()
+        gateway.run(WAITING)
+        waiting = gateway.client.get(f"/v1/jobs/{WAITING}").json()
+
+    assert schema_is_current(engine)
+    assert [job["id"] for job in listed["data"]] == [WAITING, DONE]
+    assert (done["status"], done["versions"]) == (JobStatus.SUCCEEDED, {"torch": "2.13.0"})
+    assert JobSpec.model_validate(done["spec"]) == JobSpec.model_validate(SPEC)
+    assert [(stage["name"], stage["metrics"]) for stage in done["stages"]] == [(n, {"blocks": 12}) for n in StageName]
+    assert [event["type"] for event in events["data"]] == ["job.created"]
+    assert [artifact["id"] for artifact in artifacts["data"]] == [ARTIFACT]
+    assert waiting["status"] == JobStatus.SUCCEEDED
+    with transaction(engine) as session:
+        assert stages.claim(session, DONE, StageName.SCORING, worker="test", lease_seconds=1) is None
     engine.dispose()
 
 
-def test_a_job_of_the_first_version_is_there_after_migrating(first_version: Engine) -> None:
-    migrate(first_version)
+def test_what_a_job_kept_before_there_were_quotas_counts(database_url: str) -> None:
+    engine = connect(database_url)
+    _fill(engine, "0005")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE artifacts SET size = 5000000000"))
 
-    assert schema_is_current(first_version)
-    with transaction(first_version) as session:
-        assert [row.id for row in jobs.page(session, DEFAULT_PROJECT, limit=10)[0]] == [JOB_ID]
-        job = jobs.get(session, JOB_ID)
-        assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(SPEC)
-        assert [row.name for row in jobs.stages(session, [JOB_ID])[JOB_ID]] == [StageName.SCORING]
-        assert [row.type for row in events.page(session, JOB_ID, after=0, limit=10)[0]] == ["job.created"]
+    migrate(engine)
+
+    with transaction(engine) as session:
+        assert [jobs.get(session, job_id).artifact_bytes for job_id in (DONE, WAITING)] == [5_000_000_000, 0]
+    engine.dispose()
 
 
-def test_a_schema_of_a_newer_version_is_left_as_it_is_and_worked_with(first_version: Engine) -> None:
-    migrate(first_version)
-    with first_version.begin() as connection:
+def test_a_schema_of_a_newer_version_is_left_as_it_is_and_worked_with(database_url: str) -> None:
+    engine = connect(database_url)
+    migrate(engine)
+    with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = 'from-the-future'"))
 
-    migrate(first_version)
-    assert schema_is_current(first_version)
+    migrate(engine)
+    assert schema_is_current(engine)
+    engine.dispose()

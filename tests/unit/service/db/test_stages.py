@@ -165,18 +165,6 @@ def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> Non
     assert rows[-1].message.startswith("the store refused")
 
 
-def test_a_stage_that_is_handed_back_ever_so_often_costs_no_attempt(engine: Engine) -> None:
-    job_id = create_job(engine)
-    for _ in range(3):
-        held = claim(engine, job_id)
-        with transaction(engine) as session:
-            stages.hand_back(session, held)
-    assert (held.attempt, stage_row(engine, job_id, StageName.SCORING).status) == (3, StageStatus.QUEUED)
-    claim(engine, job_id, lease_seconds=-1)
-    retire(engine, job_id, max_attempts=2)
-    assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
-
-
 def test_a_stage_whose_lease_ran_out_is_not_taken_before_its_loss_is_on_record(engine: Engine) -> None:
     job_id = create_job(engine)
     claim(engine, job_id, lease_seconds=-1)
@@ -460,3 +448,28 @@ def test_time_that_a_stage_lay_paused_is_none_that_it_ran(engine: Engine) -> Non
     started_at = stage_row(engine, job_id, StageName.SCORING).started_at
     assert started_at is not None
     assert timedelta(minutes=59) < now() - started_at < timedelta(minutes=61)
+
+
+def test_a_stage_whose_worker_was_asked_to_end_is_queued_again_at_no_cost(engine: Engine) -> None:
+    job_id = create_job(engine)
+    for _ in range(3):
+        held = claim(engine, job_id)
+        with transaction(engine) as session:
+            stages.hand_back(session, held)
+    row = stage_row(engine, job_id, StageName.SCORING)
+    assert (row.status, row.attempt, row.attempts_forgiven) == (StageStatus.QUEUED, 3, 3)
+    claim(engine, job_id, lease_seconds=-1)
+    retire(engine, job_id, max_attempts=2)
+    assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
+
+
+@pytest.mark.parametrize(("ask", "ended"), [(jobs.request_pause, "job.paused"), (jobs.request_cancel, "job.cancelled")])
+def test_a_job_that_was_to_stop_stops_when_its_worker_is_asked_to_end(
+    ask: Callable[[Session, str], JobRow], ended: str, engine: Engine
+) -> None:
+    job_id = create_job(engine)
+    held = claim(engine, job_id)
+    with transaction(engine) as session:
+        ask(session, job_id)
+        stages.hand_back(session, held)
+    assert event_types(engine, job_id)[-1] == ended

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.unit.workers.pruning.models import reference_tokenizer
+from workers.pruning import calibration
 from workers.pruning.calibration import cut_windows, split_stream, stdlib_documents, token_stream
 
 
@@ -56,3 +57,26 @@ def test_a_stream_is_split_into_parts_that_each_hold_a_window() -> None:
     assert torch.equal(torch.cat([parts["train"], parts["calibration"], parts["validation"]]), torch.arange(100))
     with pytest.raises(ValueError, match="the text has 59 tokens"):
         split_stream(torch.arange(59), tokens=20)
+
+
+def test_a_long_document_is_tokenized_in_pieces_that_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = "".join(f"def f_{n}(x):\n\n    return x + {n}\n\n\n" for n in range(200))
+    whole = token_stream([document], reference_tokenizer())
+    monkeypatch.setattr(calibration, "PIECE_CHARACTERS", 100)
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+
+    found = token_stream([document], reference_tokenizer(), check=check)
+    parts = list(calibration.pieces(document))
+    assert "".join(parts) == document
+    assert asked == len(parts) > 30
+    assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("document", ["", "x" * 500, "a\n" + " b\n" * 200])
+def test_a_document_without_a_place_to_cut_stays_whole(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "PIECE_CHARACTERS", 100)
+    assert list(calibration.pieces(document)) == [document]

@@ -1,0 +1,80 @@
+"""A worker that is asked to end, as Kubernetes does with SIGTERM, in the middle of a stage that would take long."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+from sqlalchemy import Engine
+
+from service import queue
+from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.spec import JobSpec
+from service.db import events, jobs
+from service.db.session import connect, migrate, transaction
+from service.db.tables import StageRow
+from service.settings import Settings
+from tests import servers
+from tests.processes import running, wait_until
+from tests.tiny_job import tiny_spec, write_tiny_model
+
+STAGE = StageName.DISTILLATION
+LONG_HEALING = {"heal_tokens": 20_480, "merge_tokens": 256, "batch_windows": 4, "threshold": 1.0}
+
+
+def stage_row(engine: Engine, job_id: str) -> StageRow:
+    with transaction(engine) as session:
+        return session.get_one(StageRow, (job_id, STAGE))
+
+
+def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
+    environment: dict[str, str], postgres_database_url: str, empty_redis_url: str, s3: servers.S3Server, s3_url: str,
+    tmp_path: Path, record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    production = environment | s3.environment | {
+        "PDTRIM_DATABASE_URL": postgres_database_url,
+        "PDTRIM_BROKER_URL": empty_redis_url,
+        "PDTRIM_ARTIFACTS_URL": s3_url,
+        "PDTRIM_S3_ENDPOINT_URL": s3.endpoint_url,
+        "PDTRIM_ALLOWED_SOURCES": json.dumps([tmp_path.as_uri()]),
+        # One that died would end the job; nobody reconciles here, either.
+        "PDTRIM_MAX_ATTEMPTS": "1",
+        "PDTRIM_LEASE_SECONDS": "600",
+        "PDTRIM_SHUTDOWN_SECONDS": "0",
+    }  # fmt: skip
+    engine = connect(postgres_database_url)
+    migrate(engine)
+    spec = tiny_spec(write_tiny_model(tmp_path / "model"), distillation=LONG_HEALING)
+    with transaction(engine) as session:
+        job_id = jobs.create(session, JobSpec.model_validate(spec)).id
+    queue.send(Settings(data_dir=tmp_path / "data", broker_url=empty_redis_url), job_id, StageName.SCORING)
+
+    with ExitStack() as stack:
+        workers = [stack.enter_context(running(["worker"], production, tmp_path / f"{n}.log")) for n in range(2)]
+        wait_until(lambda: stage_row(engine, job_id).progress > 0, what="healing to be on its way")
+        busy_child = int((stage_row(engine, job_id).worker or "").rpartition(":")[2])
+        busy = next(worker for worker in workers if worker.pid == psutil.Process(busy_child).ppid())
+        asked_at = time.monotonic()
+        busy.terminate()
+        wait_until(lambda: stage_row(engine, job_id).attempt == 2, seconds=60, what="the other to take the stage")
+        record_property("A worker asked to end: its stage is another's after", f"{time.monotonic() - asked_at:.1f} s")
+        assert busy.wait(30) == 0
+        record_property("A worker asked to end: gone after", f"{time.monotonic() - asked_at:.1f} s")
+
+        def ended() -> bool:
+            with transaction(engine) as session:
+                return JobStatus(jobs.get(session, job_id).status).final
+
+        wait_until(ended, what="the job to end")
+
+    row = stage_row(engine, job_id)
+    assert (row.status, row.attempt, row.attempts_forgiven) == (StageStatus.SUCCEEDED, 2, 1)
+    with transaction(engine) as session:
+        assert jobs.get(session, job_id).status == JobStatus.SUCCEEDED
+        told = [event.message for event in events.page(session, job_id, after=0, limit=1000)[0] if event.stage == STAGE]
+    assert [message for message in told if "is being stopped; stage distillation is queued again" in message]
+    engine.dispose()

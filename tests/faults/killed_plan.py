@@ -1,0 +1,78 @@
+"""One search on the embedded service, unbroken and killed: `python -m tests.faults.killed_plan KILLS SEED`.
+
+Exits with 1 when the plan or what the search recorded is not, byte for byte, that of the unbroken run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from service.client import Client
+from service.contract.jobs import JobStatus, StageName
+from tests.processes import pdtrim_up, processes_of, wait_until
+
+PRODUCTS = ("plan.json", "search.json")
+SHORT = {"PDTRIM_LEASE_SECONDS": "3", "PDTRIM_RECONCILE_SECONDS": "0.5", "PDTRIM_RESEND_SECONDS": "1"}
+MOST_SECONDS = 1800.0
+
+
+def _environment(data_dir: Path, kills: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PDTRIM_", "AWS_"))}
+    attempts = {"PDTRIM_MAX_ATTEMPTS": str(kills + 2)}
+    return kept | SHORT | attempts | {"PDTRIM_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
+
+
+def _products(client: Client, job_id: str) -> dict[str, str]:
+    """SHA-256 of what the removal stage recorded."""
+    found = {a.name: a.sha256 for a in client.artifacts(job_id) if a.stage == StageName.REMOVAL}
+    return {name: found[name] for name in PRODUCTS}
+
+
+def _kill_while_searching(client: Client, job_id: str, data_dir: Path, kills: int, rng: random.Random) -> None:
+    """Kill every worker process in each of the first attempts at the search."""
+    for attempt in range(1, kills + 1):
+
+        def begun(attempt: int = attempt) -> bool:
+            return client.get(job_id).stages[1].attempt >= attempt
+
+        wait_until(begun, seconds=MOST_SECONDS, what=f"attempt {attempt} at the search")
+        time.sleep(rng.uniform(0.0, 15.0))
+        for process in processes_of("celery", data_dir):
+            process.kill()
+
+
+def main(kills: int, seed: int) -> int:
+    """Prints how the two runs compare."""
+    with tempfile.TemporaryDirectory(prefix="pdtrim-killed-") as name:
+        folder = Path(name)
+        data_dir = folder / "data"
+        spec = {
+            "model": "reference",
+            "prefill": {"remove_blocks": 3},
+            "decode": {"remove_blocks": 5},
+            "calibration": {"windows": 48},
+            "distillation": {"enabled": False},
+            "evaluation": {"windows": 2, "speed_tokens": 1, "speed_repeats": 1},
+            "seed": seed,
+        }
+        with pdtrim_up(_environment(data_dir, kills), folder) as url, Client(url) as client:
+            unbroken = client.create(spec).id
+            wait_until(lambda: client.get(unbroken).status.final, seconds=MOST_SECONDS, what="the unbroken job")
+            killed = client.create(spec).id
+            _kill_while_searching(client, killed, data_dir, kills, random.Random(seed))
+            wait_until(lambda: client.get(killed).status.final, seconds=MOST_SECONDS, what="the killed job")
+            jobs = [client.get(unbroken), client.get(killed)]
+            same = _products(client, unbroken) == _products(client, killed)
+        attempts = [job.stages[1].attempt for job in jobs]
+        ended = all(job.status == JobStatus.SUCCEEDED for job in jobs)
+        print(f"attempts at the search: unbroken {attempts[0]}, killed {attempts[1]}; same bytes: {same}")
+        return 0 if same and ended and attempts[1] > kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,277 @@
+"""Quotas of projects and keys, on SQLite and on PostgreSQL, through the whole life of jobs and side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine
+from sqlmodel import Session, select
+
+from service.contract.access import Quotas, Scope
+from service.contract.errors import ArtifactQuotaExceeded, QueueQuotaExceeded
+from service.contract.jobs import ErrorInfo, JobStatus, StageName
+from service.contract.spec import JobSpec
+from service.db import deletion, jobs, keys, quotas, stages
+from service.db.session import transaction
+from service.db.stages import Claim, NewArtifact
+from service.db.tables import JobRow, StageRow, now
+
+SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
+RESEND = 30.0
+LATER = timedelta(hours=1)
+
+
+def new_key(engine: Engine, project: str = "ours", **most: int) -> str:
+    with transaction(engine) as session:
+        scopes = {Scope.SUBMIT}
+        row, _ = keys.create(session, project=project, name="ci", scopes=scopes, quotas=Quotas(**most))
+        return row.prefix
+
+
+def create(
+    engine: Engine, *, queued: int | None = None, running: int | None = None, kept: int | None = None,
+    project: str = "ours", api_key: str | None = None,
+) -> str:  # fmt: skip
+    limits = Quotas(max_queued_jobs=queued, max_running_jobs=running, max_artifact_bytes=kept)
+    with transaction(engine) as session:
+        return jobs.create(session, SPEC, project=project, api_key=api_key, limits=limits).id
+
+
+def claim(
+    engine: Engine, job_id: str, stage: StageName = StageName.SCORING, *, running: int | None = None
+) -> Claim | None:
+    with transaction(engine) as session:
+        return stages.claim(session, job_id, stage, worker="w", lease_seconds=60, max_running_jobs=running)
+
+
+def complete(engine: Engine, held: Claim, *, size: int = 3) -> None:
+    artifact = NewArtifact("plan.json", f"{held.job_id}/{held.stage}", "file:///plan.json", size, "0" * 64)
+    with transaction(engine) as session:
+        stages.complete(session, held, artifacts=[artifact], metrics={}, versions={})
+
+
+def run_to_the_end(engine: Engine, job_id: str, *, size: int = 3) -> None:
+    for stage in StageName:
+        held = claim(engine, job_id, stage)
+        assert held is not None
+        complete(engine, held, size=size)
+
+
+def due(engine: Engine, *, running: int | None, at: datetime | None = None) -> list[str]:
+    with transaction(engine) as session:
+        found = stages.due(session, resend_seconds=RESEND, max_running_jobs=running, at=at)
+    return [job_id for job_id, _ in found]
+
+
+def change(engine: Engine, action: Callable[[Session, str], object], job_id: str) -> None:
+    with transaction(engine) as session:
+        action(session, job_id)
+
+
+def is_sent(engine: Engine, job_id: str) -> bool:
+    with transaction(engine) as session:
+        return jobs.is_sent(jobs.stages(session, [job_id])[job_id])
+
+
+def test_a_project_queues_as_many_jobs_as_it_may(engine: Engine) -> None:
+    for _ in range(2):
+        create(engine, queued=2)
+
+    with pytest.raises(QueueQuotaExceeded, match="Project ours has 2 queued jobs"):
+        create(engine, queued=2)
+
+    create(engine, queued=2, project="theirs")
+
+
+@pytest.mark.parametrize("ending", ["begun", "paused", "cancelled", "deleted"])
+def test_a_job_that_leaves_the_queue_makes_room(engine: Engine, ending: str) -> None:
+    job_id = create(engine, queued=1)
+    if ending == "begun":
+        assert claim(engine, job_id) is not None
+    else:
+        change(engine, jobs.request_cancel if ending == "cancelled" else jobs.request_pause, job_id)
+    if ending == "deleted":
+        change(engine, deletion.mark, job_id)
+
+    create(engine, queued=1)
+    with pytest.raises(QueueQuotaExceeded):
+        create(engine, queued=1)
+
+
+def test_a_resume_counts_as_a_submission_and_one_that_is_refused_changes_nothing(engine: Engine) -> None:
+    paused = create(engine)
+    change(engine, jobs.request_pause, paused)
+    waiting = create(engine)
+
+    with pytest.raises(QueueQuotaExceeded), transaction(engine) as session:
+        jobs.resume(session, paused, limits=Quotas(max_queued_jobs=1))
+    with transaction(engine) as session:
+        assert jobs.get(session, paused).status == JobStatus.PAUSED
+    change(engine, jobs.request_cancel, waiting)
+    with transaction(engine) as session:
+        assert jobs.resume(session, paused, limits=Quotas(max_queued_jobs=1))[0].status == JobStatus.QUEUED
+
+
+def test_a_key_has_its_own_quotas_within_its_projects(engine: Engine) -> None:
+    small, large = new_key(engine, max_queued_jobs=1), new_key(engine, max_queued_jobs=5)
+    create(engine, queued=3, api_key=small)
+
+    with pytest.raises(QueueQuotaExceeded, match=f"The key {small} has 1 queued"):
+        create(engine, queued=3, api_key=small)
+    for _ in range(2):
+        create(engine, queued=3, api_key=large)
+    with pytest.raises(QueueQuotaExceeded, match="Project ours has 3 queued"):
+        create(engine, queued=3, api_key=large)
+
+
+def test_bytes_count_until_their_job_is_deleted(engine: Engine) -> None:
+    job_id = create(engine, kept=50)
+    run_to_the_end(engine, job_id, size=10)
+
+    with pytest.raises(ArtifactQuotaExceeded, match="keeps 50 bytes of artifacts and may keep 50"):
+        create(engine, kept=50)
+    create(engine, kept=51)
+    create(engine, kept=1, project="theirs")
+    change(engine, deletion.mark, job_id)
+    create(engine, kept=1)
+
+
+def test_a_key_keeps_as_many_bytes_as_it_may(engine: Engine) -> None:
+    mine, other = new_key(engine, max_artifact_bytes=15), new_key(engine, max_artifact_bytes=15)
+    run_to_the_end(engine, create(engine, api_key=mine), size=3)
+
+    with pytest.raises(ArtifactQuotaExceeded, match=f"The key {mine}"):
+        create(engine, api_key=mine)
+    create(engine, api_key=other)
+
+
+def test_submissions_at_the_same_time_do_not_exceed_the_quota(engine: Engine) -> None:
+    def submit(_: int) -> bool:
+        try:
+            create(engine, queued=3)
+        except QueueQuotaExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as gateways:
+        accepted = list(gateways.map(submit, range(16)))
+
+    assert accepted.count(True) == 3
+
+
+def test_workers_that_claim_at_the_same_time_do_not_exceed_the_quota(engine: Engine) -> None:
+    mine = new_key(engine, max_running_jobs=1)
+    waiting = [create(engine, api_key=mine if number < 4 else None) for number in range(12)]
+
+    with ThreadPoolExecutor(8) as workers:
+        held = list(workers.map(lambda job_id: claim(engine, job_id, running=3), waiting))
+
+    assert len([one for one in held if one is not None]) == 3
+    assert len([one for one in held[:4] if one is not None]) <= 1
+
+
+def test_a_job_keeps_its_place_between_its_stages(engine: Engine) -> None:
+    first, second = create(engine), create(engine)
+    held = claim(engine, first, running=1)
+    assert held is not None
+    complete(engine, held)
+
+    assert claim(engine, second, running=1) is None
+    assert claim(engine, first, StageName.REMOVAL, running=1) is not None
+
+
+@pytest.mark.parametrize("ending", ["succeeded", "failed", "paused", "cancelled", "given up"])
+def test_a_job_that_was_held_back_goes_when_another_ends(engine: Engine, ending: str) -> None:
+    running, held_back = create(engine, running=1), create(engine, running=1)
+    held = claim(engine, running, running=1)
+    assert held is not None
+    assert claim(engine, held_back, running=1) is None
+    assert not is_sent(engine, held_back)
+    assert due(engine, running=1, at=now() + LATER) == []
+
+    if ending == "succeeded":
+        complete(engine, held)
+        for stage in list(StageName)[1:]:
+            again = claim(engine, running, stage, running=1)
+            assert again is not None
+            complete(engine, again)
+    elif ending == "failed":
+        with transaction(engine) as session:
+            stages.fail(session, held, ErrorInfo(code="x", message="x"))
+    elif ending == "given up":
+        with transaction(engine) as session:
+            stages.release(session, held, "x", max_attempts=1)
+    else:
+        change(engine, jobs.request_pause if ending == "paused" else jobs.request_cancel, running)
+        assert due(engine, running=1) == []  # Its worker has not stopped yet.
+        with transaction(engine) as session:
+            stages.stopped(session, held)
+
+    assert due(engine, running=1) == [held_back]
+    assert claim(engine, held_back, running=1) is not None
+
+
+def test_the_first_in_line_go_first_and_no_message_is_sent_for_nothing(engine: Engine) -> None:
+    waiting = [create(engine, running=2) for _ in range(6)]
+
+    assert [is_sent(engine, job_id) for job_id in waiting] == [True, True, False, False, False, False]
+    assert due(engine, running=2) == []
+    for job_id in waiting[:2]:
+        run_to_the_end(engine, job_id)
+    assert due(engine, running=2) == waiting[2:4]
+    assert due(engine, running=2) == []
+    # A message that was lost is sent again; those behind do not overtake it.
+    assert due(engine, running=2, at=now() + timedelta(seconds=RESEND + 1)) == waiting[2:4]
+    assert due(engine, running=2, at=now() + timedelta(seconds=RESEND + 2)) == []
+    assert create(engine, running=2) not in due(engine, running=2)
+
+
+def test_a_project_that_runs_its_share_keeps_no_other_waiting(engine: Engine) -> None:
+    limited = new_key(engine, max_running_jobs=1)
+    busy = create(engine, running=5, api_key=limited)
+    assert claim(engine, busy, running=5) is not None
+    held_back = [create(engine, running=5, api_key=limited) for _ in range(3)]
+    others = [create(engine, running=5), create(engine, running=5, project="theirs")]
+
+    assert [is_sent(engine, job_id) for job_id in (*held_back, *others)] == [False] * 3 + [True] * 2
+    assert due(engine, running=5) == []
+    assert due(engine, running=5, at=now() + LATER) == others
+    assert all(claim(engine, job_id, running=5) is not None for job_id in others)
+
+
+def test_a_running_job_whose_worker_died_is_sent_again_whatever_waits(engine: Engine) -> None:
+    running, waiting = create(engine, running=1), create(engine, running=1)
+    held = claim(engine, running, running=1)
+    assert held is not None
+    with transaction(engine) as session:
+        session.get_one(StageRow, (running, StageName.SCORING)).lease_expires_at = now() - LATER
+    with transaction(engine) as session:
+        assert stages.retire(session, running, StageName.SCORING, max_attempts=5)
+
+    assert due(engine, running=1) == [running]
+    assert claim(engine, waiting, running=1) is None
+    assert claim(engine, running, running=1) is not None
+
+
+def test_a_job_that_is_held_back_says_so_until_it_goes(engine: Engine) -> None:
+    create(engine, running=1)
+    held_back = create(engine, running=1)
+
+    def message() -> str:
+        with transaction(engine) as session:
+            return session.get_one(StageRow, (held_back, StageName.SCORING)).message
+
+    assert message() == quotas.HELD
+    assert due(engine, running=2) == [held_back]
+    assert message() == ""
+
+
+def test_a_job_remembers_its_key(engine: Engine) -> None:
+    mine = new_key(engine)
+    job_id = create(engine, api_key=mine)
+
+    with transaction(engine) as session:
+        assert session.exec(select(JobRow.api_key).where(JobRow.id == job_id)).one() == mine

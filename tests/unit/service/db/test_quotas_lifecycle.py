@@ -1,0 +1,187 @@
+"""Quotas while users, workers, the broker and the reconciler do anything in any order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from sqlalchemy import Engine
+from sqlmodel import Session, col, select
+
+from service.contract.access import Quotas
+from service.contract.errors import (
+    JobNotCancellable,
+    JobNotDeletable,
+    JobNotFound,
+    JobNotPausable,
+    JobNotResumable,
+    QueueQuotaExceeded,
+)
+from service.contract.jobs import ErrorInfo, JobStatus, StageName
+from service.contract.spec import JobSpec
+from service.db import deletion, jobs, stages
+from service.db.session import connect, migrate, transaction
+from service.db.stages import Claim, LeaseLost
+from service.db.tables import JobRow, now
+
+SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
+LIMITS = Quotas(max_running_jobs=2, max_queued_jobs=3)
+USERS = {
+    "pause": jobs.request_pause,
+    "cancel": jobs.request_cancel,
+    "resume": lambda session, job_id: jobs.resume(session, job_id, limits=LIMITS),
+    "delete": deletion.mark,
+}
+WITH_WORKERS = (JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING)
+PROJECTS = count()
+
+
+class Life(RuleBasedStateMachine):
+    """`engine` is a SQLite database that all runs share; each run has a project of its own and ends all its jobs."""
+
+    engine: Engine
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = f"project-{next(PROJECTS)}"
+        self.jobs: list[str] = []
+        self.messages: list[tuple[str, StageName]] = []
+        self.held: list[Claim] = []
+        self.hours = 0
+
+    @initialize()
+    def all_is_used_up(self) -> None:
+        for _ in range(2):
+            self.submit()
+            self.take(*self.messages.pop())
+        for _ in range(3):
+            self.submit()
+
+    @rule()
+    def submit(self) -> None:
+        try:
+            with transaction(self.engine) as session:
+                job_id = jobs.create(session, SPEC, project=self.project, limits=LIMITS).id
+                self.send(session, job_id)
+                self.jobs.append(job_id)
+        except QueueQuotaExceeded:
+            assert self.states()[JobStatus.QUEUED] == LIMITS.max_queued_jobs
+
+    @rule(data=st.data(), what=st.sampled_from(["pause", "pause", "resume", "resume", "cancel", "delete"]))
+    def ask(self, data: st.DataObject, what: str) -> None:
+        job_id = data.draw(st.sampled_from(self.jobs[-6:]))
+        try:
+            with transaction(self.engine) as session:
+                USERS[what](session, job_id)  # type: ignore[no-untyped-call]
+                if what == "resume":
+                    self.send(session, job_id)
+        except QueueQuotaExceeded:
+            assert self.states()[JobStatus.QUEUED] == LIMITS.max_queued_jobs
+        except (JobNotFound, JobNotPausable, JobNotCancellable, JobNotResumable, JobNotDeletable):
+            assert self.states().total() <= len(self.jobs)
+
+    @rule(data=st.data(), lost=st.sampled_from([False, False, False, True]))
+    def deliver(self, data: st.DataObject, lost: bool) -> None:
+        if self.messages:
+            message = self.messages.pop(data.draw(st.integers(0, len(self.messages) - 1)))
+            if not lost:
+                self.take(*message)
+
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        """A message that nobody needs."""
+        self.take(data.draw(st.sampled_from(self.jobs[-6:])), StageName.SCORING)
+
+    @rule(data=st.data(), outcome=st.sampled_from(["complete", "complete", "fail", "release", "stop"]))
+    def work(self, data: st.DataObject, outcome: str) -> None:
+        if self.held:
+            self.end(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))), outcome)
+
+    @rule(hours=st.sampled_from([0, 0, 1]))
+    def sweep(self, hours: int) -> None:
+        self.hours += hours
+        at = now() + timedelta(hours=self.hours)
+        with transaction(self.engine) as session:
+            due = stages.due(session, resend_seconds=1, max_running_jobs=LIMITS.max_running_jobs, at=at)
+        self.messages += due
+
+    @invariant()
+    def nothing_exceeds_its_quota(self) -> None:
+        states = self.states()
+        assert states[JobStatus.QUEUED] <= 3
+        assert sum(states[status] for status in WITH_WORKERS) <= 2
+
+    def teardown(self) -> None:
+        """However it came to this: what waits gets its turn, as long as those that run end."""
+        for _ in range(10 * len(self.jobs)):
+            states = self.states()
+            if not any(states[status] for status in (JobStatus.QUEUED, *WITH_WORKERS)):
+                return
+            self.sweep(1)
+            while self.messages or self.held:
+                for message in [self.messages.pop() for _ in range(len(self.messages))]:
+                    self.take(*message)
+                while self.held:
+                    self.end(self.held.pop(), "complete")
+        raise AssertionError(f"some wait for ever: {states}")
+
+    def send(self, session: Session, job_id: str) -> None:
+        rows = jobs.stages(session, [job_id])[job_id]
+        if jobs.is_sent(rows):
+            self.messages += [(job_id, StageName(row.name)) for row in rows if row.sent_at is not None][-1:]
+
+    def take(self, job_id: str, stage: StageName) -> None:
+        most = LIMITS.max_running_jobs
+        with transaction(self.engine) as session:
+            held = stages.claim(session, job_id, stage, worker="w", lease_seconds=9999, max_running_jobs=most)
+        if held is not None:
+            self.held.append(held)
+
+    def end(self, held: Claim, outcome: str) -> None:
+        error = ErrorInfo(code="x", message="x")
+        with transaction(self.engine) as session:
+            try:
+                if outcome == "complete":
+                    following = stages.complete(session, held, artifacts=[], metrics={}, versions={})
+                    self.messages += [] if following is None else [(held.job_id, following)]
+                elif outcome == "fail":
+                    stages.fail(session, held, error)
+                elif outcome == "release":
+                    stages.release(session, held, "x", max_attempts=2)
+                elif jobs.get(session, held.job_id).status in stages.STOPPING:
+                    stages.stopped(session, held)
+                else:
+                    self.held.append(held)
+            except LeaseLost:
+                assert jobs.get(session, held.job_id).status != JobStatus.RUNNING
+
+    def states(self) -> Counter[Any]:
+        with transaction(self.engine) as session:
+            found = select(JobRow.status).where(JobRow.project == self.project, col(JobRow.deleted_at).is_(None))
+            return Counter(session.exec(found).all())
+
+
+def test_in_any_order_quotas_hold_and_nothing_waits_for_ever(tmp_path: Path) -> None:
+    class OnDatabase(Life):
+        engine = connect(f"sqlite:///{tmp_path}/jobs.db")
+
+    migrate(OnDatabase.engine)
+    run_state_machine_as_test(
+        OnDatabase,
+        settings=settings(
+            max_examples=10,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],  # Each run ends all its jobs: shrinking one takes minutes.
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    OnDatabase.engine.dispose()
