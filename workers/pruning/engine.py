@@ -28,6 +28,8 @@ WindowLosses = Callable[[Sequence[Blocks], range], dict[Blocks, list[float]]]
 """Mean loss a token of each candidate set on each window of a range: what engines offer and searches use."""
 HEAD_ELEMENTS = 2**24
 """Logits computed at a time; bounds the memory of a large vocabulary (64 MiB in float32)."""
+HEAD_TOKENS_ON_CPU = 256
+"""Tokens whose logits are computed at a time at most where caches are small."""
 
 
 class NonFiniteLoss(ValueError):
@@ -111,6 +113,8 @@ def mean_losses(
     by_token: dict[Blocks, list[Tensor]] = {candidate: [] for candidate in h}
     flat_targets = targets.flatten()
     rows = max(1, HEAD_ELEMENTS // stack.model.config.vocab_size)
+    if targets.device.type == "cpu":
+        rows = min(rows, HEAD_TOKENS_ON_CPU)
     for start in range(0, len(flat_targets), rows):
         part = slice(start, start + rows)
         measure = _measure(stack, objective, None if dense is None else dense.flatten(0, 1)[part], flat_targets[part])

@@ -180,6 +180,7 @@ def _exhaustive(walk: _Walk) -> Iterator[int]:
 def _greedy(walk: _Walk) -> Iterator[int]:
     removed = walk.base
     for count in walk.counts:
+        walk.memo.anchor(removed)
         removed = walk.memo.first(walk.extensions(removed))
         walk.memo([removed])
         walk.report(count, 0.0)
@@ -190,6 +191,7 @@ def _greedy_ahead(walk: _Walk) -> None:
     """Greedy's sets of all counts; their exact losses come last and together, since each contains the one before."""
     path = [walk.base]
     for count in walk.counts:
+        walk.memo.anchor(path[-1])
         path.append(walk.memo.first(walk.extensions(path[-1])))
         walk.tell(count, 0.0, walk.memo.best(len(walk.base)))
     walk.memo(path)
