@@ -100,6 +100,11 @@ def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
     return job, row
 
 
+def check_held(session: Session, held: Claim) -> None:
+    """See that a claim counts until the transaction ends. Raises: LeaseLost."""
+    _held(session, held)
+
+
 def renew(session: Session, held: Claim, *, lease_seconds: float) -> bool:
     """Renew the lease. True when the stage is to be stopped: its job is cancelled or paused. Raises: LeaseLost."""
     job, row = _held(session, held)
@@ -287,6 +292,15 @@ def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_a
         stage=StageName(row.name),
         data={"attempt": row.attempt},
     )
+
+
+def waiting(session: Session, *, seconds: float) -> bool:
+    """Whether a stage has waited for a worker for longer than so many seconds."""
+    query = select(StageRow.job_id).where(
+        StageRow.status == StageStatus.QUEUED,
+        or_(col(StageRow.sent_at).is_(None), col(StageRow.sent_at) < now() - timedelta(seconds=seconds)),
+    )
+    return session.exec(query.limit(1)).first() is not None
 
 
 def due(session: Session, *, resend_seconds: float, at: datetime | None = None) -> list[tuple[str, StageName]]:
