@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from celery import Celery
+from celery import Celery, group
 from kombu import Queue
 from kombu.exceptions import ChannelError, OperationalError
 
@@ -25,6 +25,8 @@ QUEUE = "pdtrim"
 """What the broker calls the queue `default`; the others are called so with their own name behind it."""
 PRIORITIES = {Priority.HIGH: 0, Priority.NORMAL: 3, Priority.LOW: 6}
 """As Redis has them: a list for each, and workers empty the lowest number first."""
+HELP = "pdtrim.help"
+"""Name of the Celery task that helps with a search."""
 BROKER_ERRORS = (OperationalError, ChannelError, OSError, ValueError)
 """What a transport raises when the broker is out of reach. ValueError: the files of `filesystem://` are not written in
 one piece, so that another process may read half of one.
@@ -131,6 +133,25 @@ def try_to_send(settings: Settings, job_id: str, stage: StageName, route: Route)
         log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
         return False
     return True
+
+
+def try_to_invite(settings: Settings, job_id: str, attempt: int, route: Route, *, numerics: str, helpers: int) -> None:
+    """Wake up to so many workers that help with a search, if they compute as `numerics` says; stages go first."""
+    app = celery_app(settings.broker_url)
+    help_once = app.signature(HELP, args=[job_id, attempt, numerics], immutable=True)
+    try:
+        with tracing.sending(HELP) as headers:
+            group([help_once] * helpers, app=app).apply_async(
+                queue=broker_queue(route.queue),
+                priority=PRIORITIES[Priority.LOW],
+                headers=headers,
+                retry=True,
+                retry_policy=SEND_AGAIN,
+                argsrepr=job_id,
+                ignore_result=True,
+            )
+    except BROKER_ERRORS as error:
+        log.warning("broker out of reach, nobody is asked to help with %s: %s", job_id, error)
 
 
 def check(settings: Settings) -> None:

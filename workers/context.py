@@ -18,6 +18,7 @@ from service.contract.jobs import StageName
 from service.contract.spec import JobSpec
 from service.stopping import Check, interruptible
 from service.storage import ArtifactStore, ObjectNotFound
+from workers.fanout import FanOut
 from workers.faults import CorruptArtifact, PatientStore
 
 REPORT_INTERVAL_S = 1.0
@@ -49,6 +50,8 @@ class StageContext:
     """Opens the job's text; None stands for the Python standard library."""
     check: Check
     publish: Report
+    fan_out: FanOut | None = None
+    """Shares the search's evaluations with other workers, where the job asks for it."""
     _reported_at: float = field(default=0.0, init=False)
 
     @property

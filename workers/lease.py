@@ -22,6 +22,8 @@ from service.db.tables import now
 HEARTBEAT_S = 1.0
 STUCK_S = 60.0
 """A stage that has not stepped back so long after its lease was lost never will."""
+Renew = Callable[..., bool]
+"""As `stages.renew`."""
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +36,7 @@ class WorkerStopping(Exception):
 
 
 class Lease:
-    """Context manager that renews `held` every third of `seconds` until it is left.
+    """Context manager that renews `held` every third of `seconds` until it is left, a stage's lease unless told.
 
     `abandon` is called when the lease is lost and the stage, which hangs somewhere, does not step back. `stopping`
     tells whether the worker is to end.
@@ -48,19 +50,21 @@ class Lease:
         seconds: float,
         abandon: Callable[[], None] = lambda: None,
         stopping: Callable[[], bool] = lambda: False,
+        renew: Renew = stages.renew,
     ) -> None:
         self._engine = engine
         self._held = held
         self._seconds = seconds
         self._abandon = abandon
         self._stopping = stopping
+        self._renew = renew
         self._deadline = time.monotonic() + seconds
         self._asked_to_stop = Event()
         self._lost = Event()
         self._stop = Event()
         # In a copy of the context, so that the thread's log lines carry the stage's ids too.
-        renew = partial(copy_context().run, self._renew_until_stopped)
-        self._thread = Thread(target=renew, name=f"lease-{held.job_id}", daemon=True)
+        work = partial(copy_context().run, self._renew_until_stopped)
+        self._thread = Thread(target=work, name=f"lease-{held.job_id}", daemon=True)
 
     def __enter__(self) -> Lease:
         self._thread.start()
@@ -95,7 +99,7 @@ class Lease:
             asked_at = time.monotonic()
             try:
                 with transaction(self._engine) as session:
-                    stop = stages.renew(session, self._held, lease_seconds=self._seconds)
+                    stop = self._renew(session, self._held, lease_seconds=self._seconds)
             except LeaseLost:
                 self._lost.set()
                 if not self._stop.wait(STUCK_S):

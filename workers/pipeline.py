@@ -28,7 +28,8 @@ from service.db.tables import ArtifactRow, JobRow
 from service.settings import Settings
 from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
-from workers.context import StageContext, StoredInput
+from workers.context import Report, StageContext, StoredInput
+from workers.fanout import FanOut
 from workers.faults import PatientStore, may_pass, patient
 from workers.lease import Lease, StopRequested, WorkerStopping
 from workers.metrics import Outcome, WorkerMetrics
@@ -195,19 +196,14 @@ def _finished_before(worker: Worker, held: Claim, check: Check) -> StageResult |
 def _execute(worker: Worker, held: Claim, check: Check) -> StageResult:
     assert worker.settings.scratch_dir is not None
     with attempt_folder(worker.settings.scratch_dir, held) as workdir:
-        context = _context(worker, held, workdir, check)
+        context = stage_context(worker, held, workdir, check, _publisher(worker, held))
+        if held.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
+            context.fan_out = FanOut(worker.engine, worker.settings, held, workers=workers, check=check)
         metrics = STAGES[held.stage](context)
         return _push(worker, held, context.out, metrics, check)
 
 
-def _context(worker: Worker, held: Claim, workdir: Path, check: Check) -> StageContext:
-    def read(session: Session) -> tuple[JobRow, list[ArtifactRow]]:
-        recorded = [row for name in StageName for row in artifacts.of_stage(session, held.job_id, name)]
-        return jobs.get(session, held.job_id), recorded
-
-    job, recorded = worker.transact(read)
-    spec = JobSpec.model_validate(job.spec)
-
+def _publisher(worker: Worker, held: Claim) -> Report:
     def publish(progress: float, message: str, figures: dict[str, Any]) -> None:
         try:
             with transaction(worker.engine) as session:
@@ -216,6 +212,18 @@ def _context(worker: Worker, held: Claim, workdir: Path, check: Check) -> StageC
             # No reason to stop working: whether the stage is still ours, the lease finds out.
             log.warning("progress of %s is not recorded: %s", held, error)
 
+    return publish
+
+
+def stage_context(worker: Worker, held: Claim, workdir: Path, check: Check, publish: Report) -> StageContext:
+    """What a stage, or who helps with it, may touch; the model's files are fetched. Raises: as `model_folder`."""
+
+    def read(session: Session) -> tuple[JobRow, list[ArtifactRow]]:
+        recorded = [row for name in StageName for row in artifacts.of_stage(session, held.job_id, name)]
+        return jobs.get(session, held.job_id), recorded
+
+    job, recorded = worker.transact(read)
+    spec = JobSpec.model_validate(job.spec)
     publish(0.0, "Loading the model.", {})
     return StageContext(
         job_id=held.job_id,

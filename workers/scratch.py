@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def attempt_folder(scratch: Path, held: Claim) -> Iterator[Path]:
-    """An empty folder below `scratch` that nobody else writes to; it is deleted at the end.
+def attempt_folder(scratch: Path, held: Claim, helper: str = "") -> Iterator[Path]:
+    """An empty folder below `scratch` that nobody else writes to, not even a `helper`; it is deleted at the end.
 
     First it deletes what killed processes left: the kernel released their locks, and those of the living it keeps, also
     of a stopped one that has lost its stage.
@@ -26,7 +26,7 @@ def attempt_folder(scratch: Path, held: Claim) -> Iterator[Path]:
     jobs = scratch / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(jobs)
-    folder = jobs / f"{held.job_id}-{held.stage}-{held.attempt}"
+    folder = jobs / f"{held.job_id}-{held.stage}-{held.attempt}{helper and f'-{helper}'}"
     with FileLock(f"{folder}{LOCK}", blocking=False):
         try:
             folder.mkdir()

@@ -1,4 +1,4 @@
-"""The Celery tasks, one a stage. `celery -A workers.tasks worker` is a worker."""
+"""The Celery tasks, one a stage and one that helps. `celery -A workers.tasks worker` is a worker."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from celery import current_task, signals
 from service import logs, tracing
 from service.contract.jobs import StageName
 from service.db.session import connect
-from service.queue import celery_app, task_name
+from service.queue import HELP, broker_queue, celery_app, task_name
 from service.settings import Settings
 from service.storage import open_store
+from workers.helping import help_search
 from workers.pipeline import Worker, run_stage
 
 settings = Settings()
@@ -95,3 +96,12 @@ def export(job_id: str) -> None:
 def evaluation(job_id: str) -> None:
     """Measure the exported checkpoints."""
     _run(job_id, StageName.EVALUATION)
+
+
+@app.task(name=HELP, shared=False)
+def helper(job_id: str, attempt: int, numerics: str) -> None:
+    """Evaluate sets for the search of another worker."""
+    with tracing.receiving(HELP, current_task.request.headers or {}):
+        # What Celery was told to consume.
+        queues = [name for name in settings.queues if broker_queue(name) in app.amqp.queues.consume_from]
+        help_search(_worker(os.getpid()), job_id, attempt, numerics, queues=queues)

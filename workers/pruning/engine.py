@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,23 @@ def mean(losses: Mapping[Blocks, Sequence[float]]) -> dict[Blocks, float]:
     return {candidate: math.fsum(by_window) / len(by_window) for candidate, by_window in losses.items()}
 
 
+class LossEngine(Protocol):
+    """What searches need of an engine."""
+
+    windows: int
+
+    def window_losses(
+        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
+    ) -> dict[Blocks, list[float]]:
+        """Mean loss a token of each candidate on each of `windows`."""
+
+    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+        """Mean loss a token of each candidate on all windows."""
+
+    def anchor(self, removed: Blocks) -> None:
+        """Say that coming candidates are near `removed`."""
+
+
 class WindowsEngine(ABC):
     """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
 
@@ -186,6 +203,7 @@ class WindowsEngine(ABC):
     ) -> None:
         self.block_forwards = 0
         self.windows = len(windows)
+        self.num_blocks = len(stack.blocks)
         self._stack = stack
         self._ids = windows
         self._objective = objective

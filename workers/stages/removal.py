@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
 from workers.models import device, load_for_walks
-from workers.pruning.blocks import block_stack
+from workers.pruning.blocks import BlockStack, block_stack
 from workers.pruning.plan import BlockPlan, assign_actions, kv_layer_map
 from workers.pruning.scores import Scores
 from workers.stages.scoring import SCORES, WINDOWS
@@ -44,12 +45,17 @@ def read_plans(context: StageContext) -> Plans:
     )
 
 
+def load(context: StageContext) -> tuple[BlockStack, Tensor]:
+    """The dense model's blocks and the calibration windows (windows, tokens), on this worker's device."""
+    windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
+    return block_stack(load_for_walks(context.model_dir, context.check)), windows
+
+
 def run(context: StageContext) -> dict[str, Any]:
     """Writes the plan (a function of model, windows and specification alone) and the search's trajectory."""
     spec = context.spec
-    windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     scores = Scores.from_json(context.input_json(StageName.SCORING, SCORES))
-    stack = block_stack(load_for_walks(context.model_dir, context.check))
+    stack, windows = load(context)
     searcher = Searcher(context, stack, windows, scores.cosine)
 
     for_prefill = searcher.prefill((0.0, 0.3))
@@ -86,7 +92,8 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     context.write_json(SEARCH, {"prefill": for_prefill.trajectory_json(), "decode": for_decode.trajectory_json()})
     evaluated = {"prefill": len(for_prefill.result.trajectory), "decode": len(for_decode.result.trajectory)}
-    return {**found, "evaluated": evaluated}
+    workers = {"workers": 1, "helpers_share": 0.0} if context.fan_out is None else context.fan_out.to_json()
+    return {**found, "evaluated": evaluated, **workers}
 
 
 def _plan(context: StageContext, scores: Scores, removed: frozenset[int], fixed: BlockPlan | None = None) -> BlockPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,9 @@ from workers.context import StageContext
 from workers.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.blocks import BlockStack
 from workers.pruning.bound import PerplexityBound
-from workers.pruning.engine import NOTHING, Engine, Objective, PairEngine, WindowsEngine
+from workers.pruning.engine import NOTHING, LossEngine, Objective
 from workers.pruning.memo import Found, Memo
+from workers.pruning.pieces import Recipe
 from workers.pruning.plan import Blocks
 from workers.pruning.search import Algorithm, SearchResult, search
 
@@ -44,9 +45,7 @@ class Evaluated:
         self._seconds: dict[str, float] = kept["seconds"]
         """What earlier attempts spent on each phase."""
 
-    def memo(
-        self, phase: str, engine: WindowsEngine, *, objective: Objective | None = None, racing: bool = False
-    ) -> Memo:
+    def memo(self, phase: str, engine: LossEngine, *, objective: Objective | None = None, racing: bool = False) -> Memo:
         """The engine's losses with what this phase already knows; saved as it grows.
 
         Evaluating raises Cancelled, LeaseLost.
@@ -109,7 +108,8 @@ class Searcher:
         self._stack = stack
         self._windows = windows
         self._cosine = cosine
-        self._chunk_windows = windows_at_once(stack.model, windows.shape[1])
+        chunk_windows = windows_at_once(stack.model, windows.shape[1])
+        self._recipe = Recipe(self._spec.search.objective, chunk_windows, self.prompt_tokens)
         self._evaluated = Evaluated(context)
         # Every heat of a race would read streamed weights once more.
         self._racing = self._spec.search.racing and not is_streamed(stack.model)
@@ -231,7 +231,7 @@ class Searcher:
         )
 
     def _bound(
-        self, target: StageTarget, phase: str, engine: WindowsEngine, *, dense: WindowsEngine
+        self, target: StageTarget, phase: str, engine: LossEngine, *, dense: LossEngine
     ) -> PerplexityBound | None:
         if target.max_perplexity_increase is None:
             return None
@@ -241,26 +241,15 @@ class Searcher:
         of_dense = dense.losses([NOTHING], "cross_entropy")[NOTHING]
         return PerplexityBound(memo, of_dense, target.max_perplexity_increase)
 
-    def _memo(self, phase: str, engine: WindowsEngine, objective: Objective | None = None) -> Memo:
+    def _memo(self, phase: str, engine: LossEngine, objective: Objective | None = None) -> Memo:
         return self._evaluated.memo(phase, engine, objective=objective, racing=self._racing)
 
-    def _engine(self) -> Engine:
-        return Engine(
-            self._stack,
-            self._windows,
-            self._spec.search.objective,
-            chunk_windows=self._chunk_windows,
-            anchor_bytes=anchor_bytes(self._stack.model),
-        )
+    def _engine(self) -> LossEngine:
+        return self._built(self._recipe)
 
-    def _pair(self, prefill: Blocks, *, project_skipped: bool = False) -> PairEngine:
-        return PairEngine(
-            self._stack,
-            self._windows,
-            self._spec.search.objective,
-            prefill=prefill,
-            prompt_tokens=self.prompt_tokens,
-            chunk_windows=self._chunk_windows,
-            project_skipped=project_skipped,
-            anchor_bytes=anchor_bytes(self._stack.model),
-        )
+    def _pair(self, prefill: Blocks, *, project_skipped: bool = False) -> LossEngine:
+        return self._built(replace(self._recipe, prefill=prefill, project_skipped=project_skipped))
+
+    def _built(self, recipe: Recipe) -> LossEngine:
+        engine = recipe.build(self._stack, self._windows, anchor_bytes=anchor_bytes(self._stack.model))
+        return engine if self._context.fan_out is None else self._context.fan_out.over(engine, recipe)

@@ -40,6 +40,15 @@ def test_a_restart_of_the_broker_loses_no_message_that_is_sent_after_it() -> Non
             valkey.start()
 
 
+def test_helpers_are_invited_by_as_many_messages_and_missed_where_the_broker_is_away() -> None:
+    with restartable_valkey() as valkey:
+        settings = Settings(broker_url=f"{valkey.connection_url}/0")
+        queue.try_to_invite(settings, "job_1", 2, Route(), numerics="cpu", helpers=3)
+        with redis.Redis.from_url(settings.broker_url) as broker:
+            assert broker.llen(f"{queue.QUEUE}\x06\x166") == 3  # behind every stage
+    queue.try_to_invite(settings, "job_1", 2, Route(), numerics="cpu", helpers=3)
+
+
 def test_a_broker_that_is_away_is_an_error_of_its_own_and_costs_no_job() -> None:
     (closed,) = free_ports(1)
     settings = Settings(broker_url=f"redis://127.0.0.1:{closed}/0")

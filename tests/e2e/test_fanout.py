@@ -1,0 +1,102 @@
+"""A search shared by worker processes on PostgreSQL and Valkey, one of which is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+from sqlmodel import col, select
+
+from service.client import Client
+from service.contract.jobs import StageName
+from service.db.session import connect, transaction
+from service.db.tables import EvaluationRow, HelperRow
+from service.embedded import worker_name
+from service.queue import celery_app
+from tests import servers
+from tests.processes import running, wait_until
+from tests.tiny_job import tiny_spec, write_tiny_model
+
+PRODUCTS = ("plan.json", "search.json")
+
+
+@pytest.fixture
+def shared(
+    environment: dict[str, str], postgres_database_url: str, empty_redis_url: str, tmp_path: Path
+) -> dict[str, str]:
+    (port,) = servers.free_ports(1)
+    return environment | {
+        "PDTRIM_DATABASE_URL": postgres_database_url,
+        "PDTRIM_BROKER_URL": empty_redis_url,
+        "PDTRIM_PORT": str(port),
+        "PDTRIM_ALLOWED_SOURCES": json.dumps([tmp_path.as_uri()]),
+    }
+
+
+@pytest.fixture
+def database(shared: dict[str, str]) -> Iterator[Engine]:
+    engine = connect(shared["PDTRIM_DATABASE_URL"])
+    yield engine
+    engine.dispose()
+
+
+def searched(client: Client, job_id: str, folder: Path) -> tuple[list[bytes], dict[str, Any]]:
+    """What a job's removal stage left, and its figures; the rest of the job is not wanted."""
+    for event in client.events(job_id):
+        if event.type == "stage.succeeded" and event.stage == StageName.REMOVAL:
+            client.cancel(job_id)
+    found = {artifact.name: artifact for artifact in client.artifacts(job_id) if artifact.stage == StageName.REMOVAL}
+    (removal,) = (stage for stage in client.get(job_id).stages if stage.name == StageName.REMOVAL)
+    assert removal.attempt == 1
+    for name in PRODUCTS:
+        client.download(job_id, found[name], folder / job_id / name)
+    return [(folder / job_id / name).read_bytes() for name in PRODUCTS], removal.metrics
+
+
+def helper_at_work(database: Engine) -> str | None:
+    """A worker that has claimed what it has not answered."""
+    query = select(HelperRow.worker).join(EvaluationRow, col(EvaluationRow.claimed_by) == HelperRow.id)
+    with transaction(database) as session:
+        return session.exec(query.where(col(EvaluationRow.result).is_(None))).first()
+
+
+def test_a_search_shared_by_three_workers_of_which_one_is_killed_ends_as_that_of_one_alone(
+    shared: dict[str, str], database: Engine, tmp_path: Path
+) -> None:
+    spec = tiny_spec(
+        write_tiny_model(tmp_path / "model", blocks=6),
+        calibration={"windows": 128, "window_tokens": 64},
+        distillation={"enabled": False},
+    )
+    search = {"algorithm": "greedy", "racing": False, "evaluations": 10}
+    with ExitStack() as processes:
+        processes.enter_context(running(["serve"], shared, tmp_path / "gateway.log"))
+        workers = [processes.enter_context(running(["worker"], shared, tmp_path / f"{n}.log")) for n in range(3)]
+        client = processes.enter_context(Client(f"http://127.0.0.1:{shared['PDTRIM_PORT']}"))
+        wait_until(client.ready, what="the gateway to be ready")
+        names = [worker_name(process.pid) for process in workers]
+        broker = celery_app(shared["PDTRIM_BROKER_URL"]).control
+        wait_until(lambda: len(broker.ping(names, timeout=1.0, limit=3)) == 3, what="the workers to be ready")
+
+        by_one, figures = searched(client, client.create({**spec, "search": search}).id, tmp_path)
+        assert (figures["workers"], figures["helpers_share"]) == (1, 0)
+
+        job_id = client.create({**spec, "search": {**search, "parallelism": 3}}).id
+        victim = None
+        while victim is None:
+            time.sleep(0.02)
+            victim = helper_at_work(database)
+            assert not client.get(job_id).status.final, "nobody helped"
+        os.kill(int(victim.rpartition(":")[2]), signal.SIGKILL)
+        by_three, figures = searched(client, job_id, tmp_path)
+        assert by_three == by_one
+        assert figures["workers"] >= 2
+        assert figures["helpers_share"] > 0.1
