@@ -113,7 +113,7 @@ class Settings(BaseSettings):
         description="How long a worker tries again what database or store did not do, before it gives up the attempt.",
     )
     shutdown_seconds: float = Field(
-        default=30.0,
+        default=5.0,
         ge=0,
         description="How long a worker that is told to stop works on; what is not done by then it hands back.",
     )
