@@ -12,7 +12,7 @@ from sqlmodel import Session, col, select
 
 from service.contract.errors import JobNotDeletable
 from service.contract.jobs import Action, JobStatus
-from service.db import jobs
+from service.db import jobs, notices
 from service.db.tables import IdempotencyRow, JobRow, now
 
 
@@ -23,6 +23,7 @@ def mark(session: Session, job_id: str) -> None:
     job.deleted_at = now()
     session.flush()
     _free_keys(session, [job_id])
+    notices.send(session, job_id)
 
 
 def mark_finished(session: Session, *, before: datetime) -> list[str]:

@@ -35,7 +35,7 @@ def connect(url: str) -> Engine:
     """An engine for `url`; SQLite gets WAL, foreign keys and write locks taken at the start of a transaction."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, connect_args=_waits(parsed))
+        return create_engine(parsed, pool_pre_ping=True, connect_args=waits(parsed))
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
@@ -55,7 +55,7 @@ def connect(url: str) -> Engine:
     return engine
 
 
-def _waits(url: URL) -> dict[str, Any]:
+def waits(url: URL) -> dict[str, Any]:
     """How long PostgreSQL may keep us waiting; what the URL says itself counts."""
     given = {**POSTGRESQL_WAITS, "options": POSTGRESQL_OPTIONS}
     return {name: value for name, value in given.items() if name not in url.query}
