@@ -48,7 +48,7 @@ FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 Labels = TypeAdapter(Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)])
 
 
-def metadata_filter(request: Request) -> dict[str, str]:
+async def metadata_filter(request: Request) -> dict[str, str]:
     """The `metadata[key]=value` pairs of the query."""
     pairs = [
         (match[1], value) for name, value in request.query_params.multi_items() if (match := FILTER.fullmatch(name))
@@ -109,8 +109,8 @@ def create_job(
             return Job.model_validate(held.response)
         revision = preflight.check(spec, settings)
         with transaction(engine) as session:
-            row = jobs.create(session, spec, project=project, model_revision=revision)
-            shown = views.job(row, jobs.stages(session, [row.id])[row.id])
+            row, stages = jobs.create_with_stages(session, spec, project=project, model_revision=revision)
+            shown = views.job(row, stages)
             if held is not None:
                 idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
     queue.try_to_send(settings, row.id, StageName.SCORING)

@@ -38,9 +38,16 @@ def append(
     session.add(row)
     session.flush()
     deliveries.announce(session, row, project=project, status=JobStatus(status), labels=labels)
-    if number > 1:  # Nobody can wait for a job that they cannot know of.
-        notices.send(session, job_id)
+    notices.send(session, job_id)
     return row
+
+
+def begin(session: Session, job: JobRow, type_: str, message: str) -> None:
+    """Add the first event of a job that this transaction creates; nobody can wait for one that they cannot know of."""
+    row = EventRow(job_id=job.id, number=job.last_event, type=type_, message=message)
+    session.add(row)
+    session.flush()
+    deliveries.announce(session, row, project=job.project, status=job.status, labels=job.labels)
 
 
 def page(session: Session, job_id: str, *, after: int, limit: int) -> tuple[list[EventRow], bool]:

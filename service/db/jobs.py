@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sqlalchemy import ColumnElement, cast, insert
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 from uuid_utils import uuid7
@@ -29,6 +31,13 @@ EXISTS = col(JobRow.deleted_at).is_(None)
 def create(
     session: Session, spec: JobSpec, *, project: str = DEFAULT_PROJECT, model_revision: str | None = None
 ) -> JobRow:
+    """As `create_with_stages`; the job alone."""
+    return create_with_stages(session, spec, project=project, model_revision=model_revision)[0]
+
+
+def create_with_stages(
+    session: Session, spec: JobSpec, *, project: str, model_revision: str | None
+) -> tuple[JobRow, list[StageRow]]:
     """Insert a job, its stages (the first one queued, to be sent after the commit) and its first event."""
     job = JobRow(
         id=f"job_{uuid7().hex}",
@@ -37,17 +46,20 @@ def create(
         spec=spec.model_dump(mode="json"),
         labels=dict(spec.metadata),
         model_revision=model_revision,
+        last_event=1,
     )
     session.add(job)
     session.flush()
-    for position, name in enumerate(StageName):
-        stage = StageRow(job_id=job.id, name=name, position=position, status=StageStatus.PENDING)
-        if position == 0:
-            stage.status, stage.sent_at, stage.sends = StageStatus.QUEUED, now(), 1
-        session.add(stage)
-    events.append(session, job.id, "job.created", "Job created.")
-    session.refresh(job)
-    return job
+    waiting = {"status": StageStatus.PENDING, "sent_at": None, "sends": 0}
+    sent = {"status": StageStatus.QUEUED, "sent_at": now(), "sends": 1}
+    rows = [
+        {"job_id": job.id, "name": name, "position": position, **(waiting if position else sent)}
+        for position, name in enumerate(StageName)
+    ]
+    # Nothing is read back that this process knows: a submission is as fast as its statements are few.
+    stages = session.scalars(insert(StageRow).returning(StageRow), rows).all()
+    events.begin(session, job, "job.created", "Job created.")
+    return job, sorted(stages, key=lambda stage: stage.position)
 
 
 def get(session: Session, job_id: str) -> JobRow:
@@ -105,8 +117,8 @@ def page(
     query = select(JobRow).where(JobRow.project == project, EXISTS)
     if status is not None:
         query = query.where(JobRow.status == status)
-    for key, value in (metadata or {}).items():
-        query = query.where(col(JobRow.labels)[key].as_string() == value)
+    if metadata:
+        query = query.where(*_labelled(session, metadata))
     if after is not None:
         cursor = session.get(JobRow, after)
         if cursor is None or cursor.project != project or cursor.deleted_at is not None:
@@ -114,6 +126,13 @@ def page(
         query = query.where(JobRow.id < after)
     rows = session.exec(query.order_by(col(JobRow.id).desc()).limit(limit + 1)).all()
     return list(rows[:limit]), len(rows) > limit
+
+
+def _labelled(session: Session, labels: Mapping[str, str]) -> list[ColumnElement[bool]]:
+    """Whether a job carries labels; on PostgreSQL as its index on them can tell."""
+    if session.get_bind().dialect.name == "postgresql":
+        return [cast(col(JobRow.labels), JSONB).contains(dict(labels))]
+    return [col(JobRow.labels)[key].as_string() == value for key, value in labels.items()]
 
 
 def check_possible(job: JobRow, asked: Action, refusal: type[PDTrimError]) -> None:
