@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import or_, update
+from sqlalchemy import ColumnElement, and_, or_, update
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
@@ -20,6 +20,7 @@ from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.db import events, jobs
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
 
+DUE_AT_ONCE = 1000
 STOPPING = (JobStatus.CANCELLING, JobStatus.PAUSING)
 
 
@@ -290,24 +291,31 @@ def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_a
 
 
 def due(session: Session, *, resend_seconds: float, at: datetime | None = None) -> list[tuple[str, StageName]]:
-    """Queued stages to send (again): never sent, or sent `resend_seconds` · 2^(sends − 1) ago. Marks them sent."""
+    """Queued stages to send (again), at most `DUE_AT_ONCE`: never sent, or sent `resend_seconds` · 2^(sends − 1) ago.
+
+    Marks them sent.
+    """
     at = at or now()
     rows = session.exec(
         select(StageRow)
-        .where(
-            StageRow.status == StageStatus.QUEUED,
-            or_(col(StageRow.sent_at).is_(None), col(StageRow.sent_at) < at - timedelta(seconds=resend_seconds)),
-        )
+        .where(StageRow.status == StageStatus.QUEUED, _waited(at, resend_seconds))
         .order_by(col(StageRow.job_id))
+        .limit(DUE_AT_ONCE)
         .with_for_update(skip_locked=True)
     ).all()
-    sent = []
     for row in rows:
-        wait = timedelta(seconds=resend_seconds * 2 ** max(min(row.sends, 8) - 1, 0))
-        if row.sent_at is None or row.sent_at < at - wait:
-            row.sent_at, row.sends = at, row.sends + 1
-            sent.append((row.job_id, StageName(row.name)))
-    return sent
+        row.sent_at, row.sends = at, row.sends + 1
+    return [(row.job_id, StageName(row.name)) for row in rows]
+
+
+def _waited(at: datetime, resend_seconds: float) -> ColumnElement[bool]:
+    """Whether a stage has waited for as long as its sends before demand; from the eighth on, the pause is the same."""
+    sends, sent_at = col(StageRow.sends), col(StageRow.sent_at)
+    waits = [timedelta(seconds=resend_seconds * 2**doubled) for doubled in range(8)]
+    between = [and_(sends == number, sent_at < at - wait) for number, wait in enumerate(waits, 1)]
+    return or_(
+        sent_at.is_(None), and_(sends < 1, sent_at < at - waits[0]), *between, and_(sends > 8, sent_at < at - waits[-1])
+    )
 
 
 def not_sent(session: Session, job_ids: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, String, UniqueConstraint, text
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
@@ -54,16 +54,22 @@ class RedactedJson(TypeDecorator[Any]):
 
 
 Name = String(32)
+ALIVE = text("deleted_at IS NULL")
 
 
 class JobRow(SQLModel, table=True):
     """A job. Its id is a UUID version 7, so ids sort by creation.
 
-    With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row.
+    With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row. PostgreSQL
+    has an index of `labels` too.
     """
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_project_id", "project", "id"),)
+    __table_args__ = (
+        Index("ix_jobs_project_id", "project", "id"),
+        Index("ix_jobs_project_status_id", "project", "status", "id"),
+        Index("ix_jobs_finished_at", "finished_at", postgresql_where=ALIVE, sqlite_where=ALIVE),
+    )
 
     id: str = Field(primary_key=True, max_length=40)
     project: str = Field(default=DEFAULT_PROJECT, max_length=64)

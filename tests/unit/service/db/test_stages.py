@@ -447,3 +447,16 @@ def test_time_that_a_stage_lay_paused_is_none_that_it_ran(engine: Engine) -> Non
     started_at = stage_row(engine, job_id, StageName.SCORING).started_at
     assert started_at is not None
     assert timedelta(minutes=59) < now() - started_at < timedelta(minutes=61)
+
+
+def test_what_is_due_is_sent_in_portions_oldest_job_first(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "DUE_AT_ONCE", 2)
+    with transaction(engine) as session:
+        job_ids = [jobs.create(session, SPEC).id for _ in range(3)]
+    portions = []
+    for _ in range(3):
+        with transaction(engine) as session:
+            portions.append(
+                [job_id for job_id, _ in stages.due(session, resend_seconds=10, at=now() + timedelta(minutes=1))]
+            )
+    assert portions == [job_ids[:2], job_ids[2:], []]
