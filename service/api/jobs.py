@@ -109,7 +109,7 @@ def create_job(
             return Job.model_validate(held.response)
         revision = preflight.check(spec, settings)
         with transaction(engine) as session:
-            row, stages = jobs.create_with_stages(session, spec, project=project, model_revision=revision)
+            row, stages = jobs.insert_new(session, spec, project=project, model_revision=revision)
             shown = views.job(row, stages)
             if held is not None:
                 idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import and_, or_, update
+from sqlalchemy import and_, insert, or_, update
 from sqlmodel import Session, col, select
 
 from service.contract.jobs import JobStatus, StageName
@@ -45,8 +45,7 @@ def append(
 def begin(session: Session, job: JobRow, type_: str, message: str) -> None:
     """Add the first event of a job that this transaction creates; nobody can wait for one that they cannot know of."""
     row = EventRow(job_id=job.id, number=job.last_event, type=type_, message=message)
-    session.add(row)
-    session.flush()
+    session.connection().execute(insert(EventRow), row.model_dump())
     deliveries.announce(session, row, project=job.project, status=job.status, labels=job.labels)
 
 

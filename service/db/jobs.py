@@ -20,7 +20,7 @@ from service.contract.errors import (
     JobNotResumable,
     PDTrimError,
 )
-from service.contract.jobs import Action, JobStatus, StageName, StageStatus
+from service.contract.jobs import Action, JobStatus, Stage, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import events
 from service.db.tables import JobRow, StageRow, now
@@ -31,14 +31,18 @@ EXISTS = col(JobRow.deleted_at).is_(None)
 def create(
     session: Session, spec: JobSpec, *, project: str = DEFAULT_PROJECT, model_revision: str | None = None
 ) -> JobRow:
-    """As `create_with_stages`; the job alone."""
-    return create_with_stages(session, spec, project=project, model_revision=model_revision)[0]
+    """As `insert_new`; returns the row, to go on with it in the session."""
+    return session.get_one(JobRow, insert_new(session, spec, project=project, model_revision=model_revision)[0].id)
 
 
-def create_with_stages(
+def insert_new(
     session: Session, spec: JobSpec, *, project: str, model_revision: str | None
-) -> tuple[JobRow, list[StageRow]]:
-    """Insert a job, its stages (the first one queued, to be sent after the commit) and its first event."""
+) -> tuple[JobRow, list[Stage]]:
+    """Insert a job, its stages (the first one queued, to be sent after the commit) and its first event.
+
+    Past the unit of work, whose bookkeeping takes more than the statements do: a submission is to be quick. So the
+    row returned is only to be looked at.
+    """
     job = JobRow(
         id=f"job_{uuid7().hex}",
         project=project,
@@ -48,18 +52,18 @@ def create_with_stages(
         model_revision=model_revision,
         last_event=1,
     )
-    session.add(job)
-    session.flush()
-    waiting = {"status": StageStatus.PENDING, "sent_at": None, "sends": 0}
     sent = {"status": StageStatus.QUEUED, "sent_at": now(), "sends": 1}
-    rows = [
-        {"job_id": job.id, "name": name, "position": position, **(waiting if position else sent)}
+    waiting = {"status": StageStatus.PENDING, "sent_at": None, "sends": 0}
+    stages = [
+        {"job_id": job.id, "name": name, "position": position, "attempt": 0, "progress": 0.0}
+        | (waiting if position else sent)
         for position, name in enumerate(StageName)
     ]
-    # Nothing is read back that this process knows: a submission is as fast as its statements are few.
-    stages = session.scalars(insert(StageRow).returning(StageRow), rows).all()
+    connection = session.connection()
+    connection.execute(insert(JobRow), job.model_dump())
+    connection.execute(insert(StageRow), stages)
     events.begin(session, job, "job.created", "Job created.")
-    return job, sorted(stages, key=lambda stage: stage.position)
+    return job, [Stage.model_validate(stage) for stage in stages]
 
 
 def get(session: Session, job_id: str) -> JobRow:

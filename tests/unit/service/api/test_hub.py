@@ -120,16 +120,15 @@ def test_an_event_is_read_once_for_all_who_watch(engine: Engine) -> None:
     async def story(running: Hub) -> None:
         feeds = []
 
-        async def watch(done: Callable[[], None]) -> None:
+        async def watch() -> None:
             with running.watching(job_id) as feed:
                 feeds.append(feed)
                 await until(feed, lambda: feed.head == 2)
-            done()
 
         with statements(engine) as seen:
             async with anyio.create_task_group() as group:
                 for _ in range(50):
-                    group.start_soon(watch, lambda: None)
+                    group.start_soon(watch)
                 while not feeds or feeds[0].head is None:
                     await anyio.sleep(0.01)
                 await to_thread.run_sync(append, engine, job_id)
@@ -190,9 +189,7 @@ def test_a_feed_goes_on_after_a_read_that_failed(engine: Engine) -> None:
     run(engine, story)
 
 
-def test_what_happened_while_the_listener_was_cut_off_is_read(
-    postgres_database_url: str, engine: Engine, request: pytest.FixtureRequest
-) -> None:
+def test_what_happened_while_the_listener_was_cut_off_is_read(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
         pytest.skip("SQLite has no listener")
     job_id = new_job(engine)
