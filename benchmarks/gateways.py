@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -125,6 +126,8 @@ def serve() -> None:
     def nothing(spec: JobSpec, settings: SettingsDep, project: Project, idempotency_key: IdempotencyKey) -> Job:
         return shown
 
+    gc.collect()
+    gc.freeze()
     uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False)
 
 

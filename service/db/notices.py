@@ -1,6 +1,7 @@
 """Word of a job's new events, from the transaction that records them to the gateways whose clients wait for them.
 
-PostgreSQL carries it (LISTEN and NOTIFY). On SQLite nothing does, and gateways look by themselves.
+PostgreSQL carries it (LISTEN and NOTIFY), and lets transactions that notify commit only one after the other: those that
+create jobs, of which nobody can know yet, do not. On SQLite nothing carries it, and gateways look by themselves.
 """
 
 from __future__ import annotations
