@@ -144,6 +144,7 @@ def test_what_nobody_watches_any_more_is_not_read(engine: Engine) -> None:
     async def story(running: Hub) -> None:
         with running.watching(job_id) as feed:
             await until(feed, lambda: feed.head == 1)
+        await anyio.sleep(0.3)  # What was being read is read to its end.
         with statements(engine) as seen:
             await anyio.sleep(0.3)
         assert seen == []
@@ -202,7 +203,7 @@ def test_what_happened_while_the_listener_was_cut_off_is_read(engine: Engine) ->
                     "WHERE datname = current_database() AND query LIKE 'LISTEN%'"
                 )
             )
-            assert cut.scalar() == 1
+            assert cut.scalar_one() >= 1  # One that was cut off before may be about to end.
         append(engine, job_id)
 
     async def story(running: Hub) -> None:
