@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test chart-test chart-docs lint bench faults fuzz schemathesis state-machine clean
+.PHONY: demo test chart-test chart-docs lint bench bench-service faults fuzz schemathesis state-machine clean
 
 demo: $(VENV)/.worker
 	$(BIN)/pdtrim demo
@@ -39,6 +39,10 @@ bench: $(VENV)/.worker
 	$(BIN)/python benchmarks/kv_tokens.py
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072
+
+# Some eight minutes, five of which fill a database with a million jobs.
+bench-service: $(VENV)/.test
+	$(BIN)/python -m benchmarks.service
 
 faults: $(VENV)/.test
 	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed 0

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
-from service.api import artifacts, events, health, jobs, methods, metrics, problems, webhooks
+from service.api import artifacts, events, health, hub, jobs, methods, metrics, problems, webhooks
 from service.api.access import AccessLog
 from service.api.auth import Access, warn_if_open
 from service.api.body_limit import BodyLimit
@@ -84,7 +84,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     reconciling = Reconciler(engine, settings, app.state.store, counted.leases_expired)
     try:
-        with counted.of_jobs(engine, settings.queues), reconciling if settings.reconcile_in_gateway else nullcontext():
-            yield
+        async with hub.running(engine) as app.state.hub:
+            figures = counted.of_jobs(engine, settings.queues)
+            with figures, reconciling if settings.reconcile_in_gateway else nullcontext():
+                yield
     finally:
         engine.dispose()

@@ -36,6 +36,7 @@ from service.storage import ArtifactStore, StoreUnavailable, job_prefix
 
 PURGED_AT_ONCE = 20
 """So that a process that is to stop need not wait for long."""
+MARKED_AT_ONCE = 200
 DELIVERED_AT_ONCE = 16
 DELIVERED_AT_ONCE_PER_WEBHOOK = 4
 DELIVERING_SECONDS = 5.0
@@ -153,8 +154,9 @@ def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
     Raises: what the store raises; the job it happened to is tried again behind the others.
     """
     if settings.retention_days is not None:
+        old = now() - timedelta(days=settings.retention_days)
         with transaction(engine) as session:
-            for job_id in deletion.mark_finished(session, before=now() - timedelta(days=settings.retention_days)):
+            for job_id in deletion.mark_finished(session, before=old, limit=MARKED_AT_ONCE):
                 log.info("deleting %s, which finished more than %g days ago", job_id, settings.retention_days)
     if settings.retention_bytes is not None:
         with transaction(engine) as session:

@@ -1,4 +1,7 @@
-"""What routes depend on, as annotated types."""
+"""What routes depend on, as annotated types.
+
+What asks nothing of the database is a coroutine: FastAPI runs every plain function in a thread.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
 from service.api.auth import Caller
+from service.api.hub import Hub
 from service.api.problems import UnsupportedMediaType
 from service.contract.errors import ArtifactNotFound, CursorNotFound, DeliveryNotFound, JobNotFound, WebhookNotFound
 from service.db import jobs, webhooks
@@ -23,7 +27,7 @@ WEBHOOK_ID = re.compile(r"wh_[0-9a-f]{32}")
 DELIVERY_ID = re.compile(r"msg_[0-9a-f]{32}")
 
 
-def json_only(request: Request) -> None:
+async def json_only(request: Request) -> None:
     """Raises: UnsupportedMediaType for a body that does not call itself JSON."""
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     carries_body = "Transfer-Encoding" in request.headers or request.headers.get("Content-Length", "0") != "0"
@@ -33,22 +37,27 @@ def json_only(request: Request) -> None:
         raise UnsupportedMediaType(f"Send the body as application/json, not as {kind or 'an undeclared type'}.")
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
 
-def _engine(request: Request) -> Engine:
+async def _engine(request: Request) -> Engine:
     engine: Engine = request.app.state.engine
     return engine
 
 
-def _store(request: Request) -> ArtifactStore:
+async def _store(request: Request) -> ArtifactStore:
     store: ArtifactStore = request.app.state.store
     return store
 
 
-def _project(request: Request) -> str:
+async def _hub(request: Request) -> Hub:
+    hub: Hub = request.app.state.hub
+    return hub
+
+
+async def _project(request: Request) -> str:
     caller: Caller = request.state.caller
     return caller.project
 
@@ -74,7 +83,7 @@ def _job_id(
     return job_id
 
 
-def _artifact_id(artifact_id: Annotated[str, Path(examples=["art_0198a3f2a3b07d61a5e5d0c3f1b2a4c6"])]) -> str:
+async def _artifact_id(artifact_id: Annotated[str, Path(examples=["art_0198a3f2a3b07d61a5e5d0c3f1b2a4c6"])]) -> str:
     if not ARTIFACT_ID.fullmatch(artifact_id):
         raise ArtifactNotFound("No such artifact exists: an id is `art_` and 32 hexadecimal digits.")
     return artifact_id
@@ -93,7 +102,7 @@ def _webhook_id(
     return webhook_id
 
 
-def _delivery_id(delivery_id: Annotated[str, Path(examples=["msg_0198a3f2a3b07d61a5e5d0c3f1b2a4c6"])]) -> str:
+async def _delivery_id(delivery_id: Annotated[str, Path(examples=["msg_0198a3f2a3b07d61a5e5d0c3f1b2a4c6"])]) -> str:
     if not DELIVERY_ID.fullmatch(delivery_id):
         raise DeliveryNotFound("No such delivery exists: an id is `msg_` and 32 hexadecimal digits.")
     return delivery_id
@@ -106,7 +115,7 @@ def _cursor(of: re.Pattern[str]) -> Any:
     )
 
 
-def _after_job(
+async def _after_job(
     after: Annotated[str | SkipJsonSchema[None], _cursor(JOB_ID)] = None,
 ) -> str | None:
     if after is not None and not JOB_ID.fullmatch(after):
@@ -114,7 +123,7 @@ def _after_job(
     return after
 
 
-def _after_artifact(
+async def _after_artifact(
     after: Annotated[str | SkipJsonSchema[None], _cursor(ARTIFACT_ID)] = None,
 ) -> str | None:
     if after is not None and not ARTIFACT_ID.fullmatch(after):
@@ -122,7 +131,7 @@ def _after_artifact(
     return after
 
 
-def _after_webhook(
+async def _after_webhook(
     after: Annotated[str | SkipJsonSchema[None], _cursor(WEBHOOK_ID)] = None,
 ) -> str | None:
     if after is not None and not WEBHOOK_ID.fullmatch(after):
@@ -130,7 +139,7 @@ def _after_webhook(
     return after
 
 
-def _after_delivery(
+async def _after_delivery(
     after: Annotated[str | SkipJsonSchema[None], _cursor(DELIVERY_ID)] = None,
 ) -> str | None:
     if after is not None and not DELIVERY_ID.fullmatch(after):
@@ -141,6 +150,7 @@ def _after_delivery(
 SettingsDep = Annotated[Settings, Depends(_settings)]
 EngineDep = Annotated[Engine, Depends(_engine)]
 StoreDep = Annotated[ArtifactStore, Depends(_store)]
+HubDep = Annotated[Hub, Depends(_hub)]
 Project = Annotated[str, Depends(_project)]
 ApiKeyPrefix = Annotated[str | None, Depends(_api_key)]
 JobId = Annotated[str, Depends(_job_id)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from time import monotonic
@@ -11,14 +10,15 @@ from typing import Annotated
 import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
 from service.api import examples, views
 from service.api.auth import declared
-from service.api.deps import EngineDep, JobId, Limit
+from service.api.deps import EngineDep, HubDep, JobId, Limit
+from service.api.hub import RETRY_SECONDS, Hub, frame
 from service.api.problems import documented
 from service.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, MissingScope, Unauthorized
 from service.contract.jobs import Event, JobStatus, Page
@@ -27,11 +27,9 @@ from service.db.session import DATABASE_FAULTS, transaction
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"], dependencies=[declared])
 
-POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15.0
 BATCH = 100
 STREAM_TYPE = "text/event-stream"
-log = logging.getLogger(__name__)
 
 MAX_NUMBER = 2**31 - 1
 
@@ -40,13 +38,10 @@ Number = Annotated[int, Query(ge=0, le=MAX_NUMBER, description="Only events with
 
 @dataclass(frozen=True)
 class Batch:
-    """What a poll found: the page of events, and whether the job can add no more to it."""
+    """What a read found: the page of events, and whether the job can add no more to it."""
 
     page: Page[Event]
     last: bool
-
-
-NOTHING_NEW = Batch(Page(data=[], has_more=False), last=False)
 
 
 def read(engine: Engine, job_id: str, *, after: int, limit: int) -> Batch:
@@ -64,29 +59,39 @@ def wants_stream(request: Request) -> bool:
     return STREAM_TYPE in kinds
 
 
-async def stream(engine: Engine, job_id: str, batch: Batch, *, after: int) -> AsyncIterator[bytes]:
+async def stream(hub: Hub, engine: Engine, job_id: str, first: Batch, *, after: int) -> AsyncIterator[bytes]:
     """The first batch, then what follows it until the job ends or is deleted, with keep-alive comments in between."""
-    quiet_since = monotonic()
-    while True:
-        for event in batch.page.data:
-            after, quiet_since = event.number, monotonic()
-            yield format_sse_event(id=str(event.number), event=event.type, data_str=event.model_dump_json())
-        if batch.last:
-            return
-        if not batch.page.has_more:
-            await anyio.sleep(POLL_SECONDS)
-        if monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
-            quiet_since = monotonic()
-            yield KEEPALIVE_COMMENT
-        try:
-            batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
-        except JobNotFound:  # It was deleted meanwhile.
-            return
-        except DATABASE_FAULTS as error:
-            # Too late for another answer; the stream goes on when the database is back.
-            if batch is not NOTHING_NEW:
-                log.warning("a stream of events waits for the database: %s", error)
-            batch = NOTHING_NEW
+    frames: list[bytes] | None = [frame(event) for event in first.page.data]
+    over, quiet_since = first.last, monotonic()
+    with hub.watching(job_id) as feed:
+        while True:
+            if frames:
+                yield b"".join(frames)
+                after, quiet_since = after + len(frames), monotonic()
+            if over:
+                return
+            changed, over = feed.changed, feed.over
+            frames = feed.after(after)
+            if frames is None:
+                frames, over = await _catch_up(engine, job_id, after)
+            elif not frames and not over:
+                with anyio.move_on_after(KEEP_ALIVE_SECONDS - (monotonic() - quiet_since)):
+                    await changed.wait()
+            if monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
+                yield KEEPALIVE_COMMENT
+                quiet_since = monotonic()
+
+
+async def _catch_up(engine: Engine, job_id: str, after: int) -> tuple[list[bytes], bool]:
+    """Events that are no longer at hand, and whether the stream ends; nothing while the database is away."""
+    try:
+        batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
+    except JobNotFound:  # It was deleted meanwhile.
+        return [], True
+    except DATABASE_FAULTS:  # Too late for another answer. The hub says it in the log.
+        await anyio.sleep(RETRY_SECONDS)
+        return [], False
+    return [frame(event) for event in batch.page.data], batch.last
 
 
 @router.get(
@@ -110,6 +115,7 @@ def list_events(
     request: Request,
     job_id: JobId,
     engine: EngineDep,
+    hub: HubDep,
     after: Number = 0,
     limit: Limit = 20,
     last_event_id: Annotated[
@@ -128,4 +134,4 @@ def list_events(
     if batch.last and not batch.page.data:
         return Response(status_code=204)  # Browsers reconnect to a stream that ended, unless they get this.
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(stream(engine, job_id, batch, after=after), headers=headers)
+    return EventSourceResponse(stream(hub, engine, job_id, batch, after=after), headers=headers)

@@ -32,7 +32,7 @@ REPLAYED_HEADER: dict[str, Any] = {
 }
 
 
-def _key(
+async def _key(
     request: Request,
     given: Annotated[
         str | SkipJsonSchema[None],

@@ -51,7 +51,7 @@ FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 Labels = TypeAdapter(Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)])
 
 
-def metadata_filter(request: Request) -> dict[str, str]:
+async def metadata_filter(request: Request) -> dict[str, str]:
     """The `metadata[key]=value` pairs of the query."""
     pairs = [
         (match[1], value) for name, value in request.query_params.multi_items() if (match := FILTER.fullmatch(name))
@@ -116,7 +116,7 @@ def create_job(
             return Job.model_validate(held.response)
         revision = preflight.check(spec, settings)
         with transaction(engine) as session:
-            row = jobs.create(
+            row, stages, sent = jobs.insert_new(
                 session,
                 spec,
                 project=project,
@@ -125,11 +125,10 @@ def create_job(
                 model_revision=revision,
                 default_queue=settings.queues[0],
             )
-            stages = jobs.stages(session, [row.id])[row.id]
             shown = views.job(row, stages)
             if held is not None:
                 idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
-    if jobs.is_sent(stages):
+    if sent:
         queue.try_to_send(settings, row.id, StageName.SCORING, row.route)
     response.headers["Location"] = f"/v1/jobs/{row.id}"
     return shown

@@ -13,7 +13,7 @@ from service.db.tables import ArtifactRow, DeliveryRow, EventRow, JobRow, StageR
 LEAST_PROGRESS = 0.01  # Below it, an extrapolation says nothing.
 
 
-def job(row: JobRow, stages: Sequence[StageRow]) -> Job:
+def job(row: JobRow, stages: Sequence[StageRow | Stage]) -> Job:
     """The job with its stages and the finish that its progress promises."""
     return Job(
         id=row.id,
@@ -32,7 +32,7 @@ def job(row: JobRow, stages: Sequence[StageRow]) -> Job:
     )
 
 
-def estimated_finish(row: JobRow, stages: Sequence[StageRow], *, at: datetime) -> datetime | None:
+def estimated_finish(row: JobRow, stages: Sequence[StageRow | Stage], *, at: datetime) -> datetime | None:
     """When the running stage ends if it goes on as fast as so far; None where there is too little to go by.
 
     Stages that have not begun count nothing: how long they take depends on what this one finds.

@@ -12,7 +12,7 @@ from sqlmodel import Session, col, select
 
 from service.contract.errors import JobNotDeletable
 from service.contract.jobs import Action, JobStatus
-from service.db import jobs
+from service.db import jobs, notices
 from service.db.tables import IdempotencyRow, JobRow, now
 
 MARKED_AT_ONCE = 1000
@@ -25,19 +25,22 @@ def mark(session: Session, job_id: str) -> None:
     job.deleted_at = now()
     session.flush()
     _free_keys(session, [job_id])
+    notices.send(session, job_id)
 
 
-def mark_finished(session: Session, *, before: datetime) -> list[str]:
-    """Delete, as far as anyone can see, the jobs that finished before a time; returns their ids."""
+def mark_finished(session: Session, *, before: datetime, limit: int) -> list[str]:
+    """Delete, as far as anyone can see, the first jobs that finished before a time; returns their ids."""
     final = [status for status in JobStatus if status.final]
-    found = session.exec(
-        update(JobRow)
-        .where(col(JobRow.status).in_(final), col(JobRow.finished_at) < before, col(JobRow.deleted_at).is_(None))
-        .values(deleted_at=now())
-        .returning(col(JobRow.id))
-        .execution_options(synchronize_session=False)
+    first = (
+        select(JobRow.id)
+        .where(col(JobRow.finished_at) < before, col(JobRow.deleted_at).is_(None), col(JobRow.status).in_(final))
+        .order_by(col(JobRow.finished_at))
+        .limit(limit)
+        .with_for_update(skip_locked=True)
     )
-    job_ids = list(found.scalars())
+    # Not as a part of the update, where PostgreSQL may run it, and apply its limit, more than once.
+    job_ids = list(session.exec(first).all())
+    session.exec(update(JobRow).where(col(JobRow.id).in_(job_ids)).values(deleted_at=now()))
     _free_keys(session, job_ids)
     return job_ids
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import and_, insert, or_, update
 from sqlmodel import Session, col, select
 
 from service.contract.jobs import JobStatus, StageName
-from service.db import deliveries
+from service.db import deliveries, notices
 from service.db.tables import EventRow, JobRow
 
 
@@ -22,7 +23,7 @@ def append(
     stage: StageName | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> EventRow:
-    """Add an event with the job's next number, and messages to the webhooks that announce it.
+    """Add an event with the job's next number, messages to the webhooks that announce it, and notice to who waits.
 
     The row lock on the job keeps numbers without gaps.
     """
@@ -37,7 +38,15 @@ def append(
     session.add(row)
     session.flush()
     deliveries.announce(session, row, project=project, status=JobStatus(status), labels=labels)
+    notices.send(session, job_id)
     return row
+
+
+def begin(session: Session, job: JobRow, type_: str, message: str) -> None:
+    """Add the first event of a job that this transaction creates; nobody can wait for one that they cannot know of."""
+    row = EventRow(job_id=job.id, number=job.last_event, type=type_, message=message)
+    session.connection().execute(insert(EventRow), row.model_dump())
+    deliveries.announce(session, row, project=job.project, status=job.status, labels=job.labels)
 
 
 def page(session: Session, job_id: str, *, after: int, limit: int) -> tuple[list[EventRow], bool]:
@@ -49,3 +58,34 @@ def page(session: Session, job_id: str, *, after: int, limit: int) -> tuple[list
         .limit(limit + 1)
     ).all()
     return list(rows[:limit]), len(rows) > limit
+
+
+@dataclass
+class News:
+    """A job's state, and the events that came after those that are known."""
+
+    final: bool
+    last: int
+    events: list[EventRow] = field(default_factory=list)
+
+
+def news(session: Session, known: Mapping[str, int | None], *, limit: int) -> dict[str, News]:
+    """What came to jobs after the last events known of them, at most `limit` events each; of None, the state alone.
+
+    Jobs that do not exist are left out. Two queries, however many jobs there are.
+    """
+    # The jobs before their events: a job that is final here has written its last event already.
+    states = select(JobRow.id, JobRow.status, JobRow.last_event)
+    rows = session.exec(states.where(col(JobRow.id).in_(known), col(JobRow.deleted_at).is_(None)))
+    found = {job_id: News(JobStatus(status).final, last) for job_id, status, last in rows}
+    # Numbers have no gaps, so that a range of them is as good as a limit.
+    behind = [
+        and_(col(EventRow.job_id) == job_id, col(EventRow.number).between(head + 1, head + limit))
+        for job_id, one in found.items()
+        if (head := known[job_id]) is not None and head < one.last
+    ]
+    if behind:
+        in_order = select(EventRow).where(or_(*behind)).order_by(col(EventRow.job_id), col(EventRow.number))
+        for row in session.exec(in_order):
+            found[row.job_id].events.append(row)
+    return found

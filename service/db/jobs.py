@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from sqlalchemy import ColumnElement, cast, insert
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 from uuid_utils import uuid7
@@ -18,7 +21,7 @@ from service.contract.errors import (
     JobNotResumable,
     PDTrimError,
 )
-from service.contract.jobs import Action, JobStatus, StageName, StageStatus
+from service.contract.jobs import Action, JobStatus, Stage, StageName, StageStatus
 from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.contract.spec import JobSpec
 from service.db import events, quotas
@@ -37,9 +40,34 @@ def create(
     model_revision: str | None = None,
     default_queue: str = DEFAULT_QUEUE,
 ) -> JobRow:
-    """Insert a job, its stages (the first one queued, to be sent after the commit if `is_sent`) and its first event.
+    """As `insert_new`; returns the row, to go on with it in the session."""
+    row, _, _ = insert_new(
+        session,
+        spec,
+        project=project,
+        api_key=api_key,
+        limits=limits,
+        model_revision=model_revision,
+        default_queue=default_queue,
+    )
+    return session.get_one(JobRow, row.id)
 
-    `limits` are the project's; `default_queue` is for jobs that name none.
+
+def insert_new(
+    session: Session,
+    spec: JobSpec,
+    *,
+    project: str,
+    api_key: str | None,
+    limits: Quotas,
+    model_revision: str | None,
+    default_queue: str,
+) -> tuple[JobRow, list[Stage], bool]:
+    """Insert a job, its stages and its first event. Returns, beside job and stages, whether the first of them is to be
+    sent after the commit, rather than held back until fewer others run.
+
+    Past the unit of work, whose bookkeeping takes more than the statements do: a submission is to be quick. So the
+    row returned is only to be looked at. `limits` are the project's; `default_queue` is for jobs that name none.
     Raises: QueueQuotaExceeded, ArtifactQuotaExceeded.
     """
     sent = quotas.admit(session, project, api_key, limits)
@@ -53,22 +81,32 @@ def create(
         spec=spec.model_dump(mode="json"),
         labels=dict(spec.metadata),
         model_revision=model_revision,
+        last_event=1,
     )
-    session.add(job)
-    session.flush()
-    for position, name in enumerate(StageName):
-        stage = StageRow(job_id=job.id, name=name, position=position, status=StageStatus.PENDING)
-        if position == 0:
-            _queue(stage, sent=sent)
-        session.add(stage)
-    events.append(session, job.id, "job.created", "Job created.")
-    session.refresh(job)
-    return job
+    first = {"status": StageStatus.QUEUED, **_sending(sent)}
+    waiting = {"status": StageStatus.PENDING, "sent_at": None, "sends": 0, "message": ""}
+    stages = [
+        {"job_id": job.id, "name": name, "position": position, "attempt": 0, "progress": 0.0}
+        | (waiting if position else first)
+        for position, name in enumerate(StageName)
+    ]
+    connection = session.connection()
+    connection.execute(insert(JobRow), job.model_dump())
+    connection.execute(insert(StageRow), stages)
+    events.begin(session, job, "job.created", "Job created.")
+    return job, [Stage.model_validate(stage) for stage in stages], sent
+
+
+def _sending(sent: bool) -> dict[str, Any]:
+    """What a queued stage says of its message: it is under way, or held back."""
+    return (
+        {"sent_at": now(), "sends": 1, "message": ""} if sent else {"sent_at": None, "sends": 0, "message": quotas.HELD}
+    )
 
 
 def _queue(stage: StageRow, *, sent: bool) -> None:
     stage.status = StageStatus.QUEUED
-    stage.sent_at, stage.sends, stage.message = (now(), 1, "") if sent else (None, 0, quotas.HELD)
+    stage.sqlmodel_update(_sending(sent))
 
 
 def is_sent(stages: Sequence[StageRow]) -> bool:
@@ -137,8 +175,8 @@ def page(
     query = select(JobRow).where(JobRow.project == project, EXISTS)
     if status is not None:
         query = query.where(JobRow.status == status)
-    for key, value in (metadata or {}).items():
-        query = query.where(col(JobRow.labels)[key].as_string() == value)
+    if metadata:
+        query = query.where(*_labelled(session, metadata))
     if after is not None:
         cursor = session.get(JobRow, after)
         if cursor is None or cursor.project != project or cursor.deleted_at is not None:
@@ -146,6 +184,13 @@ def page(
         query = query.where(JobRow.id < after)
     rows = session.exec(query.order_by(col(JobRow.id).desc()).limit(limit + 1)).all()
     return list(rows[:limit]), len(rows) > limit
+
+
+def _labelled(session: Session, labels: Mapping[str, str]) -> list[ColumnElement[bool]]:
+    """Whether a job carries labels; on PostgreSQL as its index on them can tell."""
+    if session.get_bind().dialect.name == "postgresql":
+        return [cast(col(JobRow.labels), JSONB).contains(dict(labels))]
+    return [col(JobRow.labels)[key].as_string() == value for key, value in labels.items()]
 
 
 def check_possible(job: JobRow, asked: Action, refusal: type[PDTrimError]) -> None:

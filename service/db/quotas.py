@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, func, literal_column, or_, true
+from sqlalchemy import ColumnElement, and_, func, literal_column, not_, or_, true
 from sqlmodel import Session, col, select
 
 from service.contract.access import Quotas
@@ -106,10 +105,10 @@ def _bytes(session: Session, share: _Share) -> int:
 class Slots:
     """How many jobs more may begin to run, by project and by key; each `take` leaves one less.
 
-    A job whose first message was sent `since` takes one too: it will be running soon.
+    A job takes one too whose first message is on its way, and has not `waited` for long: it will be running soon.
     """
 
-    def __init__(self, session: Session, max_running_jobs: int | None, *, since: datetime) -> None:
+    def __init__(self, session: Session, max_running_jobs: int | None, *, waited: ColumnElement[bool]) -> None:
         self._of_project = max_running_jobs
         limit = col(ApiKeyRow.max_running_jobs)
         self._of_key = dict(session.exec(select(ApiKeyRow.prefix, limit).where(limit.is_not(None))).all())
@@ -125,7 +124,8 @@ class Slots:
             .where(
                 col(JobRow.status) == JobStatus.QUEUED,
                 col(StageRow.status) == StageStatus.QUEUED,
-                col(StageRow.sent_at) >= since,
+                col(StageRow.sent_at).is_not(None),
+                not_(waited),
             )
         )
         for query in (running, sent):

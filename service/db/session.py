@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,16 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlmodel import Session
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 DATABASE_FAULTS = (OperationalError, InterfaceError, PoolTimeout)
 """What may pass: the database is away, is restarting, ended the connection, or was too busy. All else is a mistake."""
+IDLE_SECONDS = 1.0
+"""A connection that was idle for longer is tried before it is used: the server may have restarted."""
 POSTGRESQL_OPTIONS = "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s"
 """A process that is stopped in the middle of a transaction must not hold its locks against the others for ever."""
 POSTGRESQL_WAITS = {
@@ -37,7 +41,9 @@ def connect(url: str) -> Engine:
     """An engine for `url`; SQLite gets WAL, foreign keys and write locks taken at the start of a transaction."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, connect_args=_waits(parsed))
+        engine = create_engine(parsed, connect_args=waits(parsed))
+        _ping_idle_connections(engine)
+        return engine
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
@@ -57,7 +63,28 @@ def connect(url: str) -> Engine:
     return engine
 
 
-def _waits(url: URL) -> dict[str, Any]:
+def _ping_idle_connections(engine: Engine) -> None:
+    """As SQLAlchemy's `pool_pre_ping`, but not of connections that were in use just now: it is one more round trip.
+
+    When the server restarts, the first statement to fail takes all its connections out of the pool.
+    """
+
+    @event.listens_for(engine, "checkin")
+    def _note(connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _ping(connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
+        used_at = record.info.get("used_at")
+        if used_at is None or time.monotonic() - used_at < IDLE_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error  # The pool then takes a new one.
+
+
+def waits(url: URL) -> dict[str, Any]:
     """How long PostgreSQL may keep us waiting; what the URL says itself counts."""
     given = {**POSTGRESQL_WAITS, "options": POSTGRESQL_OPTIONS}
     return {name: value for name, value in given.items() if name not in url.query}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import or_, update
+from sqlalchemy import ColumnElement, and_, or_, update
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
@@ -21,6 +21,7 @@ from service.contract.routes import Route
 from service.db import events, jobs, quotas
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
 
+DUE_AT_ONCE = 1000
 STOPPING = (JobStatus.CANCELLING, JobStatus.PAUSING)
 
 
@@ -336,38 +337,39 @@ def waiting(session: Session, queues: Sequence[str], *, seconds: float) -> bool:
 def due(
     session: Session, *, resend_seconds: float, max_running_jobs: int | None = None, at: datetime | None = None
 ) -> list[tuple[str, StageName]]:
-    """Queued stages to send (again): never sent, or sent `resend_seconds` · 2^(sends − 1) ago. Marks them sent.
+    """Queued stages to send (again), at most `DUE_AT_ONCE`: never sent, or sent `resend_seconds` · 2^(sends − 1) ago.
 
-    Of jobs that wait for others of their project or key to end, the first go as soon as there are slots for them.
+    Marks them sent. Of jobs that wait for others of their project or key to end, the first go as soon as there are
+    slots for them.
     """
     at = at or now()
-    latest = at - timedelta(seconds=resend_seconds)
-    slots = quotas.Slots(session, max_running_jobs, since=latest)
+    waited = _waited(at, resend_seconds)
+    slots = quotas.Slots(session, max_running_jobs, waited=waited)
     rows = session.exec(
         select(StageRow, JobRow.project, JobRow.api_key, JobRow.status)
         .join(JobRow)
-        .where(
-            StageRow.status == StageStatus.QUEUED,
-            or_(col(StageRow.sent_at).is_(None), col(StageRow.sent_at) < latest),
-            slots.left,
-        )
+        .where(StageRow.status == StageStatus.QUEUED, waited, slots.left)
         .order_by(col(StageRow.job_id))
+        .limit(DUE_AT_ONCE)
         .with_for_update(of=StageRow, skip_locked=True)
     ).all()
-    waiting = []
+    sent = []
     for row, project, api_key, status in rows:
         begins = status == JobStatus.QUEUED
-        wait = timedelta(seconds=resend_seconds * 2 ** max(min(row.sends, 8) - 1, 0))
-        if row.sent_at is None or row.sent_at < at - wait:
-            waiting.append((row, project, api_key, begins))
-        elif begins:
-            slots.take(project, api_key)  # Its message is still on the way.
-    sent = []
-    for row, project, api_key, begins in waiting:
         if not begins or slots.take(project, api_key):
             row.sent_at, row.sends, row.message = at, row.sends + 1, "" if begins else row.message
             sent.append((row.job_id, StageName(row.name)))
     return sent
+
+
+def _waited(at: datetime, resend_seconds: float) -> ColumnElement[bool]:
+    """Whether a stage has waited for as long as its sends before demand; from the eighth on, the pause is the same."""
+    sends, sent_at = col(StageRow.sends), col(StageRow.sent_at)
+    waits = [timedelta(seconds=resend_seconds * 2**doubled) for doubled in range(8)]
+    between = [and_(sends == number, sent_at < at - wait) for number, wait in enumerate(waits, 1)]
+    return or_(
+        sent_at.is_(None), and_(sends < 1, sent_at < at - waits[0]), *between, and_(sends > 8, sent_at < at - waits[-1])
+    )
 
 
 def not_sent(session: Session, job_ids: Sequence[str]) -> None:

@@ -55,6 +55,7 @@ class RedactedJson(TypeDecorator[Any]):
 
 
 Name = String(32)
+ALIVE = text("deleted_at IS NULL")
 KEPT = text("artifact_bytes > 0 AND deleted_at IS NULL")
 
 
@@ -63,12 +64,14 @@ class JobRow(SQLModel, table=True):
 
     With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row.
     `api_key` is the prefix of the key that it was made with, `artifact_bytes` the size of what its stages recorded.
+    PostgreSQL has an index of `labels` too.
     """
 
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_project_id", "project", "id"),
-        Index("ix_jobs_project_status", "project", "status"),
+        Index("ix_jobs_project_status_id", "project", "status", "id"),
+        Index("ix_jobs_finished_at", "finished_at", postgresql_where=ALIVE, sqlite_where=ALIVE),
         Index("ix_jobs_kept", "project", "api_key", "artifact_bytes", postgresql_where=KEPT, sqlite_where=KEPT),
     )
 

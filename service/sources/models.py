@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
@@ -56,7 +57,18 @@ def describe_model(
     Raises: SourceError for a model that is not there, has no safetensors weights or more than `max_bytes` in all;
     StoreUnavailable.
     """
-    files = _open(source, revision, **s3)
+    if source == str(Reference()) and revision is None:
+        return _describe_reference(max_bytes)
+    return _describe(_open(source, revision, **s3), max_bytes)
+
+
+@cache
+def _describe_reference(max_bytes: int | None) -> ModelDescription:
+    """Once for each process: what comes with the service does not change while it runs."""
+    return _describe(_open(str(Reference()), None), max_bytes)
+
+
+def _describe(files: FolderFiles | BucketFiles | HubFiles, max_bytes: int | None) -> ModelDescription:
     weights = weight_names(files)
     config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
     _check_size(files, _needed(files, weights), max_bytes)

@@ -25,7 +25,6 @@ def upgrade() -> None:
         "UPDATE jobs SET artifact_bytes = (SELECT SUM(size) FROM artifacts WHERE artifacts.job_id = jobs.id) "
         "WHERE id IN (SELECT job_id FROM artifacts)"
     )
-    op.create_index("ix_jobs_project_status", "jobs", ["project", "status"])
     op.create_index(
         "ix_jobs_kept",
         "jobs",
@@ -37,7 +36,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_index("ix_jobs_kept", "jobs")
-    op.drop_index("ix_jobs_project_status", "jobs")
     op.drop_column("jobs", "artifact_bytes")
     op.drop_column("jobs", "api_key")
     for name in ("max_artifact_bytes", "max_queued_jobs", "max_running_jobs", "rate_limit"):

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
 from httpx_sse import ServerSentEvent, connect_sse
 from sqlalchemy import text
+from sqlmodel import Session
 
-from service.api import events
+from service.api import events, hub
 from service.contract.jobs import StageName
+from service.db import events as stored
+from service.db.events import News
+from service.db.session import transaction
 from tests.gateway import Gateway, listening
 
 
 @pytest.fixture
 def address(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(events, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "RETRY_SECONDS", 0.05)
     with listening(gateway.settings) as url:
         yield url
 
@@ -157,19 +161,51 @@ def test_a_quiet_stream_is_kept_alive_by_comments(
     assert response.headers["x-request-id"]
 
 
-def test_a_client_that_leaves_ends_the_polling(gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    polls: list[str] = []
-    read = events.read
+def test_a_client_that_leaves_ends_the_reading(gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SWEEP_SECONDS", 0.05)
+    reads: list[object] = []
+    news = stored.news
 
-    def counted(*args: Any, **kwargs: Any) -> events.Batch:
-        polls.append(args[1])
-        return read(*args, **kwargs)
+    def counted(session: Session, known: Mapping[str, int | None], **limit: int) -> dict[str, News]:
+        reads.append(known)
+        return news(session, known, **limit)
 
-    monkeypatch.setattr(events, "read", counted)
+    monkeypatch.setattr(stored, "news", counted)
     with following(address, gateway.create()) as stream:
         next(stream)
+        time.sleep(0.3)
+        assert reads
 
-    time.sleep(0.5)
-    seen = len(polls)
-    time.sleep(0.5)
-    assert len(polls) == seen
+    time.sleep(0.3)
+    seen = len(reads)
+    time.sleep(0.3)
+    assert len(reads) == seen
+
+
+def test_a_stream_that_falls_behind_reads_what_is_no_longer_at_hand(
+    gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "KEPT", 1)
+    job_id = gateway.create()
+
+    with following(address, job_id) as stream:
+        received = [int(next(stream).id)]
+        with transaction(gateway.engine) as session:
+            for _ in range(8):
+                stored.append(session, job_id, "stage.progress", "")
+        gateway.client.post(f"/v1/jobs/{job_id}/cancel")
+        received += numbers(stream)
+
+    assert received == list(range(1, 11))
+
+
+def test_more_streams_than_threads_and_connections_leave_the_gateway_free(gateway: Gateway, address: str) -> None:
+    job_id = gateway.create()
+    url = f"{address}/v1/jobs/{job_id}/events"
+
+    with httpx.Client(timeout=20) as client, ExitStack() as opened:
+        streams = [opened.enter_context(connect_sse(client, "GET", url)).iter_sse() for _ in range(60)]
+        assert [next(stream).event for stream in streams] == ["job.created"] * 60
+        assert httpx.get(f"{address}/v1/jobs/{job_id}", timeout=5).status_code == 200
+        gateway.client.post(f"/v1/jobs/{job_id}/cancel")
+        assert [[event.event for event in stream] for stream in streams] == [["job.cancelled"]] * 60

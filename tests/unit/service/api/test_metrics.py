@@ -19,6 +19,7 @@ from tests.gateway import Gateway, serve
 @pytest.fixture(autouse=True)
 def _read_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.metrics.READ_SECONDS", 0.0)
+    monkeypatch.setattr("service.metrics.IDLE_SHARE", 0.0)
 
 
 def scrape(client: TestClient) -> dict[tuple[str, ...], float]:
@@ -114,6 +115,16 @@ def test_however_often_it_is_scraped_the_database_is_read_once_in_a_while(
     assert scrape(gateway.client)["pdtrim_jobs", "queued"] == first == 1
     monkeypatch.setattr("service.metrics.READ_SECONDS", 0.0)
     assert scrape(gateway.client)["pdtrim_jobs", "queued"] == 2
+
+
+def test_the_longer_the_database_takes_the_less_often_it_is_read(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.create()
+    scrape(gateway.client)
+    monkeypatch.setattr("service.metrics.IDLE_SHARE", 1e6)
+    gateway.create()
+    assert scrape(gateway.client)["pdtrim_jobs", "queued"] == 1
 
 
 def test_a_lease_that_the_reconciler_takes_back_is_counted(gateway_settings: Settings, model: Path) -> None:

@@ -101,7 +101,19 @@ def test_only_jobs_that_finished_before_a_time_are_marked_by_it_and_once(engine:
         jobs.request_cancel(session, finished)
     for seconds, expected in ((-60, []), (60, [finished]), (60, [])):
         with transaction(engine) as session:
-            assert deletion.mark_finished(session, before=now() + timedelta(seconds=seconds)) == expected
+            assert deletion.mark_finished(session, before=now() + timedelta(seconds=seconds), limit=9) == expected
     with transaction(engine) as session:
         assert jobs.get(session, unfinished).id == unfinished
     assert marked(engine) == [finished]
+
+
+def test_those_that_finished_first_are_marked_first(engine: Engine) -> None:
+    with transaction(engine) as session:
+        third, first, second = (jobs.create(session, SPEC).id for _ in range(3))
+        for job_id in (first, second, third):
+            jobs.request_cancel(session, job_id)
+    before = now() + timedelta(seconds=60)
+    with transaction(engine) as session:
+        assert set(deletion.mark_finished(session, before=before, limit=2)) == {first, second}
+    with transaction(engine) as session:
+        assert deletion.mark_finished(session, before=before, limit=2) == [third]

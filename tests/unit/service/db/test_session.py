@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-from sqlalchemy import text
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 
+from service.db import session
 from service.db.session import connect
 
 
@@ -14,3 +17,36 @@ def test_nobody_waits_for_a_lock_or_holds_one_for_ever(postgres_database_url: st
         assert other.execute(text("SHOW lock_timeout")).scalar() == "1min"
     engine.dispose()
     own.dispose()
+
+
+def backend(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return int(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
+
+
+def end(engine: Engine, pid: int) -> None:
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+
+def test_a_connection_that_ended_while_it_was_idle_is_replaced(
+    postgres_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, other = connect(postgres_database_url), connect(postgres_database_url)
+    monkeypatch.setattr(session, "IDLE_SECONDS", 0.0)
+    first = backend(engine)
+    end(other, first)
+    assert backend(engine) != first
+    engine.dispose()
+    other.dispose()
+
+
+def test_a_connection_that_ended_just_after_its_use_fails_one_transaction(postgres_database_url: str) -> None:
+    engine, other = connect(postgres_database_url), connect(postgres_database_url)
+    first = backend(engine)
+    end(other, first)
+    with pytest.raises(OperationalError):
+        backend(engine)
+    assert backend(engine) != first
+    engine.dispose()
+    other.dispose()

@@ -473,3 +473,16 @@ def test_a_job_that_was_to_stop_stops_when_its_worker_is_asked_to_end(
         ask(session, job_id)
         stages.hand_back(session, held)
     assert event_types(engine, job_id)[-1] == ended
+
+
+def test_what_is_due_is_sent_in_portions_oldest_job_first(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "DUE_AT_ONCE", 2)
+    with transaction(engine) as session:
+        job_ids = [jobs.create(session, SPEC).id for _ in range(3)]
+    portions = []
+    for _ in range(3):
+        with transaction(engine) as session:
+            portions.append(
+                [job_id for job_id, _ in stages.due(session, resend_seconds=10, at=now() + timedelta(minutes=1))]
+            )
+    assert portions == [job_ids[:2], job_ids[2:], []]

@@ -1,0 +1,41 @@
+"""Word of a job's new events, from the transaction that records them to the gateways whose clients wait for them.
+
+PostgreSQL carries it (LISTEN and NOTIFY), and lets transactions that notify commit only one after the other: those that
+create jobs, of which nobody can know yet, do not. On SQLite nothing carries it, and gateways look by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from psycopg import AsyncConnection
+from sqlalchemy import Connection, Engine, func, select
+from sqlmodel import Session
+
+from service.db.session import waits
+
+CHANNEL = "pdtrim_events"
+
+
+def carried(by: Engine | Connection) -> bool:
+    """Whether a database carries notices."""
+    return by.dialect.name == "postgresql"
+
+
+def send(session: Session, job_id: str) -> None:
+    """Tell whoever listens that a job has changed, once the transaction is committed."""
+    if carried(session.get_bind()):
+        session.execute(select(func.pg_notify(CHANNEL, job_id)))
+
+
+async def listen(engine: Engine) -> AsyncIterator[str | None]:
+    """None once it listens, then the ids of jobs that changed. It has a connection of its own.
+
+    Raises: psycopg.Error when the connection cannot be made, or ends.
+    """
+    _, given = engine.dialect.create_connect_args(engine.url)
+    async with await AsyncConnection.connect(**{**waits(engine.url), **given}, autocommit=True) as connection:
+        await connection.execute(f"LISTEN {CHANNEL}")
+        yield None
+        async for notice in connection.notifies():
+            yield notice.payload
