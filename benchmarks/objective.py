@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import workers
+from workers.pruning.anchor import Trail
 from workers.pruning.blocks import BlockStack, block_stack, capture_calls
 from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
 from workers.pruning.engine import NOTHING, Objective, walk
@@ -53,7 +54,7 @@ def measured(stack: BlockStack, part: Tensor, sets: Sequence[Blocks]) -> dict[Ob
     calls = capture_calls(stack, inputs)
     totals: dict[Objective, dict[Blocks, float]] = {name: dict.fromkeys(sets, 0.0) for name in OBJECTIVES}
     for ids, wanted in zip(inputs.split(CHUNK_WINDOWS), targets.split(CHUNK_WINDOWS * inputs.shape[1]), strict=True):
-        h, _ = walk(stack, calls, stack.embed(ids), [NOTHING, *sets], {})
+        h, _ = walk(stack, calls, Trail.starting(stack.embed(ids)), [NOTHING, *sets], {})
         dense = stack.norm(h[NOTHING].flatten(0, 1))  # (tokens, hidden)
         dense_log_p = F.log_softmax(stack.head(dense), dim=-1)  # (tokens, vocabulary)
         for removed in sets:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
+from workers.models import ANCHOR_BYTES
 from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
 from workers.pruning.engine import NOTHING, Engine, mean
@@ -159,8 +160,8 @@ def until(
         if len(best.removed) == count and best.loss <= target + TOLERANCE:
             raise Reached
 
-    engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
-    memo = Memo(engine.window_losses, engine.windows, racing=True)
+    engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS, anchor_bytes=ANCHOR_BYTES)
+    memo = Memo(engine.window_losses, engine.windows, racing=True, anchor=engine.anchor)
     with contextlib.suppress(Reached):
         default_search(memo, scores, count, args.seed, stop_when_reached)
     return memo.best(count), time.process_time() - started

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from workers.pruning.blocks import block_stack
 from workers.pruning.checkpoint import check_complete, load_checkpoint
 from workers.pruning.engine import windows_in
+from workers.pruning.sharding import load_sharded, placement
 from workers.pruning.streaming import load_streamed, parameter_bytes
 
 Check = Callable[[], None]
@@ -24,10 +25,18 @@ RESIDENT_WALK_BYTES = 16 * 2**20
 STREAMED_WALK_BYTES = 512 * 2**20
 """The same when blocks are read from disk: the more windows a walk carries, the fewer times every block is read."""
 
+ANCHOR_BYTES = 256 * 2**20
+"""Hidden states held of the set that a search moves from, on the CPU."""
+
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def accelerators() -> list[torch.device]:
+    """All that this worker sees."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def compute_dtype() -> torch.dtype:
@@ -45,14 +54,20 @@ def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype 
 
 
 def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel:
-    """The model for passes over its blocks: resident where it fits, else with its blocks read one at a time.
+    """The model for passes over its blocks: on this worker's device, or sharded over all accelerators that it sees, or
+    with its blocks read one at a time, whatever is the first that fits.
 
-    Stacked experts, which checkpoints keep apart, are resident in any case. Calls `check` as that of `load_model` does.
+    Stacked experts, which checkpoints keep apart, are never read one at a time. Calls `check` as that of `load_model`
+    does.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
     tensors = check_complete(folder)
-    fits = parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes()
-    if fits or not tensors.one_to_one:
+    if parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes(device()):
+        return load_model(folder, check)
+    memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
+    if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory)) is not None:
+        return _stoppable(load_sharded(folder, placed, dtype=compute_dtype()), check)
+    if not tensors.one_to_one:
         return load_model(folder, check)
     model, _ = load_streamed(folder, dtype=compute_dtype(), device=device())
     return _stoppable(model, check)
@@ -76,7 +91,7 @@ def is_streamed(model: PreTrainedModel) -> bool:
 def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
     """How many calibration windows to walk through the blocks together when every block is tried for removal."""
     if device().type == "cuda":
-        memory_bytes = free_memory_bytes() // 4
+        memory_bytes = _room(model) // 4
     else:
         memory_bytes = STREAMED_WALK_BYTES if is_streamed(model) else RESIDENT_WALK_BYTES
     return windows_in(
@@ -88,10 +103,20 @@ def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
     )
 
 
-def free_memory_bytes() -> int:
-    """What this worker's device could still hold."""
-    if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+def anchor_bytes(model: PreTrainedModel) -> int:
+    """What the hidden states may take that an engine holds of the set that a search moves from."""
+    return _room(model) // 4 if device().type == "cuda" else ANCHOR_BYTES
+
+
+def _room(model: PreTrainedModel) -> int:
+    """What the fullest of the model's devices could still hold."""
+    return min(map(free_memory_bytes, {p.device for p in model.parameters() if not p.is_meta}))
+
+
+def free_memory_bytes(at: torch.device) -> int:
+    """What a device could still hold."""
+    if at.type == "cuda":
+        return torch.cuda.mem_get_info(at)[0]
     return int(psutil.virtual_memory().available)
 
 

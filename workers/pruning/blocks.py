@@ -145,12 +145,12 @@ def prove(stack: BlockStack) -> None:
         h = stack.embed(ids)
         for block in range(len(stack.blocks)):
             h = calls.run(stack, block, h)
-        walked = stack.head(stack.norm(h)).float()
+        walked = stack.head(stack.norm(h)).float().cpu()
     except (TypeError, RuntimeError, IndexError, AttributeError, ValueError) as error:
         raise UnsupportedArchitecture(
             f"model_type {kind!r} is not supported: its blocks cannot be run one by one ({error})"
         ) from error
-    whole = stack.model(input_ids=ids, use_cache=False).logits.float()
+    whole = stack.model(input_ids=ids, use_cache=False).logits.float().cpu()
     difference = float((walked - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
     tolerance = PROOF_TOLERANCE if h.dtype == torch.float32 else 100 * PROOF_TOLERANCE
     if not difference <= tolerance:

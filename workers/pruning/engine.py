@@ -2,6 +2,7 @@
 
 A candidate equals every other one until the first block on which they differ, so the walk carries one hidden state for
 each distinct set of blocks removed *so far* (a trie over the sorted sets) and runs each block once for each of those.
+Candidates near a set that was walked before, the anchor, begin where they first differ from it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from workers.pruning.anchor import Anchor, Trail
 from workers.pruning.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls
 from workers.pruning.plan import Blocks, check_nested
 
@@ -67,16 +69,26 @@ class Prefix:
 def walk(
     stack: BlockStack,
     calls: BlockCalls,
-    h: Tensor,
+    trail: Trail,
     candidates: Sequence[Blocks],
     caches: Mapping[int, Any],
 ) -> tuple[dict[Blocks, Tensor], int]:
-    """h_0 (batch, time, hidden) → h_L of every candidate, and how many block-forwards that took."""
-    streams = {NOTHING: h}
+    """h_L (batch, time, hidden) of every candidate, and how many block-forwards that took.
+
+    A candidate begins at the last state of `trail` that is on its way; the trail keeps more of its own as they pass.
+    """
+    begins = {candidate: trail.begin(candidate) for candidate in candidates}
+    streams: dict[Blocks, Tensor] = {}
     forwards = 0
-    for block in range(len(stack.blocks)):
+    for block in range(min(begins.values(), default=len(stack.blocks)), len(stack.blocks)):
+        passed = trail.removed_before(block)
+        if block in begins.values():
+            streams[passed] = trail.states[block]
+        elif passed in streams:
+            trail.keep(block, streams[passed])
         following: dict[Blocks, Tensor] = {}
-        for removed in {frozenset(r for r in candidate if r <= block): None for candidate in candidates}:
+        begun = [candidate for candidate in candidates if begins[candidate] <= block]
+        for removed in {frozenset(r for r in candidate if r <= block): None for candidate in begun}:
             before = streams[removed - {block}]
             if block in removed:
                 following[removed] = before
@@ -115,7 +127,7 @@ def _measure(
 ) -> Callable[[Tensor], Tensor]:
     """From hidden states (tokens, hidden) after the final norm to the loss of each token (tokens,)."""
     if objective == "cross_entropy":
-        return lambda normed: F.cross_entropy(stack.head(normed).float(), targets, reduction="none")
+        return lambda normed: _cross_entropy(stack.head(normed).float(), targets)
     if dense is None:
         raise ValueError(f"{objective} needs the dense model's hidden states")
     reference = stack.norm(dense)
@@ -135,6 +147,10 @@ def _measure(
     return kl
 
 
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+
+
 def check_finite(losses: Mapping[Blocks, Sequence[float]], first_window: int) -> None:
     """Raises: NonFiniteLoss naming candidate and window."""
     for candidate, by_window in losses.items():
@@ -149,15 +165,33 @@ def mean(losses: Mapping[Blocks, Sequence[float]]) -> dict[Blocks, float]:
 
 
 class WindowsEngine(ABC):
-    """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out."""
+    """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
 
-    def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective, chunk_windows: int) -> None:
+    Once told an anchor, it holds hidden states of that set in at most `anchor_bytes`. That changes no loss.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        windows: Tensor,
+        objective: Objective,
+        chunk_windows: int,
+        *,
+        walked_tokens: int,
+        anchor_bytes: int,
+    ) -> None:
         self.block_forwards = 0
         self.windows = len(windows)
         self._stack = stack
         self._ids = windows
         self._objective = objective
         self._chunk_windows = chunk_windows
+        numbers = len(windows) * walked_tokens * stack.model.config.hidden_size
+        self._anchor = Anchor(len(stack.blocks), anchor_bytes, numbers * stack.model.dtype.itemsize)
+
+    def anchor(self, removed: Blocks) -> None:
+        """Say that coming candidates are near `removed`: their walks begin where they first differ from it."""
+        self._anchor.move(removed)
 
     def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
         """Mean loss a token of each candidate on all windows, by the engine's objective unless another is given.
@@ -181,7 +215,8 @@ class WindowsEngine(ABC):
             try:
                 found = self._chunk_losses(candidates, chunk, objective or self._objective)
             except torch.OutOfMemoryError as error:
-                self._shrink(halved(self._chunk_windows, len(candidates) + 1, error))
+                if not self._anchor.give_up():
+                    self._shrink(halved(self._chunk_windows, len(candidates) + 1, error))
                 continue
             check_finite(found, start)
             for candidate, by_window in found.items():
@@ -191,6 +226,16 @@ class WindowsEngine(ABC):
 
     def _shrink(self, chunk_windows: int) -> None:
         self._chunk_windows = chunk_windows
+
+    def _walk(
+        self, calls: BlockCalls, chunk: range, h: Tensor, candidates: Sequence[Blocks], caches: Mapping[int, Any]
+    ) -> dict[Blocks, Tensor]:
+        """h_0 (batch, time, hidden) of a chunk of windows → h_L of every candidate."""
+        trail = self._anchor.trail(chunk, h)
+        last, forwards = walk(self._stack, calls, trail, candidates, caches)
+        self._anchor.hold(chunk, trail)
+        self.block_forwards += forwards
+        return last
 
     @abstractmethod
     def _chunk_losses(
@@ -204,8 +249,13 @@ class Engine(WindowsEngine):
     Objectives that look at the dense model keep its last hidden states: windows · tokens · hidden numbers.
     """
 
-    def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective, *, chunk_windows: int) -> None:
-        super().__init__(stack, windows, objective, chunk_windows)
+    def __init__(
+        self, stack: BlockStack, windows: Tensor, objective: Objective, *, chunk_windows: int, anchor_bytes: int = 0
+    ) -> None:
+        walked_tokens = windows.shape[1] - 1
+        super().__init__(
+            stack, windows, objective, chunk_windows, walked_tokens=walked_tokens, anchor_bytes=anchor_bytes
+        )
         self._calls = capture_calls(stack, windows[:, :-1])
         self._dense: dict[range, Tensor] = {}
 
@@ -222,8 +272,7 @@ class Engine(WindowsEngine):
             wanted.discard(NOTHING)  # At no distance from itself.
             if chunk not in self._dense:
                 wanted.add(NOTHING)
-        h, forwards = walk(self._stack, self._calls, self._stack.embed(ids[:, :-1]), sorted(wanted, key=sorted), {})
-        self.block_forwards += forwards
+        h = self._walk(self._calls, chunk, self._stack.embed(ids[:, :-1]), sorted(wanted, key=sorted), {})
         if objective == "cross_entropy":
             return mean_losses(self._stack, objective, h, None, ids[:, 1:])
         if NOTHING in h:
@@ -258,6 +307,7 @@ class PairEngine(WindowsEngine):
         prompt_tokens: int,
         chunk_windows: int,
         project_skipped: bool = False,
+        anchor_bytes: int = 0,
     ) -> None:
         """With `project_skipped`, prefill projects keys and values also for the blocks that it skips, from the hidden
         state that passes them by (as POP does), and decode may keep them: the bound to what nesting costs.
@@ -266,7 +316,10 @@ class PairEngine(WindowsEngine):
         """
         if not 1 <= prompt_tokens <= windows.shape[1] - 2:
             raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
-        super().__init__(stack, windows, objective, chunk_windows)
+        walked_tokens = windows.shape[1] - 1 - prompt_tokens
+        super().__init__(
+            stack, windows, objective, chunk_windows, walked_tokens=walked_tokens, anchor_bytes=anchor_bytes
+        )
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
         self._project_skipped = project_skipped
@@ -283,7 +336,9 @@ class PairEngine(WindowsEngine):
             # A skipped block leaves its keys and values behind; what it gives is not used.
             h = h if block in self._prefill else after
         whole = chunk[:, :-1]
-        dense, dense_forwards = walk(stack, capture_calls(stack, whole), stack.embed(whole), [NOTHING], {})
+        dense, dense_forwards = walk(
+            stack, capture_calls(stack, whole), Trail.starting(stack.embed(whole)), [NOTHING], {}
+        )
         self.block_forwards += len(cached) + dense_forwards
         caches = {block: Prefix.of(cache, block) for block in cached}
         return _Prompt(caches, h[:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
@@ -312,7 +367,6 @@ class PairEngine(WindowsEngine):
             self._prompts[chunk] = self._process_prompt(ids)
         prompt = self._prompts[chunk]
         fed = self._stack.embed(ids[:, self._prompt_tokens : -1], start=self._prompt_tokens)
-        h, forwards = walk(self._stack, self._calls, fed, candidates, prompt.caches)
-        self.block_forwards += forwards
-        whole = {candidate: torch.cat([prompt.last, h[candidate]], dim=1) for candidate in candidates}
+        h = self._walk(self._calls, chunk, fed, candidates, prompt.caches)
+        whole = {c: torch.cat([prompt.last.to(h[c].device), h[c]], dim=1) for c in candidates}
         return mean_losses(self._stack, objective, whole, prompt.dense, ids[:, self._prompt_tokens :])

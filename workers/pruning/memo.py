@@ -69,6 +69,8 @@ class Memo:
     known: dict[Blocks, list[float]] = field(default_factory=dict)
     on_new: Callable[[], None] = lambda: None
     racing: bool = False
+    anchor: Callable[[Blocks], None] = lambda removed: None
+    """Told which set the coming candidates are near, so that what gives the losses may hold on to its way there."""
     visited: dict[Blocks, float] = field(default_factory=dict, init=False)
     _best: dict[int, Found] = field(default_factory=dict, init=False)
 

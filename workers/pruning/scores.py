@@ -48,10 +48,12 @@ def block_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) -> S
         before, h = None, stack.embed(chunk)  # (batch, time, hidden)
         for block in range(num_blocks):
             after = calls.run(stack, block, h)
+            h = h.to(after.device)
             if not torch.isfinite(after).all():
                 raise ValueError(f"block {block} gives hidden states that are not finite on the calibration windows")
             cosine[block] += F.cosine_similarity(h.float(), after.float(), dim=-1).sum().double().cpu()
             if before is not None:
+                before = before.to(after.device)
                 moved[block - 1] += _squared(after - before)
                 alone = calls.run(stack, block, before)
                 _add(errors, (block - 1, block), _squared(alone - after))

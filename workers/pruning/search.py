@@ -204,6 +204,7 @@ def _lazy_greedy(walk: _Walk) -> Iterator[int]:
         while costs[0][2] != count:
             batch = len(costs) if costs[0][2] == 0 else min(PROPOSALS, len(costs))
             lowest = [heapq.heappop(costs) for _ in range(batch)]
+            walk.memo.anchor(removed)
             losses = walk.memo([removed | {block} for _, block, _ in lowest])
             for _, block, _ in lowest:
                 heapq.heappush(costs, (losses[removed | {block}] - loss, block, count))
@@ -250,6 +251,7 @@ def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random) -> No
             continue
         if not walk.affords(proposals):
             return
+        memo.anchor(current.removed)
         losses = memo(proposals)
         walk.report(count, 1 - remaining / evaluations)
         best_proposal = min(proposals, key=lambda removed: (losses[removed], sorted(removed)))

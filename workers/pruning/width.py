@@ -49,7 +49,8 @@ def channel_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) ->
 
     def adding_to(total: Tensor, norm: Tensor) -> Any:
         def record(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-            total.add_(args[0].detach().abs().double().flatten(0, -2).sum(0))  # (…, channels) → (channels,)
+            magnitude = args[0].detach().abs().double().flatten(0, -2).sum(0)  # (…, channels) → (channels,)
+            total.add_(magnitude.to(total.device))
             norm.copy_(module.weight.detach().double().norm(dim=0))  # Now: a streamed block has no weights later.
 
         return record

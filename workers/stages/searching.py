@@ -17,7 +17,7 @@ from torch import Tensor
 from service.contract.blocks import most_removable
 from service.contract.spec import StageTarget
 from workers.context import StageContext
-from workers.models import is_streamed, windows_at_once
+from workers.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.blocks import BlockStack
 from workers.pruning.bound import PerplexityBound
 from workers.pruning.engine import NOTHING, Engine, Objective, PairEngine, WindowsEngine
@@ -59,7 +59,8 @@ class Evaluated:
             self._context.check()
 
         losses = partial(engine.window_losses, objective=objective)
-        return Memo(losses, engine.windows, self._losses.setdefault(phase, {}), after_batch, racing)
+        known = self._losses.setdefault(phase, {})
+        return Memo(losses, engine.windows, known, after_batch, racing, engine.anchor)
 
     def out_of_time(self, phase: str, limit_s: float | None) -> Callable[[], bool]:
         """Whether this phase has run for `limit_s` seconds, all attempts together."""
@@ -244,7 +245,13 @@ class Searcher:
         return self._evaluated.memo(phase, engine, objective=objective, racing=self._racing)
 
     def _engine(self) -> Engine:
-        return Engine(self._stack, self._windows, self._spec.search.objective, chunk_windows=self._chunk_windows)
+        return Engine(
+            self._stack,
+            self._windows,
+            self._spec.search.objective,
+            chunk_windows=self._chunk_windows,
+            anchor_bytes=anchor_bytes(self._stack.model),
+        )
 
     def _pair(self, prefill: Blocks, *, project_skipped: bool = False) -> PairEngine:
         return PairEngine(
@@ -255,4 +262,5 @@ class Searcher:
             prompt_tokens=self.prompt_tokens,
             chunk_windows=self._chunk_windows,
             project_skipped=project_skipped,
+            anchor_bytes=anchor_bytes(self._stack.model),
         )

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.tiny_job import write_tiny_model
+from tests.unit.workers.pruning.models import tiny_model
 from workers import models
 from workers.pruning.blocks import drop_blocks
+from workers.pruning.sharding import Placement, load_sharded
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -24,11 +27,38 @@ def test_a_model_that_does_not_fit_has_its_blocks_read_one_at_a_time(
     assert torch.equal(resident(input_ids=IDS).logits, streamed(input_ids=IDS).logits)
 
 
+def test_a_model_that_fits_several_accelerators_together_is_sharded_before_it_is_read_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    resident = models.load_for_walks(tmp_path)
+    weights = sum(parameter.nbytes for parameter in resident.parameters())
+    free = 0.75 * weights / models.RESIDENT_SHARE
+    asked: list[Placement] = []
+
+    def load_here(folder: Path, placed: Placement, *, dtype: torch.dtype) -> PreTrainedModel:
+        """The two accelerators are this machine's memory and disk."""
+        asked.append(placed)
+        return load_sharded(folder, {name: ("cpu", "disk")[int(n)] for name, n in placed.items()}, dtype=dtype)
+
+    monkeypatch.setattr(models, "load_sharded", load_here)
+    monkeypatch.setattr(models, "free_memory_bytes", lambda at: int(free))
+    monkeypatch.setattr(models, "accelerators", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
+    sharded = models.load_for_walks(tmp_path)
+    assert [set(placed.values()) for placed in asked] == [{0, 1}]
+    assert torch.equal(resident(input_ids=IDS).logits, sharded(input_ids=IDS).logits)
+
+    free = 0.4 * weights / models.RESIDENT_SHARE
+    streamed = models.load_for_walks(tmp_path)
+    assert (len(asked), models.is_streamed(streamed)) == (1, True)
+
+
 def test_as_many_windows_are_walked_at_once_as_their_hidden_states_fit(tmp_path: Path) -> None:
     model = models.load_for_walks(write_tiny_model(tmp_path / "model"))
     # 5 blocks give 6 streams of hidden size 32 in float32.
     assert models.windows_at_once(model, 64) == models.RESIDENT_WALK_BYTES // (6 * 64 * 32 * 4)
     assert models.windows_at_once(model, 10**9) == 1
+    assert models.anchor_bytes(model) == models.ANCHOR_BYTES
 
 
 @pytest.mark.parametrize("share", [models.RESIDENT_SHARE, 0.0])
