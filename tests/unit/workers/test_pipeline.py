@@ -260,6 +260,18 @@ def offered(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [pair for pair in plan["merging"]["pairs"] if pair["offered"]]
 
 
+def test_a_model_that_is_read_from_disk_is_not_fitted_and_the_plan_says_so(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.models.free_memory_bytes", lambda at: 0)
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id, StageName.REMOVAL)
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    assert plan["merging"] == {"weighed": False, "reason": "the model's weights do not fit one device"}
+    assert plan["prefill"]["distilled"]
+    assert stage_row(worker, job_id, StageName.REMOVAL).metrics["merging"] == plan["merging"]
+
+
 def test_without_merge_tokens_no_pair_is_fitted_and_the_threshold_decides(worker: Worker, model: Path) -> None:
     spec = tiny_spec(model)
     spec["distillation"] |= {"merge_tokens": 0}
