@@ -116,4 +116,4 @@ def assign_actions(
         ]
         if free:
             distilled[block] = min(free, key=lambda neighbour: (merge_errors[block, neighbour], neighbour))
-    return BlockPlan(num_blocks, gone - distilled.keys(), distilled)
+    return BlockPlan(num_blocks, gone.difference(distilled), distilled)

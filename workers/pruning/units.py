@@ -70,7 +70,7 @@ class Units:
     def plan(self, chosen: Blocks) -> BlockPlan:
         """What the set comes to."""
         distilled = {self.block(unit): absorber for absorber, unit in self.absorbing(chosen).items()}
-        return BlockPlan(self.num_blocks, self.blocks(chosen) - distilled.keys(), distilled)
+        return BlockPlan(self.num_blocks, self.blocks(chosen).difference(distilled), distilled)
 
     def to_json(self, chosen: Blocks) -> dict[str, Any]:
         """The blocks that go, and which of them are distilled, if any."""

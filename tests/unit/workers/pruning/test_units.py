@@ -51,5 +51,6 @@ def test_a_pair_that_loses_its_absorber_becomes_a_deletion(unit: int) -> None:
 def test_a_set_comes_to_a_plan_and_names_blocks_alone_when_told() -> None:
     chosen = frozenset({0, TWO_INTO_THREE})
     assert UNITS.plan(chosen) == BlockPlan(5, frozenset({0}), {2: 3})
+    assert isinstance(UNITS.plan(chosen).removed, frozenset)
     assert UNITS.to_json(chosen) == {"removed": [0, 2], "distilled": {"2": 3}}
     assert UNITS.to_json(frozenset({0, 2})) == {"removed": [0, 2]}
