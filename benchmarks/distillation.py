@@ -2,7 +2,8 @@
 
     python benchmarks/distillation.py --heal-tokens 131072
 
-The search, the merging and the healing are those of a job with one unified checkpoint; so are the data splits.
+The search, the healing and the data splits are those of a job with one unified checkpoint that does not weigh
+distilling in its search; the pairs that the threshold names are merged after it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 All methods see the same calibration windows. With --heal-tokens all train on as many tokens, too, in two ways: on the
 dense model's predictions alone (KL), and as this service distils (KL, and the hidden states between the kept blocks). A
 method that first fits blocks to stand for removed ones (LLM-Streamline's replacement; PDTrim's merging with --merge)
-spends --fit-share of the tokens there and the rest on healing. The search is that of a job with one unified checkpoint.
+spends --fit-share of the tokens there and the rest on healing. The search is that of a job with one unified checkpoint;
+with --merge it weighs deleting a block against every fitted pair that could distil it.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
 from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.distill import HEALING, fit_spans, heal, load_tensors, trainable
+from workers.pruning.distill import HEALING, fit_spans, fitted_block, heal, load_tensors, merge, trainable
 from workers.pruning.engine import Engine
 from workers.pruning.losses import LossWeights
 from workers.pruning.measure import perplexity
 from workers.pruning.memo import Memo
 from workers.pruning.peers import PEERS, PeerPlan
-from workers.pruning.plan import Blocks, assign_actions
+from workers.pruning.plan import Blocks
 from workers.pruning.scores import block_scores
 from workers.pruning.search import search
 from workers.pruning.training import Journal, TrainingSettings
+from workers.pruning.units import Units
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4
@@ -60,11 +62,43 @@ def load() -> PreTrainedModel:
     return model
 
 
-def pdtrim(stack: BlockStack, windows: Tensor, remove: int, args: argparse.Namespace) -> PeerPlan:
-    """The project's own choice, by annealing, with every action it assigns."""
-    num_blocks = len(stack.blocks)
-    scores = block_scores(stack, windows, chunk_windows=CHUNK_WINDOWS)
-    engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
+def training(tokens: int, args: argparse.Namespace) -> TrainingSettings:
+    """Training on so many tokens."""
+    steps = max(1, tokens // (args.batch_windows * args.window_tokens))
+    return TrainingSettings(steps, args.batch_windows, args.learning_rate, args.seed)
+
+
+def fitted_pairs(
+    stack: BlockStack, windows: Mapping[Split, Tensor], cosine: Sequence[float], args: argparse.Namespace
+) -> dict[int, nn.Module]:
+    """The fitted block of every distillable pair that is better than the absorber alone, by unit."""
+    units, fitted = Units(len(cosine)), {}
+    blocks = [block for block, score in enumerate(cosine) if score < args.threshold]
+    for side in (-1, 1):
+        pairs = {block: block + side for block in blocks if 0 <= block + side < len(cosine)}
+        tensors, losses = merge(
+            stack.model,
+            pairs,
+            frozen=set(),
+            windows=windows["train"],
+            held_out=windows["calibration"][:HELD_OUT_WINDOWS],
+            settings=training(round(args.heal_tokens * args.fit_share), args),
+            journal=Journal(),
+        )
+        for removed, (before, after) in losses.items():
+            if after < before:
+                prefix = f"{stack.prefix}{pairs[removed]}."
+                own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                fitted[units.pair(removed, pairs[removed])] = fitted_block(stack, pairs[removed], own)
+    return fitted
+
+
+def pdtrim(stack: BlockStack, windows: Mapping[Split, Tensor], remove: int, args: argparse.Namespace) -> PeerPlan:
+    """The project's own choice, by annealing."""
+    num_blocks, calibration = len(stack.blocks), windows["calibration"]
+    scores = block_scores(stack, calibration, chunk_windows=CHUNK_WINDOWS)
+    fitted = fitted_pairs(stack, windows, scores.cosine, args) if args.merge else {}
+    engine = Engine(stack, calibration, args.objective, chunk_windows=CHUNK_WINDOWS, modules=fitted)
     found = search(
         Memo(engine.window_losses, engine.windows, racing=True),
         algorithm="annealing",
@@ -72,32 +106,28 @@ def pdtrim(stack: BlockStack, windows: Tensor, remove: int, args: argparse.Names
         remove=remove,
         base=frozenset(),
         scores=scores.cosine,
+        pairs=sorted(fitted),
         evaluations=args.evaluations,
         seed=args.seed,
         on_progress=lambda done, best: None,
     )
-    removed = found.frontier[remove].removed
-    plan = assign_actions(
-        removed,
-        num_blocks=num_blocks,
-        scores=scores.cosine,
-        threshold=args.threshold,
-        merge_errors=scores.merge_errors,
-    )
-    block_forwards_of_one_pass = num_blocks * math.ceil(len(windows) / CHUNK_WINDOWS)
+    plan = found.units.plan(found.frontier[remove].removed)
+    block_forwards_of_one_pass = num_blocks * math.ceil(len(calibration) / CHUNK_WINDOWS)
     passes = math.ceil(engine.block_forwards / block_forwards_of_one_pass)
     # Scoring ran every block twice: as itself, and as the stand-in for its neighbour.
     spans = {absorber: (min(block, absorber), max(block, absorber)) for block, absorber in plan.distilled.items()}
-    return PeerPlan(removed, passes + 2, spans if args.merge else {})
+    return PeerPlan(plan.removed, passes + 2, spans)
 
 
-def choose(stack: BlockStack, windows: Tensor, remove: int, method: str, args: argparse.Namespace) -> Row:
+def choose(
+    stack: BlockStack, windows: Mapping[Split, Tensor], remove: int, method: str, args: argparse.Namespace
+) -> Row:
     """Run one method from nothing, so that its time is its own."""
     start = time.perf_counter()
     if method == PDTRIM:
         plan = pdtrim(stack, windows, remove, args)
     else:
-        plan = PEERS[method](stack, windows, remove, chunk_windows=CHUNK_WINDOWS)
+        plan = PEERS[method](stack, windows["calibration"], remove, chunk_windows=CHUNK_WINDOWS)
     return Row(method, plan, time.perf_counter() - start)
 
 
@@ -110,10 +140,6 @@ def distilled(
 ) -> PreTrainedModel:
     """The pruned model after its share of fitting, if it has spans to fit, and of healing."""
 
-    def settings(tokens: int) -> TrainingSettings:
-        steps = max(1, tokens // (args.batch_windows * args.window_tokens))
-        return TrainingSettings(steps, args.batch_windows, args.learning_rate, args.seed)
-
     fit_tokens = round(args.heal_tokens * args.fit_share) if plan.spans else 0
     held_out = windows["calibration"][:HELD_OUT_WINDOWS]
     weights = load()
@@ -124,7 +150,7 @@ def distilled(
             frozen=set(),
             windows=windows["train"],
             held_out=held_out,
-            settings=settings(fit_tokens),
+            settings=training(fit_tokens, args),
             journal=Journal(),
         )
         load_tensors(weights, tensors)
@@ -138,7 +164,7 @@ def distilled(
         losses=losses,
         windows=windows["train"],
         held_out=held_out,
-        settings=settings(args.heal_tokens - fit_tokens),
+        settings=training(args.heal_tokens - fit_tokens, args),
         journal=Journal(),
     )
     return student
@@ -183,7 +209,7 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=256)
     parser.add_argument("--heal-tokens", type=int, default=0, help="training tokens for each method; 0 trains none")
     parser.add_argument("--fit-share", type=float, default=0.1, help="part of them that fits blocks for spans")
-    parser.add_argument("--merge", action="store_true", help="let PDTrim merge pairs before it heals")
+    parser.add_argument("--merge", action="store_true", help="let PDTrim's search distil pairs, too")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-windows", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.95, help="cosine from which PDTrim deletes outright")
@@ -224,7 +250,7 @@ def main() -> None:
     perplexities: dict[object, list[str]] = {}  # methods that agree on what to remove are trained once
     jobs = [(remove, method) for remove in args.removed for method in args.methods]
     for remove, method in track(jobs, description="comparing"):
-        row = choose(stack, windows["calibration"], remove, method, args)
+        row = choose(stack, windows, remove, method, args)
         removed = row.plan.removed
         loss = cross_entropy.losses([removed])[removed]
         key = (removed, tuple(row.plan.spans.items()))

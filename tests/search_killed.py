@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -21,9 +22,9 @@ from service.contract.spec import JobSpec
 from service.storage import open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.context import StageContext, StoredInput
-from workers.stages import removal, scoring, searching
+from workers.stages import removal, scoring, searching, training
 
-PRODUCTS = ("plan.json", "search.json")
+PRODUCTS = ("plan.json", "search.json", "merged.safetensors")
 POLL_S = 0.001
 
 
@@ -95,24 +96,24 @@ def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     # A life killed while it draws leaves the bars' lock, which forks share, locked for ever.
     disable_progress_bar()
-    searching.SAVE_INTERVAL_S = 0.0
+    searching.SAVE_INTERVAL_S = training.SAVE_INTERVAL_S = 0.0
     search: dict[str, Any] = {"evaluations": 40}
     calibration = {"windows": 12, "window_tokens": 32}  # enough for races
     model = write_tiny_model(folder / "model", blocks=7)
     spec = JobSpec.model_validate(tiny_spec(model, search=search, calibration=calibration, seed=3))
     surroundings = context(folder, spec, score(folder, spec))
-    state = folder / "store" / "state" / searching.STATE
+    state = folder / "store" / "state"
 
     removal.run(surroundings)  # warms up what every life inherits
     products(surroundings)
-    state.unlink()
+    shutil.rmtree(state)
     started = time.monotonic()
     live(surroundings, None)
     unbroken_s = time.monotonic() - started
     unbroken = products(surroundings)
 
     rng, killed, ended = random.Random(seed), 0, 0
-    state.unlink()
+    shutil.rmtree(state)
     resumed = 0
     while killed < kills or not ended:
         resumed += state.exists()
@@ -120,7 +121,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
             ended += 1
             if products(surroundings) != unbroken:
                 raise SystemExit("the plan differs from the unbroken run's")
-            state.unlink(missing_ok=True)
+            shutil.rmtree(state)
         else:
             killed += 1
     print(f"killed {killed} times, resumed {resumed} times, ended {ended} times")

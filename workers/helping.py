@@ -121,7 +121,7 @@ def _evaluator(context: StageContext) -> Callable[[Evaluation], Losses]:
         context.check()
         if latest is None or latest[0] != evaluation.recipe:
             latest = None  # Engines hold hidden states: never two of them.
-            engine = evaluation.recipe.build(stack, windows, anchor_bytes=anchor_bytes(stack.model))
+            engine = evaluation.recipe.build(stack, windows["calibration"], anchor_bytes=anchor_bytes(stack.model))
             latest = evaluation.recipe, engine
         return evaluation.losses(latest[1])
 

@@ -112,6 +112,11 @@ def is_streamed(model: PreTrainedModel) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
+def can_train(model: PreTrainedModel) -> bool:
+    """Whether the model lies whole on one device; gradients are computed on no other."""
+    return not is_streamed(model) and len({parameter.device for parameter in model.parameters()}) == 1
+
+
 def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
     """How many calibration windows to walk through the blocks together when every block is tried for removal."""
     if device().type == "cuda":

@@ -41,7 +41,7 @@ DEMO_SPEC = {
     "decode": {"remove_blocks": 4},
     "calibration": {"windows": 16, "window_tokens": 128},
     "search": {"evaluations": 60},
-    "distillation": {"heal_tokens": 20_480, "merge_tokens": 8192, "threshold": 0.965},
+    "distillation": {"heal_tokens": 20_480, "threshold": 0.965},
     "evaluation": {"speed_tokens": 32},
     "metadata": {"made-by": "pdtrim demo"},
 }

@@ -230,10 +230,18 @@ class DistillationSpec(SpecModel):
         default=0.95,
         ge=-1.0,
         le=1.0,
-        description="A removed block whose cosine score reaches this is deleted; below it, it is distilled into a "
+        description="A removed block whose cosine score reaches this is deleted; below it, it may be distilled into a "
         "neighbour.",
     )
-    merge_tokens: int = Field(default=32_768, ge=0, le=10**10, description="Training tokens for each merged pair.")
+    merge_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=10**10,
+        description="Training tokens on which a block is fitted to every pair that could be distilled, before the "
+        "search, which then weighs distilling against deleting. Less than a training batch fits none: the threshold "
+        "alone decides, and healing alone trains.",
+        examples=[32_768],
+    )
     heal_tokens: int = Field(
         default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."
     )

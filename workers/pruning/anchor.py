@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from workers.pruning.plan import Blocks
+from workers.pruning.units import Way
 
 
 @dataclass
 class Trail:
-    """What enters some blocks when those of `removed` are gone, for one chunk of windows."""
+    """What enters some blocks on a `way` through them, for one chunk of windows."""
 
-    removed: Blocks
+    way: Way
     states: dict[int, Tensor]
     """Block → hidden states (batch, time, hidden); block 0 is always there."""
     every: int
@@ -26,15 +26,11 @@ class Trail:
     @classmethod
     def starting(cls, h: Tensor) -> Trail:
         """One that has h_0 (batch, time, hidden) alone, and keeps nothing."""
-        return cls(frozenset(), {0: h}, 0)
+        return cls((), {0: h}, 0)
 
-    def removed_before(self, block: int) -> Blocks:
-        """The blocks before this one that are gone."""
-        return frozenset(removed for removed in self.removed if removed < block)
-
-    def begin(self, candidate: Blocks) -> int:
-        """The last block whose entering state is here and the same with the candidate removed."""
-        last = _first_difference(self.removed, candidate)
+    def begin(self, candidate: Way) -> int:
+        """The last block whose entering state is here and the same on the candidate's way."""
+        last = _first_difference(self.way, candidate)
         return max(block for block in self.states if last is None or block <= last)
 
     def keep(self, block: int, h: Tensor) -> None:
@@ -45,7 +41,7 @@ class Trail:
 
 @dataclass
 class Anchor:
-    """The set that coming candidates are near, and what is held of its trail for every chunk of windows.
+    """The way that those of coming candidates are near, and what is held of its trail for every chunk of windows.
 
     States are held before every k-th block, with the smallest k for which those of all windows fit the budget.
     """
@@ -54,23 +50,23 @@ class Anchor:
     budget_bytes: int
     state_bytes: int
     """What the states before one block take, all windows together."""
-    removed: Blocks | None = None
+    way: Way | None = None
     _held: dict[range, dict[int, Tensor]] = field(default_factory=dict, init=False)
 
-    def move(self, removed: Blocks) -> None:
-        """Be at another set: what enters the blocks up to the first difference stays."""
-        last = None if self.removed is None else _first_difference(self.removed, removed)
+    def move(self, way: Way) -> None:
+        """Be on another way: what enters the blocks up to the first difference stays."""
+        last = None if self.way is None else _first_difference(self.way, way)
         if last is not None:
             for states in self._held.values():
                 for block in [block for block in states if block > last]:
                     del states[block]
-        self.removed = removed
+        self.way = way
 
     def trail(self, chunk: range, h: Tensor) -> Trail:
         """What is held for a chunk of windows, of which h_0 (batch, time, hidden) is given."""
-        if self.removed is None or self._every == self.num_blocks:
+        if self.way is None or self._every == self.num_blocks:
             return Trail.starting(h)
-        return Trail(self.removed, {0: h, **self._held.get(chunk, {})}, self._every)
+        return Trail(self.way, {0: h, **self._held.get(chunk, {})}, self._every)
 
     def hold(self, chunk: range, trail: Trail) -> None:
         """Take up what a walk left; a window's states are held once, whatever chunks it comes in."""
@@ -80,7 +76,7 @@ class Anchor:
 
     def give_up(self) -> bool:
         """Let go of everything and hold nothing from now on. Whether anything was, or was about to be, held."""
-        holding = self.removed is not None and self._every < self.num_blocks
+        holding = self.way is not None and self._every < self.num_blocks
         self._held.clear()
         self.budget_bytes = 0
         return holding
@@ -90,5 +86,5 @@ class Anchor:
         return -(-self.num_blocks // (self.budget_bytes // self.state_bytes + 1))
 
 
-def _first_difference(one: Blocks, other: Blocks) -> int | None:
-    return min(one ^ other, default=None)
+def _first_difference(one: Way, other: Way) -> int | None:
+    return next((block for block, (here, there) in enumerate(zip(one, other, strict=False)) if here != there), None)

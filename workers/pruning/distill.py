@@ -162,6 +162,16 @@ def fit_spans(
     return tensors, {block: (before[block], after[block]) for block in spans}
 
 
+def fitted_block(stack: BlockStack, absorber: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The absorber with the trained `tensors` of its pair, by their dense names, to run in its place."""
+    block = copy.deepcopy(stack.blocks[absorber]).requires_grad_(False)
+    parameters = dict(block.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name.removeprefix(f"{stack.prefix}{absorber}.")].copy_(tensor)
+    return block
+
+
 def _copy_block(stack: BlockStack, index: int) -> nn.Module:
     block = copy.deepcopy(stack.blocks[index])
     return block.float().requires_grad_(False)

@@ -1,7 +1,8 @@
 """The loss of many candidate sets of removed blocks in one pass over the weights.
 
 A candidate equals every other one until the first block on which they differ, so the walk carries one hidden state for
-each distinct set of blocks removed *so far* (a trie over the sorted sets) and runs each block once for each of those.
+each distinct way *so far* (a trie over the blocks that ran, were skipped, or had another fitted to a pair in their
+place) and runs each block once for each of those.
 Candidates near a set that was walked before, the anchor, begin where they first differ from it.
 """
 
@@ -11,19 +12,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from workers.pruning.anchor import Anchor, Trail
-from workers.pruning.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls
+from workers.pruning.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
 from workers.pruning.plan import Blocks, check_nested
+from workers.pruning.units import SKIPPED, Units, Way
 
 Objective = Literal["kl", "cross_entropy", "hidden"]
 NOTHING: Blocks = frozenset()
+NO_MODULES: Mapping[int, nn.Module] = MappingProxyType({})
 WindowLosses = Callable[[Sequence[Blocks], range], dict[Blocks, list[float]]]
 """Mean loss a token of each candidate set on each window of a range: what engines offer and searches use."""
 HEAD_ELEMENTS = 2**24
@@ -74,31 +78,37 @@ def walk(
     trail: Trail,
     candidates: Sequence[Blocks],
     caches: Mapping[int, Any],
+    modules: Mapping[int, nn.Module] = NO_MODULES,
 ) -> tuple[dict[Blocks, Tensor], int]:
     """h_L (batch, time, hidden) of every candidate, and how many block-forwards that took.
 
-    A candidate begins at the last state of `trail` that is on its way; the trail keeps more of its own as they pass.
+    `modules` are the fitted blocks of the candidates' pairs, by unit. `caches` are by block, or by unit where a fitted
+    block has one of its own. A candidate begins at the last state of `trail` that is on its way; the trail keeps more
+    of its own as they pass.
     """
-    begins = {candidate: trail.begin(candidate) for candidate in candidates}
-    streams: dict[Blocks, Tensor] = {}
+    units = Units(len(stack.blocks))
+    ways = {candidate: units.way(candidate) for candidate in candidates}
+    begins = {way: trail.begin(way) for way in ways.values()}
+    streams: dict[Way, Tensor] = {}  # by what ran so far
     forwards = 0
     for block in range(min(begins.values(), default=len(stack.blocks)), len(stack.blocks)):
-        passed = trail.removed_before(block)
+        passed = trail.way[:block]
         if block in begins.values():
             streams[passed] = trail.states[block]
         elif passed in streams:
             trail.keep(block, streams[passed])
-        following: dict[Blocks, Tensor] = {}
-        begun = [candidate for candidate in candidates if begins[candidate] <= block]
-        for removed in {frozenset(r for r in candidate if r <= block): None for candidate in begun}:
-            before = streams[removed - {block}]
-            if block in removed:
-                following[removed] = before
+        following: dict[Way, Tensor] = {}
+        for way in {way[: block + 1]: None for way, begin in begins.items() if begin <= block}:
+            before, runs = streams[way[:block]], way[block]
+            if runs == SKIPPED:
+                following[way] = before
             else:
-                following[removed] = calls.run(stack, block, before, caches.get(block))
+                cache = caches.get(runs, caches.get(block))
+                module = stack.blocks[block] if runs == block else modules[runs]
+                following[way] = run_block(module, before, calls.kwargs[block], cache)
                 forwards += 1
         streams = following
-    return streams, forwards
+    return {candidate: streams[way] for candidate, way in ways.items()}, forwards
 
 
 def mean_losses(
@@ -155,12 +165,13 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
-def check_finite(losses: Mapping[Blocks, Sequence[float]], first_window: int) -> None:
+def check_finite(losses: Mapping[Blocks, Sequence[float]], first_window: int, units: Units) -> None:
     """Raises: NonFiniteLoss naming candidate and window."""
     for candidate, by_window in losses.items():
         for window, loss in enumerate(by_window, start=first_window):
             if not math.isfinite(loss):
-                raise NonFiniteLoss(f"removing blocks {sorted(candidate)} gives the loss {loss} on window {window}")
+                removed = sorted(units.blocks(candidate))
+                raise NonFiniteLoss(f"removing blocks {removed} gives the loss {loss} on window {window}")
 
 
 def mean(losses: Mapping[Blocks, Sequence[float]]) -> dict[Blocks, float]:
@@ -188,7 +199,8 @@ class LossEngine(Protocol):
 class WindowsEngine(ABC):
     """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
 
-    Once told an anchor, it holds hidden states of that set in at most `anchor_bytes`. That changes no loss.
+    `modules` are the fitted blocks of the pairs that candidates may have, by unit. Once told an anchor, it holds hidden
+    states of that set in at most `anchor_bytes`. That changes no loss.
     """
 
     def __init__(
@@ -200,6 +212,7 @@ class WindowsEngine(ABC):
         *,
         walked_tokens: int,
         anchor_bytes: int,
+        modules: Mapping[int, nn.Module],
     ) -> None:
         self.block_forwards = 0
         self.windows = len(windows)
@@ -208,12 +221,14 @@ class WindowsEngine(ABC):
         self._ids = windows
         self._objective = objective
         self._chunk_windows = chunk_windows
+        self._units = Units(len(stack.blocks))
+        self._modules = modules
         numbers = len(windows) * walked_tokens * stack.model.config.hidden_size
         self._anchor = Anchor(len(stack.blocks), anchor_bytes, numbers * stack.model.dtype.itemsize)
 
     def anchor(self, removed: Blocks) -> None:
         """Say that coming candidates are near `removed`: their walks begin where they first differ from it."""
-        self._anchor.move(removed)
+        self._anchor.move(self._units.way(removed))
 
     def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
         """Mean loss a token of each candidate on all windows, by the engine's objective unless another is given.
@@ -240,7 +255,7 @@ class WindowsEngine(ABC):
                 if not self._anchor.give_up():
                     self._shrink(halved(self._chunk_windows, len(candidates) + 1, error))
                 continue
-            check_finite(found, start)
+            check_finite(found, start, self._units)
             for candidate, by_window in found.items():
                 losses[candidate] += by_window
             start = chunk.stop
@@ -254,7 +269,7 @@ class WindowsEngine(ABC):
     ) -> dict[Blocks, Tensor]:
         """h_0 (batch, time, hidden) of a chunk of windows → h_L of every candidate."""
         trail = self._anchor.trail(chunk, h)
-        last, forwards = walk(self._stack, calls, trail, candidates, caches)
+        last, forwards = walk(self._stack, calls, trail, candidates, caches, self._modules)
         self._anchor.hold(chunk, trail)
         self.block_forwards += forwards
         return last
@@ -272,11 +287,23 @@ class Engine(WindowsEngine):
     """
 
     def __init__(
-        self, stack: BlockStack, windows: Tensor, objective: Objective, *, chunk_windows: int, anchor_bytes: int = 0
+        self,
+        stack: BlockStack,
+        windows: Tensor,
+        objective: Objective,
+        *,
+        chunk_windows: int,
+        anchor_bytes: int = 0,
+        modules: Mapping[int, nn.Module] = NO_MODULES,
     ) -> None:
-        walked_tokens = windows.shape[1] - 1
         super().__init__(
-            stack, windows, objective, chunk_windows, walked_tokens=walked_tokens, anchor_bytes=anchor_bytes
+            stack,
+            windows,
+            objective,
+            chunk_windows,
+            walked_tokens=windows.shape[1] - 1,
+            anchor_bytes=anchor_bytes,
+            modules=modules,
         )
         self._calls = capture_calls(stack, windows[:, :-1])
         self._dense: dict[range, Tensor] = {}
@@ -330,17 +357,23 @@ class PairEngine(WindowsEngine):
         chunk_windows: int,
         project_skipped: bool = False,
         anchor_bytes: int = 0,
+        modules: Mapping[int, nn.Module] = NO_MODULES,
     ) -> None:
-        """With `project_skipped`, prefill projects keys and values also for the blocks that it skips, from the hidden
-        state that passes them by (as POP does), and decode may keep them: the bound to what nesting costs.
+        """With `project_skipped`, prefill projects keys and values also for the blocks that it skips or has another run
+        for, from the hidden state there (as POP does), and decode may keep them: the bound to what nesting costs.
 
         Raises: ValueError when the windows leave no room for a continuation of at least two tokens.
         """
         if not 1 <= prompt_tokens <= windows.shape[1] - 2:
             raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
-        walked_tokens = windows.shape[1] - 1 - prompt_tokens
         super().__init__(
-            stack, windows, objective, chunk_windows, walked_tokens=walked_tokens, anchor_bytes=anchor_bytes
+            stack,
+            windows,
+            objective,
+            chunk_windows,
+            walked_tokens=windows.shape[1] - 1 - prompt_tokens,
+            anchor_bytes=anchor_bytes,
+            modules=modules,
         )
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
@@ -350,19 +383,24 @@ class PairEngine(WindowsEngine):
 
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
         stack, prompt = self._stack, chunk[:, : self._prompt_tokens]
-        cache = DynamicCache(config=stack.model.config)
+        dense_cache, fitted_cache = (DynamicCache(config=stack.model.config) for _ in range(2))
         calls, h = capture_calls(stack, prompt), stack.embed(prompt)
-        cached = [block for block in range(len(stack.blocks)) if self._project_skipped or block not in self._prefill]
-        for block in cached:
-            after = calls.run(stack, block, h, cache)
+        caches: dict[int, Prefix] = {}
+        for block, runs in enumerate(self._units.way(self._prefill)):
+            after = h
+            if runs == block or self._project_skipped:
+                after = calls.run(stack, block, h, dense_cache)
+                caches[block] = Prefix.of(dense_cache, block)
+            if runs not in (block, SKIPPED):
+                after = run_block(self._modules[runs], h, calls.kwargs[block], fitted_cache)
+                caches[runs] = Prefix.of(fitted_cache, block)
             # A skipped block leaves its keys and values behind; what it gives is not used.
-            h = h if block in self._prefill else after
+            h = h if runs == SKIPPED else after
         whole = chunk[:, :-1]
         dense, dense_forwards = walk(
             stack, capture_calls(stack, whole), Trail.starting(stack.embed(whole)), [NOTHING], {}
         )
-        self.block_forwards += len(cached) + dense_forwards
-        caches = {block: Prefix.of(cache, block) for block in cached}
+        self.block_forwards += len(caches) + dense_forwards
         return _Prompt(caches, h[:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
 
     def window_losses(

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from workers.pruning.blocks import BlockStack
-from workers.pruning.engine import Engine, Objective, PairEngine, WindowsEngine
+from workers.pruning.engine import NO_MODULES, Engine, Objective, PairEngine, WindowsEngine
 from workers.pruning.plan import Blocks
 
 PIECES_A_WORKER = 4
@@ -33,10 +33,19 @@ class Recipe:
     prefill: Blocks | None = None
     project_skipped: bool = False
 
-    def build(self, stack: BlockStack, windows: Tensor, *, anchor_bytes: int) -> WindowsEngine:
-        """The engine for windows (windows, tokens)."""
+    def build(
+        self, stack: BlockStack, windows: Tensor, *, anchor_bytes: int, modules: Mapping[int, nn.Module] = NO_MODULES
+    ) -> WindowsEngine:
+        """The engine for windows (windows, tokens); `modules` are fitted blocks by their units."""
         if self.prefill is None:
-            return Engine(stack, windows, self.objective, chunk_windows=self.chunk_windows, anchor_bytes=anchor_bytes)
+            return Engine(
+                stack,
+                windows,
+                self.objective,
+                chunk_windows=self.chunk_windows,
+                anchor_bytes=anchor_bytes,
+                modules=modules,
+            )
         return PairEngine(
             stack,
             windows,
@@ -46,6 +55,7 @@ class Recipe:
             chunk_windows=self.chunk_windows,
             project_skipped=self.project_skipped,
             anchor_bytes=anchor_bytes,
+            modules=modules,
         )
 
 

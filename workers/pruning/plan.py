@@ -91,7 +91,7 @@ def assign_actions(
     merge_errors: Mapping[tuple[int, int], float],
     fixed: BlockPlan | None = None,
 ) -> BlockPlan:
-    """Decide for every removed block whether it is deleted or distilled, and into which neighbour.
+    """Decide for every removed block whether it is deleted or distilled, and into which neighbour, by score alone.
 
     A block whose cosine score reaches `threshold` is redundant enough to delete; below, it is distilled into the kept
     neighbour from which the pair starts with the lower error, `merge_errors[removed, neighbour]`. A kept block absorbs
@@ -116,4 +116,4 @@ def assign_actions(
         ]
         if free:
             distilled[block] = min(free, key=lambda neighbour: (merge_errors[block, neighbour], neighbour))
-    return BlockPlan(num_blocks, gone - distilled.keys(), distilled)
+    return BlockPlan(num_blocks, gone.difference(distilled), distilled)

@@ -1,12 +1,14 @@
 """Search of the set of blocks whose removal costs least: annealing, greedy, lazy greedy, exhaustive.
 
-Every algorithm walks the removed counts upwards. Simulated annealing lets greedy walk them all first, so that it soon
-has a set for every count and never ends above greedy; then it moves by swapping removed blocks with kept ones and
-accepts by Metropolis under geometric cooling. Lazy greedy (Minoux 1978) evaluates again only the blocks whose cost at
-an earlier count is still the lowest: it equals greedy where a block's removal costs no less the more others are gone
-(where the negated loss is submodular), which a neural network does not promise. All are functions of the losses, the
-constraints and the seed alone: repeated with the losses it already knows, a search arrives at the same place. Only a
-limit of time breaks that. Where the memo races, greedy's steps are races; the frontier's losses are exact even so.
+Blocks are deleted, or distilled where there are fitted pairs: sets are of units (`workers/pruning/units.py`), one for
+each block that goes. Every algorithm walks the removed counts upwards. Simulated annealing lets greedy walk them all
+first, so that it soon has a set for every count and never ends above greedy; then it moves by swapping removed blocks
+with kept ones, or one way to give up a block with another, and accepts by Metropolis under geometric cooling. Lazy
+greedy (Minoux 1978) evaluates again only the blocks whose cost at an earlier count is still the lowest: it equals
+greedy where a block's removal costs no less the more others are gone (where the negated loss is submodular), which a
+neural network does not promise. All are functions of the losses, the constraints and the seed alone: repeated with the
+losses it already knows, a search arrives at the same place. Only a limit of time breaks that. Where the memo races,
+greedy's steps are races; the frontier's losses are exact even so.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any, Literal
 from workers.pruning.engine import NOTHING
 from workers.pruning.memo import Found, Memo
 from workers.pruning.plan import Blocks
+from workers.pruning.units import Units
 
 Algorithm = Literal["annealing", "greedy", "lazy_greedy", "exhaustive"]
 PROPOSALS = 4
@@ -45,13 +48,18 @@ class SearchResult:
 
     frontier: Mapping[int, Found]
     trajectory: Sequence[Found]
+    units: Units
 
     def frontier_json(self) -> list[dict[str, Any]]:
         """The frontier by count, as JSON whose bytes depend on it alone."""
         return [
-            {"remove_blocks": count, "removed": sorted(found.removed), "loss": found.loss}
+            {"remove_blocks": count, **self.units.to_json(found.removed), "loss": found.loss}
             for count, found in sorted(self.frontier.items())
         ]
+
+    def trajectory_json(self) -> list[dict[str, Any]]:
+        """Every set that was evaluated, in order, as such JSON."""
+        return [{**self.units.to_json(found.removed), "loss": found.loss} for found in self.trajectory]
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class _Walk:
     """What every algorithm is given: where it starts, how far it goes, and whom it tells."""
 
     memo: Memo
+    units: Units
     base: Blocks
     free: Sequence[int]  # the blocks that may be removed besides the base, ascending
     remove: int
@@ -70,9 +79,33 @@ class _Walk:
     def counts(self) -> range:
         return range(len(self.base) + 1, self.remove + 1)
 
+    @property
+    def offered(self) -> list[int]:
+        """The ways to give up a block that is free, deletions first."""
+        return [*self.free, *(pair for pair in self.units.pairs if self.units.block(pair) in self.free)]
+
+    def add(self, removed: Blocks, unit: int) -> Blocks | None:
+        """The set with one block more gone by `unit`, where that can be."""
+        return self.units.add(removed, unit, base=self.base)
+
     def extensions(self, removed: Blocks) -> list[Blocks]:
         """The sets with one block more."""
-        return [removed | {block} for block in self.free if block not in removed]
+        return list(filter(None, (self.add(removed, unit) for unit in self.offered)))
+
+    def swaps(self, removed: Blocks) -> list[Blocks]:
+        """The sets that swap a unit beyond the base with another."""
+        offered = self.offered
+        return [
+            swapped
+            for out in sorted(removed - self.base)
+            for into in offered
+            if into != out and (swapped := self.add(removed - {out}, into)) is not None
+        ]
+
+    def other_actions(self, removed: Blocks) -> list[Blocks]:
+        """Of these, the ones that remove the same blocks."""
+        blocks = self.units.blocks(removed)
+        return [swapped for swapped in self.swaps(removed) if self.units.blocks(swapped) == blocks]
 
     def affords(self, candidates: Sequence[Blocks]) -> bool:
         """Whether there is time for these sets. What is known takes none, so a resumed search gets where it was."""
@@ -113,10 +146,14 @@ def search(
     seed: int,
     on_progress: OnProgress,
     protect: Blocks = NOTHING,
+    pairs: Sequence[int] = (),
     out_of_time: Callable[[], bool] = lambda: False,
     acceptable: Acceptable | None = None,
 ) -> SearchResult:
     """The best sets that contain `base` and nothing of `protect`, for every count up to `remove` blocks.
+
+    `pairs` are the units that distil which are offered besides every block's deletion. Exhaustive search tries every
+    set of deletions, and then, on the best of each count, one other action after the other.
 
     `scores` are the blocks' cosine scores, highest most redundant; annealing tries the most redundant set of each
     count. `evaluations` bounds the sets that annealing visits, beyond greedy's, which it always takes; so does
@@ -128,14 +165,16 @@ def search(
 
     Raises: ValueError when `remove`, or the base beside the protected blocks, is impossible.
     """
-    if both := base & protect:
+    units = Units(num_blocks, pairs)
+    given_up = units.blocks(base)
+    if both := given_up & protect:
         raise ValueError(f"block {min(both)} is both protected and removed from the start")
     if not len(base) <= remove < num_blocks:
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks starting from {len(base)} removed ones")
     if remove > num_blocks - len(protect):
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks, of which {len(protect)} are protected")
-    free = [block for block in range(num_blocks) if block not in base | protect]
-    walk = _Walk(memo, base, free, remove, on_progress, out_of_time)
+    free = [block for block in range(num_blocks) if block not in given_up | protect]
+    walk = _Walk(memo, units, base, free, remove, on_progress, out_of_time)
     memo([base])
     if algorithm == "annealing" or (algorithm == "exhaustive" and acceptable is not None):
         ahead = replace(walk, span=(0.0, GREEDY_SHARE))
@@ -148,7 +187,7 @@ def search(
         )
     last = walk.through(_walked(walk, algorithm, scores, evaluations, seed), acceptable)
     frontier = {count: memo.best(count) for count in range(len(base), last + 1)}
-    return SearchResult(frontier, [Found(removed, loss) for removed, loss in memo.visited.items()])
+    return SearchResult(frontier, [Found(removed, loss) for removed, loss in memo.visited.items()], units)
 
 
 def _walked(walk: _Walk, algorithm: Algorithm, scores: Sequence[float], evaluations: int, seed: int) -> Iterator[int]:
@@ -174,7 +213,16 @@ def _exhaustive(walk: _Walk) -> Iterator[int]:
             walk.memo(batch)
             done += len(batch)
             walk.report(count, done / total)
+        _weigh_actions(walk, count)
         yield count
+
+
+def _weigh_actions(walk: _Walk, count: int) -> None:
+    """Change how a block of the best set of `count` goes, one at a time, while that lowers the loss."""
+    before = None
+    while walk.units.pairs and before != (best := walk.memo.best(count)):
+        before = best
+        walk.memo(walk.other_actions(best.removed))
 
 
 def _greedy(walk: _Walk) -> Iterator[int]:
@@ -200,18 +248,22 @@ def _greedy_ahead(walk: _Walk) -> None:
 
 def _lazy_greedy(walk: _Walk) -> Iterator[int]:
     removed, loss = walk.base, walk.memo([walk.base])[walk.base]
-    # What removing each block costs besides, and the count at which that was found out.
-    costs = [(-math.inf, block, 0) for block in walk.free]
+    # What giving up a block by each unit costs besides, and the count at which that was found out.
+    costs = [(-math.inf, unit, 0) for unit in walk.offered]
     for count in walk.counts:
+        extended: dict[int, Blocks] = {}
         while costs[0][2] != count:
             batch = len(costs) if costs[0][2] == 0 else min(PROPOSALS, len(costs))
-            lowest = [heapq.heappop(costs) for _ in range(batch)]
+            lowest = [heapq.heappop(costs)[1] for _ in range(batch)]
+            # What cannot be added now never can: greedy takes nothing back.
+            sets = {unit: added for unit in lowest if (added := walk.add(removed, unit)) is not None}
             walk.memo.anchor(removed)
-            losses = walk.memo([removed | {block} for _, block, _ in lowest])
-            for _, block, _ in lowest:
-                heapq.heappush(costs, (losses[removed | {block}] - loss, block, count))
+            losses = walk.memo(list(sets.values()))
+            for unit, added in sets.items():
+                heapq.heappush(costs, (losses[added] - loss, unit, count))
+            extended |= sets
             walk.report(count, 0.0)
-        removed |= {heapq.heappop(costs)[1]}
+        removed = extended[heapq.heappop(costs)[1]]
         loss = walk.memo([removed])[removed]
         yield count
 
@@ -263,9 +315,6 @@ def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random) -> No
 
 
 def _swaps(walk: _Walk, current: Found, limit: int, rng: random.Random) -> list[Blocks]:
-    """Up to `limit` sets not yet visited that swap one removed block of `current` with a kept one."""
-    removable = sorted(current.removed - walk.base)
-    kept = [block for block in walk.free if block not in current.removed]
-    neighbours = [current.removed - {out} | {into} for out in removable for into in kept]
-    unseen = [removed for removed in neighbours if removed not in walk.memo.visited]
+    """Up to `limit` sets not yet visited that are one swap away from `current`."""
+    unseen = [removed for removed in walk.swaps(current.removed) if removed not in walk.memo.visited]
     return rng.sample(unseen, min(limit, len(unseen)))

@@ -1,9 +1,8 @@
-"""Distillation: merge distilled pairs, heal the prefill model, then the decode model on its KV cache."""
+"""Distillation: start from the merged pairs, heal the prefill model, then the decode model on its KV cache."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,6 @@ from workers.pruning.distill import (
     kv_tensor_names,
     load_tensors,
     mean_loss,
-    merge,
     sequence_loss,
     train_on,
     trainable,
@@ -33,17 +31,16 @@ from workers.pruning.lora import linear_weights, lora_adapters
 from workers.pruning.losses import LossWeights
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.recompute import recomputed_blocks
-from workers.pruning.training import Journal, TrainingSettings
+from workers.pruning.training import Journal
 from workers.pruning.width import change_width, narrow_tensors
-from workers.stages.removal import Plans, read_plans
+from workers.stages.removal import MERGED, PLAN, Plans, read_plans
 from workers.stages.scoring import WINDOWS
+from workers.stages.training import HELD_OUT_WINDOWS, Tensors, journal
+from workers.stages.training import settings as training_settings
 from workers.stages.width import StageChannels, narrowed, read_channels
 
 PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
 DISTILLED, UNDISTILLED = "distilled", "undistilled"
-HELD_OUT_WINDOWS = 8
-SAVE_INTERVAL_S = 15.0
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def run(context: StageContext) -> dict[str, Any]:
     data = Data(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
     teacher = load_model(context.model_dir, context.check)
 
-    merged, merge_metrics = _merge(context, plans, teacher, data)
+    merged, merge_metrics = _merged(context)
     prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
     prefill, prefill_metrics = _distil_prefill(context, plans, channels, merged, prefill_weights, teacher, data)
     context.write_tensors(context.out / PREFILL, prefill)
@@ -108,19 +105,6 @@ def _only_in_decode(plans: Plans) -> dict[int, int]:
     }
 
 
-def _settings(context: StageContext, tokens: int, window_tokens: int) -> TrainingSettings:
-    spec = context.spec.distillation
-    batch_tokens = spec.batch_windows * window_tokens
-    return TrainingSettings(
-        steps=tokens // batch_tokens,
-        batch_windows=spec.batch_windows,
-        learning_rate=spec.learning_rate,
-        seed=context.spec.seed,
-        parts=spec.gradient_accumulation,
-        patience=spec.patience,
-    )
-
-
 def _losses(context: StageContext) -> LossWeights:
     return LossWeights(**context.spec.distillation.losses.model_dump())
 
@@ -129,44 +113,24 @@ def _memory_saved(context: StageContext, student: PreTrainedModel) -> AbstractCo
     return recomputed_blocks(student) if context.spec.distillation.gradient_checkpointing else nullcontext()
 
 
-def _journal(context: StageContext, phase: str, span: tuple[float, float], message: str) -> Journal:
-    """Progress between the two fractions of `span`, and a state in the store every so often."""
-    saved_at = time.monotonic()
-    name = f"{phase}.safetensors"
-
-    def report(step: int, steps: int, loss: float) -> None:
-        start, end = span
-        context.report(start + (end - start) * step / steps, message, step=step, steps=steps, loss=round(loss, 5))
-
-    def save_now_and_then(last: bool, state: Callable[[], Tensors]) -> None:
-        nonlocal saved_at
-        if last or time.monotonic() - saved_at >= SAVE_INTERVAL_S:
-            saved_at = time.monotonic()
-            context.save_tensors(name, state())
-
-    return Journal(report, save_now_and_then, context.load_tensors(name))
-
-
-def _merge(context: StageContext, plans: Plans, teacher: PreTrainedModel, data: Data) -> tuple[Tensors, dict[str, Any]]:
-    only_decode = _only_in_decode(plans)
-    pairs = dict(plans.prefill.distilled) | only_decode
-    settings = _settings(context, context.spec.distillation.merge_tokens, data.training.shape[1])
-    if not pairs or settings.steps == 0:
+def _merged(context: StageContext) -> tuple[Tensors, dict[str, Any]]:
+    """What the removal stage fitted for the pairs that the plan distils, and the held-out loss of each fit."""
+    if (StageName.REMOVAL, MERGED) not in context.inputs:
         return {}, {}
-    stack = block_stack(teacher)
-    frozen = {name for absorber in only_decode.values() for name in kv_tensor_names(stack, absorber)}
-    tensors, losses = merge(
-        teacher,
-        pairs,
-        frozen=frozen,
-        windows=data.training,
-        held_out=data.held_out,
-        settings=settings,
-        journal=_journal(context, "merge", (0.0, 0.2), "Merging distilled pairs."),
-    )
+    tensors = load_file(context.input(StageName.REMOVAL, MERGED))
+    content = context.input_json(StageName.REMOVAL, PLAN)
+    in_prefill, in_decode = content["prefill"]["distilled"].items(), content["decode"]["distilled"].items()
+    chosen = {(removed, absorber, False) for removed, absorber in in_prefill}
+    chosen |= {(removed, absorber, True) for removed, absorber in in_decode - in_prefill}
     return tensors, {
-        str(removed): {"into": pairs[removed], "before": before, "after": after, "kept": _verdict(before, after)}
-        for removed, (before, after) in losses.items()
+        str(pair["removed"]): {
+            "into": pair["into"],
+            "before": pair["before"],
+            "after": pair["after"],
+            "kept": DISTILLED,
+        }
+        for pair in content["merging"]["pairs"]
+        if (str(pair["removed"]), pair["into"], pair["decode_only"]) in chosen
     }
 
 
@@ -217,7 +181,7 @@ def _distil_prefill(
         blocks=_trained_blocks(context, plans.prefill),
         frozen=set(),
         data=data,
-        journal=_journal(context, "heal-prefill", (0.2, 0.6), "Healing the prefill model."),
+        journal=journal(context, "heal-prefill", (0.0, 0.5), "Healing the prefill model."),
     )
 
 
@@ -254,7 +218,7 @@ def _distil_decode(
         blocks=_trained_blocks(context, plans.decode),
         frozen={name for absorber in only_decode for name in kv_tensor_names(block_stack(weights), absorber)},
         data=data,
-        journal=_journal(context, "heal-decode", (0.6, 1.0), "Healing the decode model."),
+        journal=journal(context, "heal-decode", (0.5, 1.0), "Healing the decode model."),
     )
 
 
@@ -276,7 +240,7 @@ def _distil(
     Returns the trained tensors in the stored dtype and the held-out loss of the weights given and of those. Weights
     that do no better than those given are put back, and nothing is returned as trained.
     """
-    settings = _settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
+    settings = training_settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
     healed = _healed_weights(context, weights, blocks, frozen) if pruned and settings.steps else {}
     if not start and not healed:
         weights.requires_grad_(False)

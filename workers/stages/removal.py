@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,18 @@ from torch import Tensor
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.models import device, load_for_walks
+from workers.models import can_train, device, load_for_walks
 from workers.pruning.blocks import BlockStack, block_stack
 from workers.pruning.plan import BlockPlan, assign_actions, kv_layer_map
 from workers.pruning.scores import Scores
+from workers.pruning.units import Units
+from workers.stages.merging import Fits, Fitter
 from workers.stages.scoring import SCORES, WINDOWS
-from workers.stages.searching import Searcher
+from workers.stages.searching import Searcher, limits
 
 PLAN = "plan.json"
 SEARCH = "search.json"
+MERGED = "merged.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,27 +49,34 @@ def read_plans(context: StageContext) -> Plans:
     )
 
 
-def load(context: StageContext) -> tuple[BlockStack, Tensor]:
-    """The dense model's blocks and the calibration windows (windows, tokens), on this worker's device."""
-    windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
+def load(context: StageContext) -> tuple[BlockStack, dict[str, Tensor]]:
+    """The dense model's blocks, and every split's windows (windows, tokens), those of calibration on the device."""
+    windows = load_file(context.input(StageName.SCORING, WINDOWS))
+    windows["calibration"] = windows["calibration"].to(device())
     return block_stack(load_for_walks(context.model_dir, context.check)), windows
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes the plan (a function of model, windows and specification alone) and the search's trajectory."""
+    """Writes the plan (a function of model, windows and specification alone), the search's trajectory, and the trained
+    tensors of the pairs that the plan distils, where the search weighed that."""
     spec = context.spec
     scores = Scores.from_json(context.input_json(StageName.SCORING, SCORES))
     stack, windows = load(context)
-    searcher = Searcher(context, stack, windows, scores.cosine)
+    fits, merging = _fits(context, stack, windows, scores)
+    searcher = Searcher(context, stack, windows["calibration"], scores.cosine, fits)
 
-    for_prefill = searcher.prefill((0.0, 0.3))
+    for_prefill = searcher.prefill((0.2 if merging else 0.0, 0.3))
     for_decode = searcher.decode(for_prefill.removed, (0.3, 0.6))
     context.report(0.6, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
     controls = searcher.controls(for_prefill.removed, for_decode.chosen, (0.65, 1.0))
 
-    prefill = _plan(context, scores, for_prefill.removed)
-    decode = _plan(context, scores, for_decode.removed, prefill)
+    if merging.get("weighed"):
+        prefill, decode = fits.units.plan(for_prefill.removed), fits.units.plan(for_decode.removed)
+        context.write_tensors(context.out / MERGED, fits.tensors(for_prefill.removed, for_decode.removed))
+    else:
+        prefill = _plan(context, scores, for_prefill.removed)
+        decode = _plan(context, scores, for_decode.removed, prefill)
     found = {
         "prefill": prefill.to_json(),
         "decode": decode.to_json(),
@@ -77,6 +88,7 @@ def run(context: StageContext) -> dict[str, Any]:
         },
         "bounds": {"prefill": for_prefill.bound_json(), "decode": for_decode.bound_json()},
         "sensitivity": sensitivity,
+        **({"merging": merging} if merging else {}),
     }
     context.write_json(
         PLAN,
@@ -90,10 +102,28 @@ def run(context: StageContext) -> dict[str, Any]:
             **found,
         },
     )
-    context.write_json(SEARCH, {"prefill": for_prefill.trajectory_json(), "decode": for_decode.trajectory_json()})
+    trajectories = (for_prefill.result.trajectory_json(), for_decode.result.trajectory_json())
+    context.write_json(SEARCH, {"prefill": trajectories[0], "decode": trajectories[1]})
     evaluated = {"prefill": len(for_prefill.result.trajectory), "decode": len(for_decode.result.trajectory)}
     workers = {"workers": 1, "helpers_share": 0.0} if context.fan_out is None else context.fan_out.to_json()
     return {**found, "evaluated": evaluated, **workers}
+
+
+def _fits(
+    context: StageContext, stack: BlockStack, windows: Mapping[str, Tensor], scores: Scores
+) -> tuple[Fits, dict[str, Any]]:
+    """What the search may distil, and what the plan says about it: nothing where the job asks for no merging."""
+    none = Fits(Units(len(stack.blocks)))
+    fitter = Fitter(context, stack, windows)
+    if not context.spec.distillation.enabled or fitter.training.steps == 0:
+        return none, {}
+    if not can_train(stack.model):
+        return none, {"weighed": False, "reason": "the model's weights do not fit one device"}
+    most = limits(context.spec, len(stack.blocks))
+    may_differ = most[0] < most[1] or context.spec.prefill.max_perplexity_increase is not None
+    free = most[0] > len(context.spec.search.force)
+    fits = fitter.fits(scores.cosine, free=free, frozen=may_differ, span=(0.0, 0.2))
+    return fits, {"weighed": True, "pairs": fits.to_json()}
 
 
 def _plan(context: StageContext, scores: Scores, removed: frozenset[int], fixed: BlockPlan | None = None) -> BlockPlan:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from service.contract.blocks import most_removable
-from service.contract.spec import StageTarget
+from service.contract.spec import JobSpec, StageTarget
 from workers.context import StageContext
 from workers.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.blocks import BlockStack
@@ -25,6 +25,7 @@ from workers.pruning.memo import Found, Memo
 from workers.pruning.pieces import Recipe
 from workers.pruning.plan import Blocks
 from workers.pruning.search import Algorithm, SearchResult, search
+from workers.stages.merging import Fit, Fits, modules
 
 STATE = "search-state.json"
 SAVE_INTERVAL_S = 10.0
@@ -86,6 +87,7 @@ class HalfFound:
 
     @property
     def removed(self) -> Blocks:
+        """The chosen units, one for each block that goes."""
         return self.chosen.removed
 
     def bound_json(self) -> dict[str, Any] | None:
@@ -93,39 +95,45 @@ class HalfFound:
         frontier = [found for _, found in sorted(self.result.frontier.items())]
         return None if self.bound is None else self.bound.to_json(self.chosen, frontier)
 
-    def trajectory_json(self) -> list[dict[str, Any]]:
-        """Every set that was evaluated, in order."""
-        return [{"removed": sorted(found.removed), "loss": found.loss} for found in self.result.trajectory]
+
+def limits(spec: JobSpec, num_blocks: int) -> tuple[int, int]:
+    """The most blocks that prefill and decode may give up."""
+    most = most_removable(spec, num_blocks)
+    asked = (spec.prefill.remove_blocks, spec.decode.remove_blocks)
+    decode = most if asked[1] is None else asked[1]
+    # What prefill gives up, decode does too.
+    return min(most if asked[0] is None else asked[0], decode), decode
 
 
 class Searcher:
-    """Searches and measurements on one model and its calibration windows (windows, tokens)."""
+    """Searches and measurements on one model and its calibration windows (windows, tokens), with the fits of pairs."""
 
-    def __init__(self, context: StageContext, stack: BlockStack, windows: Tensor, cosine: list[float]) -> None:
+    def __init__(
+        self, context: StageContext, stack: BlockStack, windows: Tensor, cosine: list[float], fits: Fits
+    ) -> None:
         self.prompt_tokens = windows.shape[1] // 2
         self._context = context
         self._spec = context.spec
         self._stack = stack
         self._windows = windows
         self._cosine = cosine
+        self._fits = fits
+        self._units = fits.units
         chunk_windows = windows_at_once(stack.model, windows.shape[1])
         self._recipe = Recipe(self._spec.search.objective, chunk_windows, self.prompt_tokens)
         self._evaluated = Evaluated(context)
         # Every heat of a race would read streamed weights once more.
         self._racing = self._spec.search.racing and not is_streamed(stack.model)
         self._forced = frozenset(self._spec.search.force)
-        most = most_removable(self._spec, len(stack.blocks))
-        asked = (self._spec.prefill.remove_blocks, self._spec.decode.remove_blocks)
-        self._decode_limit = most if asked[1] is None else asked[1]
-        # What prefill gives up, decode does too.
-        self._prefill_limit = min(most if asked[0] is None else asked[0], self._decode_limit)
+        self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
     def prefill(self, span: Span) -> HalfFound:
         """The blocks that prefill gives up: the least loss on whole windows."""
         engine = self._engine()
         bound = self._bound(self._spec.prefill, "prefill", engine, dense=engine)
         memo = self._memo("prefill", engine)
-        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span)
+        pairs = sorted(self._fits.for_prefill)
+        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span, pairs)
 
     def decode(self, prefill: Blocks, span: Span) -> HalfFound:
         """The blocks that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
@@ -133,7 +141,8 @@ class Searcher:
         phase = f"decode after {sorted(prefill)}"
         bound = self._bound(self._spec.decode, phase, engine, dense=self._pair(NOTHING))
         memo = self._memo(phase, engine)
-        return self._half("decode", memo, prefill, self._decode_limit, bound, span)
+        pairs = sorted(self._fits.for_decode(prefill))
+        return self._half("decode", memo, prefill, self._decode_limit, bound, span, pairs)
 
     def sensitivity(self) -> dict[str, Any]:
         """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
@@ -152,20 +161,24 @@ class Searcher:
     def controls(self, prefill: Blocks, decode: Found, span: Span) -> dict[str, Any]:
         """Losses on continuations to hold the nested pair's against.
 
-        `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing; `non_nested`: it
-        gives up `prefill`, but projects keys and values for every block, so that decode gives up any blocks (of the
-        count in `decode`, whose set is among those tried: this loss is never higher).
+        `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing, and pairs without a
+        fit for decode alone are deleted; `non_nested`: it gives up `prefill`, but projects keys and values for every
+        block, so that decode gives up any blocks (of the count in `decode`, whose set is among those tried: this loss
+        is never higher).
         """
         self._context.report(span[0], "Measuring the controls.")
         removed = decode.removed
-        in_both = self._memo(f"decode after {sorted(removed)}", self._pair(removed))([removed])
-        alone = self._memo("decode only", self._pair(NOTHING))([removed])
+        fits = self._fits.for_decode(prefill)
+        in_both = self._memo(f"decode after {sorted(removed)}", self._pair(removed, fits))([removed])
+        fitted = removed.intersection(self._fits.for_decode(NOTHING))
+        in_decode = fitted | self._units.blocks(removed - fitted)
+        alone = self._memo("decode only", self._pair(NOTHING))([in_decode])
         free = self._non_nested(prefill, decode, span)
         return {
             "decode_set_in_both": in_both[removed],
-            "decode_only": alone[removed],
+            "decode_only": alone[in_decode],
             "non_nested": free.loss,
-            "non_nested_removed": sorted(free.removed),
+            "non_nested_removed": sorted(self._units.blocks(free.removed)),
         }
 
     def _non_nested(self, prefill: Blocks, decode: Found, span: Span) -> Found:
@@ -178,18 +191,26 @@ class Searcher:
         # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
         algorithm = "annealing" if algorithm == "exhaustive" else algorithm
         name = "decode without nesting"
-        result = self._search(memo, name, self._forced, len(decode.removed), span, algorithm=algorithm)
-        return result.frontier[len(decode.removed)]
+        pairs, count = sorted(self._fits.for_decode(prefill)), len(decode.removed)
+        result = self._search(memo, name, self._forced, count, span, pairs, algorithm=algorithm)
+        return result.frontier[count]
 
     def _half(
-        self, name: str, memo: Memo, base: Blocks, limit: int, bound: PerplexityBound | None, span: Span
+        self,
+        name: str,
+        memo: Memo,
+        base: Blocks,
+        limit: int,
+        bound: PerplexityBound | None,
+        span: Span,
+        pairs: Sequence[int],
     ) -> HalfFound:
         algorithm = self._spec.search.algorithm
         if bound is None:
-            result = self._search(memo, name, base, limit, span, algorithm=algorithm)
+            result = self._search(memo, name, base, limit, span, pairs, algorithm=algorithm)
             return HalfFound(result.frontier[limit], result, None)
         bound.increase(base)
-        result = self._search(memo, name, base, limit, span, algorithm=algorithm, acceptable=bound.holds)
+        result = self._search(memo, name, base, limit, span, pairs, algorithm=algorithm, acceptable=bound.holds)
         return HalfFound(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
 
     def _search(
@@ -199,6 +220,7 @@ class Searcher:
         base: Blocks,
         remove: int,
         span: Span,
+        pairs: Sequence[int],
         *,
         algorithm: Algorithm,
         acceptable: Callable[[Found], bool] | None = None,
@@ -212,7 +234,7 @@ class Searcher:
                 f"Searching what {name} gives up.",
                 evaluated=len(memo.visited),
                 loss=round(best.loss, 5),
-                removed=sorted(best.removed),
+                removed=sorted(self._units.blocks(best.removed)),
             )
 
         return search(
@@ -222,6 +244,7 @@ class Searcher:
             remove=remove,
             base=base,
             protect=frozenset(spec.protect),
+            pairs=pairs,
             scores=self._cosine,
             evaluations=spec.evaluations,
             out_of_time=self._evaluated.out_of_time(name, spec.seconds),
@@ -245,11 +268,18 @@ class Searcher:
         return self._evaluated.memo(phase, engine, objective=objective, racing=self._racing)
 
     def _engine(self) -> LossEngine:
-        return self._built(self._recipe)
+        return self._built(self._recipe, self._fits.for_prefill)
 
-    def _pair(self, prefill: Blocks, *, project_skipped: bool = False) -> LossEngine:
-        return self._built(replace(self._recipe, prefill=prefill, project_skipped=project_skipped))
+    def _pair(
+        self, prefill: Blocks, fits: Mapping[int, Fit] | None = None, *, project_skipped: bool = False
+    ) -> LossEngine:
+        """With the fits that decode has beside `prefill`, unless given others."""
+        recipe = replace(self._recipe, prefill=prefill, project_skipped=project_skipped)
+        return self._built(recipe, self._fits.for_decode(prefill) if fits is None else fits)
 
-    def _built(self, recipe: Recipe) -> LossEngine:
-        engine = recipe.build(self._stack, self._windows, anchor_bytes=anchor_bytes(self._stack.model))
-        return engine if self._context.fan_out is None else self._context.fan_out.over(engine, recipe)
+    def _built(self, recipe: Recipe, fits: Mapping[int, Fit]) -> LossEngine:
+        engine = recipe.build(
+            self._stack, self._windows, anchor_bytes=anchor_bytes(self._stack.model), modules=modules(fits)
+        )
+        # Helpers have the model's own blocks alone.
+        return engine if self._context.fan_out is None or fits else self._context.fan_out.over(engine, recipe)

@@ -234,6 +234,56 @@ def test_without_kv_tokens_every_token_is_sent(worker: Worker, model: Path) -> N
     assert "kv_tokens" not in json.loads(content(worker, job_id, StageName.EXPORT, "decode/pdtrim.json"))
 
 
+def test_the_search_weighs_distilling_and_what_it_chose_is_healed_and_exported(worker: Worker, model: Path) -> None:
+    spec = tiny_spec(model)
+    spec["distillation"] |= {"heal_tokens": 0}
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    singles = json.loads(content(worker, job_id, StageName.REMOVAL, "search.json"))["prefill"]
+    tried = [(found["removed"], found.get("distilled")) for found in singles if len(found["removed"]) == 1]
+    assert {removed[0] for removed, distilled in tried if distilled} <= {pair["removed"] for pair in offered(plan)}
+    assert any(distilled for _, distilled in tried)
+    assert {removed[0] for removed, distilled in tried if not distilled} == set(range(5))
+
+    merged = load(content(worker, job_id, StageName.REMOVAL, "merged.safetensors"))
+    absorbers = {*plan["prefill"]["distilled"].values(), *plan["decode"]["distilled"].values()}
+    assert absorbers
+    assert {int(name.split(".")[2]) for name in merged} == absorbers
+    for half in ("prefill", "decode"):
+        described = json.loads(content(worker, job_id, StageName.EXPORT, f"{half}/pdtrim.json"))
+        assert described["distilled_blocks"] == plan[half]["distilled"]
+
+
+def offered(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The fits that the search could choose."""
+    return [pair for pair in plan["merging"]["pairs"] if pair["offered"]]
+
+
+def test_a_model_that_is_read_from_disk_is_not_fitted_and_the_plan_says_so(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.models.free_memory_bytes", lambda at: 0)
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id, StageName.REMOVAL)
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    assert plan["merging"] == {"weighed": False, "reason": "the model's weights do not fit one device"}
+    assert plan["prefill"]["distilled"]
+    assert stage_row(worker, job_id, StageName.REMOVAL).metrics["merging"] == plan["merging"]
+
+
+def test_without_merge_tokens_no_pair_is_fitted_and_the_threshold_decides(worker: Worker, model: Path) -> None:
+    spec = tiny_spec(model)
+    spec["distillation"] |= {"merge_tokens": 0}
+    job_id = create(worker, spec)
+    run_through(worker, job_id, StageName.DISTILLATION)
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+    assert "merging" not in plan
+    assert plan["prefill"]["distilled"]
+    assert set(recorded(worker, job_id, StageName.REMOVAL)) == {"plan.json", "search.json"}
+    assert stage_row(worker, job_id, StageName.DISTILLATION).metrics["merged"] == {}
+
+
 def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Path) -> None:
     plans = []
     for _ in range(2):
@@ -342,7 +392,11 @@ def test_distillation_that_does_not_help_is_left_out_and_said_so(threshold: floa
     run_through(worker, job_id)
     found = stage_row(worker, job_id, StageName.DISTILLATION).metrics
     assert {found[half]["kept"] for half in ("prefill", "decode")} == {"undistilled"}
-    assert all(pair["kept"] == "undistilled" for pair in found["merged"].values())
+    assert found["merged"] == {}  # no fit was better than its start, so that none was offered
+    merging = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))["merging"]
+    assert merging["weighed"]
+    assert bool(merging["pairs"]) == (threshold == 1.0)
+    assert not any(pair["offered"] for pair in merging["pairs"])
     models = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]
     for half in ("prefill", "decode"):
         assert models[half]["perplexity"] == models[half]["undistilled_perplexity"]
@@ -567,7 +621,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
     stage: StageName, trainable: str, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.stages.searching.SAVE_INTERVAL_S", 0.0)
-    monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.training.SAVE_INTERVAL_S", 0.0)
     spec = tiny_spec(model)
     spec["distillation"] |= {
         "losses": {"kl": 1, "label": 0.5, "hidden": 0.5},
@@ -623,7 +677,7 @@ def test_a_paused_stage_stops_within_seconds_and_ends_as_one_that_was_never_paus
 ) -> None:
     monkeypatch.setattr("workers.lease.HEARTBEAT_S", 0.02)
     monkeypatch.setattr("workers.stages.searching.SAVE_INTERVAL_S", 0.0)
-    monkeypatch.setattr("workers.stages.distillation.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.training.SAVE_INTERVAL_S", 0.0)
     spec = tiny_spec(model, prefill={"remove_blocks": 2}, decode={"remove_blocks": 3})
     spec["search"] = {"algorithm": "exhaustive"}
     spec["distillation"] |= {"heal_tokens": 4096}

@@ -16,6 +16,7 @@ from workers.pruning.memo import Memo
 from workers.pruning.plan import Blocks
 from workers.pruning.search import SearchResult, search
 from workers.pruning.streaming import load_streamed
+from workers.pruning.units import Units
 
 BLOCKS, WINDOWS, TOKENS = 8, 5, 12
 AMPLE = 2**20
@@ -88,7 +89,7 @@ def test_losses_stay_bit_equal_wherever_the_anchor_moves_and_however_little_is_h
 
 def test_with_little_memory_states_are_held_before_every_few_blocks() -> None:
     anchor = Anchor(num_blocks=32, budget_bytes=1000, state_bytes=100)
-    anchor.move(frozenset({7}))
+    anchor.move(Units(32).way(frozenset({7})))
     trail = anchor.trail(range(2), torch.zeros(1))
     for block in range(1, 32):
         trail.keep(block, torch.zeros(1))
@@ -98,9 +99,10 @@ def test_with_little_memory_states_are_held_before_every_few_blocks() -> None:
 
 def test_a_move_of_the_anchor_keeps_what_enters_the_blocks_up_to_the_first_difference() -> None:
     anchor = Anchor(num_blocks=4, budget_bytes=AMPLE, state_bytes=4)
-    anchor.move(frozenset({1}))
-    anchor.hold(range(1), Trail(frozenset({1}), {block: torch.zeros(1) for block in range(4)}, 1))
-    anchor.move(frozenset({1, 2}))
+    units = Units(4)
+    anchor.move(units.way(frozenset({1})))
+    anchor.hold(range(1), Trail(units.way(frozenset({1})), {block: torch.zeros(1) for block in range(4)}, 1))
+    anchor.move(units.way(frozenset({1, 2})))
     assert sorted(anchor.trail(range(1), torch.zeros(1)).states) == [0, 1, 2]
 
 

@@ -1,0 +1,48 @@
+"""What merging and healing have in common: how long they train, on what they are judged, and how they survive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from workers.context import StageContext
+from workers.pruning.training import Journal, TrainingSettings
+
+HELD_OUT_WINDOWS = 8
+"""Calibration windows on which training is judged."""
+SAVE_INTERVAL_S = 15.0
+Tensors = dict[str, Tensor]
+
+
+def settings(context: StageContext, tokens: int, window_tokens: int) -> TrainingSettings:
+    """Training on so many tokens, as the job's specification has it."""
+    spec = context.spec.distillation
+    batch_tokens = spec.batch_windows * window_tokens
+    return TrainingSettings(
+        steps=tokens // batch_tokens,
+        batch_windows=spec.batch_windows,
+        learning_rate=spec.learning_rate,
+        seed=context.spec.seed,
+        parts=spec.gradient_accumulation,
+        patience=spec.patience,
+    )
+
+
+def journal(context: StageContext, phase: str, span: tuple[float, float], message: str) -> Journal:
+    """Progress between the two fractions of `span`, and a state in the store every so often."""
+    saved_at = time.monotonic()
+    name = f"{phase}.safetensors"
+
+    def report(step: int, steps: int, loss: float) -> None:
+        start, end = span
+        context.report(start + (end - start) * step / steps, message, step=step, steps=steps, loss=round(loss, 5))
+
+    def save_now_and_then(last: bool, state: Callable[[], Tensors]) -> None:
+        nonlocal saved_at
+        if last or time.monotonic() - saved_at >= SAVE_INTERVAL_S:
+            saved_at = time.monotonic()
+            context.save_tensors(name, state())
+
+    return Journal(report, save_now_and_then, context.load_tensors(name))
