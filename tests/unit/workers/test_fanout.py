@@ -57,6 +57,7 @@ def spec(model: Path) -> dict[str, Any]:
         decode={"remove_blocks": 3, "max_perplexity_increase": 50.0},
         calibration={"windows": 12, "window_tokens": 32},
         search={"evaluations": 20, "parallelism": 3},
+        distillation={"enabled": False},
     )
 
 
