@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 
 from service import queue
 from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.routes import Route
 from service.contract.spec import JobSpec
 from service.db import events, jobs
 from service.db.session import connect, migrate, transaction
@@ -51,7 +52,7 @@ def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
     spec = tiny_spec(write_tiny_model(tmp_path / "model"), distillation=LONG_HEALING)
     with transaction(engine) as session:
         job_id = jobs.create(session, JobSpec.model_validate(spec)).id
-    queue.send(Settings(data_dir=tmp_path / "data", broker_url=empty_redis_url), job_id, StageName.SCORING)
+    queue.send(Settings(data_dir=tmp_path / "data", broker_url=empty_redis_url), job_id, StageName.SCORING, Route())
 
     with ExitStack() as stack:
         workers = [stack.enter_context(running(["worker"], production, tmp_path / f"{n}.log")) for n in range(2)]

@@ -86,7 +86,8 @@ def test_a_keys_own_limits_are_kept_and_shown(settings: Settings, pdtrim_keys: K
         [None] * 4,
     ]
     assert [one["rate_limit"] for one in listed] == ["100/minute", "none", None]
-    assert "100/minute requests, 2 running, 10 queued, 5.0 GB kept" in table
+    for limit in ("100/minute", "2 running", "10 queued", "5.0 GB"):
+        assert limit in table
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,7 @@ def test_events_of_an_ended_job_are_read_to_the_last(gateway: LiveGateway, clien
 
 
 def test_keep_alives_are_no_events(gateway: LiveGateway, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_events, "KEEP_ALIVE_SECONDS", 0.0)
-    monkeypatch.setattr(api_events, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(api_events, "KEEP_ALIVE_SECONDS", 0.02)
     job_id = gateway.played.create()
     stream = client.events(job_id)
     first = next(stream)
