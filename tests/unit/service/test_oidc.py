@@ -77,7 +77,7 @@ def test_a_token_for_several_audiences_opens(running: Issuer, provider: Provider
         {"iss": None},
         {"sub": None},
     ],
-    ids=str,
+    # By number: processes that collect the tests at different seconds have to agree on their names.
 )
 def test_a_token_with_wrong_claims_does_not_open(running: Issuer, provider: Provider, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidToken):
