@@ -122,7 +122,7 @@ def stop(worker: Worker, record_property: Callable[[str, object], None]) -> Call
 
 
 def begun(worker: Worker, job_id: str, stage: StageName) -> Callable[[], bool]:
-    return lambda: stage_row(worker, job_id, stage).progress > 0.02
+    return lambda: stage_row(worker, job_id, stage).progress > 0
 
 
 @pytest.fixture

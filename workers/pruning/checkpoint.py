@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,7 @@ COPIED = (
     "NOTICE*",
 )
 """Patterns of what a server reads beside config and weights, and of what a licence may ask to pass on."""
+_check_while_loading: ContextVar[Callable[[], None] | None] = ContextVar("check_while_loading", default=None)
 
 
 class BrokenCheckpoint(ValueError):
@@ -339,18 +341,23 @@ def load_checkpoint(
 
 @contextmanager
 def _asking(check: Callable[[], None]) -> Iterator[None]:
-    """While this lasts, transformers calls `check` before each weight it loads: where it would move a progress bar."""
+    """While this lasts, transformers calls `check` before each weight it loads: where it would move a progress bar.
 
-    def bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not args:
-            return factory(*args, **kwargs)
-        return factory(_Asked(args[0], check), *args[1:], **kwargs)
-
-    before = transformers_logging.set_tqdm_hook(bar)
+    Its hook is one for all threads, of which several may load at once; so the check is the thread's own.
+    """
+    transformers_logging.set_tqdm_hook(_bar)
+    outer = _check_while_loading.set(check)
     try:
         yield
     finally:
-        transformers_logging.set_tqdm_hook(before)
+        _check_while_loading.reset(outer)
+
+
+def _bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    check = _check_while_loading.get()
+    if check is None or not args:
+        return factory(*args, **kwargs)
+    return factory(_Asked(args[0], check), *args[1:], **kwargs)
 
 
 @dataclass(frozen=True)

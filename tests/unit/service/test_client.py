@@ -20,6 +20,7 @@ from service.contract.spec import JobSpec
 from service.settings import Settings
 from tests.gateway import model
 from tests.live_gateway import LiveGateway, live, relay
+from tests.processes import wait_until
 from tests.servers import free_ports
 
 __all__ = ["model"]
@@ -374,11 +375,13 @@ def test_a_wait_beyond_the_clients_patience_is_an_error_at_once(tmp_path: Path, 
 def test_what_is_not_safe_to_send_again_is_not_waited_for(tmp_path: Path, model: Path) -> None:
     with limited(tmp_path, model, rate_limit="1/hour") as gateway, Client(gateway.url, patience_s=20) as client:
         job_id = client.create(gateway.played.spec).id
-        before = gateway.requests
+        # The server counts a request when it has been answered.
+        wait_until(lambda: gateway.requests == 1, what="the first request to be counted")
         with pytest.raises(ServiceError, match="Too many requests"):
             client.cancel(job_id)
 
-        assert gateway.requests == before + 1
+        wait_until(lambda: gateway.requests > 1, what="the second request to be counted")
+        assert gateway.requests == 2
 
 
 def test_a_create_waits_for_room_in_the_queue(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
