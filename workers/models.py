@@ -83,7 +83,7 @@ def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel
         return load_model(folder, check)
     memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
     if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory)) is not None:
-        return _stoppable(load_sharded(folder, placed, dtype=compute_dtype()), check)
+        return _stoppable(load_sharded(folder, placed, dtype=compute_dtype(), check=check), check)
     if not tensors.one_to_one:
         return load_model(folder, check)
     model, _ = load_streamed(folder, dtype=compute_dtype(), device=device(), check=check)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging as transformers_logging
 
 from workers.pruning.blocks import BlockStack, block_stack, pruned_config
+from workers.pruning.building import building
 from workers.pruning.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +41,6 @@ COPIED = (
     "NOTICE*",
 )
 """Patterns of what a server reads beside config and weights, and of what a licence may ask to pass on."""
-_check_while_loading: ContextVar[Callable[[], None] | None] = ContextVar("check_while_loading", default=None)
 
 
 class BrokenCheckpoint(ValueError):
@@ -123,7 +120,7 @@ def _opened(path: Path, wanted: str) -> safe_open:
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model that a checkpoint folder's configuration describes, without weights: everything is on `meta`."""
     config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
-    with torch.device("meta"):
+    with building(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
@@ -323,7 +320,7 @@ def load_checkpoint(
 
     Before every tensor `check` is called, which may raise.
     """
-    with _asking(check):
+    with building(check):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -337,40 +334,3 @@ def load_checkpoint(
     torch.nn.Module.to(model, device)
     model.eval().requires_grad_(False)
     return model
-
-
-@contextmanager
-def _asking(check: Callable[[], None]) -> Iterator[None]:
-    """While this lasts, transformers calls `check` before each weight it loads: where it would move a progress bar.
-
-    Its hook is one for all threads, of which several may load at once; so the check is the thread's own.
-    """
-    transformers_logging.set_tqdm_hook(_bar)
-    outer = _check_while_loading.set(check)
-    try:
-        yield
-    finally:
-        _check_while_loading.reset(outer)
-
-
-def _bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    check = _check_while_loading.get()
-    if check is None or not args:
-        return factory(*args, **kwargs)
-    return factory(_Asked(args[0], check), *args[1:], **kwargs)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A collection that calls `check` before it gives an item."""
-
-    items: Collection[Any]
-    check: Callable[[], None]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.items:
-            self.check()
-            yield item

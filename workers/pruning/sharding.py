@@ -7,7 +7,7 @@ on the CPU and refuse to mix; it has not been run on several real GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from accelerate import infer_auto_device_map
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from workers.pruning.blocks import block_stack
+from workers.pruning.building import building
 from workers.pruning.checkpoint import empty_model
 
 Placement = Mapping[str, int | str | torch.device]
@@ -35,15 +36,21 @@ def placement(folder: Path, *, dtype: torch.dtype, memory: Mapping[int, int]) ->
     return None if "disk" in placed.values() else placed
 
 
-def load_sharded(folder: Path, placed: Placement, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model in evaluation mode with every module where `placed` says; for walks, not for training."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map=dict(placed),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+def load_sharded(
+    folder: Path, placed: Placement, *, dtype: torch.dtype, check: Callable[[], None] = lambda: None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode with every module where `placed` says; for walks, not for training.
+
+    Before every tensor `check` is called, which may raise.
+    """
+    with building(check):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=dict(placed),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     model.eval().requires_grad_(False)
     return model

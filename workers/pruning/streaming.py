@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from workers.pruning.blocks import block_stack
+from workers.pruning.building import building
 from workers.pruning.checkpoint import SourceTensors, check_complete, empty_model
 
 
@@ -87,7 +88,7 @@ def load_streamed(
     """
     tensors = check_complete(folder)
     config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
-    with init_empty_weights(include_buffers=False):
+    with building(check), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     prefix = block_stack(model).prefix
