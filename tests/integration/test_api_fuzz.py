@@ -18,7 +18,7 @@ def running(tmp_path: Path, postgres_database_url: str, empty_redis_url: str) ->
         yield found
 
 
-@pytest.mark.parametrize(("key", "examples"), [(KEY, 5), (None, 1)], ids=["with a key", "without"])
+@pytest.mark.parametrize(("key", "examples"), [(KEY, 3), (None, 1)], ids=["with a key", "without"])
 def test_the_interface_is_as_its_document_says(
     running: Target, key: str | None, examples: int, record_property: Callable[[str, object], None]
 ) -> None:

@@ -31,7 +31,7 @@ Stage = Callable[[StageContext], dict[str, Any]]
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Worker:
-    settings = Settings(data_dir=tmp_path / "data", log_format="json")
+    settings = Settings(data_dir=tmp_path / "data", log_format="json", retry_seconds=0.2)
     engine = connect(settings.database_url)
     migrate(engine)
     return Worker(settings, engine, open_store(settings.artifacts_url), name="host:1")

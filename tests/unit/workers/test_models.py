@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +38,10 @@ def test_a_model_that_fits_several_accelerators_together_is_sharded_before_it_is
     free = 0.75 * weights / models.RESIDENT_SHARE
     asked: list[Placement] = []
 
-    def load_here(folder: Path, placed: Placement, *, dtype: torch.dtype) -> PreTrainedModel:
+    def load_here(folder: Path, placed: Placement, **options: Any) -> PreTrainedModel:
         """The two accelerators are this machine's memory and disk."""
         asked.append(placed)
-        return load_sharded(folder, {name: ("cpu", "disk")[int(n)] for name, n in placed.items()}, dtype=dtype)
+        return load_sharded(folder, {name: ("cpu", "disk")[int(n)] for name, n in placed.items()}, **options)
 
     monkeypatch.setattr(models, "load_sharded", load_here)
     monkeypatch.setattr(models, "free_memory_bytes", lambda at: int(free))
@@ -66,7 +68,7 @@ def test_a_pass_is_stopped_before_the_next_block_also_of_a_copy(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "RESIDENT_SHARE", share)
-    left = 5
+    left = math.inf
 
     def stop_at_the_last() -> None:
         nonlocal left
@@ -75,6 +77,7 @@ def test_a_pass_is_stopped_before_the_next_block_also_of_a_copy(
             raise InterruptedError
 
     model = models.load_for_walks(write_tiny_model(tmp_path / "model"), stop_at_the_last)
+    left = 5
     with pytest.raises(InterruptedError):
         drop_blocks(model, [])(input_ids=IDS) if share else model(input_ids=IDS)
     assert left == 0
