@@ -76,8 +76,8 @@ def test_a_search_shared_by_three_workers_of_which_one_is_killed_ends_as_that_of
     shared: dict[str, str], database: Engine, tmp_path: Path
 ) -> None:
     spec = tiny_spec(
-        write_tiny_model(tmp_path / "model", blocks=6),
-        calibration={"windows": 128, "window_tokens": 64},
+        write_tiny_model(tmp_path / "model", blocks=16),
+        calibration={"windows": 384, "window_tokens": 64},
         distillation={"enabled": False},
     )
     search = {"algorithm": "greedy", "racing": False, "evaluations": 10}

@@ -72,10 +72,14 @@ class Memo:
     anchor: Callable[[Blocks], None] = lambda removed: None
     """Told which set the coming candidates are near, so that what gives the losses may hold on to its way there."""
     visited: dict[Blocks, float] = field(default_factory=dict, init=False)
+    """Mean loss on all windows of the sets that were asked for it, in the order in which they first were."""
+    asked: set[Blocks] = field(default_factory=set, init=False)
+    """What was visited, and what took part in a race: never what only an earlier run measured."""
     _best: dict[int, Found] = field(default_factory=dict, init=False)
 
     def __call__(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
         """Mean loss of every candidate on all windows."""
+        self.asked.update(candidates)
         for stop in self._heats:
             self._measure(candidates, stop)
         found = mean({candidate: self.known[candidate] for candidate in candidates})
@@ -89,6 +93,7 @@ class Memo:
 
     def first(self, candidates: Sequence[Blocks]) -> Blocks:
         """The candidate of least loss. With `racing`, none is measured on more windows than the race takes."""
+        self.asked.update(candidates)
         left = list(candidates)
         for stop in self._heats:
             self._measure(left, stop)

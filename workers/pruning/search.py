@@ -156,9 +156,9 @@ def search(
     set of deletions, and then, on the best of each count, one other action after the other.
 
     `scores` are the blocks' cosine scores, highest most redundant; annealing tries the most redundant set of each
-    count. `evaluations` bounds the sets that annealing visits, beyond greedy's, which it always takes; so does
-    `out_of_time`, which it asks before every step. `on_progress` receives the fraction done and the best set of the
-    current count after every batch of sets (the base while greedy goes ahead), and may raise to stop.
+    count. `evaluations` bounds the sets that annealing measures, if only in part; greedy's, which go ahead, it always
+    takes. So does `out_of_time`, which it asks before every step. `on_progress` receives the fraction done and the best
+    set of the current count after every batch of sets (the base while greedy goes ahead), and may raise to stop.
 
     With `acceptable`, the walk ends before `remove` once the best sets of two counts in a row are not. Annealing and
     exhaustive search walk as far as greedy, which goes ahead of them.
@@ -279,22 +279,22 @@ def _annealing(walk: _Walk, scores: Sequence[float], evaluations: int, seed: int
             memo(starts)
             walk.report(count, 0.0)
             levels_left = walk.remove - count + 1
-            spare = evaluations - len(memo.visited)
+            spare = evaluations - len(memo.asked)
             # What is kept back for the higher counts is worth more there: they have more sets.
             _anneal(walk, count, spare // levels_left, rng)
         yield count
 
 
 def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random) -> None:
-    """Swap blocks of the best set of `count` until `evaluations` more sets were visited or no neighbour is new."""
+    """Swap blocks of the best set of `count` until `evaluations` more sets were measured or no neighbour is new."""
     memo = walk.memo
     current = memo.best(count)
     same_count = sorted(loss for removed, loss in memo.visited.items() if len(removed) == count)
     # The typical gap between a good set and the next: hot enough to leave a local minimum, no hotter.
     first = max(same_count[len(same_count) // 4] - same_count[0], 1e-9)
-    last_visited = len(memo.visited) + evaluations
-    while len(memo.visited) < last_visited:
-        remaining = last_visited - len(memo.visited)
+    last_asked = len(memo.asked) + evaluations
+    while len(memo.asked) < last_asked:
+        remaining = last_asked - len(memo.asked)
         temperature = first * COOLING ** (1 - remaining / evaluations)
         proposals = _swaps(walk, current, min(PROPOSALS, remaining), rng)
         if not proposals:
