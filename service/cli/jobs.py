@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,8 +26,8 @@ from service.cli.connection import (
 )
 from service.cli.display import artifact_table, job_page, job_table
 from service.cli.progress import LiveProgress
-from service.client import Client
-from service.contract.jobs import Job, JobStatus, StageName
+from service.client import Client, ClientJob
+from service.contract.jobs import Artifact, Job, JobStatus, StageName
 
 
 def submit(
@@ -121,7 +120,7 @@ def watch(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json
     _exit_with(ended)
 
 
-def follow(client: Client, job_id: str) -> Job:
+def follow(client: Client, job_id: str) -> ClientJob:
     """Show progress until the job ends, and return it as it ended."""
     with LiveProgress(console) as progress:
         for event in client.events(job_id):
@@ -236,26 +235,11 @@ def download(
 
 def fetch(client: Client, job_id: str, folder: Path, stage: StageName, only: str) -> list[Path]:
     """Download a stage's files whose names begin with `only` below `folder`, with a progress bar."""
-    wanted = [file for file in client.artifacts(job_id, stage=stage) if file.name.startswith(only)]
-    targets = [_below(folder, file.name) for file in wanted]
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    done = 0
     with Progress(*columns, console=errors, transient=True) as progress:
-        bar = progress.add_task("", total=sum(artifact.size for artifact in wanted))
+        bar = progress.add_task("", total=None)
 
-        def show(done: int, held: int) -> None:
-            progress.update(bar, completed=done + held)
+        def show(artifact: Artifact, held: int) -> None:
+            progress.update(bar, description=artifact.name, total=artifact.size, completed=held)
 
-        for artifact, target in zip(wanted, targets, strict=True):
-            progress.update(bar, description=artifact.name)
-            client.download(job_id, artifact, target, on_bytes=partial(show, done))
-            done += artifact.size
-    return targets
-
-
-def _below(folder: Path, name: str) -> Path:
-    """Where an artifact goes. A service may not choose a place outside the folder."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        fail(f"the service names an artifact {name!r}, which would lie outside {folder}; nothing was downloaded")
-    return folder / relative
+        return client.download_all(job_id, folder, stage=stage, only=only, on_bytes=show)
