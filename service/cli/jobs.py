@@ -29,10 +29,12 @@ from service.cli.progress import LiveProgress
 from service.client import Client, ClientJob
 from service.contract.jobs import Artifact, Job, JobStatus, StageName
 
+Watch = Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")]
+
 
 def submit(
     spec: Annotated[Path, typer.Argument(help="The job as YAML or JSON; `-` reads standard input.", metavar="SPEC")],
-    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    watch: Watch = False,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: Json = False,
@@ -44,22 +46,27 @@ def submit(
 
     Example: `echo '{model: reference, prefill: {remove_blocks: 2}, decode: {remove_blocks: 4}}' | pdtrim submit -`
     """
-    body = _read_spec(spec)
+    body = read_spec(spec)
     with connected(url, api_key) as client:
-        job = client.create(body)
-        if watch:
-            job = follow(client, job.id)
-        if as_json:
-            print_json(job)
-        elif watch:
-            console.print(job_page(job))
-        else:
-            console.print(job.id, highlight=False)
+        submitted(client, client.create(body), watch=watch, as_json=as_json)
+
+
+def submitted(client: Client, job: Job, *, watch: bool, as_json: bool) -> None:
+    """Print a new job's id, or follow it to its end first. Raises: typer.Exit where it does not succeed."""
+    if watch:
+        job = follow(client, job.id)
+    if as_json:
+        print_json(job)
+    elif watch:
+        console.print(job_page(job))
+    else:
+        console.print(job.id, highlight=False)
     if watch:
         _exit_with(job)
 
 
-def _read_spec(path: Path) -> dict[str, Any]:
+def read_spec(path: Path) -> dict[str, Any]:
+    """A job's specification as it is written. What cannot be read ends the command."""
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
         body = yaml.safe_load(text)
