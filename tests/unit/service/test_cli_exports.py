@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,10 +127,7 @@ def test_a_shell_completes_commands_and_the_ids_of_jobs(gateway: LiveGateway, se
     def completed(words: str) -> list[str]:
         """What bash is offered for the last word."""
         asked = {"_PDTRIM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        environment = {**os.environ, **asked, "PDTRIM_URL": gateway.url}
-        code = "from service.cli import app; app(prog_name='pdtrim')"
-        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        return found.stdout.split()
+        return CliRunner().invoke(app, [], prog_name="pdtrim", env=asked | {"PDTRIM_URL": gateway.url}).output.split()
 
     assert completed("pdtrim fro") == ["frontier"]
     assert completed("pdtrim compare job_") == [searched]
