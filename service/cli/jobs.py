@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from service.cli.connection import (
@@ -54,7 +55,8 @@ def submit(
 def submitted(client: Client, job: Job, *, watch: bool, as_json: bool) -> None:
     """Print a new job's id, or follow it to its end first. Raises: typer.Exit where it does not succeed."""
     if watch:
-        job = follow(client, job.id)
+        # JSON is alone on standard output.
+        job = follow(client, job.id, errors if as_json else console)
     if as_json:
         print_json(job)
     elif watch:
@@ -127,9 +129,9 @@ def watch(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json
     _exit_with(ended)
 
 
-def follow(client: Client, job_id: str) -> ClientJob:
+def follow(client: Client, job_id: str, to: Console = console) -> ClientJob:
     """Show progress until the job ends, and return it as it ended."""
-    with LiveProgress(console) as progress:
+    with LiveProgress(to) as progress:
         for event in client.events(job_id):
             progress.show(event)
     return client.get(job_id)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,6 +56,7 @@ def test_a_frontier_is_shown_and_another_export_cut_from_it(pdtrim: Pdtrim, sear
     unified = json.loads(pdtrim("export", searched, "--unified", "1", "--json").output)
 
     assert json.loads(pdtrim("show", pair, "--json").output)["cut_from"] == searched
+    assert f"cut from the frontier of {searched}" in pdtrim("show", pair).output
     assert [unified["spec"][half]["remove_blocks"] for half in ("prefill", "decode")] == [1, 1]
     refused = pdtrim("export", searched, "--prefill", "2", "--decode", "5")
     assert (refused.exit_code, "it has 2, 3, 4" in refused.output) == (1, True)
@@ -130,10 +128,7 @@ def test_a_shell_completes_commands_and_the_ids_of_jobs(gateway: LiveGateway, se
     def completed(words: str) -> list[str]:
         """What bash is offered for the last word."""
         asked = {"_PDTRIM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        environment = {**os.environ, **asked, "PDTRIM_URL": gateway.url}
-        code = "from service.cli import app; app(prog_name='pdtrim')"
-        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        return found.stdout.split()
+        return CliRunner().invoke(app, [], prog_name="pdtrim", env=asked | {"PDTRIM_URL": gateway.url}).output.split()
 
     assert completed("pdtrim fro") == ["frontier"]
     assert completed("pdtrim compare job_") == [searched]
