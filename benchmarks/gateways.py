@@ -117,8 +117,8 @@ def serve() -> None:
     app = create_app(settings)
     engine = connect(settings.database_url)
     with transaction(engine) as session:
-        row, stages = jobs.insert_new(session, JobSpec.model_validate(SPEC), project="nothing", model_revision=None)
-        shown = views.job(row, stages)
+        row = jobs.create(session, JobSpec.model_validate(SPEC), project="nothing")
+        shown = views.job(row, jobs.stages(session, [row.id])[row.id])
         session.rollback()
     engine.dispose()
 
