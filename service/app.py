@@ -12,9 +12,10 @@ from fastapi.telemetry import TelemetryConfig
 
 from service.api import artifacts, events, health, hub, jobs, methods, metrics, problems, webhooks
 from service.api.access import AccessLog
-from service.api.auth import Access, warn_if_open
+from service.api.auth import Access, Gate, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
+from service.api.sessions import Sessions
 from service.db.session import connect, migrate
 from service.metrics import GatewayMetrics
 from service.reconciler import Reconciler
@@ -54,6 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.metrics = GatewayMetrics()
+    app.state.gate, app.state.sessions = Gate(settings), Sessions(settings.session_secret)
     nouns = (jobs, events, artifacts, webhooks, methods, health, metrics)
     for router in (noun.router for noun in nouns):
         app.include_router(router)
@@ -62,7 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.document(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Access, settings=settings)
+    app.add_middleware(Access, gate=app.state.gate, sessions=app.state.sessions)
     app.add_middleware(RequestIds)
     app.add_middleware(AccessLog, metrics=app.state.metrics)
     return app

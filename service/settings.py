@@ -50,6 +50,12 @@ class Settings(BaseSettings):
     failed_auth_limit: Rate = Field(
         default="30/minute", description="Keys that do not open which an address may send before it has to wait."
     )
+    session_secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="Encrypts the dashboard's session cookies, at least 32 characters; every gateway needs the same one. "
+        "By default each makes up its own when it starts.",
+    )
     max_running_jobs: int | None = Field(
         default=None, ge=1, description="Jobs of a project that run at once; the others wait. By default any number."
     )
