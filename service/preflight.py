@@ -56,8 +56,8 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermed
 """Keys of a configuration that only a mixture of experts has."""
 
 
-def check(spec: JobSpec, settings: Settings) -> str | None:
-    """The commit that a hub model's revision names now, None for other models, if the job can be run.
+def check(spec: JobSpec, settings: Settings) -> ModelDescription:
+    """The job's model, if the job can be run; its `revision` is the commit that a hub model's revision names now.
 
     Raises: NoSuchQueue, InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge, ModelUnsupported,
     TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not answer, as the
@@ -71,7 +71,7 @@ def check(spec: JobSpec, settings: Settings) -> str | None:
     _check_text(spec.data, settings)
     _check_tasks(spec, settings)
     check_config(spec, model.config)
-    return model.revision
+    return model
 
 
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
@@ -87,11 +87,7 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
         raise ModelUnsupported(
             "The model's weights are quantised; give the model in bfloat16, float16 or float32.", param="model.source"
         )
-    count = next((key for key in BLOCK_COUNTS if key in config), BLOCK_COUNTS[0])
-    blocks = config.get(count)
-    if type(blocks) is not int or blocks < 1:
-        raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
-    check_blocks(spec, blocks)
+    check_blocks(spec, num_blocks(config))
     for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
         _check_mlp_width(stage, target, config)
     if spec.kv_tokens is not None and kind in OTHER_ATTENTION:
@@ -109,6 +105,15 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
             "tokens.",
             param="calibration.window_tokens",
         )
+
+
+def num_blocks(config: Mapping[str, Any]) -> int:
+    """How many blocks a model has by its `config.json`. Raises: ModelUnsupported."""
+    count = next((key for key in BLOCK_COUNTS if key in config), BLOCK_COUNTS[0])
+    blocks = config.get(count)
+    if type(blocks) is not int or blocks < 1:
+        raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
+    return blocks
 
 
 def _may_be_decoder_only(config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,18 @@ class StoredInput:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Parent:
+    """The job from whose frontier this one was cut: what its run of the same stage found, and where that kept state.
+
+    The artifacts that it left are among the inputs, under the same stage's name.
+    """
+
+    job_id: str
+    metrics: dict[str, Any]
+    state_prefix: str
+
+
 @dataclass
 class StageContext:
     """One run of one stage. `check` raises when the stage must stop; `publish` announces progress."""
@@ -52,6 +65,8 @@ class StageContext:
     publish: Report
     fan_out: FanOut | None = None
     """Shares the search's evaluations with other workers, where the job asks for it."""
+    parent: Parent | None = None
+    """Where the stage's work was done before, if this job was cut from another."""
     _reported_at: float = field(default=0.0, init=False)
 
     @property
@@ -110,11 +125,15 @@ class StageContext:
         self.store.put_bytes(f"{self.state_prefix}/{name}", data)
 
     def load_state(self, name: str) -> bytes | None:
-        """What an earlier attempt kept, or None. Raises: StoreUnavailable."""
-        try:
-            return self.store.get_bytes(f"{self.state_prefix}/{name}")
-        except ObjectNotFound:
-            return None
+        """What an earlier attempt kept, or else the parent's run of this stage, or None. Raises: StoreUnavailable."""
+        for prefix in self._states:
+            with suppress(ObjectNotFound):
+                return self.store.get_bytes(f"{prefix}/{name}")
+        return None
+
+    @property
+    def _states(self) -> list[str]:
+        return [self.state_prefix, *([] if self.parent is None else [self.parent.state_prefix])]
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors as `save_state` keeps bytes; as a file, since in memory they would be there twice."""
@@ -124,14 +143,14 @@ class StageContext:
         path.unlink()
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What `save_tensors` kept, or None. Raises: StoreUnavailable."""
+        """What `save_tensors` kept, as `load_state` finds it. Raises: StoreUnavailable."""
         path = self.workdir / f"kept-{name}"
-        try:
-            self.store.download(f"{self.state_prefix}/{name}", path)
-        except ObjectNotFound:
-            return None
-        # The tensors lie in the file, which goes with the folder.
-        return load_file(path)
+        for prefix in self._states:
+            with suppress(ObjectNotFound):
+                self.store.download(f"{prefix}/{name}", path)
+                # The tensors lie in the file, which goes with the folder.
+                return load_file(path)
+        return None
 
     def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file of any size. Raises: as `report`."""

@@ -18,7 +18,7 @@ from sqlmodel import Session
 from structlog.contextvars import bound_contextvars
 
 from service import queue, tracing
-from service.contract.errors import PDTrimError
+from service.contract.errors import JobNotFound, ParentDeleted, PDTrimError
 from service.contract.jobs import ErrorInfo, StageName
 from service.contract.spec import JobSpec
 from service.db import artifacts, jobs, stages
@@ -28,14 +28,14 @@ from service.db.tables import ArtifactRow, JobRow
 from service.settings import Settings
 from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
-from workers.context import Report, StageContext, StoredInput
+from workers.context import Parent, Report, StageContext, StoredInput
 from workers.fanout import FanOut
 from workers.faults import PatientStore, may_pass, patient
 from workers.lease import Lease, StopRequested, WorkerStopping
 from workers.metrics import Outcome, WorkerMetrics
 from workers.scratch import attempt_folder
 from workers.sources import model_folder, text_documents
-from workers.stages import STAGES
+from workers.stages import STAGES, TAKEN_OVER
 
 MANIFEST = "manifest.json"
 VERSIONED = ("pdtrim-service", "torch", "transformers", "tokenizers", "safetensors")
@@ -197,9 +197,12 @@ def _execute(worker: Worker, held: Claim, check: Check) -> StageResult:
     assert worker.settings.scratch_dir is not None
     with attempt_folder(worker.settings.scratch_dir, held) as workdir:
         context = stage_context(worker, held, workdir, check, _publisher(worker, held))
-        if held.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
+        run = STAGES[held.stage]
+        if context.parent is not None:
+            run = TAKEN_OVER[held.stage]
+        elif held.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
             context.fan_out = FanOut(worker.engine, worker.settings, held, workers=workers, check=check)
-        metrics = STAGES[held.stage](context)
+        metrics = run(context)
         return _push(worker, held, context.out, metrics, check)
 
 
@@ -218,11 +221,14 @@ def _publisher(worker: Worker, held: Claim) -> Report:
 def stage_context(worker: Worker, held: Claim, workdir: Path, check: Check, publish: Report) -> StageContext:
     """What a stage, or who helps with it, may touch; the model's files are fetched. Raises: as `model_folder`."""
 
-    def read(session: Session) -> tuple[JobRow, list[ArtifactRow]]:
+    def read(session: Session) -> tuple[JobRow, list[ArtifactRow], Parent | None]:
+        job = jobs.get(session, held.job_id)
         recorded = [row for name in StageName for row in artifacts.of_stage(session, held.job_id, name)]
-        return jobs.get(session, held.job_id), recorded
+        if job.cut_from is None or held.stage not in TAKEN_OVER:
+            return job, recorded, None
+        return job, recorded + artifacts.of_stage(session, job.cut_from, held.stage), _parent(session, job, held.stage)
 
-    job, recorded = worker.transact(read)
+    job, recorded, parent = worker.transact(read)
     spec = JobSpec.model_validate(job.spec)
     publish(0.0, "Loading the model.", {})
     return StageContext(
@@ -237,7 +243,22 @@ def stage_context(worker: Worker, held: Claim, workdir: Path, check: Check, publ
         documents=lambda: text_documents(spec.data, worker.settings, check),
         check=check,
         publish=publish,
+        parent=parent,
     )
+
+
+def _parent(session: Session, job: JobRow, stage: StageName) -> Parent:
+    """What the job that another was cut from has of a stage. Raises: ParentDeleted."""
+    assert job.cut_from is not None
+    try:
+        jobs.get(session, job.cut_from)
+    except JobNotFound as error:
+        raise ParentDeleted(
+            f"Job {job.cut_from}, from whose frontier this one was cut, was deleted before its results were taken "
+            "over. Cut the export from another job, or submit it as a job of its own."
+        ) from error
+    found = next(row for row in jobs.stages(session, [job.cut_from])[job.cut_from] if row.name == stage)
+    return Parent(job.cut_from, found.metrics, f"{job_prefix(job.cut_from)}/{stage}/state")
 
 
 def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], check: Check) -> StageResult:

@@ -86,6 +86,7 @@ JOB: dict[str, Any] = {
     "spec": REQUESTS["pair"]["value"],
     "queue": "default",
     "metadata": {"team": "serving"},
+    "cut_from": None,
     "stages": [SCORING, REMOVAL, *({**WAITING, "name": name} for name in ("distillation", "export", "evaluation"))],
     "error": None,
     "model_revision": None,
@@ -94,6 +95,21 @@ JOB: dict[str, Any] = {
     "started_at": "2026-01-05T10:00:01Z",
     "finished_at": None,
     "estimated_finish": "2026-01-05T10:01:40Z",
+}
+CUT_JOB: dict[str, Any] = {
+    **JOB,
+    "id": "job_0198a41b7c3f7d90a1b2c3d4e5f60718",
+    "status": "queued",
+    "spec": {**REQUESTS["pair"]["value"], "prefill": {"remove_blocks": 2}, "decode": {"remove_blocks": 3}},
+    "cut_from": JOB_ID,
+    "stages": [
+        {**WAITING, "name": "scoring", "status": "queued"},
+        *({**WAITING, "name": name} for name in ("removal", "distillation", "export", "evaluation")),
+    ],
+    "versions": {},
+    "created_at": "2026-01-05T11:00:00Z",
+    "started_at": None,
+    "estimated_finish": None,
 }
 JOBS: dict[str, Any] = {"object": "list", "data": [JOB], "has_more": False, "first_id": JOB_ID, "last_id": JOB_ID}
 
@@ -125,6 +141,79 @@ ARTIFACTS: dict[str, Any] = {
     "has_more": False,
     "first_id": ARTIFACT["id"],
     "last_id": ARTIFACT["id"],
+}
+EXPORT_REQUESTS: dict[str, Any] = {
+    "pair": {
+        "summary": "The same prefill half, and a decode half that gives up one block less",
+        "value": {"prefill": {"remove_blocks": 2}, "decode": {"remove_blocks": 3}},
+    },
+    "unified": {
+        "summary": "One checkpoint for both halves, with labels of its own",
+        "value": {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 1}, "metadata": {"tier": "careful"}},
+    },
+}
+
+
+def _point(removed: list[int], loss: float) -> dict[str, Any]:
+    return {
+        "remove_blocks": len(removed),
+        "removed": removed,
+        "distilled": {},
+        "loss": loss,
+        "perplexity_increase": None,
+    }
+
+
+POINTS: list[dict[str, Any]] = [_point([], 0.0), _point([5], 0.048), _point([2, 5], 0.121)]
+FRONTIER: dict[str, Any] = {
+    "object": "frontier",
+    "job_id": JOB_ID,
+    "objective": "kl",
+    "chosen": {"prefill": POINTS[-1], "decode": _point([2, 5, 8, 9], 0.294)},
+    "unified": POINTS,
+    "prefill": POINTS,
+    "decode": [_point([2, 5], 0.118), _point([2, 5, 9], 0.187), _point([2, 5, 8, 9], 0.294)],
+}
+ESTIMATE: dict[str, Any] = {
+    "object": "estimate",
+    "architecture": "llama",
+    "model_revision": None,
+    "dense": {
+        "role": "dense",
+        "blocks": 12,
+        "parameters": 5_515_760,
+        "bytes": 11_031_520,
+        "kv_bytes_per_token": 3072,
+    },
+    "checkpoints": [
+        {
+            "role": "prefill",
+            "blocks": 10,
+            "parameters": 4_727_540,
+            "bytes": 9_455_080,
+            "kv_bytes_per_token": 2560,
+        },
+        {
+            "role": "decode",
+            "blocks": 8,
+            "parameters": 3_939_320,
+            "bytes": 7_878_640,
+            "kv_bytes_per_token": 2048,
+        },
+    ],
+    "evaluations": {"prefill": 174, "decode": 170, "control": 193},
+    "memory_bytes": {"search": 11_031_520, "distillation": 92_992_160},
+    "earlier": {
+        "job_id": JOB_ID,
+        "seconds": {"scoring": 8.1, "removal": 61.3, "distillation": 190.4, "export": 4.0, "evaluation": 21.7},
+    },
+    "warnings": [
+        {
+            "message": "Prefill and decode get different depths: the serving side has to hand over the KV cache by "
+            "`kv_layer_map` of pdtrim.json. Equal counts give one checkpoint that every runtime serves.",
+            "param": "prefill.remove_blocks",
+        }
+    ],
 }
 WEBHOOK_REQUESTS: dict[str, Any] = {
     "ends": {

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
+from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
 from service.contract.errors import InvalidIdempotencyKey
-from service.contract.spec import JobSpec
 from service.db import idempotency
 from service.db.idempotency import Answered, Reservation
 from service.db.session import transaction
@@ -59,23 +59,25 @@ async def _key(
 IdempotencyKey = Annotated[str | None, Depends(_key)]
 
 
-def fingerprint(spec: JobSpec) -> str:
-    """SHA-256 of what a body says, whatever its order and spacing."""
-    said = spec.model_dump(mode="json", exclude_unset=True)
+def fingerprint(body: BaseModel, cut_from: str | None = None) -> str:
+    """SHA-256 of what a body says, whatever its order and spacing, and of the job that it is about, if it is."""
+    said = body.model_dump(mode="json", exclude_unset=True)
+    if cut_from is not None:
+        said = {"cut_from": cut_from, "body": said}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
-def reserved(engine: Engine, project: str, key: str | None, spec: JobSpec) -> Iterator[Reservation | Answered | None]:
+def reserved(engine: Engine, project: str, key: str | None, said: str) -> Iterator[Reservation | Answered | None]:
     """The right to create a job under `key`, or the answer given before; None without a key.
 
-    A block that raises frees the key. Raises: IdempotencyKeyReused, RequestInFlight.
+    `said` is the body's fingerprint. A block that raises frees the key. Raises: IdempotencyKeyReused, RequestInFlight.
     """
     if key is None:
         yield None
         return
     with transaction(engine) as session:
-        held = idempotency.reserve(session, project, key, fingerprint(spec))
+        held = idempotency.reserve(session, project, key, said)
     try:
         yield held
     except Exception:

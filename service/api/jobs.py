@@ -7,21 +7,27 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from service import preflight, queue
 from service.api import examples, views
 from service.api.auth import declared
-from service.api.deps import AfterJob, ApiKeyPrefix, EngineDep, JobId, Limit, Project, SettingsDep, json_only
-from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, reserved
-from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
+from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep, json_only
+from service.api.problems import documented
+from service.api.submission import (
+    BODY_REFUSALS,
+    HEADERS,
+    PREFLIGHT_REFUSALS,
+    SUBMISSION_REFUSALS,
+    NewJob,
+    Submit,
+)
 from service.contract.errors import (
     ArtifactQuotaExceeded,
     CursorNotFound,
     DependencyUnavailable,
-    IdempotencyKeyReused,
-    InvalidIdempotencyKey,
     InvalidRequest,
     JobNotCancellable,
     JobNotDeletable,
@@ -29,26 +35,28 @@ from service.contract.errors import (
     JobNotPausable,
     JobNotResumable,
     MissingScope,
-    ModelTooLarge,
-    ModelUnsupported,
-    NoSuchQueue,
     QueueQuotaExceeded,
-    RequestInFlight,
-    SourceNotAllowed,
-    SourceUnreadable,
-    TooManyBlocks,
     Unauthorized,
 )
-from service.contract.jobs import Job, JobStatus, Page, StageName
-from service.contract.spec import JobSpec, MetadataKey, MetadataValue
-from service.db import deletion, idempotency, jobs
-from service.db.idempotency import Answered
+from service.contract.estimate import Estimate
+from service.contract.jobs import Job, JobStatus, Page
+from service.contract.spec import JobSpec, Labels
+from service.db import deletion, jobs
 from service.db.session import transaction
+from service.estimate import estimate
 
+
+class _JobConvertor(StringConvertor):
+    """What may stand for a job in a path: not `estimate`, which is a route of its own and takes POST alone."""
+
+    regex = "(?!estimate$)[^/]+"
+
+
+register_url_convertor("job", _JobConvertor())
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared])
 
 FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
-Labels = TypeAdapter(Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)])
+LABELS: TypeAdapter[dict[str, str]] = TypeAdapter(Labels)
 
 
 async def metadata_filter(request: Request) -> dict[str, str]:
@@ -57,7 +65,7 @@ async def metadata_filter(request: Request) -> dict[str, str]:
         (match[1], value) for name, value in request.query_params.multi_items() if (match := FILTER.fullmatch(name))
     ]
     try:
-        return Labels.validate_python(dict(pairs))
+        return LABELS.validate_python(dict(pairs))
     except ValidationError as error:
         found = [{**one, "loc": ("query", "metadata", *one["loc"])} for one in error.errors()]
         raise RequestValidationError(found) from error
@@ -71,67 +79,42 @@ async def metadata_filter(request: Request) -> dict[str, str]:
     response_model=Job,
     dependencies=[Depends(json_only)],
     responses={
-        201: {
-            **examples.response(examples.JOB, "The job, queued."),
-            "headers": {
-                "Location": {"description": "Path of the job.", "schema": {"type": "string"}},
-                **REPLAYED_HEADER,
-            },
-        },
-        **documented(
-            MalformedBody,
-            InvalidIdempotencyKey,
-            Unauthorized,
-            MissingScope,
-            RequestInFlight,
-            IdempotencyKeyReused,
-            BodyTooLarge,
-            UnsupportedMediaType,
-            InvalidRequest,
-            SourceNotAllowed,
-            SourceUnreadable,
-            ModelTooLarge,
-            ModelUnsupported,
-            TooManyBlocks,
-            NoSuchQueue,
-            QueueQuotaExceeded,
-            ArtifactQuotaExceeded,
-            DependencyUnavailable,
-        ),
+        201: {**examples.response(examples.JOB, "The job, queued."), "headers": HEADERS},
+        **documented(*SUBMISSION_REFUSALS),
     },
 )
 def create_job(
+    spec: Annotated[JobSpec, Body(openapi_examples=examples.REQUESTS)], settings: SettingsDep, submit: Submit
+) -> Job:
+    """Check what can be checked without weights, then queue a job that scores, removes, distils, exports, evaluates."""
+    return submit(spec, lambda: NewJob(spec, preflight.check(spec, settings).revision))
+
+
+@router.post(
+    "/estimate",
+    summary="Estimate a job",
+    operation_id="estimate_job",
+    response_model=Estimate,
+    dependencies=[Depends(json_only)],
+    responses={
+        200: examples.response(examples.ESTIMATE, "What the job would make and take. Nothing is queued."),
+        **documented(*BODY_REFUSALS, *PREFLIGHT_REFUSALS),
+    },
+)
+def estimate_job(
     spec: Annotated[JobSpec, Body(openapi_examples=examples.REQUESTS)],
-    response: Response,
     settings: SettingsDep,
     engine: EngineDep,
     project: Project,
-    api_key: ApiKeyPrefix,
-    idempotency_key: IdempotencyKey,
-) -> Job:
-    """Check what can be checked without weights, then queue a job that scores, removes, distils, exports, evaluates."""
-    with reserved(engine, project, idempotency_key, spec) as held:
-        if isinstance(held, Answered):
-            response.headers.update({"Location": f"/v1/jobs/{held.job_id}", REPLAYED: "true"})
-            return Job.model_validate(held.response)
-        revision = preflight.check(spec, settings)
-        with transaction(engine) as session:
-            row, stages, sent = jobs.insert_new(
-                session,
-                spec,
-                project=project,
-                api_key=api_key,
-                limits=settings.quotas,
-                model_revision=revision,
-                default_queue=settings.queues[0],
-            )
-            shown = views.job(row, stages)
-            if held is not None:
-                idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
-    if sent:
-        queue.try_to_send(settings, row.id, StageName.SCORING, row.route)
-    response.headers["Location"] = f"/v1/jobs/{row.id}"
-    return shown
+) -> Estimate:
+    """Check a job as `POST /v1/jobs` does, and say what would come of it: sizes, memory, sets to evaluate, warnings.
+
+    Times are those of the project's newest finished job on the same model, where there is one.
+    """
+    model = preflight.check(spec, settings)
+    with transaction(engine) as session:
+        earlier = jobs.newest_like(session, project, spec.model.source)
+    return estimate(spec, model, earlier)
 
 
 @router.get(
@@ -151,7 +134,7 @@ def create_job(
                 "description": "Only jobs that carry these labels: `metadata[team]=serving`.",
                 "style": "deepObject",
                 "explode": True,
-                "schema": {**Labels.json_schema(), "additionalProperties": False},
+                "schema": LABELS.json_schema(),
             }
         ]
     },
@@ -171,7 +154,7 @@ def list_jobs(
 
 
 @router.get(
-    "/{job_id}",
+    "/{job_id:job}",
     summary="Look at a job",
     operation_id="get_job",
     response_model=Job,
@@ -264,7 +247,7 @@ def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
 
 
 @router.delete(
-    "/{job_id}",
+    "/{job_id:job}",
     status_code=204,
     summary="Delete a job",
     operation_id="delete_job",

@@ -24,6 +24,7 @@ def job(row: JobRow, stages: Sequence[StageRow | Stage]) -> Job:
         stages=[Stage.model_validate(stage) for stage in stages],
         error=None if row.error is None else ErrorInfo.model_validate(row.error),
         model_revision=row.model_revision,
+        cut_from=row.cut_from,
         versions=row.versions,
         created_at=row.created_at,
         started_at=row.started_at,

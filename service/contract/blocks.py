@@ -11,6 +11,15 @@ def most_removable(spec: JobSpec, blocks: int) -> int:
     return blocks - max(1, len(spec.search.protect))
 
 
+def limits(spec: JobSpec, blocks: int) -> tuple[int, int]:
+    """The most of a model's `blocks` that prefill and decode may give up."""
+    most = most_removable(spec, blocks)
+    asked = (spec.prefill.remove_blocks, spec.decode.remove_blocks)
+    decode = most if asked[1] is None else asked[1]
+    # What prefill gives up, decode does too.
+    return min(most if asked[0] is None else asked[0], decode), decode
+
+
 def check_blocks(spec: JobSpec, blocks: int) -> None:
     """Hold the block counts and indices of a job against a model of `blocks` blocks.
 

@@ -67,6 +67,22 @@ class JobNotDeletable(PDTrimError):
     code, title, status = "job_not_deletable", "The job is neither finished nor paused", 409
 
 
+class NoFrontier(PDTrimError):
+    code, title, status = "no_frontier", "The job has no frontier yet", 409
+
+
+class NoSuchPoint(PDTrimError):
+    code, title, status = "no_such_point", "The frontier has no set of that size", 422
+
+
+class SetsNotNested(PDTrimError):
+    code, title, status = "sets_not_nested", "Decode would keep blocks that prefill gives up", 422
+
+
+class ParentDeleted(PDTrimError):
+    code, title, status = "parent_deleted", "The job that this one was cut from was deleted", 409
+
+
 class WebhookNotFound(PDTrimError):
     code, title, status = "webhook_not_found", "No such webhook", 404
 

@@ -117,6 +117,7 @@ class Job(Shown):
     spec: JobSpec
     queue: str = Field(default=DEFAULT_QUEUE, description="Where it waits for workers.")
     metadata: dict[str, str]
+    cut_from: str | None = Field(default=None, description="Job from whose frontier it was cut.")
     stages: list[Stage]
     error: ErrorInfo | None = None
     model_revision: str | None = Field(default=None, description="Commit that a hub revision resolved to.")

@@ -352,6 +352,11 @@ MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 MetadataValue = Annotated[str, Field(max_length=512, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
 
+Labels = Annotated[
+    dict[MetadataKey, MetadataValue], Field(max_length=16, json_schema_extra={"additionalProperties": False})
+]
+
+
 class JobSpec(SpecModel):
     """One pruning job. Prefill may not give up more blocks than decode; equal sets and widths give one checkpoint."""
 
@@ -401,12 +406,7 @@ class JobSpec(SpecModel):
         examples=[86400],
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Everything random follows from it.")
-    metadata: dict[MetadataKey, MetadataValue] = Field(
-        default_factory=dict,
-        max_length=16,
-        description="Your own labels; jobs can be listed by them.",
-        json_schema_extra={"additionalProperties": False},
-    )
+    metadata: Labels = Field(default_factory=dict, description="Your own labels; jobs can be listed by them.")
 
     @model_validator(mode="after")
     def _decode_removes_what_prefill_removes(self) -> Self:

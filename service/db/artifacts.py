@@ -43,3 +43,10 @@ def of_stage(session: Session, job_id: str, stage: StageName) -> list[ArtifactRo
             .order_by(col(ArtifactRow.name))
         ).all()
     )
+
+
+def named(session: Session, job_id: str, stage: StageName, name: str) -> ArtifactRow | None:
+    """The artifact of that name, if the stage has recorded it."""
+    return session.exec(
+        select(ArtifactRow).where(ArtifactRow.job_id == job_id, ArtifactRow.stage == stage, ArtifactRow.name == name)
+    ).first()

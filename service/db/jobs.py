@@ -28,6 +28,7 @@ from service.db import events, quotas
 from service.db.tables import JobRow, StageRow, now
 
 EXISTS = col(JobRow.deleted_at).is_(None)
+LOOKED_THROUGH = 100
 
 
 def create(
@@ -38,6 +39,7 @@ def create(
     api_key: str | None = None,
     limits: Quotas = quotas.NONE,
     model_revision: str | None = None,
+    cut_from: str | None = None,
     default_queue: str = DEFAULT_QUEUE,
 ) -> JobRow:
     """As `insert_new`; returns the row, to go on with it in the session."""
@@ -48,6 +50,7 @@ def create(
         api_key=api_key,
         limits=limits,
         model_revision=model_revision,
+        cut_from=cut_from,
         default_queue=default_queue,
     )
     return session.get_one(JobRow, row.id)
@@ -62,6 +65,7 @@ def insert_new(
     limits: Quotas,
     model_revision: str | None,
     default_queue: str,
+    cut_from: str | None = None,
 ) -> tuple[JobRow, list[Stage], bool]:
     """Insert a job, its stages and its first event. Returns, beside job and stages, whether the first of them is to be
     sent after the commit, rather than held back until fewer others run.
@@ -81,6 +85,7 @@ def insert_new(
         spec=spec.model_dump(mode="json"),
         labels=dict(spec.metadata),
         model_revision=model_revision,
+        cut_from=cut_from,
         last_event=1,
     )
     first = {"status": StageStatus.QUEUED, **_sending(sent)}
@@ -93,7 +98,8 @@ def insert_new(
     connection = session.connection()
     connection.execute(insert(JobRow), job.model_dump())
     connection.execute(insert(StageRow), stages)
-    events.begin(session, job, "job.created", "Job created.")
+    message = "Job created." if cut_from is None else f"Job created, cut from the frontier of {cut_from}."
+    events.begin(session, job, "job.created", message)
     return job, [Stage.model_validate(stage) for stage in stages], sent
 
 
@@ -184,6 +190,26 @@ def page(
         query = query.where(JobRow.id < after)
     rows = session.exec(query.order_by(col(JobRow.id).desc()).limit(limit + 1)).all()
     return list(rows[:limit]), len(rows) > limit
+
+
+def newest_like(session: Session, project: str, source: str) -> tuple[str, list[StageRow]] | None:
+    """The newest of the project's last jobs that succeeded on a model, and its stages; none that was cut."""
+    recent = (
+        select(JobRow.id)
+        .where(JobRow.project == project, JobRow.status == JobStatus.SUCCEEDED, EXISTS, col(JobRow.cut_from).is_(None))
+        .order_by(col(JobRow.id).desc())
+        .limit(LOOKED_THROUGH)
+        .subquery()
+    )
+    on_model = col(JobRow.spec)["model"]["source"].as_string() == source
+    found = session.exec(
+        select(JobRow.id)
+        .join(recent, recent.c.id == JobRow.id)
+        .where(on_model)
+        .order_by(col(JobRow.id).desc())
+        .limit(1)
+    ).first()
+    return None if found is None else (found, stages(session, [found])[found])
 
 
 def _labelled(session: Session, labels: Mapping[str, str]) -> list[ColumnElement[bool]]:

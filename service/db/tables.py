@@ -64,6 +64,7 @@ class JobRow(SQLModel, table=True):
 
     With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row.
     `api_key` is the prefix of the key that it was made with, `artifact_bytes` the size of what its stages recorded.
+    `cut_from` is the job from whose frontier it was cut, which may be gone.
     PostgreSQL has an index of `labels` too.
     """
 
@@ -84,6 +85,7 @@ class JobRow(SQLModel, table=True):
     spec: dict[str, Any] = Field(sa_type=JSON)
     labels: dict[str, str] = Field(sa_type=JSON)
     model_revision: str | None = None
+    cut_from: str | None = Field(default=None, max_length=40)
     versions: dict[str, str] = Field(default_factory=dict, sa_type=JSON)
     error: dict[str, Any] | None = Field(default=None, sa_type=RedactedJson)
     last_event: int = 0

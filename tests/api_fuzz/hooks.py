@@ -7,6 +7,8 @@ from schemathesis.core.failures import Failure
 from schemathesis.core.transport import Response
 from schemathesis.openapi.checks import RejectedPositiveData
 
+TAKE_SPECIFICATIONS = ("create_job", "estimate_job", "create_export")
+
 
 @schemathesis.hook
 def filter_failure(
@@ -18,4 +20,5 @@ def filter_failure(
     """
     if not isinstance(failure, RejectedPositiveData) or response.status_code != 422:
         return True
-    return response.json()["code"] == "invalid_request" and case.operation.definition.raw["operationId"] != "create_job"
+    refused = response.json()["code"] == "invalid_request"
+    return refused and case.operation.definition.raw["operationId"] not in TAKE_SPECIFICATIONS

@@ -5,6 +5,7 @@ With and without a key in turn, each round with its own seed, until the gateway 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,7 @@ from service.settings import Settings
 from tests import servers
 from tests.gateway import write_model
 from tests.live_gateway import LiveGateway, live
+from tests.plans import plan
 
 HOOKS = Path(__file__).with_name("hooks.py")
 PROGRAM = Path(sysconfig.get_path("scripts")) / "schemathesis"
@@ -52,11 +54,17 @@ class Target:
             f"[dictionaries.{name}]\nvalues = {values}\n"
             for name, values in (("jobs", [self.job]), ("artifacts", self.artifacts))
         ]
+        of_job, of_artifact = (
+            f'parameters.{name}_id = {{dictionary = "{name}s", probability = 0.8}}\n' for name in ("job", "artifact")
+        )
         operations = [
-            f'[[operations]]\ninclude-operation-id = "{operation}"\n'
-            'parameters.job_id = {dictionary = "jobs", probability = 0.8}\n'
-            'parameters.artifact_id = {dictionary = "artifacts", probability = 0.8}\n'
-            for operation in ("get_artifact_content", "head_artifact_content")
+            f'[[operations]]\ninclude-operation-id = "{operation}"\n{parameters}'
+            for operation, parameters in (
+                ("get_artifact_content", of_job + of_artifact),
+                ("head_artifact_content", of_job + of_artifact),
+                ("get_frontier", of_job),
+                ("create_export", of_job),
+            )
         ]
         return "\n".join([f'hooks = "{HOOKS}"\n', *known, *operations])
 
@@ -83,7 +91,8 @@ def target(settings: Settings, folder: Path) -> Iterator[Target]:
         played.fail(played.create(), StageName.SCORING, ErrorInfo(code="model_unsupported", message="It is none."))
         done = played.create(metadata={"team": "serving"})
         for stage in StageName:
-            played.store(done, stage, {"report.json": b"{}", "decode/model.safetensors": bytes(1000)})
+            files = {"report.json": b"{}", "decode/model.safetensors": bytes(1000)}
+            played.store(done, stage, files | {"plan.json": json.dumps(plan()).encode()})
         artifacts = played.client.get(f"/v1/jobs/{done}/artifacts").json()["data"]
         yield Target(gateway, done, [artifact["id"] for artifact in artifacts])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from service.contract.jobs import StageName
 from workers.context import StageContext
-from workers.stages import distillation, evaluation, export, removal, scoring
+from workers.stages import cutting, distillation, evaluation, export, removal, scoring
 
 STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
     StageName.SCORING: scoring.run,
@@ -16,3 +16,9 @@ STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
     StageName.EXPORT: export.run,
     StageName.EVALUATION: evaluation.run,
 }
+
+TAKEN_OVER: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
+    StageName.SCORING: cutting.take_scores,
+    StageName.REMOVAL: cutting.cut,
+}
+"""What runs in place of stages where a job was cut from another, which ran them."""

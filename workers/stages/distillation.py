@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from service.contract.frontier import PLAN
 from service.contract.jobs import StageName
 from workers.context import StageContext
 from workers.models import device, load_model
@@ -33,7 +34,7 @@ from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.recompute import recomputed_blocks
 from workers.pruning.training import Journal
 from workers.pruning.width import change_width, narrow_tensors
-from workers.stages.removal import MERGED, PLAN, Plans, read_plans
+from workers.stages.removal import MERGED, Plans, read_plans
 from workers.stages.scoring import WINDOWS
 from workers.stages.training import HELD_OUT_WINDOWS, Tensors, journal
 from workers.stages.training import settings as training_settings

@@ -9,18 +9,19 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from service.contract.blocks import limits
+from service.contract.frontier import PLAN
 from service.contract.jobs import StageName
 from workers.context import StageContext
 from workers.models import can_train, device, load_for_walks
 from workers.pruning.blocks import BlockStack, block_stack
-from workers.pruning.plan import BlockPlan, assign_actions, kv_layer_map
+from workers.pruning.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
 from workers.pruning.scores import Scores
 from workers.pruning.units import Units
 from workers.stages.merging import Fits, Fitter
 from workers.stages.scoring import SCORES, WINDOWS
-from workers.stages.searching import Searcher, limits
+from workers.stages.searching import Searcher
 
-PLAN = "plan.json"
 SEARCH = "search.json"
 MERGED = "merged.safetensors"
 
@@ -62,7 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
     spec = context.spec
     scores = Scores.from_json(context.input_json(StageName.SCORING, SCORES))
     stack, windows = load(context)
-    fits, merging = _fits(context, stack, windows, scores)
+    fits, merging = fit(context, stack, windows, scores)
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine, fits)
 
     for_prefill = searcher.prefill((0.2 if merging else 0.0, 0.3))
@@ -71,36 +72,21 @@ def run(context: StageContext) -> dict[str, Any]:
     sensitivity = searcher.sensitivity()
     controls = searcher.controls(for_prefill.removed, for_decode.chosen, (0.65, 1.0))
 
-    if merging.get("weighed"):
-        prefill, decode = fits.units.plan(for_prefill.removed), fits.units.plan(for_decode.removed)
-        context.write_tensors(context.out / MERGED, fits.tensors(for_prefill.removed, for_decode.removed))
-    else:
-        prefill = _plan(context, scores, for_prefill.removed)
-        decode = _plan(context, scores, for_decode.removed, prefill)
-    found = {
-        "prefill": prefill.to_json(),
-        "decode": decode.to_json(),
-        "losses": {
-            "objective": spec.search.objective,
-            "prefill": for_prefill.chosen.loss,
-            "decode": for_decode.chosen.loss,
-            "controls": controls,
-        },
-        "bounds": {"prefill": for_prefill.bound_json(), "decode": for_decode.bound_json()},
-        "sensitivity": sensitivity,
-        **({"merging": merging} if merging else {}),
-    }
-    context.write_json(
-        PLAN,
+    found = write_plan(
+        context,
+        scores,
+        Decided(for_prefill.removed, for_decode.removed, fits, merging, searcher.prompt_tokens),
         {
-            "format_version": 1,
-            "seed": spec.seed,
-            "prompt_tokens": searcher.prompt_tokens,
-            "distillation_threshold": spec.distillation.threshold,
-            "kv_layer_map": kv_layer_map(prefill, decode),
-            "frontier": {"prefill": for_prefill.result.frontier_json(), "decode": for_decode.result.frontier_json()},
-            **found,
+            "losses": {
+                "objective": spec.search.objective,
+                "prefill": for_prefill.chosen.loss,
+                "decode": for_decode.chosen.loss,
+                "controls": controls,
+            },
+            "bounds": {"prefill": for_prefill.bound_json(), "decode": for_decode.bound_json()},
+            "sensitivity": sensitivity,
         },
+        {"prefill": for_prefill.result.frontier_json(), "decode": for_decode.result.frontier_json()},
     )
     trajectories = (for_prefill.result.trajectory_json(), for_decode.result.trajectory_json())
     context.write_json(SEARCH, {"prefill": trajectories[0], "decode": trajectories[1]})
@@ -109,7 +95,55 @@ def run(context: StageContext) -> dict[str, Any]:
     return {**found, "evaluated": evaluated, **workers}
 
 
-def _fits(
+@dataclass(frozen=True)
+class Decided:
+    """The units that each half gives up, the fits they are of, and what the plan says about those."""
+
+    prefill: Blocks
+    decode: Blocks
+    fits: Fits
+    merging: dict[str, Any]
+    prompt_tokens: int
+
+    @property
+    def weighed(self) -> bool:
+        """Whether the search chose between deleting and distilling; else the threshold does."""
+        return bool(self.merging.get("weighed"))
+
+
+def write_plan(
+    context: StageContext, scores: Scores, decided: Decided, measured: dict[str, Any], frontier: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the plan, and the trained tensors of its pairs; returns what goes into the metrics, too."""
+    if decided.weighed:
+        units = decided.fits.units
+        prefill, decode = units.plan(decided.prefill), units.plan(decided.decode)
+        context.write_tensors(context.out / MERGED, decided.fits.tensors(decided.prefill, decided.decode))
+    else:
+        prefill = _plan(context, scores, decided.prefill)
+        decode = _plan(context, scores, decided.decode, prefill)
+    found = {
+        "prefill": prefill.to_json(),
+        "decode": decode.to_json(),
+        **measured,
+        **({"merging": decided.merging} if decided.merging else {}),
+    }
+    context.write_json(
+        PLAN,
+        {
+            "format_version": 1,
+            "seed": context.spec.seed,
+            "prompt_tokens": decided.prompt_tokens,
+            "distillation_threshold": context.spec.distillation.threshold,
+            "kv_layer_map": kv_layer_map(prefill, decode),
+            "frontier": frontier,
+            **found,
+        },
+    )
+    return found
+
+
+def fit(
     context: StageContext, stack: BlockStack, windows: Mapping[str, Tensor], scores: Scores
 ) -> tuple[Fits, dict[str, Any]]:
     """What the search may distil, and what the plan says about it: nothing where the job asks for no merging."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from service.contract.blocks import most_removable
-from service.contract.spec import JobSpec, StageTarget
+from service.contract.blocks import limits
+from service.contract.spec import StageTarget
 from workers.context import StageContext
 from workers.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.blocks import BlockStack
@@ -96,15 +96,6 @@ class HalfFound:
         return None if self.bound is None else self.bound.to_json(self.chosen, frontier)
 
 
-def limits(spec: JobSpec, num_blocks: int) -> tuple[int, int]:
-    """The most blocks that prefill and decode may give up."""
-    most = most_removable(spec, num_blocks)
-    asked = (spec.prefill.remove_blocks, spec.decode.remove_blocks)
-    decode = most if asked[1] is None else asked[1]
-    # What prefill gives up, decode does too.
-    return min(most if asked[0] is None else asked[0], decode), decode
-
-
 class Searcher:
     """Searches and measurements on one model and its calibration windows (windows, tokens), with the fits of pairs."""
 
@@ -167,19 +158,27 @@ class Searcher:
         is never higher).
         """
         self._context.report(span[0], "Measuring the controls.")
-        removed = decode.removed
+        free = self._non_nested(prefill, decode, span)
+        return {
+            **self.simple_controls(prefill, decode.removed),
+            "non_nested": free.loss,
+            "non_nested_removed": sorted(self._units.blocks(free.removed)),
+        }
+
+    def simple_controls(self, prefill: Blocks, removed: Blocks) -> dict[str, float]:
+        """Of the controls, those that take no search; decode gives up `removed`."""
         fits = self._fits.for_decode(prefill)
         in_both = self._memo(f"decode after {sorted(removed)}", self._pair(removed, fits))([removed])
         fitted = removed.intersection(self._fits.for_decode(NOTHING))
         in_decode = fitted | self._units.blocks(removed - fitted)
         alone = self._memo("decode only", self._pair(NOTHING))([in_decode])
-        free = self._non_nested(prefill, decode, span)
-        return {
-            "decode_set_in_both": in_both[removed],
-            "decode_only": alone[in_decode],
-            "non_nested": free.loss,
-            "non_nested_removed": sorted(self._units.blocks(free.removed)),
-        }
+        return {"decode_set_in_both": in_both[removed], "decode_only": alone[in_decode]}
+
+    def losses(self, prefill: Blocks, decode: Blocks) -> tuple[float, float]:
+        """The loss of the prefill half on whole windows, and that of the pair on continuations."""
+        of_prefill = self._memo("prefill", self._engine())([prefill])[prefill]
+        of_pair = self._memo(f"decode after {sorted(prefill)}", self._pair(prefill))([decode])[decode]
+        return of_prefill, of_pair
 
     def _non_nested(self, prefill: Blocks, decode: Found, span: Span) -> Found:
         if prefill == self._forced:

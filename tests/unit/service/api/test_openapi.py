@@ -7,6 +7,8 @@ import pytest
 
 from service.api import examples
 from service.api.health import Readiness
+from service.contract.estimate import Estimate
+from service.contract.frontier import ExportSpec, Frontier
 from service.contract.jobs import Artifact, Event, Job, Page
 from service.contract.spec import JobSpec
 from service.contract.webhooks import Delivery, NewSecret, Webhook, WebhookChange, WebhookSpec
@@ -29,6 +31,7 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any]) -> None:
     assert {operation["operationId"] for _, operation in operations(document)} == {
         "create_job",
+        "estimate_job",
         "list_jobs",
         "get_job",
         "cancel_job",
@@ -39,6 +42,8 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "list_artifacts",
         "get_artifact_content",
         "head_artifact_content",
+        "get_frontier",
+        "create_export",
         "create_webhook",
         "list_webhooks",
         "get_webhook",
@@ -73,7 +78,7 @@ def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> Non
 
 
 def test_what_a_quota_refuses_is_documented(document: dict[str, Any]) -> None:
-    for path in ("/v1/jobs", "/v1/jobs/{job_id}/resume"):
+    for path in ("/v1/jobs", "/v1/jobs/{job_id}/resume", "/v1/jobs/{job_id}/exports"):
         refused = document["paths"][path]["post"]["responses"]["429"]["content"]["application/problem+json"]
         assert set(refused["examples"]) == {"rate_limited", "queue_quota_exceeded", "artifact_quota_exceeded"}
 
@@ -100,6 +105,12 @@ def test_request_examples_are_valid(request_: dict[str, Any]) -> None:
     JobSpec.model_validate(request_["value"])
 
 
+def test_export_examples_are_valid() -> None:
+    Job.model_validate(examples.CUT_JOB)
+    for request in examples.EXPORT_REQUESTS.values():
+        ExportSpec.model_validate(request["value"])
+
+
 def test_webhook_examples_are_valid() -> None:
     for request in examples.WEBHOOK_REQUESTS.values():
         check_url(WebhookSpec.model_validate(request["value"]).url, Policy())
@@ -118,6 +129,8 @@ def test_response_examples_are_what_the_models_give() -> None:
         (Page[Job], examples.JOBS),
         (Page[Event], examples.EVENTS),
         (Page[Artifact], examples.ARTIFACTS),
+        (Frontier, examples.FRONTIER),
+        (Estimate, examples.ESTIMATE),
         (NewSecret, examples.NEW_SECRET),
         (Page[Webhook], examples.WEBHOOKS),
         (Page[Delivery], examples.DELIVERIES),

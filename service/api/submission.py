@@ -1,0 +1,133 @@
+"""How a request makes a job, whichever route it comes by: once for each Idempotency-Key, and sent after the commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Response
+from pydantic import BaseModel
+from sqlalchemy import Engine
+
+from service import queue
+from service.api import views
+from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
+from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, fingerprint, reserved
+from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
+from service.contract.errors import (
+    ArtifactQuotaExceeded,
+    DependencyUnavailable,
+    IdempotencyKeyReused,
+    InvalidIdempotencyKey,
+    InvalidRequest,
+    MissingScope,
+    ModelTooLarge,
+    ModelUnsupported,
+    NoSuchQueue,
+    PDTrimError,
+    QueueQuotaExceeded,
+    RequestInFlight,
+    SourceNotAllowed,
+    SourceUnreadable,
+    TooManyBlocks,
+    Unauthorized,
+)
+from service.contract.jobs import Job, StageName
+from service.contract.spec import JobSpec
+from service.db import idempotency, jobs
+from service.db.idempotency import Answered
+from service.db.session import transaction
+from service.settings import Settings
+
+BODY_REFUSALS: tuple[type[PDTrimError], ...] = (MalformedBody, BodyTooLarge, UnsupportedMediaType, InvalidRequest)
+PREFLIGHT_REFUSALS: tuple[type[PDTrimError], ...] = (
+    Unauthorized,
+    MissingScope,
+    SourceNotAllowed,
+    SourceUnreadable,
+    ModelTooLarge,
+    ModelUnsupported,
+    TooManyBlocks,
+    NoSuchQueue,
+    DependencyUnavailable,
+)
+"""What `service.preflight` says, and what stands before it."""
+SUBMISSION_REFUSALS: tuple[type[PDTrimError], ...] = (
+    *BODY_REFUSALS,
+    *PREFLIGHT_REFUSALS,
+    InvalidIdempotencyKey,
+    RequestInFlight,
+    IdempotencyKeyReused,
+    QueueQuotaExceeded,
+    ArtifactQuotaExceeded,
+)
+HEADERS: dict[str, Any] = {
+    "Location": {"description": "Path of the job.", "schema": {"type": "string"}},
+    **REPLAYED_HEADER,
+}
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job that passed its checks."""
+
+    spec: JobSpec
+    model_revision: str | None
+    cut_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Who submits, and under which key."""
+
+    response: Response
+    settings: Settings
+    engine: Engine
+    project: str
+    api_key: str | None
+    idempotency_key: str | None
+
+    def __call__(self, body: BaseModel, prepare: Callable[[], NewJob], *, cut_from: str | None = None) -> Job:
+        """Make the job that `prepare` finds fit, unless `body` made one under this key before.
+
+        Raises: what `prepare` raises; IdempotencyKeyReused, RequestInFlight; QueueQuotaExceeded, ArtifactQuotaExceeded.
+        """
+        said = fingerprint(body, cut_from)
+        with reserved(self.engine, self.project, self.idempotency_key, said) as held:
+            if isinstance(held, Answered):
+                self.response.headers.update({"Location": f"/v1/jobs/{held.job_id}", REPLAYED: "true"})
+                return Job.model_validate(held.response)
+            new = prepare()
+            with transaction(self.engine) as session:
+                row, stages, sent = jobs.insert_new(
+                    session,
+                    new.spec,
+                    project=self.project,
+                    api_key=self.api_key,
+                    limits=self.settings.quotas,
+                    model_revision=new.model_revision,
+                    cut_from=new.cut_from,
+                    default_queue=self.settings.queues[0],
+                )
+                shown = views.job(row, stages)
+                if held is not None:
+                    idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
+        if sent:
+            queue.try_to_send(self.settings, row.id, StageName.SCORING, row.route)
+        self.response.headers["Location"] = f"/v1/jobs/{row.id}"
+        return shown
+
+
+async def _submission(
+    response: Response,
+    settings: SettingsDep,
+    engine: EngineDep,
+    project: Project,
+    api_key: ApiKeyPrefix,
+    idempotency_key: IdempotencyKey,
+) -> Submission:
+    return Submission(response, settings, engine, project, api_key, idempotency_key)
+
+
+Submit = Annotated[Submission, Depends(_submission)]
