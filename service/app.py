@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
+from service import ui
 from service.api import artifacts, events, exports, health, hub, jobs, methods, metrics, problems, webhooks
 from service.api.access import AccessLog
 from service.api.auth import Access, Gate, warn_if_open
@@ -63,6 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.webhooks.include_router(webhooks.outgoing)
     problems.install(app)
     problems.document(app)
+    ui.install(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(Access, gate=app.state.gate, sessions=app.state.sessions)

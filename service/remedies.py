@@ -4,8 +4,8 @@ from __future__ import annotations
 
 REMEDIES = {
     "attempts_exhausted": "Look at the worker's log, then resume the job (`pdtrim resume`).",
-    "deadline_exceeded": "Resume it: the stage gets as much time again. Or submit it with a longer `deadline_seconds` or "
-    "less work.",
+    "deadline_exceeded": "Resume it: the stage gets as much time again. Or submit it with a longer "
+    "`deadline_seconds`, or with less work.",
     "dependency_unavailable": "Resume it once the server that is named answers again.",
     "extra_not_installed": "Install the package on the workers, then resume the job.",
     "internal_error": "Look at the worker's log; if the service is at fault, report it with the job's id.",

@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     session_secret: SecretStr | None = Field(
         default=None,
         min_length=32,
-        description="Encrypts the dashboard's session cookies, at least 32 characters; every gateway needs the same one. "
-        "By default each makes up its own when it starts.",
+        description="Encrypts the dashboard's session cookies, at least 32 characters; the same for all gateways. By "
+        "default each makes up its own when it starts.",
     )
     max_running_jobs: int | None = Field(
         default=None, ge=1, description="Jobs of a project that run at once; the others wait. By default any number."

@@ -1,7 +1,7 @@
-"""Browser sessions: a cookie that holds the caller's key, encrypted and authenticated (JWE), so that no replica keeps it.
+"""Browser sessions: a cookie that holds the caller's key, encrypted and authenticated (JWE). No gateway keeps any.
 
-The cookie opens what only reads under /v1, and the dashboard; whatever changes something needs the session's CSRF token
-besides.
+The cookie opens what only reads under /v1, and the dashboard, where whatever changes something also needs the session's
+CSRF token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADER = {"alg": "dir", "enc": "A256GCM"}
 
 @dataclass(frozen=True)
 class Session:
-    """A browser's session. `token` is the API key or bearer token as its header would carry it, empty without a login."""
+    """A browser's session. `token` is the API key or bearer token as a header would carry it; empty without a login."""
 
     token: str = ""
     csrf: str = field(default_factory=lambda: secrets.token_urlsafe(24))
