@@ -136,7 +136,7 @@ def chart(
     return Chart(
         title=title,
         x_name=x_name,
-        y_name=y_name + (", logarithmic" if logarithmic else ""),
+        y_name=y_name + (" (log)" if logarithmic else ""),
         x_ticks=[tick for tick in x_axis.ticks if float(tick.label).is_integer()],
         y_ticks=y_axis.ticks,
         drawn=[_drawn(one, x_axis, y_axis) for one in series if one.points],

@@ -20,7 +20,7 @@ ROW_BLOCKS = 24
 """Blocks in a row of the block map."""
 MAX_DOTS = 2000
 """Evaluated sets that a trajectory draws; of more, every n-th."""
-OBJECTIVES = {"kl": "KL to the dense model, nats", "cross_entropy": "cross-entropy, nats", "hidden": "hidden distance"}
+OBJECTIVES = {"kl": "KL to dense, nats", "cross_entropy": "cross-entropy, nats", "hidden": "hidden distance"}
 
 
 @dataclass(frozen=True)
@@ -166,26 +166,26 @@ def _trajectory(half: str, found: Sequence[Mapping[str, Any]], objective: str) -
     dots = [
         Point(number, one["loss"], f"set {number}, without {_blocks(one['removed'])}: loss {one['loss']:.4f}")
         for number, one in enumerate(found, 1)
-        if number % every == 0 or len(found) <= MAX_DOTS
+        if one["removed"] and number % every == 0
     ]
     best: list[Point] = []
     for number, one in enumerate(found, 1):
         if len(one["removed"]) == most and (not best or one["loss"] < best[-1].y):
-            best.append(Point(number, one["loss"], f"best of {most} blocks so far: loss {one['loss']:.4f}"))
+            best.append(Point(number, one["loss"], f"best of {counted(most)} so far: loss {one['loss']:.4f}"))
     improved = Grid(
-        f"{half.capitalize()}: sets of {most} blocks that were the best so far",
+        f"{half.capitalize()}: sets of {counted(most)} that were the best so far",
         ("set", "loss", "without blocks"),
         [(str(int(p.x)), f"{p.y:.4f}", _blocks(found[int(p.x) - 1]["removed"])) for p in best],
     )
     tail = [Point(len(found), best[-1].y)] if best and best[-1].x < len(found) else []
     return Figure(
         f"Search for {half}",
-        f"{len(found)} sets of blocks were evaluated; the line is the least loss so far with {most} given up.",
+        f"{len(found)} sets of blocks were evaluated; the line is the least loss so far with {counted(most)} given up.",
         chart(
             f"Losses of the sets evaluated for {half}",
             [
                 Series("evaluated set", "faint", dots, "dots"),
-                Series(f"best of {most} blocks so far", half, [*best, *tail], "steps"),
+                Series(f"best of {counted(most)} so far", half, [*best, *tail], "steps"),
             ],
             x_name="set, in order of evaluation",
             y_name=OBJECTIVES.get(objective, objective),
@@ -201,7 +201,7 @@ def frontier(found: Frontier, link: Callable[[str, int], str]) -> Figure:
 
     def meaning(half: str, at: FrontierPoint) -> str:
         then = "this job's export" if chosen[half] == at.remove_blocks else "cut an export here"
-        return f"{half} without {at.remove_blocks} blocks: loss {at.loss:.4f}; {then}"
+        return f"{half} without {counted(at.remove_blocks)}: loss {at.loss:.4f}; {then}"
 
     series = [
         Series(
@@ -247,6 +247,11 @@ def frontier(found: Frontier, link: Callable[[str, int], str]) -> Figure:
 
 def _percent(increase: float | None) -> str:
     return "" if increase is None else f"{increase:+.1%}"
+
+
+def counted(blocks: int) -> str:
+    """A number of blocks in words."""
+    return f"{blocks} block{'' if blocks == 1 else 's'}"
 
 
 def _blocks(removed: Sequence[int]) -> str:

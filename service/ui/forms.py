@@ -33,7 +33,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Calibration and search": {
         "data.source": "Text",
-        "calibration.windows": "Windows",
+        "calibration.windows": "Calibration windows",
         "calibration.window_tokens": "Tokens a window",
         "search.algorithm": "Algorithm",
         "search.objective": "Objective",
@@ -44,7 +44,10 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "distillation.heal_tokens": "Healing tokens",
         "distillation.threshold": "Delete from cosine",
     },
-    "Serving and evaluation": {"kv_tokens.ratio": "Send KV tokens, less by", "evaluation.windows": "Windows"},
+    "Serving and evaluation": {
+        "kv_tokens.ratio": "Send KV tokens, less by",
+        "evaluation.windows": "Validation windows",
+    },
     "Running": {"queue": "Queue", "priority": "Priority", "seed": "Seed", LABELS: "Labels"},
 }
 """The fields of the form by section, with what they are called there; all else about them is in the schema."""

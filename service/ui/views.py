@@ -257,7 +257,8 @@ def _facts(job: Job) -> dict[str, str]:
 
 
 def _target(target: Any) -> str:
-    blocks = f"{target} blocks" if target.max_perplexity_increase is None else f"blocks {target}"
+    bounded = target.max_perplexity_increase is not None
+    blocks = f"blocks {target}" if bounded else figures.counted(target.remove_blocks)
     return blocks if target.mlp_width == 1 else f"{blocks}, keeps {target.mlp_width:g} of MLP channels"
 
 
