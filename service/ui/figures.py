@@ -353,6 +353,6 @@ def size(number: float) -> str:
     """Bytes for people."""
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:
-            return f"{number:.4g} {unit}"
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
         number /= 1024
-    return f"{number:.4g} GiB"
+    return f"{number:,.3g} GiB" if number < 999.5 else f"{number:,.0f} GiB"
