@@ -196,6 +196,7 @@ def _rest(text: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text)
+        deep = _depth(found) > DEEPEST_JSON
     except json.JSONDecodeError as error:
         reason = f"This is not JSON: {error.msg} in line {error.lineno}, column {error.colno}."
         raise Unreadable({REST: [reason]}) from error
@@ -203,7 +204,7 @@ def _rest(text: str) -> dict[str, Any]:
         raise Unreadable({REST: ["This JSON is nested too deeply."]}) from error
     if not isinstance(found, dict):
         raise Unreadable({REST: ["Give a JSON object, such as {}."]})
-    if _depth(found) > DEEPEST_JSON:
+    if deep:
         raise Unreadable({REST: ["This JSON is nested too deeply."]})
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -22,11 +23,12 @@ from service.db import artifacts as stored
 from service.db import jobs
 from service.db.session import transaction
 from service.settings import Settings
-from service.storage import ArtifactStore
+from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable
 from service.ui import views
 from service.ui.pages import go, render
 from service.ui.visits import Posted, entered
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/ui", include_in_schema=False, dependencies=[Depends(entered)])
 
 PAGE = 25
@@ -100,17 +102,22 @@ def page_of(
     with transaction(engine) as session:
         last = jobs.get(session, job_id).last_event
     found = events.read(engine, job_id, after=max(0, last - SHOWN_EVENTS), limit=SHOWN_EVENTS).page.data
+    frontier, search, unread = None, None, False
+    try:
+        frontier, search = _frontier(job_id, engine, store), _search(job_id, engine, store)
+    except (ObjectNotFound, StoreUnavailable) as error:
+        log.error("artifact store: %s", error)
+        unread = True
     page = views.job_page(
         job,
         artifacts=_artifacts(job_id, engine),
         events=found,
-        frontier=_frontier(job_id, engine, store),
-        search=_search(job_id, engine, store),
+        frontier=frontier,
+        search=search,
         address=str(request.base_url).rstrip("/"),
     )
-    return render(
-        request, "job.html", status=200 if refusal is None else refusal.status, page=page, job=job, refusal=refusal
-    )
+    status = 200 if refusal is None else refusal.status
+    return render(request, "job.html", status=status, page=page, job=job, refusal=refusal, unread=unread)
 
 
 def _artifacts(job_id: str, engine: Engine) -> list[Artifact]:

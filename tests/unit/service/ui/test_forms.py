@@ -58,7 +58,8 @@ def test_an_unticked_box_is_false() -> None:
         ({"rest": "{"}, "rest", "line 1, column 2"),
         ({"rest": "[1]"}, "rest", "object"),
         ({"rest": '{"a": ' * 30 + "1" + "}" * 30}, "rest", "too deeply"),
-        ({"rest": "[" * 100_000}, "rest", "JSON"),
+        ({"rest": '{"a": ' * 600 + "1" + "}" * 600}, "rest", "too deeply"),
+        ({"rest": '{"a": ' * 100_000 + "1" + "}" * 100_000}, "rest", "too deeply"),
     ],
 )
 def test_an_error_is_shown_at_its_field(typed: dict[str, str], place: str, said: str) -> None:

@@ -229,6 +229,12 @@ def test_a_jobs_page_shows_what_was_found_and_what_an_export_would_give_up(unloc
     assert backwards.status_code == 422
     assert "may not exceed" in backwards.text
 
+    unlocked.app.state.store.delete_prefix(f"jobs/{job}")
+    without = browser.get(f"/ui/jobs/{job}")
+    assert without.status_code == 200
+    assert "no longer has their files" in without.text
+    assert "block 3 is distilled into block 1" in without.text
+
 
 def test_a_failed_job_says_why_and_what_to_do_and_a_refusal_is_shown_on_its_page(unlocked: Gateway) -> None:
     job, browser = unlocked.create(), Browser(unlocked)
