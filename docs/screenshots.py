@@ -20,16 +20,16 @@ from service.settings import Settings
 IMAGES = Path(__file__).parent / "images"
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "pdt_screenshots"
-SIZE = {"width": 1280, "height": 860}
+SIZE = {"width": 1200, "height": 720}
 SPEC: dict[str, Any] = {
     "model": "reference",
     "prefill": {"remove_blocks": 3},
     "decode": {"remove_blocks": 6},
-    "calibration": {"windows": 16, "window_tokens": 128},
-    "search": {"evaluations": 80},
-    "distillation": {"heal_tokens": 20_480, "threshold": 0.965},
+    "calibration": {"windows": 8, "window_tokens": 64},
+    "search": {"evaluations": 60},
+    "distillation": {"heal_tokens": 8_192, "threshold": 0.965},
     "kv_tokens": {"ratio": 3},
-    "evaluation": {"windows": 16, "speed_tokens": 32},
+    "evaluation": {"windows": 8, "speed_tokens": 16},
     "metadata": {"team": "serving"},
 }
 TYPED = {"model.source": "reference", "prefill.remove_blocks": "2", "decode.remove_blocks": "4"}

@@ -137,7 +137,7 @@ def chart(
         title=title,
         x_name=x_name,
         y_name=y_name + (" (log)" if logarithmic else ""),
-        x_ticks=[tick for tick in x_axis.ticks if float(tick.label).is_integer()],
+        x_ticks=[Tick(x_axis.at(x), f"{x:.6g}") for x in _steps(x_axis.low, x_axis.high, 12) if x.is_integer()],
         y_ticks=y_axis.ticks,
         drawn=[_drawn(one, x_axis, y_axis) for one in series if one.points],
         rule=None if rule is None else Tick(y_axis.at(rule[0]), rule[1]),

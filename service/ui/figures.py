@@ -234,8 +234,9 @@ def frontier(found: Frontier, link: Callable[[str, int], str]) -> Figure:
     name = OBJECTIVES.get(found.objective, found.objective)
     return Figure(
         "Loss frontier",
-        "The least loss found for every number of removed blocks, before distillation. Rings mark this job's export; "
-        "choose another point to cut checkpoints there without searching again.",
+        "The least loss found for every number of removed blocks, before distillation: prefill's on whole windows, "
+        "decode's on continuations by the pair. Rings mark this job's export; choose another point to cut checkpoints "
+        "there without searching again.",
         chart("Loss by number of removed blocks", series, x_name="blocks removed", y_name=name),
         Grid(
             "Loss by number of removed blocks",

@@ -221,7 +221,7 @@ def estimate(found: Estimate | None) -> EstimateView | None:
         },
         checkpoints=Grid(
             "Checkpoints",
-            ("", "blocks", "parameters", "size", "KV a token"),
+            ("", "blocks", "weights", "size", "KV a token"),
             [_checkpoint(one) for one in (found.dense, *found.checkpoints)],
         ),
         earlier=found.earlier.job_id if found.earlier else None,
@@ -233,8 +233,19 @@ def estimate(found: Estimate | None) -> EstimateView | None:
 
 
 def _checkpoint(one: CheckpointEstimate) -> Sequence[str]:
-    parameters = "unknown" if one.parameters is None else f"{one.parameters:,}"
-    return (one.role, str(one.blocks), parameters, _known_size(one.bytes), _known_size(one.kv_bytes_per_token))
+    return (
+        one.role,
+        str(one.blocks),
+        _parameters(one.parameters),
+        _known_size(one.bytes),
+        _known_size(one.kv_bytes_per_token),
+    )
+
+
+def _parameters(number: int | None) -> str:
+    if number is None:
+        return "unknown"
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.1f} M"
 
 
 def _known_size(number: int | None) -> str:

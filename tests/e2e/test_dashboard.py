@@ -59,7 +59,7 @@ def test_a_person_prunes_a_model_without_leaving_the_browser(
         expect(page.locator("h1 .badge")).to_have_text("succeeded", timeout=JOB_MS)
         expect(page.locator("#evaluation")).to_be_visible()
 
-        for path in ("/ui/jobs", "/ui/jobs/new", first, f"{first}/exports/new"):
+        for path in ("/ui/jobs", "/ui/jobs/new", first, f"{first}/exports/new", "/ui/nothing"):
             page.goto(path)
             for scheme in ("light", "dark"):
                 page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
@@ -67,6 +67,7 @@ def test_a_person_prunes_a_model_without_leaving_the_browser(
             page.set_viewport_size({"width": 360, "height": 740})
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
             page.set_viewport_size({"width": 1280, "height": 800})
+        page.goto(first)
         page.get_by_role("button", name="Log out").click()
         expect(page).to_have_url(re.compile("/ui/login$"))
         assert faults == []
@@ -107,7 +108,7 @@ def submit(page: Page) -> None:
     expect(page.locator("#summary")).to_be_focused()
     check_accessible(page)
     field.fill("1")
-    expect(page.locator("#estimate").get_by_role("row", name=re.compile("^prefill 11"))).to_be_visible()
+    expect(page.locator("#estimate").get_by_role("row", name=re.compile("^prefill 11 5.1 M"))).to_be_visible()
     page.get_by_role("button", name="Submit job").click()
 
 
@@ -115,6 +116,7 @@ def watch(page: Page) -> None:
     """To the job's end, on one page that is never loaded again."""
     expect(page.locator("h1")).to_contain_text("reference")
     page.evaluate("window.kept = true")
+    check_accessible(page)
     expect(page.locator('[data-stage="removal"] .badge')).to_have_text("succeeded", timeout=JOB_MS)
     expect(page.locator("h1 .badge")).to_have_text("succeeded", timeout=JOB_MS)
     assert page.evaluate("window.kept") is True
