@@ -221,7 +221,7 @@ def estimate(found: Estimate | None) -> EstimateView | None:
         },
         checkpoints=Grid(
             "Checkpoints",
-            ("", "blocks", "weights", "size", "KV a token"),
+            ("", "blocks", "weights", "size", "KV/token"),
             [_checkpoint(one) for one in (found.dense, *found.checkpoints)],
         ),
         earlier=found.earlier.job_id if found.earlier else None,
