@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from service.cli.connection import (
@@ -27,13 +27,15 @@ from service.cli.connection import (
 )
 from service.cli.display import artifact_table, job_page, job_table
 from service.cli.progress import LiveProgress
-from service.client import Client
-from service.contract.jobs import Job, JobStatus, StageName
+from service.client import Client, ClientJob
+from service.contract.jobs import Artifact, Job, JobStatus, StageName
+
+Watch = Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")]
 
 
 def submit(
     spec: Annotated[Path, typer.Argument(help="The job as YAML or JSON; `-` reads standard input.", metavar="SPEC")],
-    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    watch: Watch = False,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: Json = False,
@@ -45,22 +47,28 @@ def submit(
 
     Example: `echo '{model: reference, prefill: {remove_blocks: 2}, decode: {remove_blocks: 4}}' | pdtrim submit -`
     """
-    body = _read_spec(spec)
+    body = read_spec(spec)
     with connected(url, api_key) as client:
-        job = client.create(body)
-        if watch:
-            job = follow(client, job.id)
-        if as_json:
-            print_json(job)
-        elif watch:
-            console.print(job_page(job))
-        else:
-            console.print(job.id, highlight=False)
+        submitted(client, client.create(body), watch=watch, as_json=as_json)
+
+
+def submitted(client: Client, job: Job, *, watch: bool, as_json: bool) -> None:
+    """Print a new job's id, or follow it to its end first. Raises: typer.Exit where it does not succeed."""
+    if watch:
+        # JSON is alone on standard output.
+        job = follow(client, job.id, errors if as_json else console)
+    if as_json:
+        print_json(job)
+    elif watch:
+        console.print(job_page(job))
+    else:
+        console.print(job.id, highlight=False)
     if watch:
         _exit_with(job)
 
 
-def _read_spec(path: Path) -> dict[str, Any]:
+def read_spec(path: Path) -> dict[str, Any]:
+    """A job's specification as it is written. What cannot be read ends the command."""
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
         body = yaml.safe_load(text)
@@ -121,9 +129,9 @@ def watch(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json
     _exit_with(ended)
 
 
-def follow(client: Client, job_id: str) -> Job:
+def follow(client: Client, job_id: str, to: Console = console) -> ClientJob:
     """Show progress until the job ends, and return it as it ended."""
-    with LiveProgress(console) as progress:
+    with LiveProgress(to) as progress:
         for event in client.events(job_id):
             progress.show(event)
     return client.get(job_id)
@@ -236,26 +244,11 @@ def download(
 
 def fetch(client: Client, job_id: str, folder: Path, stage: StageName, only: str) -> list[Path]:
     """Download a stage's files whose names begin with `only` below `folder`, with a progress bar."""
-    wanted = [file for file in client.artifacts(job_id, stage=stage) if file.name.startswith(only)]
-    targets = [_below(folder, file.name) for file in wanted]
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    done = 0
     with Progress(*columns, console=errors, transient=True) as progress:
-        bar = progress.add_task("", total=sum(artifact.size for artifact in wanted))
+        bar = progress.add_task("", total=None)
 
-        def show(done: int, held: int) -> None:
-            progress.update(bar, completed=done + held)
+        def show(artifact: Artifact, held: int) -> None:
+            progress.update(bar, description=artifact.name, total=artifact.size, completed=held)
 
-        for artifact, target in zip(wanted, targets, strict=True):
-            progress.update(bar, description=artifact.name)
-            client.download(job_id, artifact, target, on_bytes=partial(show, done))
-            done += artifact.size
-    return targets
-
-
-def _below(folder: Path, name: str) -> Path:
-    """Where an artifact goes. A service may not choose a place outside the folder."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        fail(f"the service names an artifact {name!r}, which would lie outside {folder}; nothing was downloaded")
-    return folder / relative
+        return client.download_all(job_id, folder, stage=stage, only=only, on_bytes=show)

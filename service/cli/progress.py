@@ -1,4 +1,4 @@
-"""A job's progress as it happens: a bar for every stage on a terminal, a line for every event elsewhere."""
+"""A job's progress as it happens: bars for its stages on a terminal or in a notebook, a line an event elsewhere."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class LiveProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._live = console.is_terminal or console.is_jupyter
         self._progress = Progress(
             TextColumn("{task.fields[stage]:<12}"),
             BarColumn(bar_width=24),
@@ -43,19 +44,19 @@ class LiveProgress:
         self._begun: dict[StageName, datetime] = {}
 
     def __enter__(self) -> LiveProgress:
-        if self._console.is_terminal:
+        if self._live:
             for name in StageName:
                 self._bars[name] = self._progress.add_task("", stage=name, total=1.0, begun=None, ended=None)
             self._progress.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._console.is_terminal:
+        if self._live:
             self._progress.stop()
 
     def show(self, event: Event) -> None:
         """Take in one event."""
-        if not self._console.is_terminal:
+        if not self._live:
             self._print_line(event)
         elif event.stage is None:
             if not event.type.endswith(("created", "succeeded")):
