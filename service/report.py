@@ -41,7 +41,12 @@ def frontier_report(frontier: Frontier) -> RenderableType:
     """A line for every count: the best set and its loss, in each half; what the job chose is marked."""
     return Group(
         _curve("Prefill, or both halves", frontier.objective, frontier.prefill, frontier.chosen.prefill),
-        _curve("Decode, given prefill's choice", frontier.objective, frontier.decode, frontier.chosen.decode),
+        _curve(
+            f"Decode, where prefill gives up {_list(frontier.decode[0].removed)}",
+            frontier.objective,
+            frontier.decode,
+            frontier.chosen.decode,
+        ),
     )
 
 

@@ -70,7 +70,8 @@ def job_page(job: Job) -> RenderableType:
     if evaluation := succeeded.get(StageName.EVALUATION):
         parts.append(report(evaluation))
     heading = f"[bold]{job.id}[/]  {escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
-    return Group(heading, "", *parts)
+    origin = [] if job.cut_from is None else [f"cut from the frontier of {job.cut_from}"]
+    return Group(heading, *origin, "", *parts)
 
 
 def _stages(stages: Iterable[Stage]) -> Table:

@@ -44,8 +44,8 @@ class Chosen(Shown):
 class Frontier(Shown):
     """The best loss found for every number of removed blocks.
 
-    The losses of `decode` are of continuations, by the pair whose prefill half is `chosen.prefill`; the others are of
-    whole windows.
+    The losses of `decode` are of continuations, by the pair whose prefill half gives up what the first point of
+    `decode` does; the others are of whole windows.
     """
 
     object: Literal["frontier"] = "frontier"
@@ -53,11 +53,14 @@ class Frontier(Shown):
     objective: str = Field(examples=["kl"])
     chosen: Chosen
     unified: list[FrontierPoint] = Field(
+        min_length=1,
         description="One checkpoint for both halves. Whole windows are scored as one model, so these are the points of "
-        "`prefill`."
+        "`prefill`.",
     )
-    prefill: list[FrontierPoint] = Field(description="What prefill gives up, by count.")
-    decode: list[FrontierPoint] = Field(description="What decode gives up given prefill's choice, by count.")
+    prefill: list[FrontierPoint] = Field(min_length=1, description="What prefill gives up, by count.")
+    decode: list[FrontierPoint] = Field(
+        min_length=1, description="What decode gives up given what prefill does, by count."
+    )
 
     @classmethod
     def from_plan(cls, job_id: str, plan: Mapping[str, Any]) -> Self:
@@ -78,27 +81,25 @@ class Frontier(Shown):
 
         Equal counts are one checkpoint, of the unified points. Raises: NoSuchPoint, SetsNotNested.
         """
-        of_prefill = self._point("prefill", self.prefill, self.chosen.prefill, prefill)
+        # Under a bound on perplexity, the choice need not be the set of least loss, and decode was searched beside it.
+        searched = self.decode[0]
+        of_prefill = self._point("prefill", [self.chosen.prefill, searched, *self.prefill], prefill)
         if prefill == decode:
             return Cut(of_prefill, of_prefill)
-        of_decode = self._point("decode", self.decode, self.chosen.decode, decode)
+        of_decode = self._point("decode", [self.chosen.decode, *self.decode], decode)
         if missing := set(of_prefill.removed) - set(of_decode.removed):
             raise SetsNotNested(
                 f"The best set of {decode} blocks for decode keeps block {min(missing)}, which the best set of "
                 f"{prefill} for prefill gives up: decode would miss its KV cache. Decode was searched beside a prefill "
-                f"that gives up {self.chosen.prefill.remove_blocks}; take that, equal counts, or a new job.",
+                f"that gives up {searched.remove_blocks}; take that, equal counts, or a new job.",
                 param="decode.remove_blocks",
             )
         return Cut(of_prefill, of_decode)
 
-    def _point(self, half: str, points: Sequence[FrontierPoint], chosen: FrontierPoint, count: int) -> FrontierPoint:
-        # Under a bound on perplexity, the choice need not be the set of least loss; decode was searched beside it.
-        if count == chosen.remove_blocks:
-            return chosen
+    def _point(self, half: str, points: Sequence[FrontierPoint], count: int) -> FrontierPoint:
         found = next((point for point in points if point.remove_blocks == count), None)
         if found is None:
-            counts = sorted({chosen.remove_blocks, *(point.remove_blocks for point in points)})
-            listed = ", ".join(map(str, counts))
+            listed = ", ".join(map(str, sorted({point.remove_blocks for point in points})))
             raise NoSuchPoint(
                 f"The frontier of job {self.job_id} has no set of {count} blocks for {half}; it has {listed}. Submit a "
                 "job that removes as many, or take one of these.",

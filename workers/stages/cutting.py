@@ -63,7 +63,8 @@ def cut(context: StageContext) -> dict[str, Any]:
             "controls": controls,
         },
         "bounds": {"prefill": None, "decode": None},
-        "sensitivity": plan["sensitivity"],
+        # Jobs of earlier versions measured none.
+        "sensitivity": plan.get("sensitivity") or searcher.sensitivity(),
     }
     decided = Decided(prefill, decode, fits, merging, searcher.prompt_tokens)
     return write_plan(context, scores, decided, measured, plan["frontier"])

@@ -56,6 +56,7 @@ def test_a_frontier_is_shown_and_another_export_cut_from_it(pdtrim: Pdtrim, sear
     unified = json.loads(pdtrim("export", searched, "--unified", "1", "--json").output)
 
     assert json.loads(pdtrim("show", pair, "--json").output)["cut_from"] == searched
+    assert f"cut from the frontier of {searched}" in pdtrim("show", pair).output
     assert [unified["spec"][half]["remove_blocks"] for half in ("prefill", "decode")] == [1, 1]
     refused = pdtrim("export", searched, "--prefill", "2", "--decode", "5")
     assert (refused.exit_code, "it has 2, 3, 4" in refused.output) == (1, True)

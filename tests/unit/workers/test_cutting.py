@@ -103,6 +103,9 @@ def test_another_export_takes_over_scores_and_search_and_outlives_the_job_it_was
     assert loaded_blocks(worker, child, "decode", tmp_path / "decode") == 3
     plan = json.loads(content(worker, child, StageName.REMOVAL, "plan.json"))
     assert Frontier.from_plan(child, plan).decode == frontier.decode
+    grandchild = cut(worker, child, 1, 3)
+    again = run(worker, grandchild, StageName.SCORING, StageName.REMOVAL)
+    assert (again["prefill"], again["decode"]) == (searched["prefill"], searched["decode"])
 
 
 def test_equal_counts_are_cut_as_one_checkpoint(worker: Worker, tmp_path: Path) -> None:
