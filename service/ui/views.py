@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -170,13 +170,17 @@ def job_page(
     )
 
 
-def export_link(job_id: str, frontier: Frontier) -> Any:
-    """Where a point of the frontier leads: a decode point beside this job's prefill, a prefill point for both."""
+def export_link(job_id: str, frontier: Frontier) -> Callable[[str, int], str]:
+    """Where a point leads: to the job's own counts, a decode point beside the prefill half that it was searched with,
+    a prefill point as one checkpoint for both halves."""
+    own = {half: getattr(frontier.chosen, half).remove_blocks for half in figures.HALVES}
+    searched = frontier.decode[0].remove_blocks
 
     def link(half: str, count: int) -> str:
-        prefill = count if half == "prefill" else min(count, frontier.chosen.prefill.remove_blocks)
-        chosen = half == "prefill" and count == frontier.chosen.prefill.remove_blocks
-        decode = frontier.chosen.decode.remove_blocks if chosen else count
+        if count == own[half]:
+            prefill, decode = own["prefill"], own["decode"]
+        else:
+            prefill, decode = (searched if half == "decode" else count), count
         return f"/ui/jobs/{job_id}/exports/new?prefill={prefill}&decode={decode}"
 
     return link
