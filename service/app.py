@@ -10,11 +10,13 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
+from service import ui
 from service.api import artifacts, events, exports, health, hub, jobs, methods, metrics, problems, webhooks
 from service.api.access import AccessLog
-from service.api.auth import Access, warn_if_open
+from service.api.auth import Access, Gate, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.request_ids import RequestIds
+from service.api.sessions import Sessions
 from service.db.session import connect, migrate
 from service.metrics import GatewayMetrics
 from service.reconciler import Reconciler
@@ -55,15 +57,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.metrics = GatewayMetrics()
+    app.state.gate, app.state.sessions = Gate(settings), Sessions(settings.session_secret)
     nouns = (jobs, events, artifacts, exports, webhooks, methods, health, metrics)
     for router in (noun.router for noun in nouns):
         app.include_router(router)
     app.webhooks.include_router(webhooks.outgoing)
     problems.install(app)
     problems.document(app)
+    ui.install(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Access, settings=settings)
+    app.add_middleware(Access, gate=app.state.gate, sessions=app.state.sessions)
     app.add_middleware(RequestIds)
     app.add_middleware(AccessLog, metrics=app.state.metrics)
     return app

@@ -50,6 +50,12 @@ class Settings(BaseSettings):
     failed_auth_limit: Rate = Field(
         default="30/minute", description="Keys that do not open which an address may send before it has to wait."
     )
+    session_secret: SecretStr | None = Field(
+        default=None,
+        min_length=16,
+        description="Encrypts the dashboard's session cookies: 16 random characters or more, the same for all "
+        "gateways. By default each makes up its own when it starts.",
+    )
     max_running_jobs: int | None = Field(
         default=None, ge=1, description="Jobs of a project that run at once; the others wait. By default any number."
     )
@@ -154,6 +160,11 @@ class Settings(BaseSettings):
     @classmethod
     def _in_capitals(cls, level: object) -> object:
         return level.upper() if isinstance(level, str) else level
+
+    @field_validator("session_secret", mode="before")
+    @classmethod
+    def _none_if_empty(cls, secret: object) -> object:
+        return secret or None
 
     @field_validator("allowed_sources")
     @classmethod

@@ -25,6 +25,7 @@ from starlette.types import Scope as AsgiScope
 from service import oidc
 from service.api.problems import database_unavailable, problem
 from service.api.rates import Allowance, Rates
+from service.api.sessions import Sessions
 from service.contract.access import DEFAULT_PROJECT, PROJECT_PATTERN, Rate, Scope
 from service.contract.errors import (
     DependencyUnavailable,
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 FAILED = "failed-authentication"
 """Name of the policy under which an address may send what does not open."""
 REMEMBERED = 10_000
+READING = ("GET", "HEAD")
 JWT = re.compile(r"ey[\w-]*\.[\w-]+\.[\w-]*")
 
 # Only declares the scheme in the OpenAPI document; `Access` is what checks.
@@ -83,14 +85,10 @@ class Refused(Exception):
         self.error, self.headers = error, headers
 
 
-class Access:
-    """ASGI middleware: a path under /v1 needs `Authorization: Bearer …` with the scope for its method, not too often.
+class Gate:
+    """Decides who comes in, whichever way they brought their token. Raised refusals say what to answer."""
 
-    Routes find the `Caller` in the request's state.
-    """
-
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app = app
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._key = None if settings.api_key is None else settings.api_key.get_secret_value().encode()
         self._provider = (
@@ -101,31 +99,11 @@ class Access:
         self._rates = Rates(settings.broker_url)
         self._opened = _Opened()
 
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not f"{scope['path']}/".startswith("/v1/"):
-            await self._app(scope, receive, send)
-            return
-        request = Request(scope)
-        try:
-            caller, allowance = await run_in_threadpool(self._enter, request, scope["app"].state.engine)
-        except Refused as refused:
-            await problem(request, refused.error, headers=refused.headers)(scope, receive, send)
-            return
-        except DATABASE_FAULTS as error:
-            await database_unavailable(request, error)(scope, receive, send)
-            return
+    def enter(self, engine: Engine, token: str, *, address: str, method: str) -> tuple[Caller, Allowance | None]:
+        """Whose request it is, and what is left to them. `token` is decoded as headers are, as Latin-1.
 
-        async def send_with_allowance(message: Message) -> None:
-            if message["type"] == "http.response.start" and allowance is not None:
-                MutableHeaders(scope=message).update(allowance.headers)
-            await send(message)
-
-        scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, receive, send_with_allowance)
-
-    def _enter(self, request: Request, engine: Engine) -> tuple[Caller, Allowance | None]:
-        """Whose request it is, and what is left to them. Raises: Refused; database faults."""
-        token, address = _token(request.headers), _address(request.scope)
+        Raises: Refused; database faults.
+        """
         caller = self._known(engine, token, address)
         if caller is None:
             # Who sends nothing guesses nothing, but is counted nevertheless.
@@ -137,7 +115,7 @@ class Access:
             raise Refused(refusal, {"WWW-Authenticate": "Bearer", **_told(allowance)})
         rate = caller.rate_limit or self._settings.rate_limit
         allowance = _granted(self._rates.spend(caller.policy, rate, caller.who))
-        needed = Scope.READ if request.method in ("GET", "HEAD") else Scope.SUBMIT
+        needed = Scope.READ if method in READING else Scope.SUBMIT
         if not caller.may(needed):
             missing = MissingScope(f"This needs the scope `{needed}`; yours has {_listed(caller)}.")
             challenge = f'Bearer error="insufficient_scope", scope="{needed}"'
@@ -161,7 +139,7 @@ class Access:
         if self._key is not None and hmac.compare_digest(token.encode("latin-1"), self._key):
             return Caller(DEFAULT_PROJECT, frozenset({Scope.ADMIN}), "key", "operator")
         if self._provider is not None and JWT.fullmatch(token):
-            return self._bearer(self._provider, token)
+            return self._of_provider(self._provider, token)
         with transaction(engine) as session:
             row = keys.valid(session, token)
             if row is not None:
@@ -171,7 +149,7 @@ class Access:
                 return Caller(DEFAULT_PROJECT, frozenset({Scope.ADMIN}), "address", address)
         return None
 
-    def _bearer(self, provider: oidc.Provider, token: str) -> Caller | None:
+    def _of_provider(self, provider: oidc.Provider, token: str) -> Caller | None:
         """The caller that a provider's token stands for. Raises: Refused."""
         try:
             claims = provider.verify(token)
@@ -185,6 +163,52 @@ class Access:
             )
             raise Refused(away, {"Retry-After": str(math.ceil(oidc.PAUSE_S))}) from error
         return _of_claims(claims, self._settings)
+
+
+class Access:
+    """ASGI middleware: a path under /v1 needs `Authorization: Bearer …` with the scope for its method, not too often.
+
+    What only reads may come with a browser's session instead. Routes find the `Caller` in the request's state.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, sessions: Sessions) -> None:
+        self._app = app
+        self._gate = gate
+        self._sessions = sessions
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not f"{scope['path']}/".startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            caller, allowance = await run_in_threadpool(
+                self._gate.enter,
+                scope["app"].state.engine,
+                self._token(request),
+                address=address_of(scope),
+                method=request.method,
+            )
+        except Refused as refused:
+            await problem(request, refused.error, headers=refused.headers)(scope, receive, send)
+            return
+        except DATABASE_FAULTS as error:
+            await database_unavailable(request, error)(scope, receive, send)
+            return
+
+        async def send_with_allowance(message: Message) -> None:
+            if message["type"] == "http.response.start" and allowance is not None:
+                MutableHeaders(scope=message).update(allowance.headers)
+            await send(message)
+
+        scope.setdefault("state", {})["caller"] = caller
+        await self._app(scope, receive, send_with_allowance)
+
+    def _token(self, request: Request) -> str:
+        if "Authorization" in request.headers or request.method not in READING:
+            return _bearer(request.headers)
+        session = self._sessions.read(request.headers)
+        return "" if session is None else session.token
 
 
 class _Opened:
@@ -243,12 +267,12 @@ def _of_claims(claims: dict[str, Any], settings: Settings) -> Caller:
     return Caller(project, scopes, "subject", str(claims["sub"]))
 
 
-def _token(headers: Headers) -> str:
+def _bearer(headers: Headers) -> str:
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _address(scope: AsgiScope) -> str:
+def address_of(scope: AsgiScope) -> str:
     """Whom a connection comes from. Who has one IPv6 address has the 2^64 around it, too."""
     host: str = scope["client"][0] if scope.get("client") else ""
     try:

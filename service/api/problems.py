@@ -116,7 +116,8 @@ def dotted(location: Sequence[str | int]) -> str | None:
     return ".".join(path) or None
 
 
-def _field_and_reason(error: Mapping[str, Any]) -> tuple[str | None, str]:
+def field_and_reason(error: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The field that a validation error is about, as a dotted path, and what is wrong with it."""
     field = error.get("ctx", {}).get("param") or dotted(error["loc"])
     reason = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
@@ -130,7 +131,7 @@ def _from_validation(request: Request, error: RequestValidationError) -> Respons
     if found and found[0]["type"] == "json_invalid":
         reason, position = found[0]["ctx"]["error"], found[0]["loc"][-1]
         return problem(request, MalformedBody(f"The body is not valid JSON: {reason} at character {position}."))
-    named = [_field_and_reason(one) for one in found]
+    named = [field_and_reason(one) for one in found]
     listed = [f"{field}: {reason}" if field else reason for field, reason in named[:MAX_LISTED_ERRORS]]
     if len(named) > MAX_LISTED_ERRORS:
         listed.append(f"and {len(named) - MAX_LISTED_ERRORS} more errors")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.contract.jobs import Artifact, Job, JobStatus, Stage, StageName, StageStatus
+from service.remedies import REMEDIES
 from service.report import removed_blocks, report, search_report
 
 ID_WIDTH = len("job_") + 32
@@ -26,16 +27,6 @@ COLOURS = {
     JobStatus.CANCELLED: "dim",
     JobStatus.FAILED: "bold red",
     JobStatus.SUCCEEDED: "green",
-}
-REMEDIES = {
-    "attempts_exhausted": "Look at the worker's log, then go on with `pdtrim resume`.",
-    "model_unsupported": "Supported are Llama, Mistral, Qwen2 and Qwen3 models stored as safetensors.",
-    "invalid_request": "Correct the specification and submit it again.",
-    "invalid_input": "Correct the model or the specification and submit it again.",
-    "out_of_memory": "Resume it on a worker with more memory, or submit it with fewer and shorter windows "
-    "(calibration.windows, calibration.window_tokens), or with distillation.gradient_accumulation and "
-    "distillation.gradient_checkpointing.",
-    "internal_error": "Look at the worker's log; if the service is at fault, report it with the job's id.",
 }
 
 

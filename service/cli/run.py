@@ -224,7 +224,12 @@ def _tell(message: str) -> None:
 
 
 def _welcome(service: Embedded) -> None:
-    lines = [("Service", service.url), ("Interface", f"{service.url}/docs"), ("Logs", str(service.logs))]
+    lines = [
+        ("Service", service.url),
+        ("Dashboard", f"{service.url}/ui"),
+        ("Interface", f"{service.url}/docs"),
+        ("Logs", str(service.logs)),
+    ]
     if service.shares_folder:
         lines.append(("Jobs may read", Path.cwd().as_uri()))
     console.print("[bold]PDTrim Service is up.[/] Ctrl-C stops it.")

@@ -45,6 +45,7 @@ EXTERNAL: Document = {
         "existingSecret": "",
     },
     "apiKey": {"existingSecret": "pdtrim-key", "key": "key"},
+    "session": {"existingSecret": "pdtrim-key", "key": "session"},
     "hub": {"existingSecret": "hub"},
     "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/pdtrim"}},
     "settings": {

@@ -176,13 +176,15 @@ def test_the_service_starts_with_what_its_pod_gives_it(
         "PDTRIM_DATABASE_URL": "postgresql+psycopg://u:p@h/n",
         "PDTRIM_BROKER_URL": "redis://h:6379/0",
         "PDTRIM_API_KEY": "key",
+        "PDTRIM_SESSION_SECRET": "0123456789abcdef",
     }
     given = dict(of_kind(documents, "ConfigMap")["pdtrim-settings"]["data"])
     given |= {name: variable.get("value", secrets.get(name, "x")) for name, variable in environment(container).items()}
     if component == "gateway":
         assert given["PDTRIM_API_KEY"] == "key"
+        assert given["PDTRIM_SESSION_SECRET"] == "0123456789abcdef"
     else:
-        assert "PDTRIM_API_KEY" not in given
+        assert {"PDTRIM_API_KEY", "PDTRIM_SESSION_SECRET"}.isdisjoint(given)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     settings = Settings()
@@ -248,6 +250,7 @@ def test_secrets_are_the_users_unless_servers_are_bundled() -> None:
         "PDTRIM_DATABASE_URL": {"name": "rds", "key": "url"},
         "PDTRIM_BROKER_URL": {"name": "elasticache", "key": "url"},
         "PDTRIM_API_KEY": {"name": "pdtrim-key", "key": "key"},
+        "PDTRIM_SESSION_SECRET": {"name": "pdtrim-key", "key": "session"},
         "HF_TOKEN": {"name": "hub", "key": "HF_TOKEN"},
     }
     bundled = render(BUNDLED)

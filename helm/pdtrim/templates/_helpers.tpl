@@ -79,6 +79,14 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{- define "pdtrim.sessionVariable" -}}
+{{- $secret := include "pdtrim.secret" (dict "root" . "own" .Values.session "bundled" .Values.bundled.apiKey) -}}
+{{- $key := .Values.bundled.apiKey.enabled | ternary "PDTRIM_SESSION_SECRET" .Values.session.key -}}
+{{- if $secret }}
+{{- include "pdtrim.secretVariable" (dict "name" "PDTRIM_SESSION_SECRET" "secret" $secret "key" $key) }}
+{{- end }}
+{{- end }}
+
 {{/* What every process of the service reads from Secrets. */}}
 {{- define "pdtrim.secretVariables" -}}
 {{- $bundled := .Values.bundled -}}

@@ -131,7 +131,7 @@ def test_a_failed_job_shows_its_error_and_what_to_do(gateway: LiveGateway, pdtri
     shown = pdtrim("show", job_id).output
     assert "lacks [tensors]" in shown
     assert "Field: model.source" in shown
-    assert "Supported are Llama" in shown
+    assert "Submit a decoder-only model" in shown
     assert pdtrim("watch", job_id).exit_code == 1
 
 

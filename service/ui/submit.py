@@ -1,0 +1,91 @@
+"""The form that submits a job, and the estimate beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from fastapi import APIRouter, Depends, Request, Response
+from uuid_utils import uuid7
+
+from service.api import jobs as api
+from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
+from service.api.submission import Submission
+from service.contract.errors import PDTrimError
+from service.contract.estimate import Estimate
+from service.settings import Settings
+from service.ui import forms, views
+from service.ui.pages import go, render
+from service.ui.visits import Posted, entered
+
+router = APIRouter(prefix="/ui/jobs", include_in_schema=False, dependencies=[Depends(entered)])
+
+ONCE = "once"
+"""The field that tells a form sent twice from two forms."""
+
+
+@router.get("/new")
+def show_form(request: Request, settings: SettingsDep) -> Response:
+    """The form with its defaults."""
+    return _show(request, forms.blank(settings.queues))
+
+
+@router.post("")
+def submit(
+    request: Request,
+    settings: SettingsDep,
+    engine: EngineDep,
+    project: Project,
+    api_key: ApiKeyPrefix,
+    form: Posted,
+) -> Response:
+    """Create the job that the form describes, or show the form with what is wrong at its fields."""
+    submission = Submission(Response(), settings, engine, project, api_key, key_of(form))
+    try:
+        job = api.create_job(forms.to_spec(form), settings, submission)
+    except forms.Unreadable as unreadable:
+        return _show(request, forms.filled(form, settings.queues, unreadable.errors), form, status=422)
+    except PDTrimError as refusal:
+        return _show(request, _refused(form, settings, refusal), form, status=refusal.status)
+    return go(f"/ui/jobs/{job.id}")
+
+
+@router.post("/estimate")
+def estimate(request: Request, settings: SettingsDep, engine: EngineDep, project: Project, form: Posted) -> Response:
+    """The form with the estimate beside it; to a script, the estimate alone."""
+    found: Estimate | None = None
+    try:
+        found = api.estimate_job(forms.to_spec(form), settings, engine, project)
+        shown = forms.filled(form, settings.queues)
+    except forms.Unreadable as unreadable:
+        shown = forms.filled(form, settings.queues, unreadable.errors)
+    except PDTrimError as refusal:
+        shown = _refused(form, settings, refusal)
+    if request.headers.get("Accept") == views.FRAGMENT:
+        return render(request, "estimate.html", form=shown, estimate=views.estimate(found))
+    return _show(request, shown, form, estimate=found)
+
+
+def key_of(form: Mapping[str, str]) -> str | None:
+    """An idempotency key: the same for the same form sent again, another once something in it is changed."""
+    once = form.get(ONCE)
+    if not once:
+        return None
+    said = "\n".join(f"{name}={value}" for name, value in sorted(form.items()))
+    return f"ui-{hashlib.sha256(said.encode('utf-8', 'replace')).hexdigest()}"
+
+
+def _refused(form: Mapping[str, str], settings: Settings, refusal: PDTrimError) -> forms.Form:
+    return forms.filled(form, settings.queues, {forms.place(refusal.param): [refusal.message]})
+
+
+def _show(
+    request: Request,
+    form: forms.Form,
+    typed: Mapping[str, str] | None = None,
+    *,
+    status: int = 200,
+    estimate: Estimate | None = None,
+) -> Response:
+    once = (typed or {}).get(ONCE) or uuid7().hex
+    return render(request, "submit.html", status=status, form=form, once=once, estimate=views.estimate(estimate))

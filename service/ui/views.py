@@ -1,0 +1,309 @@
+"""What a page shows of a job: pure functions of what the HTTP interface answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from service.contract.estimate import CheckpointEstimate, Estimate
+from service.contract.frontier import Cut, Frontier
+from service.contract.jobs import Artifact, Event, Job, Stage, StageName, StageStatus
+from service.remedies import REMEDIES
+from service.report import removed_blocks
+from service.ui import figures
+from service.ui.figures import Bar, BlockMap, Figure, Grid, size
+
+FRAGMENT = "text/vnd.pdtrim.fragment+html"
+"""What a script accepts that wants a part of a page."""
+ROLES = ("unified", "prefill", "decode")
+DID = {
+    StageName.SCORING: "scores each block's redundancy",
+    StageName.REMOVAL: "searches the blocks to give up",
+    StageName.DISTILLATION: "heals what is left",
+    StageName.EXPORT: "writes and proves the checkpoints",
+    StageName.EVALUATION: "measures them beside the dense model",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job in the list."""
+
+    job: Job
+    removes: str
+    stage: str
+    progress: float
+    took: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a job."""
+
+    stage: Stage
+    does: str
+    took: str
+
+    @property
+    def percent(self) -> int:
+        return round(100 * (1.0 if self.stage.status == StageStatus.SUCCEEDED else self.stage.progress))
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something to copy into a terminal."""
+
+    id: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """A job's page. What its stages have not found yet is None or empty."""
+
+    took: str
+    steps: Sequence[Step]
+    remedy: str
+    facts: Mapping[str, str]
+    spec: str
+    map: BlockMap | None
+    frontier: Figure | None
+    scores: Figure | None
+    searches: Sequence[Figure]
+    sensitivity: Figure | None
+    controls: Sequence[Bar]
+    control_table: Grid | None
+    objective: str
+    bounds: Sequence[str]
+    kv: Sequence[Bar]
+    kv_note: str
+    tables: Sequence[Grid]
+    artifacts: Mapping[StageName, Sequence[Artifact]]
+    commands: Sequence[Command]
+    events: Sequence[Event]
+    last_event: int
+
+
+@dataclass(frozen=True)
+class ExportPage:
+    """A point of a frontier: what an export there gives up."""
+
+    frontier: Figure
+    prefill: int
+    decode: int
+    prefill_counts: Sequence[int]
+    decode_counts: Sequence[int]
+    map: BlockMap | None
+    losses: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class EstimateView:
+    """An estimate as tables."""
+
+    facts: Mapping[str, str]
+    checkpoints: Grid
+    earlier: str | None
+    earlier_seconds: Mapping[str, str]
+    warnings: Sequence[str]
+
+
+def row(job: Job) -> Row:
+    """A job's line in the list."""
+    current = next((stage for stage in job.stages if stage.status != StageStatus.SUCCEEDED), None)
+    done = sum(stage.status == StageStatus.SUCCEEDED for stage in job.stages)
+    progress = (done + (current.progress if current else 0.0)) / max(1, len(job.stages))
+    return Row(
+        job,
+        f"{job.spec.prefill} / {job.spec.decode}",
+        "" if current is None else current.name,
+        progress,
+        _between(job.started_at, job.finished_at),
+    )
+
+
+def job_page(
+    job: Job,
+    *,
+    artifacts: Sequence[Artifact],
+    events: Sequence[Event],
+    frontier: Frontier | None,
+    search: Mapping[str, Any] | None,
+    address: str,
+) -> JobPage:
+    """Everything about a job. `address` is the service's, for commands."""
+    found = {stage.name: stage.metrics for stage in job.stages if stage.status == StageStatus.SUCCEEDED}
+    removal, evaluation = found.get(StageName.REMOVAL), found.get(StageName.EVALUATION)
+    scored = found.get(StageName.SCORING, {}).get("cosine")
+    removed = {half: removed_blocks(removal[half]) for half in figures.HALVES} if removal else {}
+    objective = job.spec.search.objective
+    # Jobs of earlier versions have fewer metrics.
+    worth = removal.get("sensitivity") if removal else None
+    controlled = removal is not None and worth is not None
+    pair = evaluation["pair"] if evaluation else None
+    return JobPage(
+        took=_between(job.started_at, job.finished_at),
+        steps=[Step(stage, DID[stage.name], _between(stage.started_at, stage.finished_at)) for stage in job.stages],
+        remedy=REMEDIES.get(job.error.code, "") if job.error else "",
+        facts=_facts(job),
+        spec=json.dumps(job.spec.model_dump(mode="json", exclude_defaults=True), indent=2, ensure_ascii=False),
+        map=figures.block_map(removal) if removal else None,
+        frontier=figures.frontier(frontier, export_link(job.id, frontier)) if frontier else None,
+        scores=figures.scores(scored, job.spec.distillation.threshold, removed) if scored else None,
+        searches=figures.trajectory(search, objective) if search else [],
+        sensitivity=figures.sensitivity(worth, objective) if worth else None,
+        controls=figures.controls(removal) if removal and controlled else [],
+        control_table=figures.control_table(removal) if removal and controlled else None,
+        objective=figures.OBJECTIVES.get(objective, objective),
+        bounds=figures.bounds(removal) if removal and controlled else [],
+        kv=figures.kv_bytes(pair) if pair else [],
+        kv_note=f"For a prompt of {pair['prompt_tokens']} tokens, from prefill to decode." if pair else "",
+        tables=figures.evaluation_tables(evaluation) if evaluation else [],
+        artifacts={stage: mine for stage in StageName if (mine := [one for one in artifacts if one.stage == stage])},
+        commands=_commands(job, artifacts, address),
+        events=list(reversed(events)),
+        last_event=events[-1].number if events else 0,
+    )
+
+
+def export_link(job_id: str, frontier: Frontier) -> Callable[[str, int], str]:
+    """Where a point leads: to the job's own counts, a decode point beside the prefill half that it was searched with,
+    a prefill point as one checkpoint for both halves."""
+    own = {half: getattr(frontier.chosen, half).remove_blocks for half in figures.HALVES}
+    searched = frontier.decode[0].remove_blocks
+
+    def link(half: str, count: int) -> str:
+        if count == own[half]:
+            prefill, decode = own["prefill"], own["decode"]
+        else:
+            prefill, decode = (searched if half == "decode" else count), count
+        return f"/ui/jobs/{job_id}/exports/new?prefill={prefill}&decode={decode}"
+
+    return link
+
+
+def export_page(job: Job, frontier: Frontier, prefill: int, decode: int, cut: Cut | None) -> ExportPage:
+    """The page on which an export is cut: without a `cut` where the counts do not go together."""
+    blocks = next(stage.metrics["blocks"] for stage in job.stages if stage.name == StageName.SCORING)
+    made = None
+    if cut is not None:
+        halves = {"prefill": cut.prefill, "decode": cut.decode}
+        made = figures.block_map(
+            {half: {"num_blocks": blocks, "deleted": at.removed, "distilled": {}} for half, at in halves.items()}
+        )
+    return ExportPage(
+        frontier=figures.frontier(frontier, export_link(job.id, frontier)),
+        prefill=prefill,
+        decode=decode,
+        prefill_counts=_counts(frontier.prefill, frontier.chosen.prefill, prefill),
+        decode_counts=_counts([*frontier.decode, *frontier.unified], frontier.chosen.decode, decode),
+        map=made,
+        losses={} if cut is None else {"prefill": f"{cut.prefill.loss:.4f}", "decode": f"{cut.decode.loss:.4f}"},
+    )
+
+
+def _counts(points: Sequence[Any], chosen: Any, shown: int) -> list[int]:
+    return sorted({shown, chosen.remove_blocks, *(point.remove_blocks for point in points)})
+
+
+def estimate(found: Estimate | None) -> EstimateView | None:
+    """An estimate for people."""
+    if found is None:
+        return None
+    memory, sets = found.memory_bytes, found.evaluations
+    return EstimateView(
+        facts={
+            "Architecture": found.architecture,
+            **({"Revision": found.model_revision} if found.model_revision else {}),
+            "Sets to evaluate, at most": f"prefill {sets.prefill:,}, decode {sets.decode:,}, control {sets.control:,}",
+            "Memory for the search, at least": _known_size(memory.search),
+            "Memory for distillation, at least": _known_size(memory.distillation),
+        },
+        checkpoints=Grid(
+            "Checkpoints",
+            ("", "blocks", "weights", "size", "KV/token"),
+            [_checkpoint(one) for one in (found.dense, *found.checkpoints)],
+        ),
+        earlier=found.earlier.job_id if found.earlier else None,
+        earlier_seconds={
+            name: duration(seconds) for name, seconds in (found.earlier.seconds if found.earlier else {}).items()
+        },
+        warnings=[warning.message for warning in found.warnings],
+    )
+
+
+def _checkpoint(one: CheckpointEstimate) -> Sequence[str]:
+    return (
+        one.role,
+        str(one.blocks),
+        _parameters(one.parameters),
+        _known_size(one.bytes),
+        _known_size(one.kv_bytes_per_token),
+    )
+
+
+def _parameters(number: int | None) -> str:
+    if number is None:
+        return "unknown"
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.1f} M"
+
+
+def _known_size(number: int | None) -> str:
+    return "unknown" if number is None else size(number)
+
+
+def _facts(job: Job) -> dict[str, str]:
+    search = job.spec.search
+    return {
+        "Prefill gives up": _target(job.spec.prefill),
+        "Decode gives up": _target(job.spec.decode),
+        "Text": job.spec.data.origin,
+        "Search": f"{search.algorithm}, {search.objective}, {search.evaluations} evaluations",
+        "Queue": f"{job.queue}, {job.spec.priority} priority",
+        "Seed": str(job.spec.seed),
+        **({"Revision": job.model_revision} if job.model_revision else {}),
+        **({"Labels": ", ".join(f"{k}={v}" for k, v in job.metadata.items())} if job.metadata else {}),
+        **({"Computed with": ", ".join(f"{k} {v}" for k, v in job.versions.items())} if job.versions else {}),
+    }
+
+
+def _target(target: Any) -> str:
+    bounded = target.max_perplexity_increase is not None
+    blocks = f"blocks {target}" if bounded else figures.counted(target.remove_blocks)
+    return blocks if target.mlp_width == 1 else f"{blocks}, keeps {target.mlp_width:g} of MLP channels"
+
+
+def _commands(job: Job, artifacts: Sequence[Artifact], address: str) -> list[Command]:
+    """How to get and load each checkpoint."""
+    exported = {one.name.split("/")[0] for one in artifacts if one.stage == StageName.EXPORT}
+    roles = [role for role in ROLES if role in exported]
+    if not roles:
+        return []
+    downloads = [
+        Command(f"download-{role}", f"Download {role}", f"pdtrim download {job.id} --only {role}/ --url {address}")
+        for role in roles
+    ]
+    last = roles[-1]
+    load = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{last}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{last}")'
+    )
+    return [*downloads, Command("load", f"Load {last} in Python", load)]
+
+
+def _between(start: datetime | None, end: datetime | None) -> str:
+    return "" if start is None or end is None else duration((end - start).total_seconds())
+
+
+def duration(seconds: float) -> str:
+    """A time span for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -1,0 +1,155 @@
+"""The dashboard in a real browser, against the embedded service: from the login to a second export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.processes import pdtrim_up
+
+CHROMIUM = Path("/usr/bin/chromium")
+KEY = "pdt_operator"
+LEAST = {
+    "model.source": "reference",
+    "calibration.windows": "4",
+    "calibration.window_tokens": "16",
+    "search.evaluations": "4",
+    "distillation.heal_tokens": "64",
+    "kv_tokens.ratio": "2",
+    "evaluation.windows": "4",
+    "metadata": "team=serving",
+    "rest": '{"distillation": {"batch_windows": 4}, "evaluation": {"speed_tokens": 2, "speed_repeats": 1}}',
+}
+"""The smallest job that has something in every part of its page."""
+JOB_MS = 120_000
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"there is no {CHROMIUM}: apt-get install chromium")
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield started
+        started.close()
+
+
+def test_a_person_prunes_a_model_without_leaving_the_browser(
+    browser: Browser, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with pdtrim_up(environment | {"PDTRIM_API_KEY": KEY}, tmp_path) as url:
+        page = browser.new_page(base_url=url)
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if "Security Policy" in message.text else None)
+
+        log_in(page)
+        submit(page)
+        watch(page)
+        first = page.url
+        second = cut_another(page)
+        cancel_a_third(page)
+        page.goto(second)
+        expect(page.locator("h1 .badge")).to_have_text("succeeded", timeout=JOB_MS)
+        expect(page.locator("#evaluation")).to_be_visible()
+
+        for path in ("/ui/jobs", "/ui/jobs/new", first, f"{first}/exports/new", "/ui/nothing"):
+            page.goto(path)
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+                check_accessible(page)
+            page.set_viewport_size({"width": 360, "height": 740})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+            page.set_viewport_size({"width": 1280, "height": 800})
+        page.goto(first)
+        page.get_by_role("button", name="Log out").click()
+        expect(page).to_have_url(re.compile("/ui/login$"))
+        assert faults == []
+
+
+def check_accessible(page: Page) -> None:
+    """No finding of axe that is serious or critical."""
+    found = Axe().run(page).response["violations"]
+    grave = [one for one in found if one["impact"] in ("serious", "critical")]
+    assert not grave, [(one["id"], [node["html"] for node in one["nodes"]][:3]) for one in grave]
+
+
+def log_in(page: Page) -> None:
+    page.goto("/ui")
+    check_accessible(page)
+    page.get_by_label("API key").fill("pdt_wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("This key does not open")
+    check_accessible(page)
+    page.get_by_label("API key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+
+
+def fill(page: Page, fields: dict[str, str]) -> None:
+    for path, value in fields.items():
+        page.locator(f'[name="{path}"]').fill(value)
+
+
+def submit(page: Page) -> None:
+    """First with a mistake, which is shown at its field; the estimate follows what is typed."""
+    page.get_by_role("link", name="Submit the first one").click()
+    fill(page, {**LEAST, "prefill.remove_blocks": "9", "decode.remove_blocks": "2"})
+    page.get_by_role("button", name="Submit job").click()
+    field = page.locator('[name="prefill.remove_blocks"]')
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#field-prefill-remove_blocks-error")).to_contain_text("may not exceed decode.remove_blocks")
+    expect(page.locator("#summary")).to_be_focused()
+    check_accessible(page)
+    field.fill("1")
+    expect(page.locator("#estimate").get_by_role("row", name=re.compile("^prefill 11 5.1 M"))).to_be_visible()
+    page.get_by_role("button", name="Submit job").click()
+
+
+def watch(page: Page) -> None:
+    """To the job's end, on one page that is never loaded again."""
+    expect(page.locator("h1")).to_contain_text("reference")
+    page.evaluate("window.kept = true")
+    check_accessible(page)
+    expect(page.locator('[data-stage="removal"] .badge')).to_have_text("succeeded", timeout=JOB_MS)
+    expect(page.locator("h1 .badge")).to_have_text("succeeded", timeout=JOB_MS)
+    assert page.evaluate("window.kept") is True
+    for heading in ("Blocks", "Loss frontier", "Prefill/decode controls", "Cosine scores", "Search for decode"):
+        expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
+    expect(page.locator("table.blocks tr.decode td.kept")).to_have_count(10)
+    expect(page.get_by_text("with the token rule", exact=True)).to_be_visible()
+    expect(page.locator("#download-decode")).to_contain_text("pdtrim download job_")
+    with page.expect_download() as download:
+        page.get_by_text("Files of evaluation (").click()
+        page.get_by_role("link", name="report.json").click()
+    assert "perplexity" in download.value.path().read_text()
+
+
+def cut_another(page: Page) -> str:
+    """From a point of the frontier, with the keyboard alone."""
+    page.get_by_role("link", name=re.compile("decode without 1 block: .*cut an export here")).focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Cut an export")).to_be_visible()
+    expect(page.get_by_text("One unified checkpoint for both halves")).to_be_visible()
+    page.get_by_role("button", name="Cut this export").click()
+    expect(page.locator('[data-live="head"]')).to_contain_text("Cut from the frontier of")
+    return page.url
+
+
+def cancel_a_third(page: Page) -> None:
+    """It waits behind the second for the only worker."""
+    page.goto("/ui/jobs/new")
+    fill(page, {**LEAST, "prefill.remove_blocks": "1", "decode.remove_blocks": "1", "metadata": ""})
+    page.get_by_role("button", name="Submit job").click()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("h1 .badge")).to_have_text("cancelled", timeout=JOB_MS)
+    page.goto("/ui/jobs")
+    page.get_by_label("State").select_option("cancelled")
+    page.get_by_role("button", name="Filter").click()
+    expect(page.locator("table.jobs tbody tr")).to_have_count(1)

@@ -1,0 +1,263 @@
+"""The dashboard's pages as a browser without script gets them: who may see and do what, and what errors look like."""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import urlsafe_b64decode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import Response
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+
+from service.api.sessions import Session, Sessions
+from service.contract.access import Scope
+from service.contract.jobs import ErrorInfo, StageName
+from service.db import keys, stages
+from service.db.session import transaction
+from service.settings import Settings
+from tests.gateway import Gateway, serve
+from tests.unit.service.ui.found import COSINE, PLAN, REMOVAL, SEARCH
+
+KEY = "pdt_schlüssel"
+
+
+@pytest.fixture
+def locked(gateway_settings: Settings, model: Path) -> Iterator[Gateway]:
+    with serve(gateway_settings.model_copy(update={"api_key": SecretStr(KEY)}), model) as running:
+        # As bytes: what is no ASCII has no one way into a header.
+        running.client.headers.update({b"authorization": f"Bearer {KEY}".encode()})
+        yield running
+
+
+@pytest.fixture
+def unlocked(gateway_settings: Settings, model: Path) -> Iterator[Gateway]:
+    with serve(gateway_settings, model) as running:
+        yield running
+
+
+class Browser:
+    """Keeps cookies, sends forms with the token that their page has, and follows no redirect."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.client = TestClient(gateway.app, follow_redirects=False, raise_server_exceptions=False)
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return self.client.get(path, headers=headers)
+
+    def post(self, page: str, path: str, **fields: str) -> httpx.Response:
+        found = re.search(r'name="csrf" value="([^"]+)"', self.get(page).text)
+        return self.client.post(path, data={"csrf": "" if found is None else found[1], **fields})
+
+    def login(self, key: str) -> httpx.Response:
+        return self.post("/ui/login", "/ui/login", key=key, next="/ui/jobs/new")
+
+
+def make_key(gateway: Gateway, scope: Scope, project: str = "default") -> str:
+    with transaction(gateway.engine) as session:
+        return keys.create(session, project=project, name="test", scopes=[scope])[1]
+
+
+def test_a_key_opens_a_session_in_a_cookie_that_scripts_and_other_sites_cannot_use(locked: Gateway) -> None:
+    browser = Browser(locked)
+    away = browser.get("/ui/jobs?status=failed")
+    assert (away.status_code, away.headers["location"]) == (303, "/ui/login?next=/ui/jobs%3Fstatus%3Dfailed")
+
+    refused = browser.login("wrong")
+    assert refused.status_code == 401
+    assert "This key does not open" in refused.text
+
+    opened = browser.login(KEY)
+    assert (opened.status_code, opened.headers["location"]) == (303, "/ui/jobs/new")
+    cookie = opened.headers["set-cookie"]
+    assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; "))
+    assert "Secure" not in cookie
+    assert browser.get("/ui/jobs").status_code == 200
+
+    # Reading under /v1 works with the cookie, as downloads and event streams need; changing does not.
+    assert browser.get("/v1/jobs").status_code == 200
+    assert browser.client.post("/v1/jobs", json=dict(locked.spec)).status_code == 401
+
+    left = browser.post("/ui/jobs", "/ui/logout")
+    assert left.headers["location"] == "/ui/login"
+    assert browser.get("/ui/jobs").status_code == 303
+
+
+def test_the_cookie_is_secure_where_the_browser_came_by_https(locked: Gateway) -> None:
+    response = Browser(locked).get("/ui/login", **{"X-Forwarded-Proto": "https"})
+    assert "Secure" in response.headers["set-cookie"].split("; ")
+
+
+def test_a_revoked_key_ends_the_session_and_guessing_has_its_limit(locked: Gateway) -> None:
+    browser, key = Browser(locked), make_key(locked, Scope.ADMIN)
+    assert browser.login(key).status_code == 303
+    with transaction(locked.engine) as session:
+        keys.revoke(session, key.split("_")[1])
+    assert browser.get("/ui/jobs").headers["location"] == "/ui/login"
+    answers = [browser.login("wrong").status_code for _ in range(40)]
+    assert answers[0] == 401
+    assert answers[-1] == 429
+
+
+def test_a_form_without_its_sessions_token_does_nothing(unlocked: Gateway) -> None:
+    browser, job = Browser(unlocked), unlocked.create()
+    for fields in ({}, {"csrf": "guessed"}, {"csrf": Session().csrf}):
+        browser.get("/ui/jobs")
+        response = browser.client.post(f"/ui/jobs/{job}/cancel", data=fields)
+        assert response.status_code == 403
+        assert "made in another session" in response.text
+    assert unlocked.client.get(f"/v1/jobs/{job}").json()["status"] == "queued"
+
+
+def test_a_link_from_another_site_neither_logs_out_nor_asks_for_the_key(locked: Gateway) -> None:
+    # The browser keeps a strict cookie back at first.
+    page = Browser(locked).get("/ui/jobs", **{"Sec-Fetch-Site": "cross-site"})
+    assert page.status_code == 200
+    assert 'http-equiv="refresh"' in page.text
+    assert "set-cookie" not in page.headers
+
+
+def test_cookies_of_another_secret_or_an_old_login_are_no_sessions_and_show_no_key() -> None:
+    secret = SecretStr("a" * 32)
+
+    def cookie(session: Session) -> Headers:
+        response = Response()
+        Sessions(secret).write(response, session, secure=False)
+        return Headers({"cookie": response.headers["set-cookie"].split(";")[0]})
+
+    sent = cookie(session := Session("pdt_key"))
+    assert Sessions(secret).read(sent) == session
+    assert Sessions(SecretStr("b" * 32)).read(sent) is None
+    assert Sessions(secret).read(cookie(Session("pdt_key", since=0.0))) is None
+    assert Sessions(secret).read(Headers({"cookie": sent["cookie"][:-2]})) is None
+    assert b"pdt_key" not in b"".join(
+        urlsafe_b64decode(part + "==") for part in sent["cookie"].split("=")[1].split(".")
+    )
+
+
+def test_a_key_that_only_reads_sees_no_buttons_and_may_not_press_them(locked: Gateway) -> None:
+    browser, job = Browser(locked), locked.create()
+    browser.login(make_key(locked, Scope.READ))
+    page = browser.get(f"/ui/jobs/{job}").text
+    assert "Log out" in page
+    assert "Cancel" not in page
+    refused = browser.post(f"/ui/jobs/{job}", f"/ui/jobs/{job}/cancel")
+    assert refused.status_code == 403
+    assert "The API key does not allow this" in refused.text
+
+    stranger = Browser(locked)
+    stranger.login(make_key(locked, Scope.ADMIN, project="other"))
+    assert stranger.get(f"/ui/jobs/{job}").status_code == 404
+
+
+def test_pages_allow_no_inline_script_or_style_and_have_none(unlocked: Gateway) -> None:
+    browser, job = Browser(unlocked), unlocked.create()
+    pages = [browser.get(path) for path in ("/ui/jobs", "/ui/jobs/new", "/ui/login", f"/ui/jobs/{job}", "/ui/nothing")]
+    assert [page.status_code for page in pages] == [200, 200, 200, 200, 404]
+    for page in pages:
+        policy = page.headers["content-security-policy"]
+        assert "unsafe" not in policy
+        assert {"default-src 'none'", "script-src 'self'", "style-src 'self'"} <= set(policy.split("; "))
+        assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! src=\"/ui/)|(src|href)=\"(https?:)?//", page.text)
+    assert browser.get("/ui/static/live.js").status_code == 200
+
+
+def test_jobs_are_filtered_and_paged(unlocked: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.ui.jobs.PAGE", 2)
+    made = [unlocked.create(metadata={"n": str(n)}) for n in range(3)]
+    unlocked.client.post(f"/v1/jobs/{made[0]}/cancel")
+    browser = Browser(unlocked)
+
+    def shown(path: str) -> list[str]:
+        return re.findall(r'href="/ui/jobs/(job_\w+)"', browser.get(path).text)
+
+    assert shown("/ui/jobs") == made[:0:-1]
+    (older,) = re.findall(r'rel="next" href="([^"]+)"', browser.get("/ui/jobs").text)
+    assert shown(older.replace("&amp;", "&")) == [made[0]]
+    assert shown("/ui/jobs?status=cancelled") == [made[0]]
+    assert shown("/ui/jobs?label=n%3D1") == [made[1]]
+    assert "key=value" in browser.get("/ui/jobs?label=n").text
+
+
+def test_the_form_submits_once_and_says_at_the_field_what_is_wrong(unlocked: Gateway) -> None:
+    browser = Browser(unlocked)
+    fields = {"model.source": unlocked.spec["model"], "prefill.remove_blocks": "1", "once": "1"}
+    wrong = browser.post("/ui/jobs/new", "/ui/jobs", **fields, **{"decode.remove_blocks": "6"})
+    assert wrong.status_code == 422
+    assert re.search(
+        r'id="field-decode-remove_blocks-error">decode.remove_blocks is 6, but the model has 6', wrong.text
+    )
+    assert 'name="decode.remove_blocks" aria-describedby="field-decode-remove_blocks-error' in wrong.text
+
+    estimated = browser.post("/ui/jobs/new", "/ui/jobs/estimate", **fields, **{"decode.remove_blocks": "2"})
+    assert estimated.status_code == 200
+    assert "llama" in estimated.text
+    assert unlocked.client.get("/v1/jobs").json()["data"] == []
+
+    first = browser.post("/ui/jobs/new", "/ui/jobs", **fields, **{"decode.remove_blocks": "2"})
+    again = browser.post("/ui/jobs/new", "/ui/jobs", **fields, **{"decode.remove_blocks": "2"})
+    assert first.status_code == 303
+    assert first.headers["location"] == again.headers["location"]
+    assert len(unlocked.client.get("/v1/jobs").json()["data"]) == 1
+
+
+def test_a_jobs_page_shows_what_was_found_and_what_an_export_would_give_up(unlocked: Gateway) -> None:
+    job = unlocked.create(decode={"remove_blocks": 3})
+    play(unlocked, job, StageName.SCORING, {"blocks": 6, "cosine": COSINE, "windows": {}})
+    files = {"plan.json": json.dumps(PLAN).encode(), "search.json": json.dumps(SEARCH).encode()}
+    play(unlocked, job, StageName.REMOVAL, REMOVAL, files)
+    browser = Browser(unlocked)
+    page = browser.get(f"/ui/jobs/{job}").text
+    assert "block 3 is distilled into block 1" in page
+    for heading in ("Loss frontier", "Cosine scores", "Search for decode", "What each block is worth"):
+        assert f"<h3>{heading}</h3>" in page
+
+    export = browser.get(f"/ui/jobs/{job}/exports/new?prefill=1&decode=2").text
+    assert "0.3000 for the pair" in export
+    impossible = browser.get(f"/ui/jobs/{job}/exports/new?prefill=1&decode=5")
+    assert impossible.status_code == 422
+    assert "no set of 5 blocks" in impossible.text
+    cut = browser.post(f"/ui/jobs/{job}/exports/new", f"/ui/jobs/{job}/exports", prefill="1", decode="2")
+    assert f'Cut from the frontier of <a href="/ui/jobs/{job}"' in browser.get(cut.headers["location"]).text
+    backwards = browser.post(f"/ui/jobs/{job}/exports/new", f"/ui/jobs/{job}/exports", prefill="1", decode="0")
+    assert backwards.status_code == 422
+    assert "may not exceed" in backwards.text
+
+    unlocked.app.state.store.delete_prefix(f"jobs/{job}")
+    without = browser.get(f"/ui/jobs/{job}")
+    assert without.status_code == 200
+    assert "no longer has their files" in without.text
+    assert "block 3 is distilled into block 1" in without.text
+
+
+def test_a_failed_job_says_why_and_what_to_do_and_a_refusal_is_shown_on_its_page(unlocked: Gateway) -> None:
+    job, browser = unlocked.create(), Browser(unlocked)
+    unlocked.fail(job, StageName.SCORING, ErrorInfo(code="out_of_memory", message="<b>CUDA</b> ran out"))
+    page = browser.get(f"/ui/jobs/{job}").text
+    assert "&lt;b&gt;CUDA&lt;/b&gt; ran out" in page
+    assert "Resume it on a worker with more memory" in page
+    refused = browser.post(f"/ui/jobs/{job}", f"/ui/jobs/{job}/pause")
+    assert refused.status_code == 409
+    assert "Possible now: resume, delete" in refused.text
+    resumed = browser.post(f"/ui/jobs/{job}", f"/ui/jobs/{job}/resume")
+    assert resumed.headers["location"] == f"/ui/jobs/{job}"
+    assert unlocked.client.get(f"/v1/jobs/{job}").json()["status"] == "queued"
+
+
+def play(
+    gateway: Gateway, job: str, stage: StageName, metrics: dict[str, Any], files: dict[str, bytes] | None = None
+) -> None:
+    """Play a queued stage with these metrics and files."""
+    held, recorded = gateway.claim(job, stage), []
+    for name, content in (files or {}).items():
+        key = f"jobs/{job}/{stage.value}/1/{name}"
+        stored = gateway.app.state.store.put_bytes(key, content)
+        recorded.append(stages.NewArtifact(name=name, key=key, **vars(stored)))
+    with transaction(gateway.engine) as session:
+        stages.complete(session, held, artifacts=recorded, metrics=metrics, versions={})
