@@ -36,9 +36,7 @@ def evaluation_sheets(evaluation: Mapping[str, Any]) -> list[Sheet]:
 def controls_sheet(removal: Mapping[str, Any]) -> Sheet:
     """The nested pair beside its controls, by the removal stage's metrics or the plan."""
     losses = removal["losses"]
-    rows = [
-        (label, _list(prefill), _list(decode), f"{loss:.4f}") for label, prefill, decode, loss in controls(removal)
-    ]
+    rows = [(label, _list(prefill), _list(decode), f"{loss:.4f}") for label, prefill, decode, loss in controls(removal)]
     title = f"Before distillation: {losses['objective']} on continuations of the calibration windows"
     return Sheet(title, ("", "prefill gives up", "decode gives up", "loss"), (False, False, False, True), rows)
 

@@ -12,6 +12,7 @@ import typer
 import yaml
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from service.checkpoints import checkpoint_files
 from service.cli.connection import (
     DEFAULT_URL,
     USAGE,
@@ -212,7 +213,9 @@ def download(
     job: JobId,
     to: Annotated[Path, typer.Option("--to", help="Folder to put the files in.")] = Path(),
     only: Annotated[str, typer.Option("--only", help="Only files whose name begins so, such as `decode/`.")] = "",
-    stage: Annotated[StageName, typer.Option("--stage", help="The stage whose files to get.")] = StageName.EXPORT,
+    stage: Annotated[
+        StageName | None, typer.Option("--stage", help="The stage whose files to get; by default, the checkpoints.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: Json = False,
@@ -226,7 +229,8 @@ def download(
     with connected(url, api_key) as client:
         paths = fetch(client, job, to, stage, only)
     if not paths:
-        fail(f"{job} has no file of {stage} whose name begins with {only!r}; list them with `pdtrim artifacts {job}`")
+        where = "its checkpoints" if stage is None else stage
+        fail(f"{job} has no file of {where} whose name begins with {only!r}; list them with `pdtrim artifacts {job}`")
     if as_json:
         sys.stdout.write(json.dumps([str(path) for path in paths], indent=2) + "\n")
     else:
@@ -234,9 +238,10 @@ def download(
         console.print(f"{count} in {to.resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
-def fetch(client: Client, job_id: str, folder: Path, stage: StageName, only: str) -> list[Path]:
-    """Download a stage's files whose names begin with `only` below `folder`, with a progress bar."""
-    wanted = [file for file in client.artifacts(job_id, stage=stage) if file.name.startswith(only)]
+def fetch(client: Client, job_id: str, folder: Path, stage: StageName | None, only: str) -> list[Path]:
+    """Download the files of a stage, or the checkpoints, whose names begin with `only`, with a progress bar."""
+    found = client.artifacts(job_id, stage=stage)
+    wanted = [file for file in (found if stage else checkpoint_files(found)) if file.name.startswith(only)]
     targets = [_below(folder, file.name) for file in wanted]
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     done = 0
