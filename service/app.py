@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
-from service.api import artifacts, events, health, hub, jobs, methods, metrics, problems, webhooks
+from service.api import artifacts, events, health, hub, jobs, methods, metrics, problems, publications, webhooks
 from service.api.access import AccessLog
 from service.api.auth import Access, warn_if_open
 from service.api.body_limit import BodyLimit
@@ -25,6 +25,7 @@ TAGS = [
     {"name": "jobs", "description": "Prune a model: one job, five stages."},
     {"name": "events", "description": "What happened in a job, as pages or as a stream."},
     {"name": "artifacts", "description": "What a job left: checkpoints, plans, reports."},
+    {"name": "publications", "description": "Whom a finished job is handed on to: MLflow, the Hugging Face hub."},
     {"name": "webhooks", "description": "Have events sent to you."},
     {"name": "methods", "description": "The pruning methods and their parameters."},
     {"name": "health", "description": "Liveness, readiness and metrics."},
@@ -54,7 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.metrics = GatewayMetrics()
-    nouns = (jobs, events, artifacts, webhooks, methods, health, metrics)
+    nouns = (jobs, events, artifacts, publications, webhooks, methods, health, metrics)
     for router in (noun.router for noun in nouns):
         app.include_router(router)
     app.webhooks.include_router(webhooks.outgoing)

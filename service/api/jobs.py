@@ -32,6 +32,7 @@ from service.contract.errors import (
     ModelTooLarge,
     ModelUnsupported,
     NoSuchQueue,
+    PushNotAllowed,
     QueueQuotaExceeded,
     RequestInFlight,
     SourceNotAllowed,
@@ -44,6 +45,7 @@ from service.contract.spec import JobSpec, MetadataKey, MetadataValue
 from service.db import deletion, idempotency, jobs
 from service.db.idempotency import Answered
 from service.db.session import transaction
+from service.publishing.targets import targets
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared])
 
@@ -94,6 +96,7 @@ async def metadata_filter(request: Request) -> dict[str, str]:
             ModelUnsupported,
             TooManyBlocks,
             NoSuchQueue,
+            PushNotAllowed,
             QueueQuotaExceeded,
             ArtifactQuotaExceeded,
             DependencyUnavailable,
@@ -124,6 +127,7 @@ def create_job(
                 limits=settings.quotas,
                 model_revision=revision,
                 default_queue=settings.queues[0],
+                targets=targets(spec, settings),
             )
             shown = views.job(row, stages)
             if held is not None:

@@ -8,6 +8,7 @@ import pytest
 from service.api import examples
 from service.api.health import Readiness
 from service.contract.jobs import Artifact, Event, Job, Page
+from service.contract.publications import Publication
 from service.contract.spec import JobSpec
 from service.contract.webhooks import Delivery, NewSecret, Webhook, WebhookChange, WebhookSpec
 from service.outbound import Policy, check_url
@@ -39,6 +40,8 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "list_artifacts",
         "get_artifact_content",
         "head_artifact_content",
+        "list_publications",
+        "publish_job",
         "create_webhook",
         "list_webhooks",
         "get_webhook",
@@ -118,6 +121,7 @@ def test_response_examples_are_what_the_models_give() -> None:
         (Page[Job], examples.JOBS),
         (Page[Event], examples.EVENTS),
         (Page[Artifact], examples.ARTIFACTS),
+        (Page[Publication], examples.PUBLICATIONS),
         (NewSecret, examples.NEW_SECRET),
         (Page[Webhook], examples.WEBHOOKS),
         (Page[Delivery], examples.DELIVERIES),
