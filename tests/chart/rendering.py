@@ -45,7 +45,7 @@ EXTERNAL: Document = {
         "existingSecret": "",
     },
     "apiKey": {"existingSecret": "pdtrim-key", "key": "key"},
-    "hub": {"existingSecret": "hub"},
+    "hub": {"existingSecret": "hub", "pushSecret": "hub-push"},
     "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/pdtrim"}},
     "settings": {
         "PDTRIM_RETENTION_DAYS": 90,
