@@ -1,7 +1,8 @@
 """Queries on publications: the outbox of what finished jobs are handed on to.
 
-A publication is written with its job and falls due when that has succeeded. A claim moves its due time on by a lease,
-which is renewed file by file; nothing is locked meanwhile. Who dies on the way leaves it to fall due again.
+A publication is written with its job, and falls due in the transaction in which that succeeds. A claim moves its due
+time on by a lease, which is renewed file by file; nothing is locked meanwhile. Who dies on the way leaves it to fall
+due again.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ class Held:
 def add(session: Session, job_id: str, targets: Iterable[PublicationTarget]) -> None:
     """Have a job handed on once it has succeeded."""
     for target in targets:
-        session.add(_new(job_id, target))
+        session.add(PublicationRow(job_id=job_id, target=target, status=PublicationStatus.PENDING))
 
 
-def _new(job_id: str, target: PublicationTarget) -> PublicationRow:
-    return PublicationRow(job_id=job_id, target=target, status=PublicationStatus.PENDING, next_attempt_at=now())
+def fall_due(session: Session, job_id: str) -> None:
+    """Have a job handed on now. To be part of the transaction that records its success."""
+    for row in of_job(session, job_id):
+        row.next_attempt_at, row.updated_at = now(), now()
 
 
 def of_job(session: Session, job_id: str) -> Sequence[PublicationRow]:
@@ -48,14 +51,16 @@ def of_job(session: Session, job_id: str) -> Sequence[PublicationRow]:
 
 
 def ask_again(session: Session, job_id: str, targets: Iterable[PublicationTarget]) -> None:
-    """Have a job handed on now, to targets that took it or failed before, too."""
+    """Have a job handed on when it succeeds, at once if it has; to targets that took it or failed before, too."""
+    # Locked, so that the job cannot succeed in between.
+    job = session.get(JobRow, job_id, with_for_update=True)
+    succeeded = job is not None and job.status == JobStatus.SUCCEEDED
     for target in targets:
         row = _locked(session, job_id, target)
-        if row is None:
-            session.add(_new(job_id, target))
-        else:
-            row.status, row.next_attempt_at, row.updated_at = PublicationStatus.PENDING, now(), now()
-            row.error, row.attempts_forgiven = "", row.attempt
+        row = row or PublicationRow(job_id=job_id, target=target, status=PublicationStatus.PENDING)
+        row.status, row.error, row.attempts_forgiven = PublicationStatus.PENDING, "", row.attempt
+        row.next_attempt_at, row.updated_at = now() if succeeded else None, now()
+        session.add(row)
     session.flush()
 
 
@@ -68,7 +73,7 @@ def claim(session: Session, *, lease: timedelta, max_tries: int) -> Held | None:
     row = session.exec(
         select(PublicationRow)
         .join(JobRow)
-        .where(col(PublicationRow.next_attempt_at) <= now(), JobRow.status == JobStatus.SUCCEEDED, alive)
+        .where(col(PublicationRow.next_attempt_at) <= now(), alive)
         .order_by(col(PublicationRow.next_attempt_at))
         .limit(1)
         .with_for_update(of=PublicationRow, skip_locked=True)

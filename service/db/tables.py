@@ -272,7 +272,7 @@ class DeliveryRow(SQLModel, table=True):
 
 
 class PublicationRow(SQLModel, table=True):
-    """A job's results on their way to a target, written with the job and due once that has succeeded.
+    """A job's results on their way to a target, written with the job and due from its success on.
 
     `attempt` numbers the claims and fences out a publisher whose lease ran out; a claim moves `next_attempt_at` on.
     """

@@ -60,8 +60,11 @@ def _attempt(engine: Engine, settings: Settings, store: ArtifactStore, held: Hel
 
 
 def _conclude(engine: Engine, change: Callable[..., None]) -> None:
-    with transaction(engine) as session:
-        change(session)
+    try:
+        with transaction(engine) as session:
+            change(session)
+    except PublicationLost as error:
+        log.warning("stepping back: %s", error)
 
 
 def _record(engine: Engine, settings: Settings, store: ArtifactStore, held: Held) -> Record:

@@ -31,13 +31,19 @@ LONG = ("data.text", "evaluation.tasks")
 
 
 def publish(record: Record, settings: Settings) -> list[str]:
-    """Log and register the job; returns the address of its run. Raises: what MLflow raises; ImportError without it."""
+    """Log and register the job; returns the address of its run. Raises: what MLflow raises."""
     # The outbox tries again, with longer pauses. And what is self-hosted tells nobody that it runs.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
+    uri = settings.mlflow_tracking_uri
+    if uri is None:
+        raise ValueError("PDTRIM_MLFLOW_TRACKING_URI is not set where the service reconciles")
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise RuntimeError("MLflow's client is not installed here: pip install 'pdtrim-service[mlflow]'") from error
 
-    client = MlflowClient(tracking_uri=settings.mlflow_tracking_uri, registry_uri=settings.mlflow_tracking_uri)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     run = _run(client, settings.mlflow_experiment, record.job)
     _log_figures(client, run, record.job)
     held = dict(_held(client, run.info.run_id, ""))
@@ -48,8 +54,7 @@ def publish(record: Record, settings: Settings) -> list[str]:
             _log_file(client, run, record, row, row.name, held)
         _register(client, run, record.job, role)
     client.set_terminated(run.info.run_id, "FINISHED", end_time=_millis(record.job))
-    base = (settings.mlflow_tracking_uri or "").rstrip("/")
-    return [f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"]
+    return [f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"]
 
 
 def _run(client: MlflowClient, experiment: str, job: Job) -> Run:
