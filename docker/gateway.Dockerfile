@@ -1,5 +1,6 @@
 # The gateway, which also reconciles and migrates: HTTP in, jobs out. No torch. Build from the repository's root:
 #   docker build -f docker/gateway.Dockerfile -t pdtrim-gateway:0.1.0 .
+# To hand jobs on to MLflow: --build-arg EXTRAS="otel mlflow"
 ARG PYTHON_IMAGE=docker.io/library/python:3.12-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
 ARG EXTRAS="otel"

@@ -11,7 +11,19 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
 from service import ui
-from service.api import artifacts, events, exports, health, hub, jobs, methods, metrics, problems, webhooks
+from service.api import (
+    artifacts,
+    events,
+    exports,
+    health,
+    hub,
+    jobs,
+    methods,
+    metrics,
+    problems,
+    publications,
+    webhooks,
+)
 from service.api.access import AccessLog
 from service.api.auth import Access, Gate, warn_if_open
 from service.api.body_limit import BodyLimit
@@ -28,6 +40,7 @@ TAGS = [
     {"name": "events", "description": "What happened in a job, as pages or as a stream."},
     {"name": "artifacts", "description": "What a job left: checkpoints, plans, reports."},
     {"name": "exports", "description": "Loss by removed blocks, and checkpoints of other points of it."},
+    {"name": "publications", "description": "Whom a finished job is handed on to: MLflow, the Hugging Face hub."},
     {"name": "webhooks", "description": "Have events sent to you."},
     {"name": "methods", "description": "The pruning methods and their parameters."},
     {"name": "health", "description": "Liveness, readiness and metrics."},
@@ -58,7 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = GatewayMetrics()
     app.state.gate, app.state.sessions = Gate(settings), Sessions(settings.session_secret)
-    nouns = (jobs, events, artifacts, exports, webhooks, methods, health, metrics)
+    nouns = (jobs, events, artifacts, exports, publications, webhooks, methods, health, metrics)
     for router in (noun.router for noun in nouns):
         app.include_router(router)
     app.webhooks.include_router(webhooks.outgoing)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.contract.jobs import Job, StageName, StageStatus
-from service.report import removed_blocks
+from service.sheets import removed_blocks
 
 Value = float | int | str
 OF_CHECKPOINT = {

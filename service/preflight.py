@@ -15,6 +15,7 @@ from service.contract.errors import (
     SourceNotAllowed,
 )
 from service.contract.spec import DataSpec, JobSpec, ModelSpec, StageTarget
+from service.publishing.targets import check_push
 from service.settings import Settings
 from service.sources import (
     ModelDescription,
@@ -59,14 +60,15 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermed
 def check(spec: JobSpec, settings: Settings) -> ModelDescription:
     """The job's model, if the job can be run; its `revision` is the commit that a hub model's revision names now.
 
-    Raises: NoSuchQueue, InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge, ModelUnsupported,
-    TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not answer, as the
-    job's model could not be pinned then.
+    Raises: NoSuchQueue, PushNotAllowed, InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge,
+    ModelUnsupported, TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not
+    answer, as the job's model could not be pinned then.
     """
     if spec.queue is not None and spec.queue not in settings.queues:
         raise NoSuchQueue(
             f"There is no queue {spec.queue!r}; the service has {', '.join(settings.queues)}.", param="queue"
         )
+    check_push(spec, settings)
     model = _describe(spec.model, settings)
     _check_text(spec.data, settings)
     _check_tasks(spec, settings)

@@ -1,7 +1,8 @@
 """Brings queue, store and webhooks' receivers in line with the database.
 
 Retires dead leases, ends what is past its deadline, sends what no worker took, forgets old keys and messages; deletes
-what is too old or too much, the files and rows of deleted jobs, and uploads left behind; delivers messages to webhooks.
+what is too old or too much, the files and rows of deleted jobs, and uploads left behind; delivers messages to webhooks;
+hands finished jobs on.
 
 Safe to run many times at once: every change is a conditional one under a row lock.
 """
@@ -31,6 +32,7 @@ from service.db.deliveries import Claimed
 from service.db.session import DATABASE_FAULTS, transaction
 from service.db.tables import now
 from service.outbound import Outbound
+from service.publishing.outbox import publish
 from service.settings import Settings
 from service.storage import ArtifactStore, StoreUnavailable, job_prefix
 
@@ -67,6 +69,7 @@ class Reconciler:
                 ("sweep", partial(sweep, engine, settings, leases_expired), pause_s),
                 ("purge", partial(purge, engine, settings, store), pause_s),
                 ("deliver", partial(deliver, engine, settings), pause_s),
+                ("publish", partial(publish, engine, settings, store), pause_s),
                 ("uploads", partial(abandon_uploads, settings, store), max(pause_s, UPLOADS_PAUSE_S)),
             )
         ]

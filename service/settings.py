@@ -146,6 +146,19 @@ class Settings(BaseSettings):
         default=5.0, gt=0, le=365, description="A webhook that only failed for so long is disabled."
     )
 
+    mlflow_tracking_uri: str | None = Field(
+        default=None,
+        description="MLflow server on which every job becomes a run, and its checkpoints registered models; by default "
+        "none. Credentials are MLflow's own variables.",
+    )
+    mlflow_experiment: str = Field(default="pdtrim", min_length=1, description="The experiment of those runs.")
+    hub_push_organisations: list[str] = Field(
+        default=[], description="JSON list of the hub's organisations and users into which jobs may be pushed."
+    )
+    hub_push_token: SecretStr | None = Field(
+        default=None, description="Token with which checkpoints are pushed; by default the one in HF_TOKEN."
+    )
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severe log lines that are written."
     )

@@ -282,6 +282,23 @@ DELIVERIES: dict[str, Any] = {
     "first_id": DELIVERY["id"],
     "last_id": DELIVERY["id"],
 }
+PUBLICATION: dict[str, Any] = {
+    "object": "publication",
+    "target": "mlflow",
+    "status": "succeeded",
+    "attempt": 1,
+    "error": "",
+    "urls": ["https://mlflow.example.com/#/experiments/1/runs/9c1c3a2f4f6e4b8c8f0e3b0f6c0f2a11"],
+    "next_attempt_at": None,
+    "updated_at": "2026-01-05T11:12:13Z",
+}
+PUBLICATIONS: dict[str, Any] = {
+    "object": "list",
+    "data": [PUBLICATION],
+    "has_more": False,
+    "first_id": "mlflow",
+    "last_id": "mlflow",
+}
 READY: dict[str, Any] = {
     "status": "ready",
     "checks": {name: {"ok": True, "detail": ""} for name in ("database", "broker", "store")},

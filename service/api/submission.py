@@ -26,6 +26,7 @@ from service.contract.errors import (
     ModelUnsupported,
     NoSuchQueue,
     PDTrimError,
+    PushNotAllowed,
     QueueQuotaExceeded,
     RequestInFlight,
     SourceNotAllowed,
@@ -38,6 +39,7 @@ from service.contract.spec import JobSpec
 from service.db import idempotency, jobs
 from service.db.idempotency import Answered
 from service.db.session import transaction
+from service.publishing.targets import targets
 from service.settings import Settings
 
 BODY_REFUSALS: tuple[type[PDTrimError], ...] = (MalformedBody, BodyTooLarge, UnsupportedMediaType, InvalidRequest)
@@ -50,6 +52,7 @@ PREFLIGHT_REFUSALS: tuple[type[PDTrimError], ...] = (
     ModelUnsupported,
     TooManyBlocks,
     NoSuchQueue,
+    PushNotAllowed,
     DependencyUnavailable,
 )
 """What `service.preflight` says, and what stands before it."""
@@ -109,6 +112,7 @@ class Submission:
                     model_revision=new.model_revision,
                     cut_from=new.cut_from,
                     default_queue=self.settings.queues[0],
+                    targets=targets(new.spec, self.settings),
                 )
                 shown = views.job(row, stages)
                 if held is not None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from service.contract.jobs import Artifact, ErrorInfo, Event, Job, JobStatus, Page, Stage, StageStatus
+from service.contract.publications import Publication
 from service.contract.spec import JobSpec
 from service.contract.webhooks import Delivery, Webhook
-from service.db.tables import ArtifactRow, DeliveryRow, EventRow, JobRow, StageRow, WebhookRow, now
+from service.db.tables import ArtifactRow, DeliveryRow, EventRow, JobRow, PublicationRow, StageRow, WebhookRow, now
 
 LEAST_PROGRESS = 0.01  # Below it, an extrapolation says nothing.
 
@@ -95,4 +96,14 @@ def deliveries(rows: Sequence[DeliveryRow], has_more: bool) -> Page[Delivery]:
         has_more=has_more,
         first_id=rows[0].id if rows else None,
         last_id=rows[-1].id if rows else None,
+    )
+
+
+def publications(rows: Sequence[PublicationRow]) -> Page[Publication]:
+    """All of a job's publications; there are few."""
+    return Page[Publication](
+        data=[Publication.model_validate(row) for row in rows],
+        has_more=False,
+        first_id=rows[0].target if rows else None,
+        last_id=rows[-1].target if rows else None,
     )

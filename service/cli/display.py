@@ -15,7 +15,8 @@ from rich.text import Text
 
 from service.contract.jobs import Artifact, Job, JobStatus, Stage, StageName, StageStatus
 from service.remedies import REMEDIES
-from service.report import removed_blocks, report, search_report
+from service.report import report, search_report
+from service.sheets import removed_blocks
 
 ID_WIDTH = len("job_") + 32
 COLOURS = {

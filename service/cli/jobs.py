@@ -220,7 +220,9 @@ def download(
     job: JobId,
     to: Annotated[Path, typer.Option("--to", help="Folder to put the files in.")] = Path(),
     only: Annotated[str, typer.Option("--only", help="Only files whose name begins so, such as `decode/`.")] = "",
-    stage: Annotated[StageName, typer.Option("--stage", help="The stage whose files to get.")] = StageName.EXPORT,
+    stage: Annotated[
+        StageName | None, typer.Option("--stage", help="The stage whose files to get; by default, the checkpoints.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: Json = False,
@@ -234,7 +236,8 @@ def download(
     with connected(url, api_key) as client:
         paths = fetch(client, job, to, stage, only)
     if not paths:
-        fail(f"{job} has no file of {stage} whose name begins with {only!r}; list them with `pdtrim artifacts {job}`")
+        where = "its checkpoints" if stage is None else stage
+        fail(f"{job} has no file of {where} whose name begins with {only!r}; list them with `pdtrim artifacts {job}`")
     if as_json:
         sys.stdout.write(json.dumps([str(path) for path in paths], indent=2) + "\n")
     else:
@@ -242,8 +245,8 @@ def download(
         console.print(f"{count} in {to.resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
-def fetch(client: Client, job_id: str, folder: Path, stage: StageName, only: str) -> list[Path]:
-    """Download a stage's files whose names begin with `only` below `folder`, with a progress bar."""
+def fetch(client: Client, job_id: str, folder: Path, stage: StageName | None, only: str) -> list[Path]:
+    """Download the files of a stage, or the checkpoints, whose names begin with `only`, with a progress bar."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
         bar = progress.add_task("", total=None)

@@ -25,7 +25,7 @@ from service.cli.connection import USAGE, console, fail
 from service.cli.display import job_page
 from service.cli.jobs import fetch, follow
 from service.client import Client, ClientError
-from service.contract.jobs import JobStatus, StageName
+from service.contract.jobs import JobStatus
 from service.db.session import connect
 from service.db.session import migrate as migrate_database
 from service.embedded import Embedded, EmbeddedFailure, worker_name
@@ -289,4 +289,4 @@ def _demo_job(service: Embedded, client: Client, folder: Path) -> None:
     console.print(job_page(job))
     if job.status != JobStatus.SUCCEEDED:
         fail(f"the job has {job.status}; the worker's log is {service.logs / 'worker.log'}")
-    fetch(client, job.id, folder, StageName.EXPORT, "")
+    fetch(client, job.id, folder, None, "")

@@ -14,6 +14,7 @@ from uuid import uuid4
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from service.checkpoints import checkpoint_files
 from service.client.errors import (
     RETRY_S,
     AnswerLost,
@@ -246,16 +247,17 @@ class Jobs(Generic[J]):
         job_id: str,
         folder: str | Path = ".",
         *,
-        stage: StageName = StageName.EXPORT,
+        stage: StageName | None = None,
         only: str = "",
         on_bytes: Callable[[Artifact, int], None] = lambda artifact, held: None,
     ) -> list[Path]:
-        """Download a job's checkpoints below `folder`, or what another stage left; where the files are now.
+        """Download a job's checkpoints below `folder`, or what `stage` left; where the files are now.
 
         `only` takes files whose names begin with it (`decode/`), and `on_bytes` hears how many bytes of each are there.
         Raises: as `download`; UnsafeName, before anything is downloaded.
         """
-        wanted = [file async for file in self.artifacts(job_id, stage=stage) if file.name.startswith(only)]
+        found = [file async for file in self.artifacts(job_id, stage=stage)]
+        wanted = [file for file in (found if stage else checkpoint_files(found)) if file.name.startswith(only)]
         targets = [_below(Path(folder), file.name) for file in wanted]
         for file, target in zip(wanted, targets, strict=True):
             await self.download(job_id, file, target, on_bytes=partial(on_bytes, file))

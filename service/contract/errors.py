@@ -163,6 +163,14 @@ class ExtraNotInstalled(PDTrimError):
     code, title, status = "extra_not_installed", "The worker lacks an optional package that the job needs", 501
 
 
+class PushNotAllowed(PDTrimError):
+    code, title, status = "push_not_allowed", "The service does not push into this organisation", 422
+
+
+class NothingToPublish(PDTrimError):
+    code, title, status = "nothing_to_publish", "The job is handed on to nobody", 409
+
+
 class NoSuchQueue(PDTrimError):
     code, title, status = "no_such_queue", "The service has no such queue", 422
 

@@ -140,7 +140,9 @@ class ExportTarget(SpecModel):
 
 
 class ExportSpec(SpecModel):
-    """Another export, cut from the frontier of a job. All else is as in that job."""
+    """Another export, cut from the frontier of a job. All else is as in that job, but for `push_to_hub`: pushed to the
+    same repository, it would take the place of that job's.
+    """
 
     prefill: ExportTarget
     decode: ExportTarget
@@ -160,7 +162,7 @@ class ExportSpec(SpecModel):
 
     def job(self, parent: JobSpec) -> JobSpec:
         """The specification of the job that makes this export from one of `parent`."""
-        changes: dict[str, Any] = {
+        changes: dict[str, Any] = {"push_to_hub": None} | {
             half: StageTarget(remove_blocks=count, mlp_width=given.mlp_width)
             for half, count, given in (
                 ("prefill", self.prefill.remove_blocks, parent.prefill),

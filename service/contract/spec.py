@@ -348,6 +348,19 @@ class EvaluationSpec(SpecModel):
     )
 
 
+class PushSpec(SpecModel):
+    """Where on the Hugging Face hub the checkpoints go when the job has succeeded."""
+
+    repo: str = Field(
+        max_length=84,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Repository of a unified checkpoint; of a pair, with `-prefill` and `-decode` after it. Made if it "
+        "does not exist. The service has to be allowed to push into its organisation.",
+        examples=["acme/Qwen3-8B-pruned"],
+    )
+    private: bool = Field(default=True, description="Whether a repository that is made is private.")
+
+
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 MetadataValue = Annotated[str, Field(max_length=512, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
@@ -386,6 +399,9 @@ class JobSpec(SpecModel):
         default=None, description="Send decode only some prompt tokens' keys and values; by default all are sent."
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+    push_to_hub: PushSpec | None = Field(
+        default=None, description="Push the checkpoints to the Hugging Face hub; by default they stay in the store."
+    )
     queue: QueueName | None = Field(
         default=None,
         description="Which workers take the job: one of the queues that the service has. By default its first.",

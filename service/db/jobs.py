@@ -22,9 +22,10 @@ from service.contract.errors import (
     PDTrimError,
 )
 from service.contract.jobs import Action, JobStatus, Stage, StageName, StageStatus
+from service.contract.publications import PublicationTarget
 from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.contract.spec import JobSpec
-from service.db import events, quotas
+from service.db import events, publications, quotas
 from service.db.tables import JobRow, StageRow, now
 
 EXISTS = col(JobRow.deleted_at).is_(None)
@@ -66,6 +67,7 @@ def insert_new(
     model_revision: str | None,
     default_queue: str,
     cut_from: str | None = None,
+    targets: Sequence[PublicationTarget] = (),
 ) -> tuple[JobRow, list[Stage], bool]:
     """Insert a job, its stages and its first event. Returns, beside job and stages, whether the first of them is to be
     sent after the commit, rather than held back until fewer others run.
@@ -99,6 +101,7 @@ def insert_new(
     connection.execute(insert(JobRow), job.model_dump())
     connection.execute(insert(StageRow), stages)
     message = "Job created." if cut_from is None else f"Job created, cut from the frontier of {cut_from}."
+    publications.add(session, job.id, targets)
     events.begin(session, job, "job.created", message)
     return job, [Stage.model_validate(stage) for stage in stages], sent
 

@@ -18,7 +18,7 @@ from uuid_utils import uuid7
 from service.contract.errors import DeadlineExceeded, JobNotFound
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.contract.routes import Route
-from service.db import events, jobs, quotas
+from service.db import events, jobs, publications, quotas
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
 
 DUE_AT_ONCE = 1000
@@ -170,6 +170,7 @@ def complete(
         return None if _finish_stop(session, job) else StageName(following[0].name)
     # Whoever asked to stop it asked too late.
     job.status, job.finished_at = JobStatus.SUCCEEDED, now()
+    publications.fall_due(session, job.id)
     session.flush()
     events.append(session, job.id, "job.succeeded", "Job succeeded.")
     return None

@@ -11,6 +11,7 @@ from sqlmodel import Field, SQLModel
 
 from service.contract.access import DEFAULT_PROJECT
 from service.contract.jobs import JobStatus, StageName, StageStatus
+from service.contract.publications import PublicationStatus, PublicationTarget
 from service.contract.routes import DEFAULT_QUEUE, Priority, Route
 from service.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
 from service.redaction import redact, scrub
@@ -270,3 +271,22 @@ class DeliveryRow(SQLModel, table=True):
     attempts: list[dict[str, Any]] = Field(default_factory=list, sa_type=RedactedJson)
     next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime, index=True)
+
+
+class PublicationRow(SQLModel, table=True):
+    """A job's results on their way to a target, written with the job and due from its success on.
+
+    `attempt` numbers the claims and fences out a publisher whose lease ran out; a claim moves `next_attempt_at` on.
+    """
+
+    __tablename__ = "publications"
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", max_length=40, ondelete="CASCADE")
+    target: PublicationTarget = Field(primary_key=True, sa_type=Name)
+    status: PublicationStatus = Field(sa_type=Name)
+    attempt: int = 0
+    attempts_forgiven: int = 0
+    error: str = Field(default="", sa_type=RedactedText)
+    urls: list[str] = Field(default_factory=list, sa_type=RedactedJson)
+    next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+    updated_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)

@@ -30,7 +30,7 @@ from service.storage import S3Options
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_FILES = 5_000
-SMALL_FILES = re.compile(r"[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
+SMALL_FILES = re.compile(r"README\.md|[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 CHEAP_HEADER_BYTES = 4 << 20
 """Headers of a local model that are checked before a job is accepted; longer ones are the worker's to check."""
 

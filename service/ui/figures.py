@@ -12,7 +12,7 @@ from rich.table import Table
 
 from service import report
 from service.contract.frontier import Frontier, FrontierPoint
-from service.report import removed_blocks
+from service.sheets import removed_blocks
 from service.ui.charts import Chart, Point, Series, chart, without_outliers
 
 HALVES = ("prefill", "decode")

@@ -12,7 +12,7 @@ from service.contract.estimate import CheckpointEstimate, Estimate
 from service.contract.frontier import Cut, Frontier
 from service.contract.jobs import Artifact, Event, Job, Stage, StageName, StageStatus
 from service.remedies import REMEDIES
-from service.report import removed_blocks
+from service.sheets import removed_blocks
 from service.ui import figures
 from service.ui.figures import Bar, BlockMap, Figure, Grid, size
 

@@ -46,7 +46,7 @@ EXTERNAL: Document = {
     },
     "apiKey": {"existingSecret": "pdtrim-key", "key": "key"},
     "session": {"existingSecret": "pdtrim-key", "key": "session"},
-    "hub": {"existingSecret": "hub"},
+    "hub": {"existingSecret": "hub", "pushSecret": "hub-push"},
     "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/pdtrim"}},
     "settings": {
         "PDTRIM_RETENTION_DAYS": 90,

@@ -253,6 +253,12 @@ def test_secrets_are_the_users_unless_servers_are_bundled() -> None:
         "PDTRIM_SESSION_SECRET": {"name": "pdtrim-key", "key": "session"},
         "HF_TOKEN": {"name": "hub", "key": "HF_TOKEN"},
     }
+    holders = {
+        name
+        for name, pod in pods(own).items()
+        if any("PDTRIM_HUB_PUSH_TOKEN" in environment(one) for one in pod["containers"])
+    }
+    assert holders == {"Deployment pdtrim-reconciler"}
     bundled = render(BUNDLED)
     made = of_kind(bundled, "Secret")["pdtrim-bundled"]["stringData"]
     for pod in pods(bundled).values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ from workers.pruning.pair import kv_cache_bytes, pd_loss
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving import read_rule
 from workers.pruning.width import Channels
+from workers.reporting.card import inherited_metadata, model_card
+from workers.reporting.figures import draw_all
+from workers.reporting.findings import Findings
+from workers.reporting.page import render
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
-from workers.stages.removal import Plans, read_plans
-from workers.stages.scoring import WINDOWS
+from workers.stages.removal import PLAN, SEARCH, Plans, read_plans
+from workers.stages.scoring import SCORES, WINDOWS
 from workers.stages.tasks import TaskResult, load_tasks, measure_tasks
 from workers.stages.width import narrowed, read_channels
 
-REPORT = "report.json"
+REPORT, PAGE, FIGURES = "report.json", "report.html", "figures"
 BATCH_WINDOWS = 8
 
 
@@ -49,7 +54,10 @@ class Subject:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory, tasks."""
+    """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory, tasks.
+
+    Also writes it as a page with figures, and each checkpoint's model card again, now with its numbers.
+    """
     plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.report(0.05, "Loading the exported checkpoints.")
@@ -76,7 +84,37 @@ def run(context: StageContext) -> dict[str, Any]:
     }
     report["tasks"] = _measure_tasks(context, subjects)
     context.write_json(REPORT, report)
+    context.report(0.99, "Writing the report.")
+    _write_report(context, report)
     return report
+
+
+def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
+    """The report for people, its figures, and the checkpoints' model cards with its numbers."""
+    findings = Findings(
+        job_id=context.job_id,
+        spec=context.spec,
+        model_revision=context.model_revision,
+        scores=context.input_json(StageName.SCORING, SCORES),
+        plan=context.input_json(StageName.REMOVAL, PLAN),
+        search=context.input_json(StageName.REMOVAL, SEARCH),
+        evaluation=report,
+        versions={name: version(name) for name in ("pdtrim-service", "torch", "transformers")},
+    )
+    drawings = []
+    for drawing in draw_all(findings):
+        context.check()
+        drawings.append(drawing)
+        path = context.out / FIGURES / f"{drawing.name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(drawing.png)
+    (context.out / PAGE).write_text(render(findings, drawings), encoding="utf-8")
+    inherited = inherited_metadata(context.model_dir)
+    for role in findings.roles:
+        pdtrim = context.input_json(StageName.EXPORT, f"{role}/pdtrim.json")
+        card = context.out / role / "README.md"
+        card.parent.mkdir(exist_ok=True)
+        card.write_text(model_card(pdtrim, inherited, findings.evaluation_sheets()), encoding="utf-8")
 
 
 def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> dict[str, dict[str, TaskResult]]:

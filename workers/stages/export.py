@@ -22,6 +22,7 @@ from workers.pruning.distill import load_tensors
 from workers.pruning.handover import KvTokenRule
 from workers.pruning.plan import BlockPlan, kv_layer_map
 from workers.pruning.width import Channels
+from workers.reporting.card import inherited_metadata, model_card
 from workers.stages import distillation
 from workers.stages.kv_tokens import choose_rule
 from workers.stages.removal import Plans, read_plans
@@ -56,14 +57,15 @@ def run(context: StageContext) -> dict[str, Any]:
         context.report(start, f"Writing the {role} checkpoint.")
         overrides = context.input(StageName.DISTILLATION, trained)
         target = context.out / role
+        pdtrim = pdtrim_json(context, role, plan, plans, rule)
         write = partial(
             write_checkpoint,
             context.model_dir,
             target,
             kept=plan.kept,
             overrides=SourceTensors.in_file(overrides),
-            pdtrim=pdtrim_json(context, role, plan, plans, rule),
-            model_card=model_card(context, role, plan, rule),
+            pdtrim=pdtrim,
+            model_card=model_card(pdtrim, inherited_metadata(context.model_dir)),
             kept_channels=channels.of(role),
             check=context.check,
         )
@@ -122,7 +124,7 @@ def pdtrim_json(
     context: StageContext, role: str, plan: BlockPlan, plans: Plans, rule: KvTokenRule | None
 ) -> dict[str, Any]:
     """What a serving stack has to know about a checkpoint; documented in the README."""
-    share = _mlp_width(context, role)
+    share = (context.spec.decode if role == "decode" else context.spec.prefill).mlp_width
     return {
         "format_version": 1,
         "role": role,
@@ -138,38 +140,3 @@ def pdtrim_json(
         "seed": context.spec.seed,
         "versions": {name: version(name) for name in ("pdtrim-service", "torch", "transformers", "safetensors")},
     }
-
-
-def _mlp_width(context: StageContext, role: str) -> float:
-    return (context.spec.decode if role == "decode" else context.spec.prefill).mlp_width
-
-
-def model_card(context: StageContext, role: str, plan: BlockPlan, rule: KvTokenRule | None) -> str:
-    """The checkpoint's README.md."""
-    source = context.spec.model.source
-    removed = ", ".join(str(block) for block in sorted(plan.removed)) or "none"
-    merged = "".join(f"\n- block {r} was distilled into block {a}" for r, a in sorted(plan.distilled.items()))
-    width = _mlp_width(context, role)
-    channels = "" if width == 1 else f"\n- MLP channels: {width:g} of the dense model's, those that weigh most"
-    tokens = ""
-    if rule is not None and rule.layers:
-        tokens = f"""
-Of each prompt, layers {", ".join(map(str, sorted(rule.layers)))} of the decode checkpoint are sent the keys and values
-of the first {rule.first} and the last {rule.last} tokens only (`kv_tokens`).
-"""
-    return f"""---
-library_name: transformers
-tags: [pruned, pdtrim, {role}]
----
-# {source}, {role} checkpoint
-
-{len(plan.kept)} of {plan.num_blocks} transformer blocks of `{source}`, chosen and repaired with the PDTrim method
-(Zhang et al., ACL 2026, arXiv 2509.04467).
-
-- removed blocks (indices of the dense model): {removed}{merged}{channels}
-- serves: {"prefill and decode" if role == "unified" else role}
-
-Load it with `AutoModelForCausalLM.from_pretrained`. `pdtrim.json` lists the kept blocks and, for a prefill/decode
-pair, `kv_layer_map`: layer k of the decode checkpoint continues the KV cache of layer `kv_layer_map[k]` of the prefill
-checkpoint, which also emits the first generated token.
-{tokens}"""

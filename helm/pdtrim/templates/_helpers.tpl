@@ -109,6 +109,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{/* What the pods that reconcile need beyond that. */}}
+{{- define "pdtrim.publishingVariables" -}}
+{{- with .Values.hub.pushSecret }}
+{{ include "pdtrim.secretVariable" (dict "name" "PDTRIM_HUB_PUSH_TOKEN" "secret" . "key" $.Values.hub.pushKey) }}
+{{- end }}
+{{- end }}
+
 {{/* The restricted pod security standard. Takes {root, user, group}; the latter two only for what is bundled. */}}
 {{- define "pdtrim.podSecurityContext" -}}
 runAsNonRoot: true

@@ -151,5 +151,8 @@ def test_checkpoints_are_listed_and_downloaded(gateway: LiveGateway, pdtrim: Pdt
     assert not (tmp_path / "to" / "prefill").exists()
     paths = json.loads(pdtrim("download", job_id, "--to", str(tmp_path / "to"), "--json").output)
     assert sorted(Path(path).read_bytes() for path in paths) == [b"[]", b"{}"]
+    gateway.played.store(job_id, StageName.EVALUATION, {"decode/config.json": b"{1}", "report.json": b"2"})
+    paths = json.loads(pdtrim("download", job_id, "--to", str(tmp_path / "to"), "--json").output)
+    assert sorted(Path(path).read_bytes() for path in paths) == [b"[]", b"{1}"]
     missing = pdtrim("download", job_id, "--only", "nothing/")
     assert (missing.exit_code, "pdtrim artifacts" in missing.output) == (1, True)

@@ -161,6 +161,12 @@ def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: P
     assert models["decode"]["top1_agreement"] < 1
     assert all(models[name]["time_to_first_token_ms"] > 0 for name in models)
     assert all(models[name]["undistilled_perplexity"] for name in ("prefill", "decode"))
+    left = recorded(worker, job_id, StageName.EVALUATION)
+    assert {"figures/block-map.png", "figures/controls.png"} <= left.keys()
+    shown = f"{models['decode']['perplexity']['value']:.2f} ± "
+    for name in ("report.html", "prefill/README.md", "decode/README.md"):
+        assert shown in content(worker, job_id, StageName.EVALUATION, name).decode()
+    assert shown not in content(worker, job_id, StageName.EXPORT, "decode/README.md").decode()
 
 
 def test_removing_nothing_keeps_every_loss_and_every_bit_of_the_dense_model(worker: Worker, model: Path) -> None:

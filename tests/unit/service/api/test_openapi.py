@@ -10,6 +10,7 @@ from service.api.health import Readiness
 from service.contract.estimate import Estimate
 from service.contract.frontier import ExportSpec, Frontier
 from service.contract.jobs import Artifact, Event, Job, Page
+from service.contract.publications import Publication
 from service.contract.spec import JobSpec
 from service.contract.webhooks import Delivery, NewSecret, Webhook, WebhookChange, WebhookSpec
 from service.outbound import Policy, check_url
@@ -44,6 +45,8 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "head_artifact_content",
         "get_frontier",
         "create_export",
+        "list_publications",
+        "publish_job",
         "create_webhook",
         "list_webhooks",
         "get_webhook",
@@ -131,6 +134,7 @@ def test_response_examples_are_what_the_models_give() -> None:
         (Page[Artifact], examples.ARTIFACTS),
         (Frontier, examples.FRONTIER),
         (Estimate, examples.ESTIMATE),
+        (Page[Publication], examples.PUBLICATIONS),
         (NewSecret, examples.NEW_SECRET),
         (Page[Webhook], examples.WEBHOOKS),
         (Page[Delivery], examples.DELIVERIES),

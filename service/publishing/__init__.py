@@ -1,0 +1,1 @@
+"""Hands finished jobs on: to MLflow, and to the Hugging Face hub."""

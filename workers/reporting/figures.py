@@ -1,0 +1,435 @@
+"""The report's figures, drawn with matplotlib from what the stages recorded.
+
+Each is drawn once, in the light palette: as it is for the PNG, and for the page as SVG whose colours follow the
+reader's preference. Colour never says alone what marks or letters do not say too.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from service.sheets import controls
+from workers.reporting.findings import HALVES, Findings
+
+WIDTH_IN = 8.0
+PNG_DPI = 150
+ROW_BLOCKS = 32
+"""Blocks in a line of the block map."""
+COSINE_TICKS = (-1.0, 0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999)
+MOST_ALIKE = 1e-5
+"""What a block that changes nothing is drawn at, on a scale that has no end."""
+
+
+OBJECTIVES = {
+    "kl": "KL to dense, nats",
+    "cross_entropy": "cross-entropy, nats",
+    "hidden": "distance of last hidden state",
+}
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The light palette's colours; no two are the same, since the dark ones are put in their places."""
+
+    paper: str = "#ffffff"
+    ink: str = "#1f2328"
+    muted: str = "#59636e"
+    line: str = "#d1d9e0"
+    dense: str = "#6e7781"
+    prefill: str = "#0969da"
+    decode: str = "#bc4c00"
+    distilled: str = "#8250df"
+    gone: str = "#eaeef2"
+
+
+INK = Palette()
+DARK = Palette(
+    paper="#0d1117",
+    ink="#f0f6fc",
+    muted="#9198a1",
+    line="#3d444d",
+    dense="#8b949e",
+    prefill="#4493f8",
+    decode="#f0883e",
+    distilled="#ab7df8",
+    gone="#21262d",
+)
+HALF_COLOURS = {"prefill": INK.prefill, "decode": INK.decode, "unified": INK.prefill, "dense": INK.dense}
+RC: Any = {
+    "axes.edgecolor": INK.line,
+    "axes.labelcolor": INK.ink,
+    "axes.titlecolor": INK.ink,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": INK.paper,
+    "axes.facecolor": INK.paper,
+    "savefig.facecolor": INK.paper,
+    "font.size": 9,
+    "grid.color": INK.line,
+    "grid.linewidth": 0.6,
+    "hatch.color": INK.muted,
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "text.color": INK.ink,
+    "xtick.color": INK.muted,
+    "ytick.color": INK.muted,
+    "svg.hashsalt": "pdtrim",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as files hold it. `caption` says how to read it, `alt` what it shows to whoever does not see it."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    png: bytes
+    svg: str
+
+
+@dataclass(frozen=True)
+class _Plot:
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Findings], tuple[Figure, str]]
+
+
+def draw_all(findings: Findings) -> Iterator[Drawing]:
+    """Every figure of a job, in the page's order."""
+    for plot in PLOTS:
+        with matplotlib.rc_context(RC):
+            figure, alt = plot.draw(findings)
+            # Find once where everything goes, for both files.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            yield Drawing(plot.name, plot.title, plot.caption, alt, _png(figure), _svg(figure))
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _svg(figure: Figure) -> str:
+    """The figure with CSS variables for its colours, transparent, without what would name the machine or the day."""
+    file = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    for name, colour in vars(INK).items():
+        text = text.replace(colour, f"var(--{name})")
+    schemes = (f":root{{color-scheme:light dark;{_variables(INK)}}}", f":root{{{_variables(DARK)}}}")
+    style = f"{schemes[0]}@media(prefers-color-scheme:dark){{{schemes[1]}}}"
+    head, tag, body = text.partition("<defs>")
+    return f"{head[head.index('<svg') :]}<style>{style}</style>{tag}{body}"
+
+
+def _variables(palette: Palette) -> str:
+    return "".join(f"--{name}:{colour};" for name, colour in vars(palette).items())
+
+
+def _figure(height_in: float) -> Figure:
+    return Figure(figsize=(WIDTH_IN, height_in), dpi=PNG_DPI, layout="constrained")
+
+
+def _block_map(findings: Findings) -> tuple[Figure, str]:
+    blocks = findings.num_blocks
+    lines = -(-blocks // ROW_BLOCKS)
+    across = min(blocks, ROW_BLOCKS)
+    figure = _figure(1.0 + 0.62 * lines * len(HALVES))
+    axes = figure.subplots()
+    for place, half in enumerate(HALVES):
+        for block in range(blocks):
+            line, column = divmod(block, ROW_BLOCKS)
+            _block(axes, column, place * (lines + 0.35) + line, block, findings.plan[half], HALF_COLOURS[half])
+    middles = [place * (lines + 0.35) + lines / 2 for place in range(len(HALVES))]
+    axes.set_yticks(middles, HALVES)
+    axes.tick_params(axis="y", length=0, labelcolor=INK.ink)
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set(xlim=(0, across), ylim=(len(HALVES) * (lines + 0.35), 0))
+    legend = [
+        Patch(facecolor=INK.prefill, label="kept by prefill"),
+        Patch(facecolor=INK.decode, label="kept by decode"),
+        Patch(facecolor=INK.gone, edgecolor=INK.muted, hatch="xxxx", label="deleted"),
+        Patch(facecolor=INK.distilled, label="distilled into a neighbour"),
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=4)
+    told = (f"{half} gives up {_words(findings.removed(half))} of {blocks} blocks" for half in HALVES)
+    return figure, "; ".join(told) + "."
+
+
+def _block(axes: Axes, x: float, y: float, block: int, plan: Mapping[str, Any], kept: str) -> None:
+    deleted, absorber = block in plan["deleted"], plan["distilled"].get(str(block))
+    look: dict[str, Any] = {"facecolor": kept}
+    text = str(block)
+    if deleted:
+        look = {"facecolor": INK.gone, "edgecolor": INK.muted, "hatch": "xxxx"}
+    elif absorber is not None:
+        look = {"facecolor": INK.distilled}
+        text = f"{block}→" if absorber > block else f"←{block}"
+    axes.add_patch(Rectangle((x + 0.05, y + 0.08), 0.9, 0.84, linewidth=0.6, **look))
+    colour = INK.ink if deleted else INK.paper
+    box = {"facecolor": INK.gone, "edgecolor": "none", "pad": 1.0} if deleted else None
+    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=colour, bbox=box)
+
+
+def _scores(findings: Findings) -> tuple[Figure, str]:
+    cosine = findings.scores["cosine"]
+    figure = _figure(3.0)
+    axes = figure.subplots()
+    distances = [max(1.0 - value, MOST_ALIKE) for value in cosine]
+    axes.plot(range(len(cosine)), distances, color=INK.line, linewidth=1, zorder=1)
+    for label, marker, colour, members in _fates(findings):
+        axes.scatter(members, [distances[block] for block in members], 46, colour, marker=marker, label=label, zorder=2)
+    axes.set_yscale("log")
+    shown = (min(distances) / 1.4, max(distances) * 1.4)
+    threshold = findings.plan["distillation_threshold"]
+    place = 1.0 - threshold
+    if shown[0] < place < shown[1]:
+        axes.axhline(place, color=INK.distilled, linestyle="--", linewidth=1)
+        look: dict[str, Any] = {"color": INK.distilled, "fontsize": 8, "ha": "right", "va": "bottom"}
+        axes.text(1.0, place, f"threshold {threshold:g} ", transform=axes.get_yaxis_transform(), **look)
+    ticks = [tick for tick in COSINE_TICKS if shown[0] <= 1.0 - tick <= shown[1]]
+    axes.set_yticks([1.0 - tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set(ylim=(shown[1], shown[0]), xlabel="block", ylabel="mean cosine of input and output")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="best", ncols=2)
+    most, least = max(range(len(cosine)), key=cosine.__getitem__), min(range(len(cosine)), key=cosine.__getitem__)
+    return figure, (
+        f"Cosine score of each of {len(cosine)} blocks: highest {cosine[most]:.4f} at block {most}, lowest "
+        f"{cosine[least]:.4f} at block {least}."
+    )
+
+
+def _fates(findings: Findings) -> Iterator[tuple[str, str, str, list[int]]]:
+    """Label, marker, colour and blocks, for what becomes of them in the end."""
+    prefill, decode = (set(findings.removed(half)) for half in HALVES)
+    everything = range(findings.num_blocks)
+    groups = (
+        ("kept by both", "o", INK.dense, [b for b in everything if b not in decode]),
+        ("given up by decode", "v", INK.decode, sorted(decode - prefill)),
+        ("given up by both", "X", INK.prefill, sorted(prefill)),
+    )
+    return ((label, marker, colour, members) for label, marker, colour, members in groups if members)
+
+
+def _trajectory(findings: Findings) -> tuple[Figure, str]:
+    figure = _figure(3.0)
+    told = []
+    for axes, half in zip(figure.subplots(1, 2), HALVES, strict=True):
+        found = findings.search[half]
+        target = len(findings.removed(half))
+        shown = [(n, s["loss"]) for n, s in enumerate(found, 1) if s["loss"] > 0.0]
+        fitting = [(n, s["loss"]) for n, s in enumerate(found, 1) if len(s["removed"]) == target]
+        places, losses = [place for place, _ in shown], [loss for _, loss in shown]
+        axes.scatter(places, losses, 12, INK.dense, alpha=0.6, linewidths=0, label="a set of blocks")
+        best = _running_best(fitting)
+        if best:
+            steps, values = zip(*best, (len(found), best[-1][1]), strict=True)
+            colour, label = HALF_COLOURS[half], f"best without {target} so far"
+            axes.step(steps, values, where="post", color=colour, linewidth=1.8, label=label)
+            told.append(f"{half}: {len(found)} sets evaluated, the best without {target} blocks has {best[-1][1]:.4f}")
+        else:
+            told.append(f"{half}: {len(found)} sets evaluated")
+        axes.set(title=half, xlabel="sets evaluated", ylabel=_objective(findings))
+        if shown:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.3)
+        if best:
+            axes.legend(loc="best")
+    return figure, "; ".join(told) + "."
+
+
+def _running_best(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    best: list[tuple[int, float]] = []
+    for place, loss in points:
+        if not best or loss < best[-1][1]:
+            best.append((place, loss))
+    return best
+
+
+def _frontier(findings: Findings) -> tuple[Figure, str]:
+    figure = _figure(3.0)
+    axes = figure.subplots()
+    told = []
+    for half, marker in zip(HALVES, "os", strict=True):
+        points = [(point["remove_blocks"], point["loss"]) for point in findings.plan["frontier"][half]]
+        counts, losses = [count for count, _ in points], [loss for _, loss in points]
+        axes.plot(counts, losses, color=HALF_COLOURS[half], marker=marker, markersize=5, label=half)
+        chosen = len(findings.removed(half))
+        for count, loss in points:
+            if count == chosen:
+                axes.scatter([count], [loss], 160, facecolors="none", edgecolors=INK.ink, linewidths=1.4, zorder=3)
+        told.append(f"{half}: " + ", ".join(f"{count} blocks {loss:.4f}" for count, loss in points))
+    axes.scatter([], [], 160, facecolors="none", edgecolors=INK.ink, linewidths=1.4, label="taken")
+    axes.set(xlabel="blocks given up", ylabel=_objective(findings))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper left")
+    return figure, "; ".join(told) + "."
+
+
+def _controls(findings: Findings) -> tuple[Figure, str]:
+    found = controls(findings.plan)
+    labels, losses = [label for label, *_ in found], [loss for *_, loss in found]
+    figure = _figure(2.2)
+    axes = figure.subplots()
+    colours = [INK.prefill, *[INK.dense] * (len(found) - 1)]
+    _bars(axes, labels, losses, colours, "{:.4f}")
+    axes.set_xlabel(f"{_objective(findings)}, on continuations, before distillation")
+    return figure, "; ".join(f"{label}: {loss:.4f}" for label, loss in zip(labels, losses, strict=True)) + "."
+
+
+def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], form: str) -> None:
+    bars = axes.barh(labels, values, color=colours, height=0.62)
+    axes.bar_label(bars, [form.format(value) for value in values], padding=4, color=INK.ink)
+    axes.invert_yaxis()
+    axes.margins(x=0.16)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0, labelcolor=INK.ink)
+
+
+def _kv_bytes(findings: Findings) -> tuple[Figure, str]:
+    pair = findings.evaluation["pair"]
+    kv, rule = pair["kv_bytes_per_request"], pair["kv_tokens"]
+    found = [
+        ("whole request, dense", kv["dense"], INK.dense),
+        ("whole request, pruned", kv["pruned"], INK.decode),
+        ("sent to decode, dense", kv["dense_sent"], INK.dense),
+        ("sent to decode, pruned", kv["sent"], INK.decode),
+    ]
+    if rule is not None:
+        found.append(("sent with the token rule", rule["bytes_sent"], INK.distilled))
+    labels, sizes, colours = zip(*found, strict=True)
+    figure = _figure(0.9 + 0.34 * len(found))
+    axes = figure.subplots()
+    _bars(axes, labels, [size / 1024 for size in sizes], colours, "{:,.0f} KiB")
+    axes.set_xlabel(f"KiB of keys and values, request of {kv['tokens']} tokens, prompt of {pair['prompt_tokens']}")
+    told = (f"{label}: {size / 1024:,.0f} KiB" for label, size in zip(labels, sizes, strict=True))
+    return figure, "; ".join(told) + "."
+
+
+def _against_dense(findings: Findings) -> tuple[Figure, str]:
+    models = findings.models
+    figure = _figure(3.2)
+    left, right = figure.subplots(1, 2)
+    _perplexities(left, models)
+    dense = models["dense"]
+    kinds = {
+        "parameters": "parameters",
+        "weights": "bytes",
+        "first token": "time_to_first_token_ms",
+        "next token": "inter_token_latency_ms",
+    }
+    height = 0.8 / len(findings.roles)
+    for place, role in enumerate(findings.roles):
+        shares = [models[role][key] / dense[key] for key in kinds.values()]
+        where = [number + place * height for number in range(len(kinds))]
+        bars = right.barh(where, shares, height * 0.9, color=HALF_COLOURS[role], label=role)
+        right.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, color=INK.ink, fontsize=8)
+    right.axvline(1.0, color=INK.dense, linestyle="--", linewidth=1)
+    right.set_yticks([number + 0.4 - height / 2 for number in range(len(kinds))], kinds)
+    right.invert_yaxis()
+    right.margins(x=0.16)
+    right.grid(visible=False, axis="y")
+    right.tick_params(axis="y", length=0, labelcolor=INK.ink)
+    right.set(title="of the dense model's", xlabel="share; 1 is the dense model")
+    if len(findings.roles) > 1:
+        figure.legend(loc="outside lower right", ncols=2)
+    told = (
+        f"{role}: perplexity {models[role]['perplexity']['value']:.2f} beside {dense['perplexity']['value']:.2f}, "
+        f"{models[role]['bytes'] / dense['bytes']:.0%} of the weights' bytes"
+        for role in findings.roles
+    )
+    return figure, "; ".join(told) + "."
+
+
+def _perplexities(axes: Axes, models: Mapping[str, Any]) -> None:
+    for place, (name, model) in enumerate(models.items()):
+        measured = model["perplexity"]
+        look: dict[str, Any] = {"fmt": "o", "color": HALF_COLOURS[name], "capsize": 4, "markersize": 7}
+        axes.errorbar([place], [measured["value"]], [measured["standard_error"]], **look)
+        if (before := model["undistilled_perplexity"]) is not None:
+            hollow: dict[str, Any] = {**look, "markerfacecolor": INK.paper, "alpha": 0.75}
+            axes.errorbar([place - 0.22], [before["value"]], [before["standard_error"]], **hollow)
+    axes.set_xticks(range(len(models)), models)
+    axes.tick_params(axis="x", length=0, labelcolor=INK.ink)
+    axes.grid(visible=False, axis="x")
+    axes.margins(x=0.2, y=0.12)
+    axes.set(title="perplexity ± standard error; hollow: before distillation")
+
+
+def _objective(findings: Findings) -> str:
+    return OBJECTIVES[findings.plan["losses"]["objective"]]
+
+
+def _words(blocks: Sequence[int]) -> str:
+    return ", ".join(map(str, blocks)) or "none"
+
+
+PLOTS = (
+    _Plot(
+        "block-map",
+        "What each half keeps",
+        "The dense model's blocks in their order. Hatched ones are deleted; an arrow points to the kept neighbour that "
+        "was trained to stand for both.",
+        _block_map,
+    ),
+    _Plot(
+        "scores",
+        "Cosine score of each block",
+        "The mean cosine of the hidden states that enter and leave a block: near 1, it changes little. The scale "
+        "widens towards 1.",
+        _scores,
+    ),
+    _Plot(
+        "search",
+        "The search",
+        "Every set of removed blocks in the order in which it was evaluated, of all counts on the way.",
+        _trajectory,
+    ),
+    _Plot(
+        "frontier",
+        "Loss for every number of blocks",
+        "The best set found for each count. Prefill is measured on whole sequences, decode on continuations by the "
+        "pair: compare each with itself.",
+        _frontier,
+    ),
+    _Plot(
+        "controls",
+        "The pair beside its controls",
+        "The same loss if both halves gave up decode's set, if decode alone did, and, as a bound, if decode's set "
+        "need not hold prefill's.",
+        _controls,
+    ),
+    _Plot("kv-bytes", "Keys and values of a request", "What a request's KV cache takes, and what is sent.", _kv_bytes),
+    _Plot(
+        "dense-pruned",
+        "Dense beside pruned",
+        "Perplexity on validation windows that neither search nor training saw, and what the checkpoints cost.",
+        _against_dense,
+    ),
+)

@@ -1,0 +1,49 @@
+"""What a job's stages recorded, as its report and its model cards read it. Nothing here is measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from service.contract.spec import JobSpec
+from service.sheets import Sheet, evaluation_sheets, removed_blocks
+
+HALVES = ("prefill", "decode")
+ROLES = (*HALVES, "unified")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A job, and the content of the JSON artifacts that scoring, removal and evaluation wrote."""
+
+    job_id: str
+    spec: JobSpec
+    model_revision: str | None
+    scores: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    search: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.plan["prefill"]["num_blocks"])
+
+    @property
+    def roles(self) -> list[str]:
+        """The checkpoints: `unified`, or `prefill` and `decode`."""
+        return [role for role in ROLES if role in self.evaluation["models"]]
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """What was measured of the dense model and of every checkpoint, in the order in which readers want them."""
+        return {name: self.evaluation["models"][name] for name in ("dense", *self.roles)}
+
+    def evaluation_sheets(self) -> list[Sheet]:
+        """What was measured, as tables."""
+        return evaluation_sheets({**self.evaluation, "models": self.models})
+
+    def removed(self, half: str) -> list[int]:
+        """The blocks that a half gives up, deleted or distilled."""
+        return removed_blocks(self.plan[half])
