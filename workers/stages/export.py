@@ -121,7 +121,7 @@ def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor, check: Check) -
 def pdtrim_json(
     context: StageContext, role: str, plan: BlockPlan, plans: Plans, rule: KvTokenRule | None
 ) -> dict[str, Any]:
-    """What a serving stack has to know about a checkpoint; documented in the README."""
+    """What a serving stack has to know about a checkpoint; docs/reference/checkpoint.md describes it."""
     share = _mlp_width(context, role)
     return {
         "format_version": 1,
