@@ -82,7 +82,7 @@ def script(document: Path) -> str:
     """The commands of a document as one program of the shell; before each block it says which one follows."""
     lines = []
     for block in (block for block in COMMANDS if block.document == document and block.mark == RUN):
-        lines.append(f"echo 'block {block}'")
+        lines.append(f"echo '==> {block}'")
         program = f"'{sys.executable}' -P - <<'END OF PYTHON'\n{block.code}{ALONE}END OF PYTHON"
         lines.append(program if block.language == "python" else block.code)
     return "\n".join(lines)
@@ -94,6 +94,8 @@ def test_a_command_block_is_run_or_says_why_not(block: Block) -> None:
     assert block.mark != SERVICE or block.code == ".venv/bin/pdtrim up\n"
 
 
+# Two jobs on the reference model, and some twenty commands that take a second to start.
+@pytest.mark.timeout(600)
 def test_every_command_block_runs(environment: dict[str, str], tmp_path: Path) -> None:
     said: dict[Path, str] = {}
     environment["PDTRIM_WEBHOOK_ALLOWED_NETWORKS"] = '["127.0.0.0/8"]'
@@ -113,6 +115,8 @@ def test_every_command_block_runs(environment: dict[str, str], tmp_path: Path) -
             said[document] = followed.stdout
         assert receiver.arrived.acquire(timeout=30)
 
+    ran = {block for text in said.values() for block in re.findall(r"==> (\S+)$", text, re.MULTILINE)}
+    assert ran == {str(block) for block in COMMANDS if block.mark == RUN}
     events = re.findall(r"^event: (.*)$", said[README], re.MULTILINE)
     assert events.count("stage.succeeded") == len(StageName)
     assert events[-1] == "job.succeeded"
