@@ -24,7 +24,7 @@ chart-docs: $(VENV)/.worker
 
 # Into build/docs, which any web server serves.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
