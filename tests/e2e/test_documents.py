@@ -123,7 +123,8 @@ def test_every_command_block_runs(environment: dict[str, str], tmp_path: Path) -
     assert json.loads((tmp_path / "decode" / "config.json").read_text())["num_hidden_layers"] == 8
     assert "\ndef main(" in said[README]
     assert "\ndef main(" in said[DOCS / "guides" / "serving.md"]
-    assert json.loads((tmp_path / "unified-model" / "unified" / "config.json").read_text())["num_hidden_layers"] == 11
+    assert json.loads((tmp_path / "pruned" / "decode" / "config.json").read_text())["num_hidden_layers"] == 10
+    assert json.loads((tmp_path / "lighter" / "unified" / "config.json").read_text())["num_hidden_layers"] == 11
 
 
 @pytest.mark.parametrize("document", [path for path in documents() if "```yaml" in path.read_text()], ids=str)
