@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test chart-test chart-docs lint bench bench-service faults fuzz schemathesis state-machine clean
+.PHONY: demo test chart-test chart-docs docs lint bench bench-service faults fuzz schemathesis state-machine clean
 
 demo: $(VENV)/.worker
 	$(BIN)/pdtrim demo
@@ -21,6 +21,10 @@ chart-test: $(VENV)/.test
 
 chart-docs: $(VENV)/.worker
 	$(BIN)/python helm/document.py
+
+# Into build/docs, which any web server serves.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,8 +76,12 @@ $(VENV)/.worker: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[worker]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.worker
-	$(PIP) --editable '.[worker,test]'
+	$(PIP) --editable '.[worker,test,docs]'
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.test

@@ -24,13 +24,19 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(default=Path("pdtrim-data"), description="Folder of everything that has no address.")
     database_url: str = Field(
-        default="", description="`postgresql+psycopg://…` or `sqlite:///…`; by default SQLite in the data folder."
+        default="",
+        description="`postgresql+psycopg://user:password@host/name` or `sqlite:///…`; by default SQLite in the data "
+        "folder.",
     )
     broker_url: str = Field(
-        default="", description="`redis://…`; by default files in the data folder, which need no server."
+        default="",
+        description="`redis://host:6379/0` (Redis ≥ 6.2 or Valkey); by default files in the data folder, which need no "
+        "server.",
     )
     artifacts_url: str = Field(
-        default="", description="`s3://bucket/prefix` or `file:///folder`; by default a folder in the data folder."
+        default="",
+        description="`s3://bucket/prefix`, with credentials as boto3 finds them (`AWS_*`), or `file:///folder`; by "
+        "default a folder in the data folder.",
     )
     s3_endpoint_url: str | None = Field(default=None, description="For S3-compatible stores other than AWS.")
     s3_public_endpoint_url: str | None = Field(
@@ -42,10 +48,14 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address the gateway binds to.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port the gateway binds to.")
     api_key: SecretStr | None = Field(
-        default=None, description="Bearer token that requests must carry; may be absent only on a loopback address."
+        default=None,
+        description="The operator's bearer token, which opens all of the project `default`; may be absent only on a "
+        "loopback address, or where there is an OpenID issuer.",
     )
     rate_limit: Rate = Field(
-        default="6000/minute", description="Requests that each key may make, unless it has a limit of its own."
+        default="6000/minute",
+        description="Requests that each key may make, unless it has a limit of its own: a number and `second`, "
+        "`minute`, `hour` or `day`, or `none`.",
     )
     failed_auth_limit: Rate = Field(
         default="30/minute", description="Keys that do not open which an address may send before it has to wait."
@@ -57,7 +67,10 @@ class Settings(BaseSettings):
         "gateways. By default each makes up its own when it starts.",
     )
     max_running_jobs: int | None = Field(
-        default=None, ge=1, description="Jobs of a project that run at once; the others wait. By default any number."
+        default=None,
+        ge=1,
+        description="Jobs of a project that run at once; the others wait. By default any number. Workers and "
+        "reconcilers read it, too.",
     )
     max_queued_jobs: int | None = Field(
         default=None, ge=1, description="Jobs of a project that may be queued; by default any number."
@@ -83,7 +96,8 @@ class Settings(BaseSettings):
 
     allowed_sources: list[str] = Field(
         default=["reference", "builtin:", "hf://"],
-        description="JSON list of the model and text sources that jobs may name, as URI prefixes.",
+        description="JSON list of the model and text sources that jobs may name, as URI prefixes; `pdtrim up` and "
+        "`demo` add the current folder, unless this is set.",
     )
     max_model_bytes: int = Field(
         default=10**12,
@@ -91,7 +105,9 @@ class Settings(BaseSettings):
         description="Most bytes that a model's files may have in all; summed before any is fetched.",
     )
     scratch_dir: Path | None = Field(
-        default=None, description="Workers' scratch folder; by default in the data folder."
+        default=None,
+        description="Workers' scratch folder and model cache; by default in the data folder. Hub caches too, unless "
+        "`HF_HOME` is set.",
     )
 
     queues: list[QueueName] = Field(
@@ -109,9 +125,16 @@ class Settings(BaseSettings):
     resend_seconds: float = Field(
         default=30.0, gt=0, description="A queued stage that no worker took is sent again after this, then 2×, 4×, …"
     )
-    max_attempts: int = Field(default=5, ge=1, description="Claims of one stage before its job fails.")
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        description="Workers that may die over one stage before its job fails; counted anew after a resume.",
+    )
     stage_deadline_seconds: float | None = Field(
-        default=None, gt=0, description="Longest time of a stage, from its first start; by default there is no limit."
+        default=None,
+        gt=0,
+        description="Longest time of a stage, from its first start; by default there is no limit. A job's "
+        "`deadline_seconds` may be shorter.",
     )
     retry_seconds: float = Field(
         default=60.0,
@@ -121,10 +144,14 @@ class Settings(BaseSettings):
     shutdown_seconds: float = Field(
         default=5.0,
         ge=0,
-        description="How long a worker that is told to stop works on; what is not done by then it hands back.",
+        description="How long a worker that is told to stop works on; what is not done by then it hands back, at no "
+        "cost of an attempt. (`docker stop` kills after 10 s.)",
     )
     retention_days: float | None = Field(
-        default=None, gt=0, le=36500, description="Finished jobs are deleted after this; by default they stay."
+        default=None,
+        gt=0,
+        le=36500,
+        description="Finished jobs are deleted after this, as by `DELETE`; paused ones are not. By default they stay.",
     )
     retention_bytes: int | None = Field(
         default=None,
@@ -166,7 +193,10 @@ class Settings(BaseSettings):
         default=None, description="Form of log lines; by default `console` at a terminal, else `json`."
     )
     worker_metrics_port: int | None = Field(
-        default=None, ge=1, le=65535, description="Port on which a worker serves its metrics; by default on none."
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port on which a worker serves its metrics, on every address; by default none.",
     )
 
     @field_validator("log_level", mode="before")

@@ -123,7 +123,7 @@ def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor, check: Check) -
 def pdtrim_json(
     context: StageContext, role: str, plan: BlockPlan, plans: Plans, rule: KvTokenRule | None
 ) -> dict[str, Any]:
-    """What a serving stack has to know about a checkpoint; documented in the README."""
+    """What a serving stack has to know about a checkpoint; docs/reference/checkpoint.md describes it."""
     share = (context.spec.decode if role == "decode" else context.spec.prefill).mlp_width
     return {
         "format_version": 1,

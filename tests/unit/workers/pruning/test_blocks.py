@@ -14,7 +14,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from service import preflight
 from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, TOLERANCE, random_ids, tiny_model
+from workers.pruning import blocks
 from workers.pruning.blocks import (
     UnsupportedArchitecture,
     block_stack,
@@ -130,3 +132,8 @@ def test_an_encoder_decoder_is_refused() -> None:
     config = T5Config(vocab_size=97, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
     with pytest.raises(UnsupportedArchitecture, match="'t5' is not supported: it has an encoder"):
         block_stack(T5ForConditionalGeneration(config))
+
+
+def test_the_gateway_knows_the_architectures_that_are_tested() -> None:
+    assert set(preflight.ARCHITECTURES) == set(blocks.FAMILIES)
+    assert preflight.BLOCK_COUNTS == blocks.COUNT_KEYS
