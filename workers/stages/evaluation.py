@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from service.contract.frontier import PLAN
 from service.contract.jobs import StageName
 from service.stopping import interruptible
 from workers.context import StageContext
@@ -30,7 +31,7 @@ from workers.reporting.findings import Findings
 from workers.reporting.page import render
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
-from workers.stages.removal import PLAN, SEARCH, Plans, read_plans
+from workers.stages.removal import SEARCH, Plans, read_plans
 from workers.stages.scoring import SCORES, WINDOWS
 from workers.stages.tasks import TaskResult, load_tasks, measure_tasks
 from workers.stages.width import narrowed, read_channels
