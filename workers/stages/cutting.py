@@ -15,7 +15,7 @@ from workers.context import Parent, StageContext
 from workers.pruning.plan import Blocks
 from workers.pruning.scores import Scores
 from workers.stages.merging import Fit, Fits
-from workers.stages.removal import Decided, fit, load, write_plan
+from workers.stages.removal import SEARCH, Decided, fit, load, write_plan
 from workers.stages.scoring import SCORES
 from workers.stages.searching import Searcher
 
@@ -32,6 +32,7 @@ def take_scores(context: StageContext) -> dict[str, Any]:
 def cut(context: StageContext) -> dict[str, Any]:
     """Writes the plan of the counts that the job asks for, by the parent's frontier, and measures it.
 
+    What the parent's search visited is kept beside it, as it is.
     Pairs that the parent fitted are read from what it kept; what it did not, is fitted now.
     Raises: NoSuchPoint, SetsNotNested.
     """
@@ -66,6 +67,7 @@ def cut(context: StageContext) -> dict[str, Any]:
         # Jobs of earlier versions measured none.
         "sensitivity": plan.get("sensitivity") or searcher.sensitivity(),
     }
+    shutil.move(context.input(StageName.REMOVAL, SEARCH), context.out / SEARCH)
     decided = Decided(prefill, decode, fits, merging, searcher.prompt_tokens)
     return write_plan(context, scores, decided, measured, plan["frontier"])
 

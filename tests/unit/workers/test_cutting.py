@@ -78,6 +78,7 @@ def test_another_export_takes_over_scores_and_search_and_outlives_the_job_it_was
     parent = create(worker, JobSpec.model_validate(spec))
     scored = run(worker, parent, StageName.SCORING)
     searched = run(worker, parent, StageName.REMOVAL)
+    visited = content(worker, parent, StageName.REMOVAL, "search.json")
     frontier = read_frontier(worker.engine, worker.store, parent)
     of_two = next(point for point in frontier.decode if point.remove_blocks == 2)
 
@@ -88,6 +89,7 @@ def test_another_export_takes_over_scores_and_search_and_outlives_the_job_it_was
         session.get_one(JobRow, parent).status = "succeeded"
         deletion.mark(session, parent)
     worker.store.delete_prefix(job_prefix(parent))
+    assert content(worker, child, StageName.REMOVAL, "search.json") == visited
     evaluation = run(worker, child, StageName.DISTILLATION, StageName.EXPORT, StageName.EVALUATION)
 
     removed = {
