@@ -1,4 +1,4 @@
-"""One search on the embedded service, unbroken and killed: `python -m tests.faults.killed_plan KILLS SEED`.
+"""One search, unbroken and with its worker killed: `python -m tests.faults.killed_plan KILLS SEED`.
 
 Exits with 1 when the plan or what the search recorded is not, byte for byte, that of the unbroken run.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from service.client import Client
 from service.contract.jobs import JobStatus, StageName
-from tests.processes import pdtrim_up, processes_of, wait_until
+from tests.processes import processes_of, running, wait_until
+from tests.servers import free_ports
 
 PRODUCTS = ("plan.json", "search.json")
 SHORT = {"PDTRIM_LEASE_SECONDS": "3", "PDTRIM_RECONCILE_SECONDS": "0.5", "PDTRIM_RESEND_SECONDS": "1"}
@@ -33,17 +34,26 @@ def _products(client: Client, job_id: str) -> dict[str, str]:
     return {name: found[name] for name in PRODUCTS}
 
 
-def _kill_while_searching(client: Client, job_id: str, data_dir: Path, kills: int, rng: random.Random) -> None:
-    """Kill every worker process in each of the first attempts at the search."""
+def _kill_while_searching(
+    client: Client, job_id: str, environment: dict[str, str], folder: Path, kills: int, rng: random.Random
+) -> None:
+    """Start a worker for each of the first attempts at the search, and kill all its processes."""
     for attempt in range(1, kills + 1):
 
         def begun(attempt: int = attempt) -> bool:
             return client.get(job_id).stages[1].attempt >= attempt
 
-        wait_until(begun, seconds=MOST_SECONDS, what=f"attempt {attempt} at the search")
-        time.sleep(rng.uniform(0.0, 15.0))
-        for process in processes_of("celery", data_dir):
-            process.kill()
+        with running(["worker"], environment, folder / "worker.log"):
+            wait_until(begun, seconds=MOST_SECONDS, what=f"attempt {attempt} at the search")
+            time.sleep(rng.uniform(0.0, 15.0))
+            for process in processes_of("celery", folder / "data"):
+                process.kill()
+
+
+def _end(client: Client, job_id: str, environment: dict[str, str], folder: Path) -> None:
+    """Have a worker bring a job to its end."""
+    with running(["worker"], environment, folder / "worker.log"):
+        wait_until(lambda: client.get(job_id).status.final, seconds=MOST_SECONDS, what="the job to end")
 
 
 def main(kills: int, seed: int) -> int:
@@ -60,12 +70,16 @@ def main(kills: int, seed: int) -> int:
             "evaluation": {"windows": 2, "speed_tokens": 1, "speed_repeats": 1},
             "seed": seed,
         }
-        with pdtrim_up(_environment(data_dir, kills), folder) as url, Client(url) as client:
+        (port,) = free_ports(1)
+        environment = _environment(data_dir, kills) | {"PDTRIM_PORT": str(port)}
+        url = f"http://127.0.0.1:{port}"
+        with running(["serve"], environment, folder / "gateway.log"), Client(url) as client:
+            wait_until(client.ready, what="the gateway to be ready")
             unbroken = client.create(spec).id
-            wait_until(lambda: client.get(unbroken).status.final, seconds=MOST_SECONDS, what="the unbroken job")
+            _end(client, unbroken, environment, folder)
             killed = client.create(spec).id
-            _kill_while_searching(client, killed, data_dir, kills, random.Random(seed))
-            wait_until(lambda: client.get(killed).status.final, seconds=MOST_SECONDS, what="the killed job")
+            _kill_while_searching(client, killed, environment, folder, kills, random.Random(seed))
+            _end(client, killed, environment, folder)
             jobs = [client.get(unbroken), client.get(killed)]
             same = _products(client, unbroken) == _products(client, killed)
         attempts = [job.stages[1].attempt for job in jobs]
