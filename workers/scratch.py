@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from service.db.stages import Claim
 
 LOCK = ".lock"
+SWEEP_S = 30.0
+"""Another process that takes a fresh lock for an abandoned one holds it for less."""
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +29,7 @@ def attempt_folder(scratch: Path, held: Claim, helper: str = "") -> Iterator[Pat
     jobs.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(jobs)
     folder = jobs / f"{held.job_id}-{held.stage}-{held.attempt}{helper and f'-{helper}'}"
-    with FileLock(f"{folder}{LOCK}", blocking=False):
+    with FileLock(f"{folder}{LOCK}", timeout=SWEEP_S):
         try:
             folder.mkdir()
             yield folder

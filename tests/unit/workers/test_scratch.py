@@ -3,10 +3,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
+from filelock import FileLock
 
 from service.contract.jobs import StageName
 from service.db.stages import Claim
@@ -46,6 +49,25 @@ def test_what_a_killed_process_left_is_deleted_by_the_next_and_what_a_living_one
     with attempt_folder(tmp_path, held(4)):
         pass
     assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_a_lock_that_another_process_sweeps_up_when_it_is_new_is_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / "jobs" / "job_1-scoring-1.lock"
+    lock.parent.mkdir()
+    taken = Event()
+
+    def sweep() -> None:
+        with FileLock(lock):
+            taken.set()
+            time.sleep(0.3)
+            lock.unlink()
+
+    sweeper = Thread(target=sweep)
+    sweeper.start()
+    assert taken.wait(10)
+    with attempt_folder(tmp_path, held(1)) as folder:
+        assert (folder.is_dir(), lock.exists()) == (True, True)
+    sweeper.join()
 
 
 def test_a_folder_goes_when_its_stage_fails(tmp_path: Path) -> None:
