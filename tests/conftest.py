@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -11,15 +12,24 @@ import redis
 
 from tests import servers
 
+END_TO_END = Path(__file__).parent / "e2e"
 SERVERS = {"postgres_url": "PostgreSQL", "redis_url": "Valkey (Redis)", "s3": "SeaweedFS (S3)"}
 """What runs on a real server, by the fixture that starts it."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for fixture, server in SERVERS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.user_properties.append(("server", server))
+    # pytest-xdist deals them in as many runs as there are workers: each begins with its share of the long ones.
+    workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [item for item in items if END_TO_END in item.path.parents]
+    short = [item for item in items if END_TO_END not in item.path.parents]
+    edges = [len(short) * worker // workers for worker in range(workers + 1)]
+    items[:] = [
+        item for worker in range(workers) for item in long[worker::workers] + short[edges[worker] : edges[worker + 1]]
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
