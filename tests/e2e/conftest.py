@@ -14,7 +14,7 @@ def environment(tmp_path: Path) -> Environment:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PDTRIM_", "AWS_"))}
     return kept | {
         "PDTRIM_DATA_DIR": str(tmp_path / "data"),
-        "PDTRIM_LEASE_SECONDS": "4",
+        "PDTRIM_LEASE_SECONDS": "8",
         "PDTRIM_RECONCILE_SECONDS": "0.5",
         "OMP_NUM_THREADS": "1",
     }
