@@ -107,6 +107,10 @@ class Sender:
             raise unexpected(self.url) from error
 
 
+class _NothingLeft(Exception):
+    """The job is over, and all its events have come."""
+
+
 class Jobs(Generic[J]):
     """All about jobs, which are handed out as `kind`, after `adopt` has seen them."""
 
@@ -216,9 +220,12 @@ class Jobs(Generic[J]):
                     async for event in stream:
                         after, last = event.number, event.type
                         yield event
-                if last in FINAL_EVENTS or JobStatus((await self.get(job_id)).status).final:
+                if last in FINAL_EVENTS:
                     return
+                # It broke off: that the job is over by now does not say that all its events have come.
                 await self._sender.wire.sleep(RETRY_S)
+            except _NothingLeft:
+                return
             except (httpx.RequestError, ClientError) as error:
                 if not may_pass(error):
                     raise
@@ -230,7 +237,7 @@ class Jobs(Generic[J]):
         path = f"{job_path(job_id)}/events"
         async with wire.stream("GET", path, headers=headers, timeout=STREAM_TIMEOUT_S) as response:
             if response.status_code == 204:
-                return
+                raise _NothingLeft
             if not response.is_success:
                 await wire.read(response)
                 raise refusal(sender.url, response)
