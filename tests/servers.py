@@ -132,8 +132,8 @@ def restartable_postgres() -> Iterator[Postgres]:
             "port": port,
             "unix_socket_directories": "",
             "max_connections": 100,
+            # A commit outlives the server, which is killed in tests, but not the machine.
             "fsync": "off",
-            "synchronous_commit": "off",
             "full_page_writes": "off",
         }
         command = [binaries / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())]

@@ -3,17 +3,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from httpx_sse import ServerSentEvent
 
 from service.api import events as api_events
 from service.api import problems
 from service.client import Client, ClientError, CorruptDownload, ServiceError, ServiceUnreachable, UnexpectedAnswer
+from service.client.wires import BlockingWire
 from service.contract.errors import QueueQuotaExceeded
 from service.contract.jobs import Artifact, JobStatus, StageName
 from service.contract.spec import JobSpec
@@ -224,6 +227,23 @@ def test_a_stream_goes_on_where_it_was_when_the_gateway_restarts(gateway: LiveGa
 
     assert [event.type for event in found] == ["job.created", "stage.started", "stage.succeeded", "job.cancelled"]
     assert [event.number for event in found] == [1, 2, 3, 4]
+
+
+def test_a_stream_that_ends_early_is_taken_up_again_though_the_job_is_over(
+    gateway: LiveGateway, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = gateway.played.create()
+    client.cancel(job_id)
+    whole, ends = BlockingWire.messages, iter([True])
+
+    async def first_ends_after_one(wire: BlockingWire, response: httpx.Response) -> AsyncIterator[ServerSentEvent]:
+        async for message in whole(wire, response):
+            yield message
+            if next(ends, False):
+                return
+
+    monkeypatch.setattr(BlockingWire, "messages", first_ends_after_one)
+    assert [event.type for event in client.events(job_id)] == ["job.created", "job.cancelled"]
 
 
 def test_a_create_whose_answer_is_lost_is_sent_again_and_makes_one_job(gateway: LiveGateway, client: Client) -> None:

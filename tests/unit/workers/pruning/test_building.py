@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 
@@ -40,8 +41,8 @@ def test_a_second_thread_waits_asking_its_own_check_and_torch_is_left_as_it_was(
         asked.append("second")
         waited.set()
 
-    def load(name: str, check: object) -> None:
-        models[name] = load_checkpoint(folder, dtype=torch.float32, device=CPU, check=check)  # type: ignore[arg-type]
+    def load(name: str, check: Callable[[], None]) -> None:
+        models[name] = load_checkpoint(folder, dtype=torch.float32, device=CPU, check=check)
 
     threads = [Thread(target=load, args=("first", first)), Thread(target=load, args=("second", second))]
     threads[0].start()
