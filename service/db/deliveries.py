@@ -57,10 +57,10 @@ def announce(session: Session, event: EventRow, *, project: str, status: JobStat
     """Write a message to every webhook of the project that wants this event. To be part of the event's transaction."""
     if event.type not in ANNOUNCED:
         return
-    enabled = select(WebhookRow).where(WebhookRow.project == project, col(WebhookRow.enabled))
+    hooks = select(WebhookRow.id, WebhookRow.events).where(WebhookRow.project == project, col(WebhookRow.enabled))
     # So locked, none can be deleted before this transaction ends, which would fail it and the event with it.
-    hooks = session.exec(enabled.with_for_update(read=True, key_share=True)).all()
-    wanted = [hook for hook in hooks if event.type in hook.events]
+    found = session.connection().execute(hooks.with_for_update(read=True, key_share=True))
+    wanted = [hook for hook, events in found if event.type in events]
     if not wanted:
         return
     facts = JobFacts(
@@ -74,7 +74,7 @@ def announce(session: Session, event: EventRow, *, project: str, status: JobStat
         error=_error(event.data),
     ).model_dump(mode="json")
     for hook in wanted:
-        _add(session, hook.id, event.type, facts, job_id=event.job_id, created_at=event.created_at)
+        _add(session, hook, event.type, facts, job_id=event.job_id, created_at=event.created_at)
 
 
 def _error(data: Mapping[str, Any]) -> ErrorInfo | None:

@@ -74,11 +74,16 @@ def _shares(session: Session, project: str, api_key: str | None, of_project: Quo
     """What a job counts in, where that is limited at all."""
     ours = and_(col(JobRow.project) == project, col(JobRow.deleted_at).is_(None))
     shares = [_Share(f"Project {project}", ours, of_project)]
-    key = None if api_key is None else session.get(ApiKeyRow, api_key)
-    if key is not None:
-        mine = and_(ours, col(JobRow.api_key) == key.prefix)
-        shares.append(_Share(f"The key {key.prefix}", mine, Quotas.model_validate(key)))
+    limits = None if api_key is None else _limits(session, api_key)
+    if limits is not None:
+        shares.append(_Share(f"The key {api_key}", and_(ours, col(JobRow.api_key) == api_key), limits))
     return [share for share in shares if share.most != NONE]
+
+
+def _limits(session: Session, api_key: str) -> Quotas | None:
+    columns = [getattr(ApiKeyRow, name) for name in Quotas.model_fields]
+    row = session.connection().execute(select(*columns).where(ApiKeyRow.prefix == api_key)).first()
+    return None if row is None else Quotas.model_validate(row)
 
 
 def _lock(session: Session, project: str) -> None:
