@@ -11,7 +11,7 @@ from sqlmodel import Session
 from service.contract.jobs import StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import jobs
-from service.db.session import connect, migrate, transaction
+from service.db.session import connect, transaction
 from service.db.tables import StageRow, now
 from tests.chart.rendering import KEDA, of_kind, render
 
@@ -21,7 +21,6 @@ SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks"
 @pytest.fixture
 def engine(postgres_database_url: str) -> Iterator[Engine]:
     engine = connect(postgres_database_url)
-    migrate(engine)
     yield engine
     engine.dispose()
 

@@ -16,7 +16,7 @@ from service.contract.jobs import JobStatus, StageName, StageStatus
 from service.contract.routes import Route
 from service.contract.spec import JobSpec
 from service.db import events, jobs
-from service.db.session import connect, migrate, transaction
+from service.db.session import connect, transaction
 from service.db.tables import StageRow
 from service.settings import Settings
 from tests import servers
@@ -48,7 +48,6 @@ def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
         "PDTRIM_SHUTDOWN_SECONDS": "0",
     }  # fmt: skip
     engine = connect(postgres_database_url)
-    migrate(engine)
     spec = tiny_spec(write_tiny_model(tmp_path / "model"), distillation=LONG_HEALING)
     with transaction(engine) as session:
         job_id = jobs.create(session, JobSpec.model_validate(spec)).id

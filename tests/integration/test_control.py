@@ -19,7 +19,7 @@ from sqlmodel import Session
 from service.contract.jobs import JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import jobs
-from service.db.session import connect, migrate, transaction
+from service.db.session import connect, transaction
 from service.db.tables import JobRow, StageRow
 from service.settings import Settings
 from service.sources import download
@@ -63,7 +63,6 @@ def worker(
         allowed_sources=["builtin:", "hf://", tmp_path.as_uri()],
     )
     engine = connect(settings.database_url)
-    migrate(engine)
     yield Worker(settings, engine, open_store(s3_url, endpoint_url=settings.s3_endpoint_url), name="test")
     engine.dispose()
 

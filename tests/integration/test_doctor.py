@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli import app
-from service.db.session import connect, migrate
 from service.doctor import examine
 from service.settings import Settings
 from tests.servers import S3Server, free_ports
@@ -22,7 +21,6 @@ BEFORE_DEVICE = 5
 def test_an_installation_in_order_has_nothing_wrong(
     tmp_path: Path, postgres_database_url: str, redis_url: str, s3: S3Server, s3_url: str
 ) -> None:
-    migrate(connect(postgres_database_url))
     named = {
         "PDTRIM_DATA_DIR": str(tmp_path),
         "PDTRIM_DATABASE_URL": postgres_database_url,
@@ -42,7 +40,7 @@ def test_an_installation_in_order_has_nothing_wrong(
 
 def test_each_thing_that_is_wrong_comes_with_what_to_do(
     tmp_path: Path,
-    postgres_database_url: str,
+    empty_postgres_database_url: str,
     s3: S3Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -50,7 +48,7 @@ def test_each_thing_that_is_wrong_comes_with_what_to_do(
         monkeypatch.setenv(name, value)
     settings = Settings(
         data_dir=tmp_path,
-        database_url=postgres_database_url,
+        database_url=empty_postgres_database_url,
         broker_url=f"redis://:broker-password@127.0.0.1:{free_ports(1)[0]}/0",
         artifacts_url="s3://no-such-bucket",
         s3_endpoint_url=s3.endpoint_url,

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 
 from service.contract.spec import JobSpec
 from service.db import deletion, events, jobs, notices
-from service.db.session import connect, migrate, transaction
+from service.db.session import connect, transaction
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -66,7 +66,6 @@ def test_a_new_job_has_the_first_event(engine: Engine) -> None:
 
 def test_who_listens_hears_of_what_was_committed_to_jobs_that_exist(postgres_database_url: str) -> None:
     engine = connect(postgres_database_url)
-    migrate(engine)
 
     def write() -> str:
         undone = new_job(engine)

@@ -66,7 +66,7 @@ def _rows() -> Iterator[tuple[str, dict[str, object]]]:
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
-    url: str = request.getfixturevalue("postgres_database_url")
+    url: str = request.getfixturevalue("empty_postgres_database_url")
     return url
 
 

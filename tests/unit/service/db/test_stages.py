@@ -13,7 +13,7 @@ from service.contract.errors import JobNotPausable
 from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from service.contract.spec import JobSpec
 from service.db import artifacts, events, jobs, stages
-from service.db.session import connect, migrate, transaction
+from service.db.session import connect, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.db.tables import JobRow, StageRow, now
 
@@ -176,7 +176,6 @@ def test_a_stage_whose_lease_ran_out_is_not_taken_before_its_loss_is_on_record(e
 
 def test_a_job_that_a_stopped_process_holds_locked_keeps_no_other_waiting(postgres_database_url: str) -> None:
     engine = connect(postgres_database_url)
-    migrate(engine)
     frozen, other = create_job(engine), create_job(engine)
     for job_id in (frozen, other):
         claim(engine, job_id, lease_seconds=-1)
