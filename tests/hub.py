@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -42,6 +43,15 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Send the hub's client to `url`, as HF_ENDPOINT does when the process starts."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def arriving_bytes(model: Path) -> int:
+    """What there is of those files of a fetched model that are not whole yet."""
+    sizes = []
+    for path in model.glob(".pdtrim-part-*"):
+        with suppress(FileNotFoundError):  # It has just become whole.
+            sizes.append(path.stat().st_size)
+    return sum(sizes)
 
 
 @contextmanager

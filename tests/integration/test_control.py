@@ -26,7 +26,7 @@ from service.sources import download
 from service.storage import ArtifactStore, multipart, open_store
 from service.storage.s3 import s3_client
 from tests.faults.proxy import Proxy
-from tests.hub import COMMIT, REPOSITORY, serve_hub, use_hub
+from tests.hub import COMMIT, REPOSITORY, arriving_bytes, serve_hub, use_hub
 from tests.processes import wait_until
 from tests.servers import S3Server
 from tests.tiny_job import tiny_spec, write_tiny_model
@@ -132,7 +132,7 @@ def at_the_server(s3: S3Server, s3_url: str) -> ArtifactStore:
 
 def fetched_bytes(worker: Worker) -> int:
     assert worker.settings.scratch_dir is not None
-    return sum(path.stat().st_size for path in worker.settings.scratch_dir.glob("models/*/.pdtrim-part-*"))
+    return sum(arriving_bytes(model) for model in worker.settings.scratch_dir.glob("models/*"))
 
 
 def test_a_fetch_from_a_slow_hub_is_paused_and_goes_on_where_it_was(

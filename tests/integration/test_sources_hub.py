@@ -22,7 +22,7 @@ from service.sources import (
     resolve_revision,
 )
 from service.storage import StoreUnavailable
-from tests.hub import COMMIT, REPOSITORY, Hub, serve_hub, use_hub
+from tests.hub import COMMIT, REPOSITORY, Hub, arriving_bytes, serve_hub, use_hub
 from tests.servers import free_ports
 from tests.weights import safetensors_file
 
@@ -116,7 +116,7 @@ def test_a_fetch_that_was_killed_goes_on_where_it_was(hub: Hub, tmp_path: Path, 
     environment = {**os.environ, "HF_ENDPOINT": hub.url}
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as fetching:
         deadline = time.monotonic() + 60
-        while sum(path.stat().st_size for path in (tmp_path / "model").glob(".pdtrim-part-*")) < 2 * PART:
+        while arriving_bytes(tmp_path / "model") < 2 * PART:
             assert fetching.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
