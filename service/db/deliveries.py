@@ -60,7 +60,7 @@ def announce(session: Session, event: EventRow, *, project: str, status: JobStat
     hooks = select(WebhookRow.id, WebhookRow.events).where(WebhookRow.project == project, col(WebhookRow.enabled))
     # So locked, none can be deleted before this transaction ends, which would fail it and the event with it.
     found = session.connection().execute(hooks.with_for_update(read=True, key_share=True))
-    wanted = [hook for hook, events in found if event.type in events]
+    wanted = [webhook_id for webhook_id, events in found if event.type in events]
     if not wanted:
         return
     facts = JobFacts(
@@ -73,8 +73,8 @@ def announce(session: Session, event: EventRow, *, project: str, status: JobStat
         attempt=event.data.get("attempt"),
         error=_error(event.data),
     ).model_dump(mode="json")
-    for hook in wanted:
-        _add(session, hook, event.type, facts, job_id=event.job_id, created_at=event.created_at)
+    for webhook_id in wanted:
+        _add(session, webhook_id, event.type, facts, job_id=event.job_id, created_at=event.created_at)
 
 
 def _error(data: Mapping[str, Any]) -> ErrorInfo | None:

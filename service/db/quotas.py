@@ -81,6 +81,7 @@ def _shares(session: Session, project: str, api_key: str | None, of_project: Quo
 
 
 def _limits(session: Session, api_key: str) -> Quotas | None:
+    # Past the unit of work, as `jobs.insert_new` is.
     columns = [getattr(ApiKeyRow, name) for name in Quotas.model_fields]
     row = session.connection().execute(select(*columns).where(ApiKeyRow.prefix == api_key)).first()
     return None if row is None else Quotas.model_validate(row)

@@ -11,7 +11,7 @@ Environment = dict[str, str]
 @pytest.fixture
 def environment(tmp_path: Path) -> Environment:
     """What a `pdtrim` process is started with: nothing of the tester's own configuration, and short leases."""
-    # Coverage makes a process half as slow again; what is run here other tests run too.
+    # Coverage takes a quarter more CPU time; what is run here other tests run too.
     dropped = ("PDTRIM_", "AWS_", "COVERAGE_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return kept | {

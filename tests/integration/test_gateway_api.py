@@ -29,7 +29,7 @@ NORMAL = f"{QUEUE}\x06\x163"
 
 __all__ = ["gateway", "model"]
 
-# What a scope opens is no matter of the servers, and nothing of the rest gets as far as them.
+# What a scope opens is no matter of the servers, and what the rest refuse does not get as far as them.
 del test_a_key_opens_what_its_scope_allows  # noqa: F821
 del test_a_url_that_leads_inside_is_refused_at_creation_and_on_change  # noqa: F821
 del test_an_invalid_field_of_a_webhook_is_named  # noqa: F821

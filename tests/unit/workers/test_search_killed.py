@@ -13,7 +13,7 @@ def test_a_search_killed_at_random_moments_ends_with_the_plan_of_the_unbroken_ru
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """The script itself compares the plans, byte by byte; run it by hand for more kills."""
-    # Coverage makes a process half as slow again, and learns nothing from one that is killed.
+    # Coverage takes a quarter more CPU time, and learns nothing from a process that is killed.
     unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.search_killed", str(tmp_path), "3", "0"],
