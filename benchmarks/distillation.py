@@ -17,16 +17,16 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
-from workers.pruning.blocks import block_stack, drop_blocks
-from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.distill import heal, load_tensors, merge, trainable
-from workers.pruning.engine import Engine
-from workers.pruning.measure import Perplexity, perplexity
-from workers.pruning.memo import Memo
-from workers.pruning.plan import assign_actions
-from workers.pruning.scores import block_scores
-from workers.pruning.search import search
-from workers.pruning.training import Journal, TrainingSettings
+from workers.pruning.model.blocks import block_stack, drop_blocks
+from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.measure import Perplexity, perplexity
+from workers.pruning.model.plan import assign_actions
+from workers.pruning.repair.distill import heal, load_tensors, merge, trainable
+from workers.pruning.repair.training import Journal, TrainingSettings
+from workers.pruning.search.engine import Engine
+from workers.pruning.search.memo import Memo
+from workers.pruning.search.scores import block_scores
+from workers.pruning.search.search import search
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 COUNTS: dict[Split, int] = {"calibration": 64, "validation": 48}

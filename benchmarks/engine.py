@@ -21,10 +21,10 @@ from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from workers.pruning.blocks import block_stack, drop_blocks
-from workers.pruning.engine import Engine
-from workers.pruning.plan import Blocks
-from workers.pruning.streaming import load_streamed
+from workers.pruning.model.blocks import block_stack, drop_blocks
+from workers.pruning.model.plan import Blocks
+from workers.pruning.model.streaming import load_streamed
+from workers.pruning.search.engine import Engine
 
 CPU = torch.device("cpu")
 Losses = dict[Blocks, float]

@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import Engine, text
 from sqlmodel import SQLModel
 
-from service.contract.jobs import StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import transaction
 from service.db.tables import EventRow, JobRow, StageRow

@@ -19,17 +19,16 @@ import uvicorn
 from fastapi import Depends
 from sqlalchemy import Engine
 
-from service import logs
-from service.api import views
+from pdtrim.contract.access import DEFAULT_PROJECT, Scope
+from pdtrim.contract.jobs import Job
+from pdtrim.contract.spec import JobSpec
 from service.api.auth import declared
 from service.api.deps import Project, SettingsDep, json_only
 from service.api.idempotency import IdempotencyKey
 from service.app import create_app
-from service.contract.access import DEFAULT_PROJECT, Scope
-from service.contract.jobs import Job
-from service.contract.spec import JobSpec
-from service.db import jobs, keys
+from service.db import jobs, keys, views
 from service.db.session import connect, migrate, transaction
+from service.observing import logs
 from service.settings import Settings
 from tests import servers
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
-from workers.pruning.blocks import drop_blocks
-from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.handover import EVERY_TOKEN, KvTokenRule
-from workers.pruning.kv_tokens import (
+from workers.pruning.model.blocks import drop_blocks
+from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.pair import pd_loss
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
+from workers.pruning.serving.kv_tokens import (
     pd_loss_with_rule,
     prompt_attention,
     rule_by_loss,
@@ -30,8 +32,6 @@ from workers.pruning.kv_tokens import (
     rule_by_threshold,
     sent_bytes,
 )
-from workers.pruning.pair import pd_loss
-from workers.pruning.plan import BlockPlan, kv_layer_map
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 BATCH_WINDOWS = 8

@@ -25,11 +25,11 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from workers.pruning.blocks import block_stack
-from workers.pruning.checkpoint import INDEX, SourceTensors, write_checkpoint
-from workers.pruning.engine import Engine
-from workers.pruning.scores import block_scores
-from workers.pruning.streaming import load_streamed
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.checkpoint import INDEX, SourceTensors, write_checkpoint
+from workers.pruning.model.streaming import load_streamed
+from workers.pruning.search.engine import Engine
+from workers.pruning.search.scores import block_scores
 
 SHARDS = 5
 WINDOWS, WINDOW_TOKENS = 2, 32

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import workers
-from workers.pruning.anchor import Trail
-from workers.pruning.blocks import BlockStack, block_stack, capture_calls
-from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.engine import NOTHING, Objective, walk
-from workers.pruning.plan import Blocks
+from workers.pruning.model.blocks import BlockStack, block_stack, capture_calls
+from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.plan import Blocks
+from workers.pruning.search.anchor import Trail
+from workers.pruning.search.engine import NOTHING, Objective, walk
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 PART = 16

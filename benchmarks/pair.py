@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import workers
-from workers.pruning.blocks import BlockStack, block_stack
-from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.engine import NOTHING, Engine, Objective, PairEngine, WindowsEngine
-from workers.pruning.memo import Memo
-from workers.pruning.plan import Blocks
-from workers.pruning.scores import block_scores
-from workers.pruning.search import search
+from workers.pruning.model.blocks import BlockStack, block_stack
+from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.plan import Blocks
+from workers.pruning.search.engine import NOTHING, Engine, Objective, PairEngine, WindowsEngine
+from workers.pruning.search.memo import Memo
+from workers.pruning.search.scores import block_scores
+from workers.pruning.search.search import search
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4

@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
-from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
-from workers.pruning.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.distill import HEALING, fit_spans, fitted_block, heal, load_tensors, merge, trainable
-from workers.pruning.engine import Engine
-from workers.pruning.losses import LossWeights
-from workers.pruning.measure import perplexity
-from workers.pruning.memo import Memo
-from workers.pruning.peers import PEERS, PeerPlan
-from workers.pruning.plan import Blocks
-from workers.pruning.scores import block_scores
-from workers.pruning.search import search
-from workers.pruning.training import Journal, TrainingSettings
-from workers.pruning.units import Units
+from benchmarks.peer_methods import PEERS, PeerPlan
+from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
+from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.measure import perplexity
+from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import Units
+from workers.pruning.repair.distill import HEALING, fit_spans, fitted_block, heal, load_tensors, merge, trainable
+from workers.pruning.repair.losses import LossWeights
+from workers.pruning.repair.training import Journal, TrainingSettings
+from workers.pruning.search.engine import Engine
+from workers.pruning.search.memo import Memo
+from workers.pruning.search.scores import block_scores
+from workers.pruning.search.search import search
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4

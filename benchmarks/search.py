@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
-from workers.models import ANCHOR_BYTES
-from workers.pruning.blocks import BlockStack, block_stack, drop_blocks
-from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
-from workers.pruning.engine import NOTHING, Engine, mean
-from workers.pruning.memo import Found, Memo
-from workers.pruning.peers import sleb_rounds
-from workers.pruning.plan import Blocks
-from workers.pruning.scores import block_scores
-from workers.pruning.search import OnProgress, SearchResult, search
+from benchmarks.peer_methods import sleb_rounds
+from workers.inputs.models import ANCHOR_BYTES
+from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
+from workers.pruning.model.calibration import cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.plan import Blocks
+from workers.pruning.search.engine import NOTHING, Engine, mean
+from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.scores import block_scores
+from workers.pruning.search.search import OnProgress, SearchResult, search
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4

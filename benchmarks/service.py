@@ -27,9 +27,9 @@ from sqlalchemy import text
 
 from benchmarks.filling import fill
 from benchmarks.gateways import NOTHING, SPEC, Target, gateway
-from service.contract.access import DEFAULT_PROJECT
-from service.contract.jobs import StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.access import DEFAULT_PROJECT
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import transaction
 from tests import servers

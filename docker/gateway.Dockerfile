@@ -1,9 +1,9 @@
 # The gateway, which also reconciles and migrates: HTTP in, jobs out. No torch. Build from the repository's root:
 #   docker build -f docker/gateway.Dockerfile -t pdtrim-gateway:0.1.0 .
-# To hand jobs on to MLflow: --build-arg EXTRAS="otel mlflow"
+# To hand jobs on to MLflow: --build-arg EXTRAS="service otel mlflow"
 ARG PYTHON_IMAGE=docker.io/library/python:3.12-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
-ARG EXTRAS="otel"
+ARG EXTRAS="service otel"
 WORKDIR /src
 COPY docker/tools.txt ./
 RUN python -m venv /opt/tools \
@@ -14,6 +14,7 @@ RUN python requirements.py ${EXTRAS} > requirements.txt \
     && /opt/tools/bin/pip --python /opt/pdtrim/bin/python install --no-cache-dir \
         --constraint constraints.txt --requirement requirements.txt
 COPY LICENSE README.md ./
+COPY pdtrim pdtrim
 COPY service service
 COPY workers workers
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir . . \

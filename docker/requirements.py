@@ -2,8 +2,19 @@
 
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
-project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-wanted = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in sys.argv[1:])]
-print(*sorted({requirement for group in wanted for requirement in group}), sep="\n")
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+
+
+def required(extra: str) -> Iterator[str]:
+    """What an extra brings, other extras of ours resolved."""
+    for requirement in PROJECT["optional-dependencies"][extra]:
+        if requirement.startswith("pdtrim["):
+            yield from required(requirement.removeprefix("pdtrim[").removesuffix("]"))
+        else:
+            yield requirement
+
+
+print(*sorted({*PROJECT["dependencies"], *(one for extra in sys.argv[1:] for one in required(extra))}), sep="\n")

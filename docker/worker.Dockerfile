@@ -17,6 +17,7 @@ RUN python requirements.py ${EXTRAS} > requirements.txt \
     && /opt/tools/bin/pip --python /opt/pdtrim/bin/python install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
         --constraint constraints.txt --requirement requirements.txt
 COPY LICENSE README.md ./
+COPY pdtrim pdtrim
 COPY service service
 COPY workers workers
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir . . \

@@ -12,9 +12,9 @@ from typing import Any
 import typer
 from typer.cli import get_docs_for_click
 
+from pdtrim.command import app as commands
+from pdtrim.contract.spec import JobSpec
 from service.app import TAGS, create_app
-from service.cli import app as commands
-from service.contract.spec import JobSpec
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-from service.client import Client
-from service.contract.jobs import Job
-from service.embedded import Embedded
+from pdtrim.client import Client
+from pdtrim.contract.jobs import Job
+from service.commands.embedded import Embedded
 from service.settings import Settings
 
 IMAGES = Path(__file__).parent / "images"

@@ -11,29 +11,18 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
 from service import ui
-from service.api import (
-    artifacts,
-    events,
-    exports,
-    health,
-    hub,
-    jobs,
-    methods,
-    metrics,
-    problems,
-    publications,
-    webhooks,
-)
-from service.api.access import AccessLog
+from service.api import artifacts, events, exports, health, jobs, methods, metrics, problems, publications, webhooks
+from service.api import wakeups as hub
+from service.api.access_log import AccessLog
 from service.api.auth import Access, Gate, warn_if_open
 from service.api.body_limit import BodyLimit
+from service.api.metrics import GatewayMetrics
 from service.api.request_ids import RequestIds
 from service.api.sessions import Sessions
 from service.db.session import connect, migrate
-from service.metrics import GatewayMetrics
-from service.reconciler import Reconciler
 from service.settings import Settings
 from service.storage import open_store
+from service.upkeep.reconciler import Reconciler
 
 TAGS = [
     {"name": "jobs", "description": "Prune a model: one job, five stages."},
@@ -46,7 +35,7 @@ TAGS = [
     {"name": "health", "description": "Liveness, readiness and metrics."},
 ]
 PROBES = ("/healthz", "/readyz", "/metrics")
-# FastAPI makes a span of each request, once there is a tracer provider (`service.tracing`).
+# FastAPI makes a span of each request, once there is a tracer provider (`service.observing.tracing`).
 TELEMETRY: TelemetryConfig = {
     "metrics": False,
     "logs": False,
@@ -62,7 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title="PDTrim Service",
         summary="Prunes language models for prefill/decode serving.",
-        version=version("pdtrim-service"),
+        version=version("pdtrim"),
         lifespan=_lifespan,
         openapi_tags=TAGS,
         redirect_slashes=False,

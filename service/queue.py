@@ -16,9 +16,9 @@ from celery import Celery, group
 from kombu import Queue
 from kombu.exceptions import ChannelError, OperationalError
 
-from service import tracing
-from service.contract.jobs import StageName
-from service.contract.routes import DEFAULT_QUEUE, Priority, Route
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.queues import DEFAULT_QUEUE, Priority, Route
+from service.observing import tracing
 from service.settings import Settings
 
 QUEUE = "pdtrim"

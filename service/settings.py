@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.contract.access import Quotas, Rate, Scope
-from service.contract.routes import DEFAULT_QUEUE, QueueName
+from pdtrim.contract.access import Quotas, Rate, Scope
+from pdtrim.contract.queues import DEFAULT_QUEUE, QueueName
 from service.sources.names import check_prefix
 
 

@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine
 
+from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.app import create_app
-from service.contract.jobs import ErrorInfo, StageName
 from service.db import stages
 from service.db.session import transaction
 from service.settings import Settings

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from service import logs
+from service.observing import logs
 from service.settings import Settings
 
 

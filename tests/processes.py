@@ -41,7 +41,7 @@ def running(command: list[str], environment: Mapping[str, str], log: Path) -> It
     """A `pdtrim` process, ended with SIGINT as Ctrl-C does, or killed if that does not end it."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli", *command],
+            [sys.executable, "-m", "pdtrim.command", *command],
             env=dict(environment),
             cwd=log.parent,
             stdout=output,

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from service.contract.jobs import StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.spec import JobSpec
 from service.storage import open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.context import StageContext, StoredInput
 from workers.stages import removal, scoring, searching, training
+from workers.stages.context import StageContext, StoredInput
 
 PRODUCTS = ("plan.json", "search.json", "merged.safetensors")
 POLL_S = 0.001

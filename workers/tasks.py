@@ -12,14 +12,14 @@ from typing import Any
 
 from celery import current_task, signals
 
-from service import logs, tracing
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from service.db.session import connect
+from service.observing import logs, tracing
 from service.queue import HELP, broker_queue, celery_app, task_name
 from service.settings import Settings
 from service.storage import open_store
-from workers.helping import help_search
-from workers.pipeline import Worker, run_stage
+from workers.running.attempt import Worker, run_stage
+from workers.running.helper import help_search
 
 settings = Settings()
 app = celery_app(settings.broker_url)

@@ -10,11 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import RedirectResponse, StreamingResponse
 
-from service.api import examples, ranges, views
-from service.api.auth import declared
-from service.api.deps import AfterArtifact, ArtifactId, EngineDep, JobId, Limit, SettingsDep, StoreDep
-from service.api.problems import documented, problem
-from service.contract.errors import (
+from pdtrim.contract.errors import (
     ArtifactNotFound,
     CursorNotFound,
     DependencyUnavailable,
@@ -24,8 +20,12 @@ from service.contract.errors import (
     RangeNotSatisfiable,
     Unauthorized,
 )
-from service.contract.jobs import Artifact, Page, StageName
-from service.db import artifacts, jobs
+from pdtrim.contract.jobs import Artifact, Page, StageName
+from service.api import examples, ranges
+from service.api.auth import declared
+from service.api.deps import AfterArtifact, ArtifactId, EngineDep, JobId, Limit, SettingsDep, StoreDep
+from service.api.problems import documented, problem
+from service.db import artifacts, jobs, views
 from service.db.session import transaction
 from service.db.tables import ArtifactRow
 from service.storage import ArtifactStore, content_disposition

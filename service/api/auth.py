@@ -22,12 +22,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from service import oidc
-from service.api.problems import database_unavailable, problem
-from service.api.rates import Allowance, Rates
-from service.api.sessions import Sessions
-from service.contract.access import DEFAULT_PROJECT, PROJECT_PATTERN, Rate, Scope
-from service.contract.errors import (
+from pdtrim.contract.access import DEFAULT_PROJECT, PROJECT_PATTERN, Rate, Scope
+from pdtrim.contract.errors import (
     DependencyUnavailable,
     MissingProject,
     MissingScope,
@@ -35,6 +31,10 @@ from service.contract.errors import (
     RateLimited,
     Unauthorized,
 )
+from service.api import oidc
+from service.api.problems import database_unavailable, problem
+from service.api.rates import Allowance, Rates
+from service.api.sessions import Sessions
 from service.db import keys
 from service.db.session import DATABASE_FAULTS, transaction
 from service.settings import Settings

@@ -12,10 +12,10 @@ from fastapi import Depends, Path, Query, Request
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
+from pdtrim.contract.errors import ArtifactNotFound, CursorNotFound, DeliveryNotFound, JobNotFound, WebhookNotFound
 from service.api.auth import Caller
-from service.api.hub import Hub
 from service.api.problems import UnsupportedMediaType
-from service.contract.errors import ArtifactNotFound, CursorNotFound, DeliveryNotFound, JobNotFound, WebhookNotFound
+from service.api.wakeups import Hub
 from service.db import jobs, webhooks
 from service.db.session import transaction
 from service.settings import Settings

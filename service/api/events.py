@@ -15,14 +15,14 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
-from service.api import examples, views
+from pdtrim.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, MissingScope, Unauthorized
+from pdtrim.contract.jobs import Event, JobStatus, Page
+from service.api import examples
 from service.api.auth import declared
 from service.api.deps import EngineDep, HubDep, JobId, Limit
-from service.api.hub import RETRY_SECONDS, Hub, frame
 from service.api.problems import documented
-from service.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, MissingScope, Unauthorized
-from service.contract.jobs import Event, JobStatus, Page
-from service.db import events, jobs
+from service.api.wakeups import RETRY_SECONDS, Hub, frame
+from service.db import events, jobs, views
 from service.db.session import DATABASE_FAULTS, transaction
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"], dependencies=[declared])

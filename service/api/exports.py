@@ -6,13 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends
 
-from service import preflight
-from service.api import examples
-from service.api.auth import declared
-from service.api.deps import EngineDep, JobId, SettingsDep, StoreDep, json_only
-from service.api.problems import documented
-from service.api.submission import HEADERS, SUBMISSION_REFUSALS, NewJob, Submit
-from service.contract.errors import (
+from pdtrim.contract.errors import (
     ArtifactNotFound,
     DependencyUnavailable,
     JobNotFound,
@@ -22,12 +16,18 @@ from service.contract.errors import (
     SetsNotNested,
     Unauthorized,
 )
-from service.contract.frontier import ExportSpec, Frontier
-from service.contract.jobs import Job
-from service.contract.spec import JobSpec
+from pdtrim.contract.frontier import ExportSpec, Frontier
+from pdtrim.contract.jobs import Job
+from pdtrim.contract.spec import JobSpec
+from service.api import examples
+from service.api.auth import declared
+from service.api.deps import EngineDep, JobId, SettingsDep, StoreDep, json_only
+from service.api.problems import documented
+from service.api.submission import HEADERS, SUBMISSION_REFUSALS, NewJob, Submit
+from service.checking import preflight
+from service.checking.frontier import read_frontier
 from service.db import jobs
 from service.db.session import transaction
-from service.frontier import read_frontier
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[declared])
 

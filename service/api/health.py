@@ -12,11 +12,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from sqlalchemy import Engine
 
+from pdtrim.contract.errors import DependencyUnavailable
 from service import queue
 from service.api import examples
 from service.api.deps import EngineDep, SettingsDep, StoreDep
 from service.api.problems import documented, problem
-from service.contract.errors import DependencyUnavailable
 from service.db.session import schema_is_current
 
 router = APIRouter(tags=["health"])

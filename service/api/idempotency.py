@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine
 
-from service.contract.errors import InvalidIdempotencyKey
+from pdtrim.contract.errors import InvalidIdempotencyKey
 from service.db import idempotency
 from service.db.idempotency import Answered, Reservation
 from service.db.session import transaction

@@ -11,20 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from starlette.convertors import StringConvertor, register_url_convertor
 
-from service import preflight, queue
-from service.api import examples, views
-from service.api.auth import declared
-from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep, json_only
-from service.api.problems import documented
-from service.api.submission import (
-    BODY_REFUSALS,
-    HEADERS,
-    PREFLIGHT_REFUSALS,
-    SUBMISSION_REFUSALS,
-    NewJob,
-    Submit,
-)
-from service.contract.errors import (
+from pdtrim.contract.errors import (
     ArtifactQuotaExceeded,
     CursorNotFound,
     DependencyUnavailable,
@@ -38,12 +25,26 @@ from service.contract.errors import (
     QueueQuotaExceeded,
     Unauthorized,
 )
-from service.contract.estimate import Estimate
-from service.contract.jobs import Job, JobStatus, Page
-from service.contract.spec import JobSpec, Labels
-from service.db import deletion, jobs
+from pdtrim.contract.estimate import Estimate
+from pdtrim.contract.jobs import Job, JobStatus, Page
+from pdtrim.contract.spec import JobSpec, Labels
+from service import queue
+from service.api import examples
+from service.api.auth import declared
+from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep, json_only
+from service.api.problems import documented
+from service.api.submission import (
+    BODY_REFUSALS,
+    HEADERS,
+    PREFLIGHT_REFUSALS,
+    SUBMISSION_REFUSALS,
+    NewJob,
+    Submit,
+)
+from service.checking import preflight
+from service.checking.estimate import estimate
+from service.db import deletion, jobs, views
 from service.db.session import transaction
-from service.estimate import estimate
 
 
 class _JobConvertor(StringConvertor):

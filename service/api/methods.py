@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from pdtrim.contract.errors import MissingScope, Unauthorized
+from pdtrim.contract.jobs import Page
+from pdtrim.contract.methods import Method, methods
 from service.api.auth import declared
 from service.api.problems import documented
-from service.contract.errors import MissingScope, Unauthorized
-from service.contract.jobs import Page
-from service.contract.methods import Method, methods
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"], dependencies=[declared])
 

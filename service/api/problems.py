@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
-from service.contract.errors import (
+from pdtrim.contract.errors import (
     ArtifactNotFound,
     ArtifactQuotaExceeded,
     DependencyUnavailable,
@@ -29,7 +29,7 @@ from service.contract.errors import (
     Unauthorized,
 )
 from service.db.session import DATABASE_FAULTS
-from service.redaction import redact, scrub
+from service.observing.redaction import redact, scrub
 from service.storage import ObjectNotFound, StoreUnavailable
 
 log = logging.getLogger(__name__)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.api import examples, views
-from service.api.auth import declared
-from service.api.deps import EngineDep, JobId, SettingsDep
-from service.api.problems import documented
-from service.contract.errors import (
+from pdtrim.contract.errors import (
     DependencyUnavailable,
     JobNotFound,
     MissingScope,
@@ -16,12 +12,16 @@ from service.contract.errors import (
     PushNotAllowed,
     Unauthorized,
 )
-from service.contract.jobs import Page
-from service.contract.publications import Publication
-from service.contract.spec import JobSpec
-from service.db import jobs, publications
+from pdtrim.contract.jobs import Page
+from pdtrim.contract.publications import Publication
+from pdtrim.contract.spec import JobSpec
+from service.api import examples
+from service.api.auth import declared
+from service.api.deps import EngineDep, JobId, SettingsDep
+from service.api.problems import documented
+from service.checking.targets import check_push, targets
+from service.db import jobs, publications, views
 from service.db.session import transaction
-from service.publishing.targets import check_push, targets
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/publications", tags=["publications"], dependencies=[declared])
 

@@ -21,7 +21,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.contract.access import UNLIMITED, Rate
+from pdtrim.contract.access import UNLIMITED, Rate
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from structlog.contextvars import bound_contextvars
 from uuid_utils import uuid7
 
 from service.api.problems import InternalError, problem
-from service.redaction import redact
+from service.observing.redaction import redact
 
 log = logging.getLogger(__name__)
 

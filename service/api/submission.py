@@ -10,12 +10,7 @@ from fastapi import Depends, Response
 from pydantic import BaseModel
 from sqlalchemy import Engine
 
-from service import queue
-from service.api import views
-from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
-from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, fingerprint, reserved
-from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
-from service.contract.errors import (
+from pdtrim.contract.errors import (
     ArtifactQuotaExceeded,
     DependencyUnavailable,
     IdempotencyKeyReused,
@@ -34,12 +29,16 @@ from service.contract.errors import (
     TooManyBlocks,
     Unauthorized,
 )
-from service.contract.jobs import Job, StageName
-from service.contract.spec import JobSpec
-from service.db import idempotency, jobs
+from pdtrim.contract.jobs import Job, StageName
+from pdtrim.contract.spec import JobSpec
+from service import queue
+from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
+from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, fingerprint, reserved
+from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
+from service.checking.targets import targets
+from service.db import idempotency, jobs, views
 from service.db.idempotency import Answered
 from service.db.session import transaction
-from service.publishing.targets import targets
 from service.settings import Settings
 
 BODY_REFUSALS: tuple[type[PDTrimError], ...] = (MalformedBody, BodyTooLarge, UnsupportedMediaType, InvalidRequest)
@@ -55,7 +54,7 @@ PREFLIGHT_REFUSALS: tuple[type[PDTrimError], ...] = (
     PushNotAllowed,
     DependencyUnavailable,
 )
-"""What `service.preflight` says, and what stands before it."""
+"""What `service.checking.preflight` says, and what stands before it."""
 SUBMISSION_REFUSALS: tuple[type[PDTrimError], ...] = (
     *BODY_REFUSALS,
     *PREFLIGHT_REFUSALS,

@@ -6,8 +6,29 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Query, Response
 
-from service import webhooks as messages
-from service.api import examples, views
+from pdtrim.contract.errors import (
+    CursorNotFound,
+    DeliveryNotFound,
+    DependencyUnavailable,
+    InvalidRequest,
+    MissingScope,
+    TooManyWebhooks,
+    Unauthorized,
+    UrlNotAllowed,
+    WebhookDisabled,
+    WebhookNotFound,
+)
+from pdtrim.contract.jobs import Page
+from pdtrim.contract.webhooks import (
+    Delivery,
+    DeliveryStatus,
+    NewSecret,
+    Webhook,
+    WebhookChange,
+    WebhookMessage,
+    WebhookSpec,
+)
+from service.api import examples
 from service.api.auth import declared
 from service.api.deps import (
     AfterDelivery,
@@ -21,32 +42,11 @@ from service.api.deps import (
     json_only,
 )
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
-from service.contract.errors import (
-    CursorNotFound,
-    DeliveryNotFound,
-    DependencyUnavailable,
-    InvalidRequest,
-    MissingScope,
-    TooManyWebhooks,
-    Unauthorized,
-    UrlNotAllowed,
-    WebhookDisabled,
-    WebhookNotFound,
-)
-from service.contract.jobs import Page
-from service.contract.webhooks import (
-    Delivery,
-    DeliveryStatus,
-    NewSecret,
-    Webhook,
-    WebhookChange,
-    WebhookMessage,
-    WebhookSpec,
-)
-from service.db import deliveries, webhooks
+from service.db import deliveries, views, webhooks
 from service.db.session import transaction
-from service.outbound import NotAllowed, check_url
 from service.settings import Settings
+from service.upkeep import webhooks as messages
+from service.upkeep.outbound import NotAllowed, check_url
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], dependencies=[declared])
 outgoing = APIRouter()

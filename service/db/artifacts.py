@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sqlmodel import Session, col, select
 
-from service.contract.errors import ArtifactNotFound, CursorNotFound
-from service.contract.jobs import StageName
+from pdtrim.contract.errors import ArtifactNotFound, CursorNotFound
+from pdtrim.contract.jobs import StageName
 from service.db.tables import ArtifactRow
 
 

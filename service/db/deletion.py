@@ -10,8 +10,8 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, delete, func, update
 from sqlmodel import Session, col, select
 
-from service.contract.errors import JobNotDeletable
-from service.contract.jobs import Action, JobStatus
+from pdtrim.contract.errors import JobNotDeletable
+from pdtrim.contract.jobs import Action, JobStatus
 from service.db import jobs, notices
 from service.db.tables import IdempotencyRow, JobRow, now
 

@@ -15,9 +15,9 @@ from sqlalchemy import delete, func
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
-from service.contract.errors import CursorNotFound, DeliveryNotFound, WebhookDisabled, WebhookNotFound
-from service.contract.jobs import ErrorInfo, JobStatus
-from service.contract.webhooks import (
+from pdtrim.contract.errors import CursorNotFound, DeliveryNotFound, WebhookDisabled, WebhookNotFound
+from pdtrim.contract.jobs import ErrorInfo, JobStatus
+from pdtrim.contract.webhooks import (
     MAX_MESSAGE,
     TEST_EVENT,
     DeliveryAttempt,

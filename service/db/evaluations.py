@@ -16,8 +16,8 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
-from service.contract.errors import JobNotFound
-from service.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.errors import JobNotFound
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from service.db import jobs, stages
 from service.db.stages import Claim, LeaseLost
 from service.db.tables import EvaluationRow, HelperRow, JobRow, StageRow, now

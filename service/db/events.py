@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import and_, insert, or_, update
 from sqlmodel import Session, col, select
 
-from service.contract.jobs import JobStatus, StageName
+from pdtrim.contract.jobs import JobStatus, StageName
 from service.db import deliveries, notices
 from service.db.tables import EventRow, JobRow
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
-from service.contract.errors import IdempotencyKeyReused, RequestInFlight
+from pdtrim.contract.errors import IdempotencyKeyReused, RequestInFlight
 from service.db.tables import IdempotencyRow, now
 
 KEPT = timedelta(hours=24)

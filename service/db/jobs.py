@@ -11,8 +11,8 @@ from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 from uuid_utils import uuid7
 
-from service.contract.access import DEFAULT_PROJECT, Quotas
-from service.contract.errors import (
+from pdtrim.contract.access import DEFAULT_PROJECT, Quotas
+from pdtrim.contract.errors import (
     CursorNotFound,
     DeadlineExceeded,
     JobNotCancellable,
@@ -21,10 +21,10 @@ from service.contract.errors import (
     JobNotResumable,
     PDTrimError,
 )
-from service.contract.jobs import Action, JobStatus, Stage, StageName, StageStatus
-from service.contract.publications import PublicationTarget
-from service.contract.routes import DEFAULT_QUEUE, Priority, Route
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import Action, JobStatus, Stage, StageName, StageStatus
+from pdtrim.contract.publications import PublicationTarget
+from pdtrim.contract.queues import DEFAULT_QUEUE, Priority, Route
+from pdtrim.contract.spec import JobSpec
 from service.db import events, publications, quotas
 from service.db.tables import JobRow, StageRow, now
 

@@ -15,7 +15,7 @@ from datetime import datetime
 
 from sqlmodel import Session, col, select
 
-from service.contract.access import Quotas, Rate, Scope
+from pdtrim.contract.access import Quotas, Rate, Scope
 from service.db.tables import ApiKeyRow, now
 
 KEY = re.compile(r"pdt_([0-9a-f]{12})_([0-9a-f]{64})")

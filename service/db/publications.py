@@ -13,8 +13,8 @@ from datetime import timedelta
 
 from sqlmodel import Session, col, select
 
-from service.contract.jobs import JobStatus
-from service.contract.publications import PublicationStatus, PublicationTarget
+from pdtrim.contract.jobs import JobStatus
+from pdtrim.contract.publications import PublicationStatus, PublicationTarget
 from service.db.tables import JobRow, PublicationRow, now
 
 

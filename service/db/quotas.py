@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, and_, func, literal_column, not_, or_, true
 from sqlmodel import Session, col, select
 
-from service.contract.access import Quotas
-from service.contract.errors import ArtifactQuotaExceeded, QueueQuotaExceeded
-from service.contract.jobs import JobStatus, StageStatus
+from pdtrim.contract.access import Quotas
+from pdtrim.contract.errors import ArtifactQuotaExceeded, QueueQuotaExceeded
+from pdtrim.contract.jobs import JobStatus, StageStatus
 from service.db.tables import ApiKeyRow, JobRow, StageRow
 
 NONE = Quotas()

@@ -15,9 +15,9 @@ from sqlalchemy import ColumnElement, and_, or_, update
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
-from service.contract.errors import DeadlineExceeded, JobNotFound
-from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
-from service.contract.routes import Route
+from pdtrim.contract.errors import DeadlineExceeded, JobNotFound
+from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from pdtrim.contract.queues import Route
 from service.db import events, jobs, publications, quotas
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
 

@@ -9,12 +9,12 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, String, Uniqu
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
-from service.contract.access import DEFAULT_PROJECT
-from service.contract.jobs import JobStatus, StageName, StageStatus
-from service.contract.publications import PublicationStatus, PublicationTarget
-from service.contract.routes import DEFAULT_QUEUE, Priority, Route
-from service.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
-from service.redaction import redact, scrub
+from pdtrim.contract.access import DEFAULT_PROJECT
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.publications import PublicationStatus, PublicationTarget
+from pdtrim.contract.queues import DEFAULT_QUEUE, Priority, Route
+from pdtrim.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
+from service.observing.redaction import redact, scrub
 
 
 def now() -> datetime:

@@ -11,8 +11,8 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
-from service.contract.errors import CursorNotFound, TooManyWebhooks, WebhookNotFound
-from service.contract.webhooks import MAX_WEBHOOKS, DisabledReason, WebhookChange, WebhookSpec
+from pdtrim.contract.errors import CursorNotFound, TooManyWebhooks, WebhookNotFound
+from pdtrim.contract.webhooks import MAX_WEBHOOKS, DisabledReason, WebhookChange, WebhookSpec
 from service.db.tables import WebhookRow, now
 
 ROTATION = timedelta(hours=24)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.contract.errors import InvalidRequest, ModelTooLarge, PDTrimError, SourceNotAllowed, SourceUnreadable
+from pdtrim.contract.errors import InvalidRequest, ModelTooLarge, PDTrimError, SourceNotAllowed, SourceUnreadable
 
 
 class SourceError(PDTrimError, ValueError):

@@ -121,7 +121,7 @@ def _load_dataset(dataset: HubDataset) -> Any:
         import datasets
     except ImportError as error:
         raise UnreadableSource(
-            f"{dataset} needs the library `datasets`, which workers have: pip install 'pdtrim-service[worker]'."
+            f"{dataset} needs the library `datasets`, which workers have: pip install 'pdtrim[worker]'."
         ) from error
     try:
         with hub_failures(str(dataset)):

@@ -10,14 +10,14 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 from uuid_utils import uuid7
 
+from pdtrim.contract.errors import InvalidRequest, PDTrimError
+from pdtrim.contract.frontier import ExportSpec
+from pdtrim.contract.spec import MAX_BLOCKS
 from service.api import exports as api
 from service.api import jobs
 from service.api.deps import ApiKeyPrefix, EngineDep, JobId, Project, SettingsDep, StoreDep
 from service.api.problems import field_and_reason
 from service.api.submission import Submission
-from service.contract.errors import InvalidRequest, PDTrimError
-from service.contract.frontier import ExportSpec
-from service.contract.spec import MAX_BLOCKS
 from service.storage import ArtifactStore
 from service.ui import views
 from service.ui.pages import go, render

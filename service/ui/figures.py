@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from service import report
-from service.contract.frontier import Frontier, FrontierPoint
-from service.sheets import removed_blocks
+from pdtrim.contract.frontier import Frontier, FrontierPoint
+from pdtrim.display import rendering as report
+from pdtrim.display.tables import removed_blocks
 from service.ui.charts import Chart, Point, Series, chart, without_outliers
 
 HALVES = ("prefill", "decode")

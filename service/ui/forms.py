@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from pdtrim.contract.spec import JobSpec
 from service.api.problems import field_and_reason
-from service.contract.spec import JobSpec
 
 REST = "rest"
 """The field for JSON that the other fields do not cover."""

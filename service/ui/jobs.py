@@ -12,13 +12,13 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from sqlalchemy import Engine
 
+from pdtrim.contract.errors import NoFrontier, PDTrimError
+from pdtrim.contract.frontier import Frontier
+from pdtrim.contract.jobs import Action, Artifact, Job, JobStatus, StageName
 from service.api import artifacts, events
 from service.api import jobs as api
 from service.api.deps import AfterJob, EngineDep, JobId, Project, SettingsDep, StoreDep
 from service.api.exports import get_frontier
-from service.contract.errors import NoFrontier, PDTrimError
-from service.contract.frontier import Frontier
-from service.contract.jobs import Action, Artifact, Job, JobStatus, StageName
 from service.db import artifacts as stored
 from service.db import jobs
 from service.db.session import transaction

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from pdtrim.contract.errors import Unauthorized
 from service.api.auth import Refused
 from service.api.deps import EngineDep
 from service.api.sessions import COOKIE, MAX_TOKEN_BYTES, Session
-from service.contract.errors import Unauthorized
 from service.ui.pages import HOME, go, keep, local, render
 from service.ui.visits import Posted, SessionDep, enter
 

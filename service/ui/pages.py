@@ -17,10 +17,10 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from pdtrim.contract.access import Scope
 from service.api.auth import Caller, Refused
 from service.api.problems import problem
 from service.api.sessions import COOKIE, Session, Sessions, is_https
-from service.contract.access import Scope
 from service.ui.figures import size
 from service.ui.visits import CameFromElsewhere, LoginNeeded
 

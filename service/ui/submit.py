@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from fastapi import APIRouter, Depends, Request, Response
 from uuid_utils import uuid7
 
+from pdtrim.contract.errors import PDTrimError
+from pdtrim.contract.estimate import Estimate
 from service.api import jobs as api
 from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
 from service.api.submission import Submission
-from service.contract.errors import PDTrimError
-from service.contract.estimate import Estimate
 from service.settings import Settings
 from service.ui import forms, views
 from service.ui.pages import go, render

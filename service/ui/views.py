@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from service.contract.estimate import CheckpointEstimate, Estimate
-from service.contract.frontier import Cut, Frontier
-from service.contract.jobs import Artifact, Event, Job, Stage, StageName, StageStatus
-from service.remedies import REMEDIES
-from service.sheets import removed_blocks
+from pdtrim.contract.estimate import CheckpointEstimate, Estimate
+from pdtrim.contract.frontier import Cut, Frontier
+from pdtrim.contract.jobs import Artifact, Event, Job, Stage, StageName, StageStatus
+from pdtrim.display.remedies import REMEDIES
+from pdtrim.display.tables import removed_blocks
 from service.ui import figures
 from service.ui.figures import Bar, BlockMap, Figure, Grid, size
 

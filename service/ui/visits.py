@@ -9,10 +9,10 @@ from urllib.parse import parse_qsl
 from fastapi import Depends, Request
 from sqlalchemy import Engine
 
+from pdtrim.contract.errors import PDTrimError, Unauthorized
 from service.api.auth import Caller, Gate, Refused, address_of
 from service.api.deps import EngineDep
 from service.api.sessions import Session, Sessions
-from service.contract.errors import PDTrimError, Unauthorized
 
 FORM = "application/x-www-form-urlencoded"
 MAX_FIELDS = 200

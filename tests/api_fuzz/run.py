@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from service.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.settings import Settings
 from tests import servers
 from tests.gateway import write_model

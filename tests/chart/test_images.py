@@ -68,7 +68,7 @@ def test_an_image_says_what_it_is(dockerfile: Path) -> None:
 def test_both_images_are_built_in_one_way() -> None:
     """But for what differs: comments, the extras, the index of torch, names and what is run."""
     gateway, worker = (re.sub(r"^ *#.*\n", "", path.read_text(), flags=re.MULTILINE) for path in DOCKERFILES)
-    gateway = gateway.replace('EXTRAS="otel"', 'EXTRAS="worker otel"\nARG TORCH_INDEX=""')
+    gateway = gateway.replace('EXTRAS="service otel"', 'EXTRAS="worker otel"\nARG TORCH_INDEX=""')
     gateway = gateway.replace(
         "--no-cache-dir \\\n", '--no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \\\n'
     )

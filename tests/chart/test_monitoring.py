@@ -11,10 +11,10 @@ import pytest
 import yaml
 from prometheus_client.metrics_core import Metric
 
+from service.api.metrics import GatewayMetrics
 from service.db.session import connect, migrate
-from service.metrics import GatewayMetrics
 from tests.chart.rendering import CHART, EVERYTHING, ROOT, of_kind, render
-from workers.metrics import WorkerMetrics
+from workers.running.metrics import WorkerMetrics
 
 ALERTS = [
     rule for group in yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())["groups"] for rule in group["rules"]

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlmodel import Session
 
-from service.contract.jobs import StageName, StageStatus
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import StageName, StageStatus
+from pdtrim.contract.spec import JobSpec
 from service.db import jobs
 from service.db.session import connect, transaction
 from service.db.tables import StageRow, now

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from kubernetes_validate import utils
 
-from service.contract.spec import JobSpec
+from pdtrim.contract.spec import JobSpec
 from service.settings import Settings
 from tests.chart.custom_resources import SHAPES
 from tests.chart.pod_security import violations

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from markdown.extensions.toc import slugify
 
-from service.contract.jobs import StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.spec import JobSpec
 from service.settings import Settings
 from tests.processes import pdtrim_up
 from tests.receiver import receiving

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.client import Client, ServiceError
-from service.contract.jobs import Event, JobStatus, StageName
+from pdtrim.client import Client, ServiceError
+from pdtrim.contract.jobs import Event, JobStatus, StageName
 from tests.processes import pdtrim_up, processes_of, wait_until
 from tests.tiny_job import tiny_spec, write_tiny_model
 

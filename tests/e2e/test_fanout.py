@@ -15,11 +15,11 @@ import pytest
 from sqlalchemy import Engine
 from sqlmodel import col, select
 
-from service.client import Client
-from service.contract.jobs import StageName
+from pdtrim.client import Client
+from pdtrim.contract.jobs import StageName
+from service.commands.embedded import worker_name
 from service.db.session import connect, transaction
 from service.db.tables import EvaluationRow, HelperRow
-from service.embedded import worker_name
 from service.queue import celery_app
 from tests import servers
 from tests.processes import running, wait_until

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 from sqlalchemy import Engine
 
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.queues import Route
+from pdtrim.contract.spec import JobSpec
 from service import queue
-from service.contract.jobs import JobStatus, StageName, StageStatus
-from service.contract.routes import Route
-from service.contract.spec import JobSpec
 from service.db import events, jobs
 from service.db.session import connect, transaction
 from service.db.tables import StageRow

@@ -10,7 +10,7 @@ from tests.processes import running, wait_until
 
 
 def ping(environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service.cli", "ping"]
+    command = [sys.executable, "-m", "pdtrim.command", "ping"]
     return subprocess.run(command, env=environment, cwd=folder, check=False, capture_output=True, text=True)
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from service.client import Client
-from service.contract.jobs import JobStatus, StageName
+from pdtrim.client import Client
+from pdtrim.contract.jobs import JobStatus, StageName
 from tests import servers
 from tests.processes import running, wait_until
 from tests.tiny_job import tiny_spec, write_tiny_model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqlmodel import Session, select
 
-from service.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from service.db.session import transaction
 from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow
 from service.queue import celery_app

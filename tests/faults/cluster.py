@@ -46,7 +46,7 @@ class Member:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "service.cli", COMMANDS[self.kind]],
+                [sys.executable, "-P", "-m", "pdtrim.command", COMMANDS[self.kind]],
                 env=self.environment, cwd=self.log.parent, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip

@@ -15,7 +15,7 @@ import redis
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import select
 
-from service.contract.jobs import StageStatus
+from pdtrim.contract.jobs import StageStatus
 from service.db.session import transaction
 from service.db.tables import StageRow
 from tests.faults.cluster import Cluster, Member

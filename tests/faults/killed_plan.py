@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from service.client import Client
-from service.contract.jobs import JobStatus, StageName
+from pdtrim.client import Client
+from pdtrim.contract.jobs import JobStatus, StageName
 from tests.processes import processes_of, running, wait_until
 from tests.servers import free_ports
 

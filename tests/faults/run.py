@@ -25,7 +25,7 @@ from sqlalchemy import func
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col, select
 
-from service.contract.jobs import JobStatus, StageStatus
+from pdtrim.contract.jobs import JobStatus, StageStatus
 from service.db.session import transaction
 from service.db.tables import JobRow, StageRow
 from tests.faults import checks

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import httpx
 
-from service.client import Client, ClientError
+from pdtrim.client import Client, ClientError
 
 TEXT = "".join(f"value_{i} = {i} * {i + 1}\n" for i in range(300))
 LABEL = "fault-run-job"

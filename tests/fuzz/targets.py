@@ -9,7 +9,7 @@ from collections.abc import Callable
 import safetensors
 from pydantic import ValidationError
 
-from service.contract.spec import JobSpec
+from pdtrim.contract.spec import JobSpec
 from service.sources.safetensors_header import InvalidHeader, read_header
 
 

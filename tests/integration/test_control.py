@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import pytest
 from sqlmodel import Session
 
-from service.contract.jobs import JobStatus, StageName, StageStatus
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.spec import JobSpec
 from service.db import jobs
 from service.db.session import connect, transaction
 from service.db.tables import JobRow, StageRow
@@ -30,9 +30,9 @@ from tests.hub import COMMIT, REPOSITORY, arriving_bytes, serve_hub, use_hub
 from tests.processes import wait_until
 from tests.servers import S3Server
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers import pipeline
-from workers.context import StageContext
-from workers.pipeline import Worker, run_stage
+from workers.running import attempt as pipeline
+from workers.running.attempt import Worker, run_stage
+from workers.stages.context import StageContext
 
 PROMISED_S = 5.0
 MARGIN_S = 3.0
@@ -193,7 +193,7 @@ def test_upload_download_and_evaluation_are_paused_and_cancelled(
     worker: Worker, proxy: Proxy, at_the_server: ArtifactStore, stop: Callable[..., None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("workers.context.REPORT_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.context.REPORT_INTERVAL_S", 0.0)
     endless = {"windows": 4, "speed_tokens": 4096, "speed_repeats": 100}
     spec = tiny_spec(write_tiny_model(tmp_path / "tiny"), distillation=UNDISTILLED, evaluation=endless)
     job_id = create(worker, spec)

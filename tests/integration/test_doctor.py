@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.doctor import examine
+from pdtrim.command import app
+from service.commands.installation import examine
 from service.settings import Settings
 from tests.servers import S3Server, free_ports
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import redis
 
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from service.queue import QUEUE
 from service.settings import Settings
 from service.storage import content_disposition, open_store

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from service.queue import QUEUE
-from service.reconciler import sweep
 from service.settings import Settings
+from service.upkeep.reconciler import sweep
 from tests.gateway import Gateway, model, problem_of, serve
 
 NORMAL = f"{QUEUE}\x06\x163"

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from service.contract.errors import PDTrimError
-from service.contract.jobs import ErrorInfo, StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.errors import PDTrimError
+from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.spec import JobSpec
 from service.settings import Settings
 from tests.gateway import write_model
 from tests.live_gateway import LiveGateway, live
@@ -74,7 +74,7 @@ def test_the_workflow_submits_once_and_waits_for_the_end(service: LiveGateway) -
     program, *arguments = TEMPLATES["wait"]["container"]["command"]
     assert program == "pdtrim"
     filled = [argument.replace("{{inputs.parameters.job}}", first) for argument in arguments]
-    subprocess.run([sys.executable, "-m", "service.cli", *filled], env=environment, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "pdtrim.command", *filled], env=environment, check=True, capture_output=True)
 
 
 def test_the_workflow_refers_to_what_there_is() -> None:

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from service.sheets import Sheet
+from pdtrim.display.tables import Sheet
 
 INHERITED = ("license", "license_name", "license_link", "language")
 """What a pruned model has from its source."""

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from service.sheets import controls
+from pdtrim.display.tables import controls
 from workers.reporting.findings import HALVES, Findings
 
 WIDTH_IN = 8.0

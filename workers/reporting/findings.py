@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from service.contract.spec import JobSpec
-from service.sheets import Sheet, evaluation_sheets, removed_blocks
+from pdtrim.contract.spec import JobSpec
+from pdtrim.display.tables import Sheet, evaluation_sheets, removed_blocks
 
 HALVES = ("prefill", "decode")
 ROLES = (*HALVES, "unified")

@@ -9,7 +9,7 @@ from functools import cache
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from service.sheets import bound_lines, controls_sheet, sensitivity_sheet
+from pdtrim.display.tables import bound_lines, controls_sheet, sensitivity_sheet
 from workers.reporting.figures import DARK, INK, Drawing
 from workers.reporting.findings import Findings
 

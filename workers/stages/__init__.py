@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from service.contract.jobs import StageName
-from workers.context import StageContext
+from pdtrim.contract.jobs import StageName
 from workers.stages import cutting, distillation, evaluation, export, removal, scoring
+from workers.stages.context import StageContext
 
 STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
     StageName.SCORING: scoring.run,

@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from service.contract.frontier import PLAN, Frontier, FrontierPoint
-from service.contract.jobs import StageName
-from workers.context import Parent, StageContext
-from workers.pruning.plan import Blocks
-from workers.pruning.scores import Scores
+from pdtrim.contract.frontier import PLAN, Frontier, FrontierPoint
+from pdtrim.contract.jobs import StageName
+from workers.pruning.model.plan import Blocks
+from workers.pruning.search.scores import Scores
+from workers.stages.context import Parent, StageContext
 from workers.stages.merging import Fit, Fits
 from workers.stages.removal import SEARCH, Decided, fit, load, write_plan
 from workers.stages.scoring import SCORES

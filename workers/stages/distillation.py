@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from service.contract.frontier import PLAN
-from service.contract.jobs import StageName
-from workers.context import StageContext
-from workers.models import device, load_model
-from workers.pruning.blocks import block_stack, drop_blocks
-from workers.pruning.checkpoint import stored_dtype
-from workers.pruning.distill import (
+from pdtrim.contract.frontier import PLAN
+from pdtrim.contract.jobs import StageName
+from workers.inputs.models import device, load_model
+from workers.pruning.model.blocks import block_stack, drop_blocks
+from workers.pruning.model.checkpoint import stored_dtype
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.width import change_width, narrow_tensors
+from workers.pruning.repair.distill import (
     Loss,
     continuation_loss,
     kv_tensor_names,
@@ -28,12 +29,11 @@ from workers.pruning.distill import (
     train_on,
     trainable,
 )
-from workers.pruning.lora import linear_weights, lora_adapters
-from workers.pruning.losses import LossWeights
-from workers.pruning.plan import BlockPlan, kv_layer_map
-from workers.pruning.recompute import recomputed_blocks
-from workers.pruning.training import Journal
-from workers.pruning.width import change_width, narrow_tensors
+from workers.pruning.repair.lora import linear_weights, lora_adapters
+from workers.pruning.repair.losses import LossWeights
+from workers.pruning.repair.recompute import recomputed_blocks
+from workers.pruning.repair.training import Journal
+from workers.stages.context import StageContext
 from workers.stages.removal import MERGED, Plans, read_plans
 from workers.stages.scoring import WINDOWS
 from workers.stages.training import HELD_OUT_WINDOWS, Tensors, journal

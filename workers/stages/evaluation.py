@@ -13,27 +13,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from service.contract.frontier import PLAN
-from service.contract.jobs import StageName
+from pdtrim.contract.frontier import PLAN
+from pdtrim.contract.jobs import StageName
 from service.stopping import interruptible
-from workers.context import StageContext
-from workers.models import device, load_model, load_tokenizer
-from workers.pruning.blocks import drop_blocks
-from workers.pruning.checkpoint import stored_dtype
-from workers.pruning.measure import Speed, parameters, perplexity, quality, speeds
-from workers.pruning.pair import kv_cache_bytes, pd_loss
-from workers.pruning.plan import BlockPlan, kv_layer_map
-from workers.pruning.serving import read_rule
-from workers.pruning.width import Channels
+from workers.inputs.models import device, load_model, load_tokenizer
+from workers.pruning.model.blocks import drop_blocks
+from workers.pruning.model.checkpoint import stored_dtype
+from workers.pruning.model.measure import Speed, parameters, perplexity, quality, speeds
+from workers.pruning.model.pair import kv_cache_bytes, pd_loss
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.width import Channels
+from workers.pruning.serving.pair_server import read_rule
 from workers.reporting.card import inherited_metadata, model_card
 from workers.reporting.figures import draw_all
 from workers.reporting.findings import Findings
 from workers.reporting.page import render
+from workers.stages.context import StageContext
+from workers.stages.evaluation_tasks import TaskResult, load_tasks, measure_tasks
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
 from workers.stages.removal import SEARCH, Plans, read_plans
 from workers.stages.scoring import SCORES, WINDOWS
-from workers.stages.tasks import TaskResult, load_tasks, measure_tasks
 from workers.stages.width import narrowed, read_channels
 
 REPORT, PAGE, FIGURES = "report.json", "report.html", "figures"
@@ -100,7 +100,7 @@ def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
         plan=context.input_json(StageName.REMOVAL, PLAN),
         search=context.input_json(StageName.REMOVAL, SEARCH),
         evaluation=report,
-        versions={name: version(name) for name in ("pdtrim-service", "torch", "transformers")},
+        versions={name: version(name) for name in ("pdtrim", "torch", "transformers")},
     )
     drawings = []
     for drawing in draw_all(findings):

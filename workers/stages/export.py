@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from service.stopping import interruptible
-from workers.context import StageContext
-from workers.models import Check, device, load_model
-from workers.pruning.blocks import drop_blocks
-from workers.pruning.checkpoint import SourceTensors, write_checkpoint
-from workers.pruning.distill import load_tensors
-from workers.pruning.handover import KvTokenRule
-from workers.pruning.plan import BlockPlan, kv_layer_map
-from workers.pruning.width import Channels
+from workers.inputs.models import Check, device, load_model
+from workers.pruning.model.blocks import drop_blocks
+from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.width import Channels
+from workers.pruning.repair.distill import load_tensors
+from workers.pruning.serving.handover import KvTokenRule
 from workers.reporting.card import inherited_metadata, model_card
 from workers.stages import distillation
+from workers.stages.context import StageContext
 from workers.stages.kv_tokens import choose_rule
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
@@ -138,5 +138,5 @@ def pdtrim_json(
         "first_token": "prefill",
         "job": context.job_id,
         "seed": context.spec.seed,
-        "versions": {name: version(name) for name in ("pdtrim-service", "torch", "transformers", "safetensors")},
+        "versions": {name: version(name) for name in ("pdtrim", "torch", "transformers", "safetensors")},
     }

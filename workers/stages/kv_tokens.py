@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from service.contract.spec import KvTokensSpec
-from workers.context import StageContext
-from workers.pruning.handover import EVERY_TOKEN, KvTokenRule
-from workers.pruning.kv_tokens import (
+from pdtrim.contract.spec import KvTokensSpec
+from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
+from workers.pruning.serving.kv_tokens import (
     pd_loss_with_rule,
     prompt_attention,
     rule_by_loss,
@@ -20,6 +19,7 @@ from workers.pruning.kv_tokens import (
     sent_bytes,
     sent_tokens,
 )
+from workers.stages.context import StageContext
 
 BATCH_WINDOWS = 8
 Halves = tuple[PreTrainedModel, PreTrainedModel]

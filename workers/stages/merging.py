@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.context import StageContext
-from workers.models import device
-from workers.pruning.blocks import BlockStack
-from workers.pruning.distill import fitted_block, kv_tensor_names, merge
-from workers.pruning.plan import Blocks
-from workers.pruning.training import TrainingSettings
-from workers.pruning.units import Units
+from workers.inputs.models import device
+from workers.pruning.model.blocks import BlockStack
+from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import Units
+from workers.pruning.repair.distill import fitted_block, kv_tensor_names, merge
+from workers.pruning.repair.training import TrainingSettings
+from workers.stages.context import StageContext
 from workers.stages.training import HELD_OUT_WINDOWS, Tensors, journal, settings
 
 GROUP_BYTES = 2**30

@@ -9,15 +9,15 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from service.contract.blocks import limits
-from service.contract.frontier import PLAN
-from service.contract.jobs import StageName
-from workers.context import StageContext
-from workers.models import can_train, device, load_for_walks
-from workers.pruning.blocks import BlockStack, block_stack
-from workers.pruning.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
-from workers.pruning.scores import Scores
-from workers.pruning.units import Units
+from pdtrim.contract.blocks import limits
+from pdtrim.contract.frontier import PLAN
+from pdtrim.contract.jobs import StageName
+from workers.inputs.models import can_train, device, load_for_walks
+from workers.pruning.model.blocks import BlockStack, block_stack
+from workers.pruning.model.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
+from workers.pruning.model.units import Units
+from workers.pruning.search.scores import Scores
+from workers.stages.context import StageContext
 from workers.stages.merging import Fits, Fitter
 from workers.stages.scoring import SCORES, WINDOWS
 from workers.stages.searching import Searcher

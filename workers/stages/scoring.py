@@ -8,15 +8,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from service.contract.blocks import check_blocks
-from service.contract.errors import ModelUnsupported
+from pdtrim.contract.blocks import check_blocks
+from pdtrim.contract.errors import ModelUnsupported
 from service.stopping import interruptible
-from workers.context import StageContext
-from workers.data import token_windows
-from workers.models import device, load_for_walks, load_tokenizer, windows_at_once
-from workers.pruning.blocks import FAMILIES, UnsupportedArchitecture, block_stack, prove
-from workers.pruning.scores import block_scores
-from workers.stages.tasks import load_tasks
+from workers.inputs.models import device, load_for_walks, load_tokenizer, windows_at_once
+from workers.inputs.windows import token_windows
+from workers.pruning.model.blocks import FAMILIES, UnsupportedArchitecture, block_stack, prove
+from workers.pruning.search.scores import block_scores
+from workers.stages.context import StageContext
+from workers.stages.evaluation_tasks import load_tasks
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"

@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import Tensor
 
-from service.contract.blocks import limits
-from service.contract.spec import StageTarget
-from workers.context import StageContext
-from workers.models import anchor_bytes, is_streamed, windows_at_once
-from workers.pruning.blocks import BlockStack
-from workers.pruning.bound import PerplexityBound
-from workers.pruning.engine import NOTHING, LossEngine, Objective
-from workers.pruning.memo import Found, Memo
-from workers.pruning.pieces import Recipe
-from workers.pruning.plan import Blocks
-from workers.pruning.search import Algorithm, SearchResult, search
+from pdtrim.contract.blocks import limits
+from pdtrim.contract.spec import StageTarget
+from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
+from workers.pruning.model.blocks import BlockStack
+from workers.pruning.model.plan import Blocks
+from workers.pruning.search.batches import Recipe
+from workers.pruning.search.engine import NOTHING, LossEngine, Objective
+from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.perplexity_bound import PerplexityBound
+from workers.pruning.search.search import Algorithm, SearchResult, search
+from workers.stages.context import StageContext
 from workers.stages.merging import Fit, Fits, modules
 
 STATE = "search-state.json"

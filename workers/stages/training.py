@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from workers.context import StageContext
-from workers.pruning.training import Journal, TrainingSettings
+from workers.pruning.repair.training import Journal, TrainingSettings
+from workers.stages.context import StageContext
 
 HELD_OUT_WINDOWS = 8
 """Calibration windows on which training is judged."""

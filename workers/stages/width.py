@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from service.contract.errors import ModelUnsupported
-from service.contract.jobs import StageName
-from workers.context import StageContext
-from workers.pruning.blocks import BlockStack, UnsupportedArchitecture
-from workers.pruning.width import Channels, channel_scores, intermediate_size, kept_channels, narrow
+from pdtrim.contract.errors import ModelUnsupported
+from pdtrim.contract.jobs import StageName
+from workers.pruning.model.blocks import BlockStack, UnsupportedArchitecture
+from workers.pruning.model.width import Channels, channel_scores, intermediate_size, kept_channels, narrow
+from workers.stages.context import StageContext
 
 CHANNELS = "channels.safetensors"
 """Tensors `prefill.3`: the channels (kept,) of block 3 that prefill keeps. A stage that keeps all has none."""

@@ -29,7 +29,7 @@ def test_the_reconciler_outlives_a_failure_and_sends_what_no_worker_got(
     )
     messages = settings.data_dir / "broker" / "messages"
 
-    with caplog.at_level(logging.ERROR, "service.reconciler"), serve(settings, model) as gateway:
+    with caplog.at_level(logging.ERROR, "service.upkeep.reconciler"), serve(settings, model) as gateway:
         job_id = gateway.create()
         for message in messages.iterdir():
             message.unlink()

@@ -7,9 +7,9 @@ import redis
 from kombu import Queue
 from kombu.transport.filesystem import Transport
 
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.queues import Priority, Route
 from service import queue
-from service.contract.jobs import StageName
-from service.contract.routes import Priority, Route
 from service.settings import Settings
 from tests.servers import free_ports, restartable_valkey
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.contract.access import Quotas, Scope
+from pdtrim.contract.access import Quotas, Scope
 from service.settings import Settings
 
 

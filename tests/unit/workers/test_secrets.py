@@ -14,17 +14,17 @@ from fastapi.testclient import TestClient
 from prometheus_client import generate_latest
 from sqlalchemy import text
 
-from service import redaction
+from pdtrim.contract.errors import ModelUnsupported
+from pdtrim.contract.jobs import StageName
 from service.app import create_app
-from service.contract.errors import ModelUnsupported
-from service.contract.jobs import StageName
+from service.observing import redaction
 from service.settings import Settings
 from service.storage import StoreUnavailable
 from tests.gateway import write_model
 from tests.observing import lines, logged
-from workers import pipeline
-from workers.context import StageContext
-from workers.pipeline import Worker, run_stage
+from workers.running import attempt as pipeline
+from workers.running.attempt import Worker, run_stage
+from workers.stages.context import StageContext
 
 IN_ENVIRONMENT = {
     "PDTRIM_API_KEY": "operators-own-key",

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from service.queue import HELP, task_name
 
 

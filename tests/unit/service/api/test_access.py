@@ -12,9 +12,9 @@ import pytest
 from fastapi.routing import iter_route_contexts
 from pydantic import SecretStr
 
+from pdtrim.contract.access import Scope
+from pdtrim.contract.jobs import StageName
 from service.app import create_app
-from service.contract.access import Scope
-from service.contract.jobs import StageName
 from service.db import keys
 from service.db.session import transaction
 from service.db.tables import now

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from service.storage import content_disposition
 from tests.gateway import Gateway, problem_of
 

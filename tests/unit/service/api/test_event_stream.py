@@ -12,8 +12,9 @@ from httpx_sse import ServerSentEvent, connect_sse
 from sqlalchemy import text
 from sqlmodel import Session
 
-from service.api import events, hub
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
+from service.api import events
+from service.api import wakeups as hub
 from service.db import events as stored
 from service.db.events import News
 from service.db.session import transaction

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from tests.gateway import Gateway, problem_of
 
 

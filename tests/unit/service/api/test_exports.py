@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from service.contract.frontier import Frontier
-from service.contract.jobs import JobStatus, StageName
+from pdtrim.contract.frontier import Frontier
+from pdtrim.contract.jobs import JobStatus, StageName
 from tests.gateway import Gateway, problem_of
 from tests.plans import plan
 

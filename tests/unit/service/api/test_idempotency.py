@@ -6,9 +6,9 @@ import httpx
 import pytest
 from sqlalchemy import text
 
+from pdtrim.contract.access import DEFAULT_PROJECT
+from pdtrim.contract.spec import JobSpec
 from service.api.idempotency import fingerprint
-from service.contract.access import DEFAULT_PROJECT
-from service.contract.spec import JobSpec
 from service.db import idempotency
 from service.db.session import transaction
 from tests.gateway import Gateway, listening, problem_of

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from sqlmodel import select
 
-from service.contract.jobs import ErrorInfo, StageName
-from service.contract.routes import Priority, Route
+from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.queues import Priority, Route
 from service.db import jobs
 from service.db.session import transaction
 from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
-from service.reconciler import purge
 from service.settings import Settings
+from service.upkeep.reconciler import purge
 from tests.gateway import Gateway, problem_of, serve
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from service.contract.jobs import StageName
+from pdtrim.contract.jobs import StageName
 from service.storage import content_disposition
 from tests.gateway import Gateway, problem_of
 

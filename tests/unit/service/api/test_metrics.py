@@ -8,8 +8,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
+from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.app import create_app
-from service.contract.jobs import ErrorInfo, StageName
 from service.db.session import transaction
 from service.db.tables import EventRow
 from service.settings import Settings

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service import oidc
-from service.contract.access import Scope
+from pdtrim.contract.access import Scope
+from service.api import oidc
 from service.db import keys
 from service.db.session import transaction
 from service.settings import Settings

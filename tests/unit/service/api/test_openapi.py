@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
+from pdtrim.contract.estimate import Estimate
+from pdtrim.contract.frontier import ExportSpec, Frontier
+from pdtrim.contract.jobs import Artifact, Event, Job, Page
+from pdtrim.contract.publications import Publication
+from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.webhooks import Delivery, NewSecret, Webhook, WebhookChange, WebhookSpec
 from service.api import examples
 from service.api.health import Readiness
-from service.contract.estimate import Estimate
-from service.contract.frontier import ExportSpec, Frontier
-from service.contract.jobs import Artifact, Event, Job, Page
-from service.contract.publications import Publication
-from service.contract.spec import JobSpec
-from service.contract.webhooks import Delivery, NewSecret, Webhook, WebhookChange, WebhookSpec
-from service.outbound import Policy, check_url
+from service.upkeep.outbound import Policy, check_url
 from tests.gateway import Gateway
 
 

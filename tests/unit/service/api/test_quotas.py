@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from service.contract.access import Quotas, Scope
-from service.contract.jobs import StageName
+from pdtrim.contract.access import Quotas, Scope
+from pdtrim.contract.jobs import StageName
 from service.db import keys, stages
 from service.db.session import transaction
-from service.reconciler import sweep
 from service.settings import Settings
+from service.upkeep.reconciler import sweep
 from tests.gateway import Gateway, problem_of, serve
 from tests.processes import wait_until
 

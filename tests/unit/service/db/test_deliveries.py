@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import Engine, event
 from sqlmodel import Session, col, select
 
-from service.contract.errors import DeliveryNotFound, TooManyWebhooks, WebhookDisabled, WebhookNotFound
-from service.contract.jobs import ErrorInfo, StageName
-from service.contract.spec import JobSpec
-from service.contract.webhooks import (
+from pdtrim.contract.errors import DeliveryNotFound, TooManyWebhooks, WebhookDisabled, WebhookNotFound
+from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.webhooks import (
     MAX_MESSAGE,
     MAX_WEBHOOKS,
     DeliveryAttempt,

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import Engine
 from sqlmodel import Session, select
 
-from service.contract.jobs import JobStatus, StageName, StageStatus
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.spec import JobSpec
 from service.db import deletion, evaluations, jobs, stages
 from service.db.evaluations import Answer
 from service.db.session import transaction

@@ -8,7 +8,7 @@ import pytest
 from anyio import to_thread
 from sqlalchemy import Engine
 
-from service.contract.spec import JobSpec
+from pdtrim.contract.spec import JobSpec
 from service.db import deletion, events, jobs, notices
 from service.db.session import connect, transaction
 

@@ -9,9 +9,9 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlmodel import select
 
-from service.contract.access import DEFAULT_PROJECT
-from service.contract.errors import IdempotencyKeyReused, JobNotFound, RequestInFlight
-from service.contract.spec import JobSpec
+from pdtrim.contract.access import DEFAULT_PROJECT
+from pdtrim.contract.errors import IdempotencyKeyReused, JobNotFound, RequestInFlight
+from pdtrim.contract.spec import JobSpec
 from service.db import idempotency, jobs
 from service.db.idempotency import Answered, Reservation
 from service.db.session import transaction

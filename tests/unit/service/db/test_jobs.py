@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import Engine
 
-from service.contract.access import DEFAULT_PROJECT
-from service.contract.errors import CursorNotFound, JobNotCancellable, JobNotFound
-from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
-from service.contract.spec import JobSpec
+from pdtrim.contract.access import DEFAULT_PROJECT
+from pdtrim.contract.errors import CursorNotFound, JobNotCancellable, JobNotFound
+from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import migrate, schema_is_current, transaction
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine, text
 
-from service.contract.access import Scope
+from pdtrim.contract.access import Scope
 from service.db import keys
 from service.db.session import transaction
 from service.db.tables import now

@@ -25,8 +25,8 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine
 from sqlmodel import Session, col, select
 
-from service.contract.access import DEFAULT_PROJECT
-from service.contract.errors import (
+from pdtrim.contract.access import DEFAULT_PROJECT
+from pdtrim.contract.errors import (
     JobNotCancellable,
     JobNotDeletable,
     JobNotFound,
@@ -34,8 +34,8 @@ from service.contract.errors import (
     JobNotResumable,
     PDTrimError,
 )
-from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from pdtrim.contract.spec import JobSpec
 from service.db import deletion, jobs, stages
 from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact

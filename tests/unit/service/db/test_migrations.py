@@ -10,8 +10,8 @@ import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
-from service.contract.jobs import JobStatus, StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import JobStatus, StageName
+from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import MIGRATIONS, connect, migrate, schema_is_current, transaction
 from service.settings import Settings

@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import Engine
 from sqlmodel import Session, select
 
-from service.contract.access import Quotas, Scope
-from service.contract.errors import ArtifactQuotaExceeded, QueueQuotaExceeded
-from service.contract.jobs import ErrorInfo, JobStatus, StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.access import Quotas, Scope
+from pdtrim.contract.errors import ArtifactQuotaExceeded, QueueQuotaExceeded
+from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName
+from pdtrim.contract.spec import JobSpec
 from service.db import deletion, jobs, keys, quotas, stages
 from service.db.session import transaction
 from service.db.stages import Claim, NewArtifact

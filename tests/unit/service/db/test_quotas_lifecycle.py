@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import Engine
 from sqlmodel import Session, col, select
 
-from service.contract.access import Quotas
-from service.contract.errors import (
+from pdtrim.contract.access import Quotas
+from pdtrim.contract.errors import (
     JobNotCancellable,
     JobNotDeletable,
     JobNotFound,
@@ -23,8 +23,8 @@ from service.contract.errors import (
     JobNotResumable,
     QueueQuotaExceeded,
 )
-from service.contract.jobs import ErrorInfo, JobStatus, StageName
-from service.contract.spec import JobSpec
+from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName
+from pdtrim.contract.spec import JobSpec
 from service.db import deletion, jobs, stages
 from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim, LeaseLost

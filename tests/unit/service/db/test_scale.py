@@ -10,7 +10,7 @@ from sqlalchemy import Engine, event
 from sqlmodel import Session
 
 from benchmarks.filling import fill
-from service.contract.jobs import JobStatus
+from pdtrim.contract.jobs import JobStatus
 from service.db import deletion, events, jobs, stages
 from service.db.session import connect, migrate, transaction
 from service.db.tables import now

@@ -9,9 +9,9 @@ import pytest
 from sqlalchemy import Engine
 from sqlmodel import Session
 
-from service.contract.errors import JobNotPausable
-from service.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
-from service.contract.spec import JobSpec
+from pdtrim.contract.errors import JobNotPausable
+from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
+from pdtrim.contract.spec import JobSpec
 from service.db import artifacts, events, jobs, stages
 from service.db.session import connect, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.contract.errors import InvalidRequest, SourceNotAllowed
+from pdtrim.contract.errors import InvalidRequest, SourceNotAllowed
 from service.sources import (
     ForbiddenSource,
     InvalidSource,

@@ -81,5 +81,5 @@ def test_a_data_set_needs_the_workers_library(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(builtins, "__import__", without_datasets)
 
-    with pytest.raises(UnreadableSource, match=r"pip install 'pdtrim-service\[worker\]'"):
+    with pytest.raises(UnreadableSource, match=r"pip install 'pdtrim\[worker\]'"):
         fetch_text_documents("hf://datasets/acme/wiki")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.contract.frontier import Frontier
+from pdtrim.contract.frontier import Frontier
 from service.ui import charts, figures
 from service.ui.charts import Axis, Point, Series
 from service.ui.views import export_link

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.contract.spec import JobSpec
+from pdtrim.contract.spec import JobSpec
 from service.ui import forms
 
 LEAST = {"model.source": "reference", "prefill.remove_blocks": "1", "decode.remove_blocks": "2"}

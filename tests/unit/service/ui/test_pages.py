@@ -16,9 +16,9 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
+from pdtrim.contract.access import Scope
+from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.api.sessions import Session, Sessions
-from service.contract.access import Scope
-from service.contract.jobs import ErrorInfo, StageName
 from service.db import keys, stages
 from service.db.session import transaction
 from service.settings import Settings

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import workers
-from workers.pruning.calibration import cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.calibration import cut_windows, stdlib_documents, token_stream
 
 FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-mixed", "qwen3")
 """For what the same code does to every family."""

@@ -1,0 +1,3 @@
+from pdtrim.command import app
+
+app(prog_name="pdtrim")

@@ -1,0 +1,55 @@
+"""Whether a model of so many blocks can give up what a job asks for."""
+
+from __future__ import annotations
+
+from pdtrim.contract.errors import InvalidRequest, TooManyBlocks
+from pdtrim.contract.spec import JobSpec
+
+
+def most_removable(spec: JobSpec, blocks: int) -> int:
+    """How many of a model's `blocks` may go at most: one block stays, and every protected one."""
+    return blocks - max(1, len(spec.search.protect))
+
+
+def limits(spec: JobSpec, blocks: int) -> tuple[int, int]:
+    """The most of a model's `blocks` that prefill and decode may give up."""
+    most = most_removable(spec, blocks)
+    asked = (spec.prefill.remove_blocks, spec.decode.remove_blocks)
+    decode = most if asked[1] is None else asked[1]
+    # What prefill gives up, decode does too.
+    return min(most if asked[0] is None else asked[0], decode), decode
+
+
+def check_blocks(spec: JobSpec, blocks: int) -> None:
+    """Hold the block counts and indices of a job against a model of `blocks` blocks.
+
+    Raises: InvalidRequest for a block that the model does not have; TooManyBlocks when too few would remain.
+    """
+    for name, listed in (("protect", spec.search.protect), ("force", spec.search.force)):
+        if listed and max(listed) >= blocks:
+            raise InvalidRequest(
+                f"search.{name} lists block {max(listed)}, but the model's {blocks} blocks are 0 to {blocks - 1}.",
+                param=f"search.{name}",
+            )
+    most = most_removable(spec, blocks)
+    if len(spec.search.force) > most:
+        raise TooManyBlocks(
+            f"search.force lists {len(spec.search.force)} of the model's {blocks} blocks, of which at most {most} can "
+            "be removed; force fewer.",
+            param="search.force",
+        )
+    # Decode removes at least as many as prefill does, so prefill is looked at first: both may be too many.
+    for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
+        if target.remove_blocks is None or target.remove_blocks <= most:
+            continue
+        if target.remove_blocks >= blocks:
+            raise TooManyBlocks(
+                f"{stage}.remove_blocks is {target.remove_blocks}, but the model has {blocks} blocks and must keep "
+                f"one: at most {blocks - 1} can be removed.",
+                param=f"{stage}.remove_blocks",
+            )
+        raise TooManyBlocks(
+            f"search.protect keeps {len(spec.search.protect)} of the model's {blocks} blocks, so at most {most} can "
+            f"be removed, but {stage}.remove_blocks is {target.remove_blocks}; protect or remove fewer.",
+            param="search.protect",
+        )

@@ -1,0 +1,174 @@
+"""The frontier of a job: the best set of blocks for every count, and what another export can be cut from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from pdtrim.contract.base import SpecModel
+from pdtrim.contract.errors import NoSuchPoint, SetsNotNested
+from pdtrim.contract.jobs import Shown
+from pdtrim.contract.spec import MAX_BLOCKS, JobSpec, Labels, StageTarget
+
+PLAN = "plan.json"
+"""The removal stage's artifact that holds the frontier."""
+
+
+class FrontierPoint(Shown):
+    """The best set found that gives up so many blocks."""
+
+    remove_blocks: int = Field(ge=0)
+    removed: list[int] = Field(description="The blocks that go, by their index in the dense model.")
+    distilled: dict[str, int] = Field(
+        default_factory=dict,
+        description="Those of them that are distilled rather than deleted, and the kept block that stands for both.",
+    )
+    loss: float = Field(description="Calibration loss of the search's objective, before distillation.")
+    perplexity_increase: float | None = Field(
+        default=None,
+        description="Calibration perplexity over the dense model's, less one; where the job set a bound on it.",
+    )
+
+
+class Chosen(Shown):
+    """What the job itself gave up in each half."""
+
+    prefill: FrontierPoint
+    decode: FrontierPoint
+
+
+class Frontier(Shown):
+    """The best loss found for every number of removed blocks.
+
+    The losses of `decode` are of continuations, by the pair whose prefill half gives up what the first point of
+    `decode` does; the others are of whole windows.
+    """
+
+    object: Literal["frontier"] = "frontier"
+    job_id: str
+    objective: str = Field(examples=["kl"])
+    chosen: Chosen
+    unified: list[FrontierPoint] = Field(
+        min_length=1,
+        description="One checkpoint for both halves. Whole windows are scored as one model, so these are the points of "
+        "`prefill`.",
+    )
+    prefill: list[FrontierPoint] = Field(min_length=1, description="What prefill gives up, by count.")
+    decode: list[FrontierPoint] = Field(
+        min_length=1, description="What decode gives up given what prefill does, by count."
+    )
+
+    @classmethod
+    def from_plan(cls, job_id: str, plan: Mapping[str, Any]) -> Self:
+        """The frontier that a `plan.json` holds."""
+        bounds, losses = plan.get("bounds", {}), plan["losses"]
+        halves = {
+            half: _points(plan["frontier"][half], bounds.get(half) or {"frontier": []})
+            for half in ("prefill", "decode")
+        }
+        chosen = Chosen(
+            prefill=_chosen(plan["prefill"], losses["prefill"], halves["prefill"]),
+            decode=_chosen(plan["decode"], losses["decode"], halves["decode"]),
+        )
+        return cls(job_id=job_id, objective=losses["objective"], chosen=chosen, unified=halves["prefill"], **halves)
+
+    def cut(self, *, prefill: int, decode: int) -> Cut:
+        """The sets that give up so many blocks, decode's with all of prefill's.
+
+        Equal counts are one checkpoint, of the unified points. Raises: NoSuchPoint, SetsNotNested.
+        """
+        # Under a bound on perplexity, the choice need not be the set of least loss, and decode was searched beside it.
+        searched = self.decode[0]
+        of_prefill = self._point("prefill", [self.chosen.prefill, searched, *self.prefill], prefill)
+        if prefill == decode:
+            return Cut(of_prefill, of_prefill)
+        of_decode = self._point("decode", [self.chosen.decode, *self.decode], decode)
+        if missing := set(of_prefill.removed) - set(of_decode.removed):
+            raise SetsNotNested(
+                f"The best set of {decode} blocks for decode keeps block {min(missing)}, which the best set of "
+                f"{prefill} for prefill gives up: decode would miss its KV cache. Decode was searched beside a prefill "
+                f"that gives up {searched.remove_blocks}; take that, equal counts, or a new job.",
+                param="decode.remove_blocks",
+            )
+        return Cut(of_prefill, of_decode)
+
+    def _point(self, half: str, points: Sequence[FrontierPoint], count: int) -> FrontierPoint:
+        found = next((point for point in points if point.remove_blocks == count), None)
+        if found is None:
+            listed = ", ".join(map(str, sorted({point.remove_blocks for point in points})))
+            raise NoSuchPoint(
+                f"The frontier of job {self.job_id} has no set of {count} blocks for {half}; it has {listed}. Submit a "
+                "job that removes as many, or take one of these.",
+                param=f"{half}.remove_blocks",
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What each half of an export gives up."""
+
+    prefill: FrontierPoint
+    decode: FrontierPoint
+
+
+def _points(found: Sequence[Mapping[str, Any]], bound: Mapping[str, Any]) -> list[FrontierPoint]:
+    increases = {point["remove_blocks"]: point["perplexity_increase"] for point in bound["frontier"]}
+    return [FrontierPoint(**point, perplexity_increase=increases.get(point["remove_blocks"])) for point in found]
+
+
+def _chosen(plan: Mapping[str, Any], loss: float, points: Sequence[FrontierPoint]) -> FrontierPoint:
+    removed = sorted([*plan["deleted"], *map(int, plan["distilled"])])
+    same = next((point for point in points if point.removed == removed), None)
+    return FrontierPoint(
+        remove_blocks=len(removed),
+        removed=removed,
+        distilled=plan["distilled"],
+        loss=loss,
+        perplexity_increase=None if same is None else same.perplexity_increase,
+    )
+
+
+class ExportTarget(SpecModel):
+    """How many blocks a half of the export gives up."""
+
+    remove_blocks: int = Field(ge=0, le=MAX_BLOCKS, description="A count on the frontier.", examples=[1])
+
+
+class ExportSpec(SpecModel):
+    """Another export, cut from the frontier of a job. All else is as in that job, but for `push_to_hub`: pushed to the
+    same repository, it would take the place of that job's.
+    """
+
+    prefill: ExportTarget
+    decode: ExportTarget
+    metadata: Labels | None = Field(default=None, description="Labels of the new job; by default those of the job.")
+
+    @model_validator(mode="after")
+    def _decode_removes_what_prefill_removes(self) -> Self:
+        prefill, decode = self.prefill.remove_blocks, self.decode.remove_blocks
+        if prefill > decode:
+            raise PydanticCustomError(
+                "prefill_exceeds_decode",
+                "prefill.remove_blocks ({prefill}) may not exceed decode.remove_blocks ({decode}): every block that "
+                "decode keeps needs the KV cache that prefill computed",
+                {"prefill": prefill, "decode": decode, "param": "prefill.remove_blocks"},
+            )
+        return self
+
+    def job(self, parent: JobSpec) -> JobSpec:
+        """The specification of the job that makes this export from one of `parent`."""
+        changes: dict[str, Any] = {"push_to_hub": None} | {
+            half: StageTarget(remove_blocks=count, mlp_width=given.mlp_width)
+            for half, count, given in (
+                ("prefill", self.prefill.remove_blocks, parent.prefill),
+                ("decode", self.decode.remove_blocks, parent.decode),
+            )
+        }
+        if self.metadata is not None:
+            changes["metadata"] = self.metadata
+        return parent.model_copy(update=changes)

@@ -1,0 +1,168 @@
+"""Jobs, stages, events and artifacts as the HTTP interface shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pdtrim.contract.queues import DEFAULT_QUEUE
+from pdtrim.contract.spec import JobSpec
+
+
+class Action(StrEnum):
+    """What can be asked of a job that exists."""
+
+    PAUSE = "pause"
+    RESUME = "resume"
+    CANCEL = "cancel"
+    DELETE = "delete"
+
+
+class JobStatus(StrEnum):
+    """Life of a job. `succeeded`, `failed` and `cancelled` are final, but for a resume of the last two."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    SUCCEEDED = "succeeded"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobStatus.CANCELLED, JobStatus.FAILED, JobStatus.SUCCEEDED)
+
+    @property
+    def possible(self) -> tuple[Action, ...]:
+        """What changes a job in this state; all else is refused, or already done."""
+        return _POSSIBLE[self]
+
+
+_POSSIBLE: Mapping[JobStatus, tuple[Action, ...]] = {
+    JobStatus.QUEUED: (Action.PAUSE, Action.CANCEL),
+    JobStatus.RUNNING: (Action.PAUSE, Action.CANCEL),
+    JobStatus.PAUSING: (Action.CANCEL,),
+    JobStatus.PAUSED: (Action.RESUME, Action.CANCEL, Action.DELETE),
+    JobStatus.CANCELLING: (),
+    JobStatus.CANCELLED: (Action.RESUME, Action.DELETE),
+    JobStatus.FAILED: (Action.RESUME, Action.DELETE),
+    JobStatus.SUCCEEDED: (Action.DELETE,),
+}
+
+
+class StageName(StrEnum):
+    """The stages of a job, in their order."""
+
+    SCORING = "scoring"
+    REMOVAL = "removal"
+    DISTILLATION = "distillation"
+    EXPORT = "export"
+    EVALUATION = "evaluation"
+
+
+class StageStatus(StrEnum):
+    """Life of a stage: `pending` waits for the stage before it, `queued` for a worker, `paused` for a resume."""
+
+    PENDING = "pending"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Shown(BaseModel):
+    """Base of what the interface shows; filled from database rows."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+class ErrorInfo(Shown):
+    """Why a job or stage failed."""
+
+    code: str = Field(examples=["model_unsupported"])
+    message: str
+    param: str | None = Field(default=None, description="The field of the specification at fault, if one is.")
+
+
+class Stage(Shown):
+    """One stage of a job."""
+
+    name: StageName
+    status: StageStatus
+    progress: float = Field(ge=0.0, le=1.0)
+    message: str = Field(default="", description="What the stage is doing now.")
+    attempt: int = Field(description="How often a worker has claimed it; also the fencing number of its lease.")
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    error: ErrorInfo | None = None
+    started_at: datetime | None = Field(
+        default=None, description="When it began. A resume moves it on by as long as the stage lay still."
+    )
+    finished_at: datetime | None = None
+
+
+class Job(Shown):
+    """A job with its stages."""
+
+    object: Literal["job"] = "job"
+    id: str = Field(examples=["job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])
+    status: JobStatus
+    spec: JobSpec
+    queue: str = Field(default=DEFAULT_QUEUE, description="Where it waits for workers.")
+    metadata: dict[str, str]
+    cut_from: str | None = Field(default=None, description="Job from whose frontier it was cut.")
+    stages: list[Stage]
+    error: ErrorInfo | None = None
+    model_revision: str | None = Field(default=None, description="Commit that a hub revision resolved to.")
+    versions: dict[str, str] = Field(default_factory=dict, description="Library versions the workers computed with.")
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    estimated_finish: datetime | None = Field(
+        default=None, description="Extrapolated from the running stage's progress; null until there is any."
+    )
+
+
+class Event(Shown):
+    """Something that happened in a job. `number` counts from 1 within the job without gaps."""
+
+    object: Literal["event"] = "event"
+    number: int = Field(ge=1)
+    type: str = Field(examples=["stage.progress"])
+    stage: StageName | None = None
+    message: str
+    data: dict[str, Any] = Field(default_factory=dict)
+    created_at: datetime
+
+
+class Artifact(Shown):
+    """A file that a stage left in the artifact store."""
+
+    object: Literal["artifact"] = "artifact"
+    id: str = Field(examples=["art_0198a3f2a3b07d61"])
+    stage: StageName
+    name: str = Field(description="Path within the stage.", examples=["decode/model.safetensors"])
+    uri: str
+    size: int = Field(ge=0, description="Bytes.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    created_at: datetime
+
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """One page of a list, in the order of OpenAI's list objects."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = Field(default=None, description="Pass as `after` to read on.")

@@ -1,0 +1,457 @@
+"""JobSpec: what a user asks for. Every field is bounded, unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from pdtrim.contract.base import NO_NUL, SpecModel, storable
+from pdtrim.contract.evaluation_tasks import InlineTask, parse_tasks
+from pdtrim.contract.queues import Priority, QueueName
+
+MAX_BLOCKS = 1024
+
+
+SourceString = Annotated[str, Field(min_length=1, max_length=1024, json_schema_extra=NO_NUL), AfterValidator(storable)]
+
+
+class ModelSpec(SpecModel):
+    """The dense model to prune."""
+
+    source: SourceString = Field(
+        description="`reference` (the small model shipped with the service), `file:///folder`, `s3://bucket/prefix` "
+        "or `hf://organisation/name`.",
+        examples=["reference", "hf://Qwen/Qwen3-8B"],
+    )
+    revision: str | None = Field(
+        default=None,
+        max_length=128,
+        pattern=r"^[A-Za-z0-9._/-]+$",
+        description="Hub branch, tag or commit; resolved to a commit and recorded. Hub sources only.",
+    )
+
+
+def _model_from_string(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _distinct(value: tuple[int, ...]) -> tuple[int, ...]:
+    if repeated := {block for block in value if value.count(block) > 1}:
+        raise ValueError(f"block {min(repeated)} is listed twice; list every block once")
+    return value
+
+
+BlockList = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_BLOCKS)], ...], Field(max_length=MAX_BLOCKS), AfterValidator(_distinct)
+]
+CHANNEL_MULTIPLE = 8
+
+
+class StageTarget(SpecModel):
+    """What one serving stage gives up: blocks (a count, as many as a bound on perplexity allows, or the lower), and
+    channels of the MLP of every block that stays."""
+
+    remove_blocks: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_BLOCKS,
+        description="Transformer blocks to remove; with `max_perplexity_increase`, at most.",
+        examples=[2],
+    )
+    max_perplexity_increase: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1e6,
+        description="Remove as many blocks as keep the perplexity on the calibration windows, before distillation, "
+        "within this fraction above the dense model's: 0.05 is 5 %. For decode it is the perplexity of continuations "
+        "by the prefill/decode pair.",
+        examples=[0.05],
+    )
+    mlp_width: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Share of MLP channels that every block keeps, rounded to a multiple of 8 channels; the "
+        "checkpoint's `intermediate_size`. Keys and values stay as they are, so prefill and decode may differ.",
+        examples=[0.75],
+    )
+
+    @model_validator(mode="after")
+    def _some_target(self) -> Self:
+        if self.remove_blocks is None and self.max_perplexity_increase is None:
+            raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both")
+        return self
+
+    def mlp_channels(self, available: int) -> int:
+        """How many of `available` MLP channels every block keeps: a multiple of 8, as tensor cores want it, or all."""
+        if self.mlp_width == 1.0:
+            return available
+        wanted = round(self.mlp_width * available / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+        return min(max(wanted, CHANNEL_MULTIPLE), available)
+
+    def __str__(self) -> str:
+        bound = "" if self.max_perplexity_increase is None else f"within +{self.max_perplexity_increase:.3g} perplexity"
+        return " ".join(part for part in ("" if self.remove_blocks is None else str(self.remove_blocks), bound) if part)
+
+
+class DataSpec(SpecModel):
+    """Text for calibration, distillation and validation; it is split so that the three never overlap."""
+
+    source: SourceString | None = Field(
+        default=None,
+        description="`builtin:stdlib` (the Python standard library's source, works offline), `file:///text.txt` or "
+        "`.jsonl`, `s3://bucket/key`, `hf://datasets/organisation/name`.",
+        examples=["builtin:stdlib"],
+    )
+    text: Annotated[str, Field(json_schema_extra=NO_NUL), AfterValidator(storable)] | None = Field(
+        default=None, min_length=1, max_length=1_000_000, description="Inline text instead."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.source is not None and self.text is not None:
+            raise ValueError("give either `source` or `text`, not both")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """The source string, `inline` for inline text."""
+        return "inline" if self.text is not None else self.source or "builtin:stdlib"
+
+
+class CalibrationSpec(SpecModel):
+    """The token windows on which blocks are scored and removals are compared."""
+
+    windows: int = Field(default=64, ge=1, le=4096, description="Number of calibration windows.")
+    window_tokens: int = Field(default=256, ge=8, le=32768, description="Tokens in a window.")
+
+
+class SearchSpec(SpecModel):
+    """The search over sets of removed blocks."""
+
+    algorithm: Literal["annealing", "greedy", "lazy_greedy", "exhaustive"] = Field(
+        default="annealing",
+        description="`annealing` starts from greedy's result, so it is never worse than greedy. `lazy_greedy` takes a "
+        "fraction of greedy's evaluations; it equals greedy where removing a block costs no less the more others are "
+        "gone (a submodular objective), which no model promises.",
+    )
+    objective: Literal["kl", "cross_entropy", "hidden"] = Field(
+        default="kl",
+        description="Calibration loss: KL divergence to the dense model's next-token distribution, next-token "
+        "cross-entropy, or the distance of the last hidden state to the dense model's.",
+    )
+    evaluations: int = Field(
+        default=150,
+        ge=1,
+        le=100_000,
+        description="Sets that annealing may evaluate, for each of prefill, decode and the control without nesting.",
+    )
+    racing: bool = Field(
+        default=True,
+        description="Let greedy's steps drop a set as soon as a paired test on the first windows says that it cannot "
+        "win. Reported losses are on all windows in any case. Without effect where weights are read from disk block "
+        "by block.",
+    )
+    seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1e7,
+        description="Seconds after which annealing stops with the best sets so far, for each of prefill, decode and "
+        "the control without nesting; greedy's steps are taken in any case. The plan then depends on the machine, not "
+        "on the seed alone.",
+    )
+    parallelism: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Workers that may evaluate sets for the search together: the one that runs it and, as long as no "
+        "stage waits for a worker, idle ones of its kind. The plan is the same with any number.",
+    )
+    protect: BlockList = Field(
+        default=(), description="Blocks that neither prefill nor decode may give up.", examples=[[0, 31]]
+    )
+    force: BlockList = Field(
+        default=(),
+        description="Blocks that both prefill and decode give up in any case; they count as removed blocks.",
+        examples=[[24]],
+    )
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if both := set(self.protect) & set(self.force):
+            raise PydanticCustomError(
+                "protected_and_forced",
+                "block {block} is in both search.protect and search.force; leave it in one of them",
+                {"block": min(both), "param": "search.force"},
+            )
+        return self
+
+
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class LossesSpec(SpecModel):
+    """Weights of the parts of the healing loss; at least one is positive."""
+
+    kl: Weight = Field(default=1.0, description="KL divergence to the dense model's next-token distribution.")
+    label: Weight = Field(default=0.0, description="Cross-entropy on the text's own next token.")
+    hidden: Weight = Field(
+        default=20.0,
+        description="Relative distance of the hidden states between the kept blocks to the dense model's; small beside "
+        "the others, hence the large weight.",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Self:
+        if not (self.kl or self.label or self.hidden):
+            raise ValueError("give at least one of `kl`, `label` and `hidden` a positive weight")
+        return self
+
+
+class LoraSpec(SpecModel):
+    """Low-rank adapters, merged into the weights at the end; read with `trainable` = `lora`."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of each adapter.")
+    alpha: float = Field(
+        default=32.0, gt=0.0, le=1e6, description="An adapter's product counts alpha / rank times what it is."
+    )
+    target: Literal["all-linear"] = Field(
+        default="all-linear", description="Layers with an adapter: every linear layer of every kept block."
+    )
+
+
+class DistillationSpec(SpecModel):
+    """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
+
+    enabled: bool = Field(default=True, description="False exports the pruned weights as they are.")
+    threshold: float = Field(
+        default=0.95,
+        ge=-1.0,
+        le=1.0,
+        description="A removed block whose cosine score reaches this is deleted; below it, it may be distilled into a "
+        "neighbour.",
+    )
+    merge_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=10**10,
+        description="Training tokens on which a block is fitted to every pair that could be distilled, before the "
+        "search, which then weighs distilling against deleting. Less than a training batch fits none: the threshold "
+        "alone decides, and healing alone trains.",
+        examples=[32_768],
+    )
+    heal_tokens: int = Field(
+        default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."
+    )
+    trainable: Literal["all", "distilled", "lora"] = Field(
+        default="all",
+        description="What healing trains: every kept block, only those that absorbed another, or low-rank adapters of "
+        "every kept block, which take a fraction of the optimiser's memory.",
+    )
+    lora: LoraSpec = LoraSpec()
+    losses: LossesSpec = LossesSpec()
+    learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
+    batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
+    gradient_accumulation: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Parts in which a training batch is computed, one after the other; the result is the same, the "
+        "memory less. At most `batch_windows`.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute each block again in the backward pass of healing: less memory, a third more time.",
+    )
+    patience: int | None = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Checks of the held-out loss in a row, of ten in a full run, without a new best after which "
+        "training stops early; null never stops. The best weights are kept in any case.",
+    )
+
+    @model_validator(mode="after")
+    def _no_empty_parts(self) -> Self:
+        if self.gradient_accumulation > self.batch_windows:
+            raise PydanticCustomError(
+                "accumulation_exceeds_batch",
+                "gradient_accumulation ({parts}) may not exceed batch_windows ({windows})",
+                {
+                    "parts": self.gradient_accumulation,
+                    "windows": self.batch_windows,
+                    "param": "distillation.gradient_accumulation",
+                },
+            )
+        return self
+
+
+class EdgeAttentionSpec(SpecModel):
+    """Restrict the decode layers that attend mostly to the prompt's first and last tokens."""
+
+    threshold: float = Field(
+        gt=0.0,
+        le=1.0,
+        description="Least share of a layer's attention to the prompt that these tokens must get.",
+        examples=[0.7],
+    )
+    first: int = Field(default=4, ge=0, le=32768, description="First prompt tokens that a restricted layer is sent.")
+    last: int = Field(default=28, ge=0, le=32768, description="Last prompt tokens that a restricted layer is sent.")
+
+    @model_validator(mode="after")
+    def _some_token(self) -> Self:
+        if self.first + self.last == 0:
+            raise ValueError("`first` and `last` may not both be 0: a layer needs a token")
+        return self
+
+
+class KvTokensSpec(SpecModel):
+    """Which prompt tokens' keys and values prefill sends to decode: chosen by how little is sent, or by attention."""
+
+    ratio: float | None = Field(
+        default=None,
+        ge=1.0,
+        le=1e6,
+        description="Send at most 1/ratio of the bytes that the dense model would send for a prompt of half a "
+        "calibration window, at the least PD loss found. Every layer is sent a token, which bounds the ratio.",
+        examples=[4.95],
+    )
+    attention: EdgeAttentionSpec | None = Field(
+        default=None, description="Instead: send first and last tokens to the layers that attend mostly to them."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.ratio is None) == (self.attention is None):
+            raise ValueError("give either `ratio` or `attention`")
+        return self
+
+
+class EvaluationSpec(SpecModel):
+    """What is measured on the exported checkpoints."""
+
+    windows: int = Field(default=32, ge=1, le=65536, description="Validation windows.")
+    speed_tokens: int = Field(default=64, ge=1, le=4096, description="Tokens generated when decode speed is timed.")
+    speed_repeats: int = Field(default=5, ge=1, le=100, description="Timed repeats after one warm-up; medians count.")
+    tasks: Annotated[
+        tuple[str | InlineTask, ...], BeforeValidator(parse_tasks, json_schema_input_type=list[str | InlineTask])
+    ] = Field(
+        default=(),
+        description="Tasks of lm-evaluation-harness on which the dense model and every checkpoint are measured: names "
+        "of the harness's own, whose data comes from the hub, or tasks of the job's own, as objects or as YAML text.",
+        examples=[["arc_easy"]],
+    )
+    task_limit: int | None = Field(
+        default=None, ge=1, le=10**6, description="Questions of each task that are asked, the first ones; null: all."
+    )
+
+
+class PushSpec(SpecModel):
+    """Where on the Hugging Face hub the checkpoints go when the job has succeeded."""
+
+    repo: str = Field(
+        max_length=84,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Repository of a unified checkpoint; of a pair, with `-prefill` and `-decode` after it. Made if it "
+        "does not exist. The service has to be allowed to push into its organisation.",
+        examples=["acme/Qwen3-8B-pruned"],
+    )
+    private: bool = Field(default=True, description="Whether a repository that is made is private.")
+
+
+MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+MetadataValue = Annotated[str, Field(max_length=512, json_schema_extra=NO_NUL), AfterValidator(storable)]
+
+
+Labels = Annotated[
+    dict[MetadataKey, MetadataValue], Field(max_length=16, json_schema_extra={"additionalProperties": False})
+]
+
+
+class JobSpec(SpecModel):
+    """One pruning job. Prefill may not give up more blocks than decode; equal sets and widths give one checkpoint."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "reference",
+                    "prefill": {"remove_blocks": 2},
+                    "decode": {"remove_blocks": 4},
+                    "metadata": {"team": "serving"},
+                }
+            ]
+        },
+    )
+
+    model: Annotated[ModelSpec, BeforeValidator(_model_from_string, json_schema_input_type=ModelSpec | str)]
+    prefill: StageTarget
+    decode: StageTarget
+    data: DataSpec = DataSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    search: SearchSpec = SearchSpec()
+    distillation: DistillationSpec = DistillationSpec()
+    kv_tokens: KvTokensSpec | None = Field(
+        default=None, description="Send decode only some prompt tokens' keys and values; by default all are sent."
+    )
+    evaluation: EvaluationSpec = EvaluationSpec()
+    push_to_hub: PushSpec | None = Field(
+        default=None, description="Push the checkpoints to the Hugging Face hub; by default they stay in the store."
+    )
+    queue: QueueName | None = Field(
+        default=None,
+        description="Which workers take the job: one of the queues that the service has. By default its first.",
+        examples=["gpu-80g"],
+    )
+    priority: Priority = Field(
+        default=Priority.NORMAL,
+        description="Which of the jobs that wait in a queue goes first: a stage waits while there are others of a "
+        "higher priority. What runs is not interrupted. Without effect where the broker keeps messages as files.",
+    )
+    deadline_seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1e8,
+        description="Longest time of each stage, from its first start; pauses do not count, waiting for a worker after "
+        "a lost one does. A stage that takes longer fails: `deadline_exceeded`. The service may have its own limit; "
+        "the shorter counts.",
+        examples=[86400],
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Everything random follows from it.")
+    metadata: Labels = Field(default_factory=dict, description="Your own labels; jobs can be listed by them.")
+
+    @model_validator(mode="after")
+    def _decode_removes_what_prefill_removes(self) -> Self:
+        if (
+            self.prefill.remove_blocks is not None
+            and self.decode.remove_blocks is not None
+            and self.prefill.remove_blocks > self.decode.remove_blocks
+        ):
+            raise PydanticCustomError(
+                "prefill_exceeds_decode",
+                "prefill.remove_blocks ({prefill}) may not exceed decode.remove_blocks ({decode}): "
+                "every block that decode keeps needs the KV cache that prefill computed",
+                {
+                    "prefill": self.prefill.remove_blocks,
+                    "decode": self.decode.remove_blocks,
+                    "param": "prefill.remove_blocks",
+                },
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _forced_blocks_are_removed(self) -> Self:
+        forced = len(self.search.force)
+        for stage, target in (("prefill", self.prefill), ("decode", self.decode)):
+            if target.remove_blocks is not None and forced > target.remove_blocks:
+                raise PydanticCustomError(
+                    "force_exceeds_removal",
+                    "search.force lists {forced} blocks, but {stage}.remove_blocks is {removed}: force fewer blocks or "
+                    "remove more",
+                    {"forced": forced, "stage": stage, "removed": target.remove_blocks, "param": "search.force"},
+                )
+        return self

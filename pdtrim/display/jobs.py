@@ -1,0 +1,118 @@
+"""Jobs and artifacts on a terminal. What users wrote is shown as it is, never read as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from pdtrim.contract.jobs import Artifact, Job, JobStatus, Stage, StageName, StageStatus
+from pdtrim.display.remedies import REMEDIES
+from pdtrim.display.rendering import report, search_report
+from pdtrim.display.tables import removed_blocks
+
+ID_WIDTH = len("job_") + 32
+COLOURS = {
+    JobStatus.QUEUED: "yellow",
+    JobStatus.RUNNING: "cyan",
+    JobStatus.PAUSING: "yellow",
+    JobStatus.PAUSED: "magenta",
+    JobStatus.CANCELLING: "yellow",
+    JobStatus.CANCELLED: "dim",
+    JobStatus.FAILED: "bold red",
+    JobStatus.SUCCEEDED: "green",
+}
+
+
+def job_table(jobs: Iterable[Job]) -> Table:
+    """One line a job."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("job", no_wrap=True, min_width=ID_WIDTH)
+    for column in ("status", "model", "removes", "created"):
+        table.add_column(column, overflow="fold")
+    for job in jobs:
+        removes = f"prefill {job.spec.prefill}, decode {job.spec.decode}"
+        colour = COLOURS[job.status]
+        table.add_row(job.id, f"[{colour}]{job.status}", escape(job.spec.model.source), removes, when(job.created_at))
+    return table
+
+
+def artifact_table(artifacts: Iterable[Artifact]) -> Table:
+    """One line an artifact."""
+    table = Table(box=None, header_style="bold")
+    for column in ("stage", "name", "size", "SHA-256", "where"):
+        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
+    for artifact in artifacts:
+        table.add_row(
+            artifact.stage, Text(artifact.name), decimal(artifact.size), artifact.sha256[:12], Text(artifact.uri)
+        )
+    return table
+
+
+def job_page(job: Job) -> RenderableType:
+    """Everything about a job: stages, error and remedy, and the report when there is one."""
+    parts: list[RenderableType] = [_stages(job.stages), ""]
+    if job.error is not None:
+        remedy = REMEDIES.get(job.error.code, "")
+        field = f"\nField: {job.error.param}" if job.error.param else ""
+        text = Text(f"{job.error.message}{field}\n{remedy}".strip())
+        parts.append(Panel(text, title=escape(job.error.code), title_align="left", border_style="red"))
+    succeeded = {stage.name: stage.metrics for stage in job.stages if stage.status == StageStatus.SUCCEEDED}
+    # Jobs of earlier versions have no sensitivity.
+    if "sensitivity" in (removal := succeeded.get(StageName.REMOVAL, {})):
+        parts.append(search_report(removal))
+    if evaluation := succeeded.get(StageName.EVALUATION):
+        parts.append(report(evaluation))
+    heading = f"[bold]{job.id}[/]  {escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
+    origin = [] if job.cut_from is None else [f"cut from the frontier of {job.cut_from}"]
+    return Group(heading, *origin, "", *parts)
+
+
+def _stages(stages: Iterable[Stage]) -> Table:
+    table = Table("stage", "status", "took", "found", box=None, header_style="bold")
+    for stage in stages:
+        took = ""
+        if stage.started_at and stage.finished_at:
+            took = f"{(stage.finished_at - stage.started_at).total_seconds():.1f} s"
+        status = f"{stage.status} {stage.progress:.0%}" if stage.status == StageStatus.RUNNING else str(stage.status)
+        table.add_row(stage.name, status, took, Text(stage.message or _figures(stage)))
+    return table
+
+
+def _figures(stage: Stage) -> str:
+    """The figure of a finished stage that people look for first."""
+    if stage.status != StageStatus.SUCCEEDED:
+        return ""
+    metrics = stage.metrics
+    if stage.name == StageName.SCORING:
+        return f"cosine {min(metrics['cosine']):.3f} to {max(metrics['cosine']):.3f} over {metrics['blocks']} blocks"
+    if stage.name == StageName.REMOVAL:
+        return "; ".join(f"{half} gives up {_removed(metrics[half])}" for half in ("prefill", "decode"))
+    if stage.name == StageName.DISTILLATION:
+        halves = [(half, metrics.get(half)) for half in ("prefill", "decode")]
+        return "; ".join(f"{half} {_distilled(found)}" for half, found in halves if found) or "not asked for"
+    if stage.name == StageName.EXPORT:
+        return "; ".join(f"{role} {c['bytes'] / (1 << 20):.1f} MiB" for role, c in metrics["checkpoints"].items())
+    return ""
+
+
+def _distilled(found: dict[str, Any]) -> str:
+    if found["kept"] == "undistilled":
+        return f"kept undistilled (loss {found['before']:.3f}, distilled {found['after']:.3f})"
+    return f"loss {found['before']:.3f} → {found['after']:.3f}"
+
+
+def _removed(plan: dict[str, Any]) -> str:
+    return ", ".join(map(str, removed_blocks(plan))) or "nothing"
+
+
+def when(moment: datetime) -> str:
+    """Local time to the second."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,1 @@
+"""What is checked, and estimated, of a job before it is queued."""

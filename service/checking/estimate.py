@@ -1,0 +1,234 @@
+"""Estimates of a job from its specification and its model's configuration: sizes, memory, sets to evaluate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pdtrim.contract.blocks import limits
+from pdtrim.contract.estimate import (
+    CheckpointEstimate,
+    EarlierJob,
+    Estimate,
+    EstimateWarning,
+    MemoryEstimate,
+    SearchEstimate,
+)
+from pdtrim.contract.jobs import Stage, StageName
+from pdtrim.contract.spec import JobSpec, StageTarget
+from service.checking.preflight import ARCHITECTURES, GATED_MLPS, num_blocks
+from service.sources import ModelDescription
+from service.sources.safetensors_header import DTYPE_BITS
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+"""What configurations call the types that safetensors names."""
+LARGEST = 2**53
+"""The largest integer that every JSON reader keeps exactly."""
+MANY_SETS = 100_000
+HALF_PRECISION, SINGLE_PRECISION = 2, 4
+OPTIMISER = 12
+"""Bytes for each trained parameter besides its weight: the gradient, and AdamW's two moments."""
+Role = Literal["dense", "unified", "prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A dense model in parameters; None for what its configuration does not tell."""
+
+    blocks: int
+    item_bytes: int | None
+    total: int | None
+    block: int | None
+    mlp: int | None
+    kv_width: int | None
+    """Keys and values of one token in one block, in numbers."""
+
+    def checkpoint(self, role: Role, removed: int, target: StageTarget | None) -> CheckpointEstimate:
+        kept = self.blocks - removed
+        parameters = None
+        if self.total is not None and self.block is not None:
+            narrowed = 0
+            if target is not None and target.mlp_width < 1 and self.mlp is not None:
+                narrowed = round((1 - target.mlp_width) * self.mlp)
+            parameters = self.total - removed * self.block - kept * narrowed
+        size = self.item_bytes
+        return CheckpointEstimate(
+            role=role,
+            blocks=kept,
+            parameters=parameters,
+            bytes=None if parameters is None or size is None else parameters * size,
+            kv_bytes_per_token=None if self.kv_width is None or size is None else kept * self.kv_width * size,
+        )
+
+
+def estimate(spec: JobSpec, model: ModelDescription, earlier: tuple[str, Sequence[Any]] | None) -> Estimate:
+    """What a job that passed its checks would make and take; `earlier` is a job on the same model, and its stages."""
+    shape = _shape(model)
+    prefill, decode = limits(spec, shape.blocks)
+    unified = prefill == decode and spec.prefill.mlp_width == spec.decode.mlp_width
+    halves: list[tuple[Role, int, StageTarget]] = (
+        [("unified", prefill, spec.prefill)]
+        if unified
+        else [("prefill", prefill, spec.prefill), ("decode", decode, spec.decode)]
+    )
+    checkpoints = [shape.checkpoint(*half) for half in halves]
+    evaluations = _evaluations(spec, shape.blocks, prefill, decode)
+    return Estimate(
+        architecture=model.config["model_type"],
+        model_revision=model.revision,
+        dense=shape.checkpoint("dense", 0, None),
+        checkpoints=checkpoints,
+        evaluations=evaluations,
+        memory_bytes=_memory(spec, shape, checkpoints),
+        earlier=None if earlier is None else _earlier(*earlier),
+        warnings=list(_warnings(spec, model, shape, evaluations, prefill, decode)),
+    )
+
+
+def _shape(model: ModelDescription) -> _Shape:
+    config, blocks = model.config, num_blocks(model.config)
+    dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
+    item_bytes = None if dtype is None else DTYPE_BITS[dtype] // 8
+    hidden, heads = _size(config, "hidden_size", "n_embd"), _size(config, "num_attention_heads", "n_head")
+    vocabulary, wide = _size(config, "vocab_size"), _size(config, "intermediate_size")
+    total = None if item_bytes is None else model.weight_bytes // item_bytes
+    block = kv_width = None
+    if total is not None and vocabulary is not None and hidden is not None:
+        tables = 1 if config.get("tie_word_embeddings", True) else 2
+        block = max(0, total - tables * vocabulary * hidden) // blocks
+    if hidden is not None and heads is not None:
+        head = _size(config, "head_dim") or hidden // heads
+        kv_width = 2 * head * (_size(config, "num_key_value_heads") or heads)
+    gated = config["model_type"] in GATED_MLPS and wide is not None and hidden is not None
+    return _Shape(blocks, item_bytes, total, block, 3 * hidden * wide if gated and hidden and wide else None, kv_width)
+
+
+def _size(config: Mapping[str, Any], *names: str) -> int | None:
+    found = next((config[name] for name in names if name in config), None)
+    return found if type(found) is int and found > 0 else None
+
+
+def _evaluations(spec: JobSpec, blocks: int, prefill: int, decode: int) -> SearchEstimate:
+    forced = len(spec.search.force)
+    algorithm = spec.search.algorithm
+    return SearchEstimate(
+        prefill=_sets(spec, blocks, forced, prefill, algorithm),
+        decode=_sets(spec, blocks, prefill, decode, algorithm),
+        control=0
+        if prefill == forced
+        else _sets(spec, blocks, forced, decode, "annealing" if algorithm == "exhaustive" else algorithm),
+    )
+
+
+def _sets(spec: JobSpec, blocks: int, base: int, remove: int, algorithm: str) -> int:
+    """Sets that a search from `base` up to `remove` removed blocks evaluates."""
+    free, counts = blocks - len(spec.search.protect) - base, range(remove - base)
+    if algorithm == "exhaustive":
+        return min(LARGEST, 1 + sum(math.comb(free, more + 1) for more in counts))
+    # A block is deleted, or distilled into either neighbour.
+    ways = 3 if _fits_pairs(spec) else 1
+    greedy = 1 + sum(ways * (free - more) for more in counts)
+    return greedy + (spec.search.evaluations if algorithm == "annealing" and remove > base else 0)
+
+
+def _batch_tokens(spec: JobSpec) -> int:
+    return spec.distillation.batch_windows * spec.calibration.window_tokens
+
+
+def _fits_pairs(spec: JobSpec) -> bool:
+    return spec.distillation.enabled and spec.distillation.merge_tokens >= _batch_tokens(spec)
+
+
+def _heals(spec: JobSpec) -> bool:
+    return spec.distillation.enabled and spec.distillation.heal_tokens >= _batch_tokens(spec)
+
+
+def _memory(spec: JobSpec, shape: _Shape, checkpoints: Sequence[CheckpointEstimate]) -> MemoryEstimate:
+    """As the worker computes on an accelerator: the dense model in bfloat16; what is healed, in float32.
+
+    The decode half is healed while the healed prefill half makes the cache that it reads.
+    """
+    if shape.total is None or shape.block is None:
+        return MemoryEstimate(search=None, distillation=None)
+    dense = HALF_PRECISION * shape.total
+    if not _heals(spec):
+        return MemoryEstimate(search=dense, distillation=None)
+    last = checkpoints[-1]
+    trained = last.blocks * shape.block if spec.distillation.trainable == "all" else 0
+    weights = SINGLE_PRECISION * shape.total * len(checkpoints)
+    return MemoryEstimate(search=dense, distillation=dense + weights + OPTIMISER * trained)
+
+
+def _earlier(job_id: str, stages: Sequence[Any]) -> EarlierJob:
+    found = [Stage.model_validate(stage) for stage in stages]
+    return EarlierJob(
+        job_id=job_id,
+        seconds={
+            StageName(stage.name): round((stage.finished_at - stage.started_at).total_seconds(), 1)
+            for stage in found
+            if stage.started_at is not None and stage.finished_at is not None
+        },
+    )
+
+
+def _warnings(
+    spec: JobSpec, model: ModelDescription, shape: _Shape, evaluations: SearchEstimate, prefill: int, decode: int
+) -> Iterator[EstimateWarning]:
+    kind = model.config["model_type"]
+    if kind not in ARCHITECTURES:
+        yield EstimateWarning(
+            message=f"{kind} is none of the architectures that were tested. The worker compares a walk through its "
+            "blocks with the model itself first, and refuses it where they differ.",
+            param="model.source",
+        )
+    if shape.item_bytes is None:
+        yield EstimateWarning(
+            message="The model's config.json names no type of its weights (`dtype`), so sizes and memory are unknown.",
+            param="model.source",
+        )
+    if model.revision is not None and spec.model.revision is None:
+        yield EstimateWarning(
+            message=f"No revision is given: the job takes what the hub has when it is submitted, now {model.revision}.",
+            param="model.revision",
+        )
+    if spec.data.origin == "builtin:stdlib" and spec.model.source != "reference":
+        yield EstimateWarning(
+            message="Blocks are compared on the source of the Python standard library. Give text like what the model "
+            "will serve.",
+            param="data.source",
+        )
+    for half, target, most in (("prefill", spec.prefill, prefill), ("decode", spec.decode, decode)):
+        if target.max_perplexity_increase is not None:
+            yield EstimateWarning(
+                message=f"{half} gives up as many blocks as the bound on perplexity allows; sizes and evaluations are "
+                f"those of the most, {most}.",
+                param=f"{half}.max_perplexity_increase",
+            )
+    if 2 * decode > shape.blocks:
+        yield EstimateWarning(
+            message=f"Up to {decode} of {shape.blocks} blocks go, more than half. Look at the frontier before you "
+            "serve the result; fewer can be cut from it.",
+            param="decode.remove_blocks",
+        )
+    if prefill != decode:
+        yield EstimateWarning(
+            message="Prefill and decode get different depths: the serving side has to hand over the KV cache by "
+            "`kv_layer_map` of pdtrim.json. Equal counts give one checkpoint that every runtime serves.",
+            param="prefill.remove_blocks",
+        )
+    if max(evaluations.prefill, evaluations.decode) > MANY_SETS:
+        yield EstimateWarning(
+            message=f"The search would evaluate {max(evaluations.prefill, evaluations.decode):,} sets. Take "
+            "`annealing`, or give up fewer blocks.",
+            param="search.algorithm",
+        )
+    if not _heals(spec):
+        yield EstimateWarning(
+            message="Nothing is healed: the checkpoints have the pruned weights as they are. "
+            f"`distillation.heal_tokens` of a training batch, {_batch_tokens(spec):,}, or more heals them."
+            if spec.distillation.enabled
+            else "Nothing is healed: the checkpoints have the pruned weights as they are.",
+            param="distillation.heal_tokens" if spec.distillation.enabled else "distillation.enabled",
+        )

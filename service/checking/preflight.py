@@ -1,0 +1,190 @@
+"""What can be checked about a job before it is accepted: its sources, and its model's configuration. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pdtrim.contract.blocks import check_blocks
+from pdtrim.contract.errors import (
+    DependencyUnavailable,
+    InvalidRequest,
+    ModelUnsupported,
+    NoSuchQueue,
+    SourceNotAllowed,
+)
+from pdtrim.contract.spec import DataSpec, JobSpec, ModelSpec, StageTarget
+from service.checking.targets import check_push
+from service.settings import Settings
+from service.sources import (
+    ModelDescription,
+    SourceError,
+    check_allowed,
+    check_links,
+    check_text,
+    describe_model,
+    parse_model_source,
+    parse_text_source,
+)
+from service.storage import StoreUnavailable
+
+ARCHITECTURES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
+"""Architectures (`model_type`) that were tried. Other decoder-only ones are tried by the worker before it begins."""
+GATED_MLPS = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+"""Architectures whose every block has one gated MLP."""
+OTHER_ATTENTION = ("gemma2", "gpt2", "gpt_neox", "opt", "phi3")
+"""Architectures whose attention to a prompt cannot be measured."""
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+CONTEXT_SIZES = ("max_position_embeddings", "n_positions")
+"""What configurations call the number of blocks, and the longest context."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+"""Keys of a configuration that only a mixture of experts has."""
+
+
+def check(spec: JobSpec, settings: Settings) -> ModelDescription:
+    """The job's model, if the job can be run; its `revision` is the commit that a hub model's revision names now.
+
+    Raises: NoSuchQueue, PushNotAllowed, InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge,
+    ModelUnsupported, TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not
+    answer, as the job's model could not be pinned then.
+    """
+    if spec.queue is not None and spec.queue not in settings.queues:
+        raise NoSuchQueue(
+            f"There is no queue {spec.queue!r}; the service has {', '.join(settings.queues)}.", param="queue"
+        )
+    check_push(spec, settings)
+    model = _describe(spec.model, settings)
+    _check_text(spec.data, settings)
+    _check_tasks(spec, settings)
+    check_config(spec, model.config)
+    return model
+
+
+def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
+    """Hold a job against its model's `config.json`. Raises: ModelUnsupported, TooManyBlocks, InvalidRequest."""
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES and not _may_be_decoder_only(config):
+        raise ModelUnsupported(
+            f"The model's architecture is {repr(kind)[:80]}; this service prunes {', '.join(ARCHITECTURES)}, and tries "
+            "other decoder-only language models (`…ForCausalLM`) that need no code of their own.",
+            param="model.source",
+        )
+    if config.get("quantization_config") is not None:
+        raise ModelUnsupported(
+            "The model's weights are quantised; give the model in bfloat16, float16 or float32.", param="model.source"
+        )
+    check_blocks(spec, num_blocks(config))
+    for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
+        _check_mlp_width(stage, target, config)
+    if spec.kv_tokens is not None and kind in OTHER_ATTENTION:
+        raise ModelUnsupported(
+            f"kv_tokens measures attention, which is not possible for {kind}. Leave kv_tokens out.", param="kv_tokens"
+        )
+    if spec.distillation.trainable == "lora" and kind == "gpt2":
+        raise ModelUnsupported(
+            "gpt2 has no linear layers that adapters fit; train `all` or `distilled`.", param="distillation.trainable"
+        )
+    context = next((config[key] for key in CONTEXT_SIZES if key in config), None)
+    if type(context) is int and spec.calibration.window_tokens > context:
+        raise InvalidRequest(
+            f"calibration.window_tokens is {spec.calibration.window_tokens}, but the model reads at most {context} "
+            "tokens.",
+            param="calibration.window_tokens",
+        )
+
+
+def num_blocks(config: Mapping[str, Any]) -> int:
+    """How many blocks a model has by its `config.json`. Raises: ModelUnsupported."""
+    count = next((key for key in BLOCK_COUNTS if key in config), BLOCK_COUNTS[0])
+    blocks = config.get(count)
+    if type(blocks) is not int or blocks < 1:
+        raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
+    return blocks
+
+
+def _may_be_decoder_only(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration looks like a causal language model that transformers knows by itself."""
+    names = config.get("architectures")
+    named = isinstance(names, list) and len(names) == 1 and str(names[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    alien = config.get("is_encoder_decoder") or config.get("auto_map")
+    return named and not alien and isinstance(config.get("model_type"), str)
+
+
+def _check_mlp_width(stage: str, target: StageTarget, config: Mapping[str, Any]) -> None:
+    """Only one gated MLP a block can be narrowed, as wide in every block as `intermediate_size` says."""
+    if target.mlp_width == 1:
+        return
+    param = f"{stage}.mlp_width"
+    kind, size = config["model_type"], config.get("intermediate_size")
+    if kind not in GATED_MLPS or any(config.get(key) is not None for key in EXPERTS):
+        raise ModelUnsupported(
+            f"{param} narrows gated MLPs (gate, up and down projection), and no experts; this {kind} model has another "
+            f"kind. Leave {param} out.",
+            param=param,
+        )
+    if type(size) is not int or size < 1:
+        raise ModelUnsupported(
+            f"{param} needs one MLP width for all blocks, but the model's config.json has intermediate_size = "
+            f"{repr(size)[:80]}.",
+            param=param,
+        )
+
+
+def _describe(model: ModelSpec, settings: Settings) -> ModelDescription:
+    with _blamed_on("model.source"):
+        source = parse_model_source(model.source)
+        check_allowed(source, settings.allowed_sources)
+        check_links(source, settings.allowed_sources)
+        return describe_model(
+            model.source,
+            model.revision,
+            max_bytes=settings.max_model_bytes,
+            endpoint_url=settings.s3_endpoint_url,
+            region=settings.s3_region,
+        )
+
+
+def _check_text(data: DataSpec, settings: Settings) -> None:
+    if data.text is not None:
+        return
+    with _blamed_on("data.source"):
+        check_allowed(parse_text_source(data.origin), settings.allowed_sources)
+        check_text(data.origin, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+
+
+def _check_tasks(spec: JobSpec, settings: Settings) -> None:
+    """Tasks given by name read whatever data set on the hub the harness says, so the whole hub must be allowed."""
+    named = [number for number, task in enumerate(spec.evaluation.tasks) if isinstance(task, str)]
+    if named and not {prefix.rstrip("/") for prefix in settings.allowed_sources} & {"hf:", "hf://datasets"}:
+        raise SourceNotAllowed(
+            "A task given by name reads a data set on the hub, and PDTRIM_ALLOWED_SOURCES has neither hf:// nor "
+            "hf://datasets/. Give the task's questions in the job instead.",
+            param=f"evaluation.tasks[{named[0]}]",
+        )
+
+
+@contextmanager
+def _blamed_on(param: str) -> Iterator[None]:
+    try:
+        yield
+    except SourceError as error:
+        error.param = error.param or param
+        raise
+    except StoreUnavailable as error:
+        raise DependencyUnavailable(str(error), param=param) from error

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdtrim.contract.errors import InvalidRequest, ModelUnsupported, PDTrimError, TooManyBlocks
+from pdtrim.contract.spec import JobSpec, StageTarget
+from service.checking import preflight
+from service.settings import Settings
+from tests.gateway import Gateway, gateway, model, problem_of, write_model
+from tests.weights import safetensors_file
+
+__all__ = ["gateway", "model"]
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 6, "max_position_embeddings": 1024}
+
+
+@pytest.fixture
+def gateway_settings(tmp_path: Path) -> Settings:
+    allowed = ["reference", "builtin:", (tmp_path / "models").as_uri(), "s3://models"]
+    return Settings(data_dir=tmp_path / "data", allowed_sources=allowed, s3_endpoint_url="http://127.0.0.1:1")
+
+
+def spec(prefill: int = 1, decode: Any = 2, **changes: Any) -> JobSpec:
+    target = decode if isinstance(decode, dict) else {"remove_blocks": decode}
+    removals = {"prefill": {"remove_blocks": prefill}, "decode": target}
+    return JobSpec.model_validate({"model": "reference", **removals, **changes})
+
+
+def refusal(gateway: Gateway, code: str, **changes: Any) -> dict[str, Any]:
+    return problem_of(gateway.client.post("/v1/jobs", json={**gateway.spec, **changes}), 422, code)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen3_moe", "opt"])
+def test_supported_architectures_pass(kind: str) -> None:
+    preflight.check_config(spec(), {**CONFIG, "model_type": kind})
+
+
+def test_other_names_of_the_same_numbers_are_read() -> None:
+    config = {"model_type": "gpt2", "n_layer": 3, "n_positions": 128}
+    with pytest.raises(TooManyBlocks, match="the model has 3 blocks"):
+        preflight.check_config(spec(1, 3), config)
+    with pytest.raises(InvalidRequest, match="at most 128 tokens"):
+        preflight.check_config(spec(calibration={"window_tokens": 129}), config)
+
+
+def test_an_unknown_decoder_only_model_is_left_to_the_worker() -> None:
+    config = {**CONFIG, "model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"]}
+    preflight.check_config(spec(), config)
+    for change in ({"auto_map": {"AutoModel": "x.py"}}, {"is_encoder_decoder": True}, {"architectures": ["T5Model"]}):
+        with pytest.raises(ModelUnsupported, match="starcoder2"):
+            preflight.check_config(spec(), config | change)
+
+
+def test_what_an_architecture_cannot_do_is_refused_at_its_field() -> None:
+    config = {**CONFIG, "model_type": "gpt2"}
+    asked: dict[str, dict[str, Any]] = {
+        "kv_tokens": {"kv_tokens": {"ratio": 2}},
+        "distillation.trainable": {"distillation": {"trainable": "lora"}},
+        "decode.mlp_width": {"decode": {"remove_blocks": 1, "mlp_width": 0.5}},
+    }
+    for param, change in asked.items():
+        with pytest.raises(ModelUnsupported) as refused:
+            preflight.check_config(spec(**change), config)
+        assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "bert"},
+        {"model_type": None},
+        {"model_type": ["llama"]},
+        {"num_hidden_layers": None},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": "6"},
+        {"num_hidden_layers": True},
+        {"quantization_config": {"quant_method": "gptq"}},
+    ],
+)
+def test_other_models_are_refused_at_the_model_s_field(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelUnsupported) as refused:
+        preflight.check_config(spec(), {**CONFIG, **change})
+
+    assert refused.value.param == "model.source"
+
+
+def test_all_but_one_block_can_be_removed() -> None:
+    preflight.check_config(spec(5, 5), CONFIG)
+
+
+@pytest.mark.parametrize(("prefill", "decode", "stage"), [(1, 6, "decode"), (6, 6, "prefill"), (7, 1024, "prefill")])
+def test_too_many_blocks_are_refused_at_the_stage_s_field(prefill: int, decode: int, stage: str) -> None:
+    with pytest.raises(TooManyBlocks) as refused:
+        preflight.check_config(spec(prefill, decode), CONFIG)
+
+    assert refused.value.param == f"{stage}.remove_blocks"
+    assert "at most 5 can be removed" in refused.value.message
+
+
+NARROW = spec(decode={"remove_blocks": 2, "mlp_width": 0.5})
+
+
+def test_gated_mlps_can_be_narrowed() -> None:
+    preflight.check_config(NARROW, {**CONFIG, "intermediate_size": 64})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gpt_neox"},
+        {"model_type": "mixtral", "num_local_experts": 8},
+        {"num_local_experts": 8},
+        {"num_experts": 128, "moe_intermediate_size": 16},
+        {"intermediate_size": [64, 32]},
+        {"intermediate_size": None},
+        {"intermediate_size": 0},
+    ],
+)
+def test_other_mlps_are_refused_at_the_width_s_field(change: dict[str, Any]) -> None:
+    config = {**CONFIG, "intermediate_size": 64, **change}
+    preflight.check_config(spec(), config)
+    with pytest.raises(ModelUnsupported) as refused:
+        preflight.check_config(NARROW, config)
+    assert refused.value.param == "decode.mlp_width"
+    assert refused.value.status == 422
+
+
+@pytest.mark.parametrize(
+    ("width", "available", "kept"),
+    [(1, 50, 50), (0.5, 48, 24), (0.75, 48, 32), (0.99, 50, 48), (1e-9, 48, 8), (0.5, 3, 3), (0.75, 12288, 9216)],
+)
+def test_a_width_is_a_share_of_the_channels_in_multiples_of_8(width: float, available: int, kept: int) -> None:
+    target = StageTarget(remove_blocks=0, mlp_width=width)
+    assert target.mlp_channels(available) == kept
+
+
+@pytest.mark.parametrize(
+    ("search", "param", "message"),
+    [
+        ({"protect": [6]}, "search.protect", "lists block 6, but the model's 6 blocks are 0 to 5"),
+        ({"force": [1023]}, "search.force", "lists block 1023"),
+        ({"protect": [0, 1, 2, 3, 4]}, "search.protect", "at most 1 can be removed, but decode.remove_blocks is 2"),
+    ],
+)
+def test_constraints_that_the_model_cannot_meet_are_refused_at_their_field(
+    search: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(PDTrimError) as refused:
+        preflight.check_config(spec(search=search), CONFIG)
+
+    assert refused.value.param == param
+    assert refused.value.status == 422
+    assert message in refused.value.message
+
+
+def test_constraints_that_leave_just_enough_blocks_pass() -> None:
+    preflight.check_config(spec(search={"protect": [0, 1, 4, 5], "force": [2]}), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("search", "param", "message"),
+    [
+        ({"protect": [1, 1]}, "search.protect", "block 1 is listed twice"),
+        ({"protect": [1], "force": [1]}, "search.force", "block 1 is in both search.protect and search.force"),
+        ({"force": [0, 2]}, "search.force", "search.force lists 2 blocks, but prefill.remove_blocks is 1"),
+        ({"protect": [-1]}, "search.protect.0", "greater than or equal to 0"),
+        ({"protect": [0] * 1025}, "search.protect", "at most 1024 items"),
+        ({"seconds": 0}, "search.seconds", "greater than 0"),
+    ],
+)
+def test_constraints_that_contradict_are_refused_at_their_field(
+    gateway: Gateway, search: dict[str, Any], param: str, message: str
+) -> None:
+    body = refusal(gateway, "invalid_request", search=search)
+
+    assert body["param"] == param
+    assert message in body["detail"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefill": {"max_perplexity_increase": 0.05}},
+        {"decode": {"max_perplexity_increase": 0.05}},
+        {"prefill": {"max_perplexity_increase": 0.01}, "decode": {"max_perplexity_increase": 0.05}},
+        {"decode": {"max_perplexity_increase": 0.05, "remove_blocks": 5}},
+    ],
+)
+def test_a_bound_may_stand_for_a_count_or_beside_one(gateway: Gateway, changes: dict[str, Any]) -> None:
+    gateway.create(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"decode": {}}, "decode", "give `remove_blocks`, `max_perplexity_increase` or both"),
+        ({"decode": {"max_perplexity_increase": -0.1}}, "decode.max_perplexity_increase", "greater than or equal to 0"),
+        (
+            {"prefill": {"max_perplexity_increase": 0.1, "remove_blocks": 3}},
+            "prefill.remove_blocks",
+            "may not exceed decode.remove_blocks (2)",
+        ),
+        (
+            {"prefill": {"max_perplexity_increase": 0.1}, "search": {"force": [0, 1, 2]}},
+            "search.force",
+            "search.force lists 3 blocks, but decode.remove_blocks is 2",
+        ),
+        (
+            {
+                "prefill": {"max_perplexity_increase": 0.1},
+                "decode": {"max_perplexity_increase": 0.1},
+                "search": {"force": [0, 1, 2, 3, 4, 5]},
+            },
+            "search.force",
+            "of which at most 5 can be removed",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_refused_at_its_field(
+    gateway: Gateway, changes: dict[str, Any], param: str, message: str
+) -> None:
+    response = gateway.client.post("/v1/jobs", json={**gateway.spec, **changes})
+
+    assert response.status_code == 422
+    assert response.json()["param"] == param
+    assert message in response.json()["detail"]
+
+
+def test_windows_longer_than_the_model_s_context_are_refused() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        preflight.check_config(spec(calibration={"window_tokens": 1025}), CONFIG)
+
+    assert refused.value.param == "calibration.window_tokens"
+
+
+def test_the_reference_model_is_accepted_with_the_default_text(gateway: Gateway) -> None:
+    gateway.create(model="reference")
+
+
+def test_inline_text_needs_no_source(gateway: Gateway) -> None:
+    gateway.create(data={"text": "Some text."})
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"model": "file:///etc"}, "source_not_allowed", "model.source"),
+        ({"model": "hf://Qwen/Qwen3-8B"}, "source_not_allowed", "model.source"),
+        ({"model": "pickle"}, "invalid_request", "model.source"),
+        ({"model": "file://host/models"}, "invalid_request", "model.source"),
+        ({"model": "file:///a%00b"}, "invalid_request", "model.source"),
+        ({"model": {"source": "reference", "revision": "main"}}, "invalid_request", "model.revision"),
+        ({"data": {"source": "file:///etc/passwd"}}, "invalid_request", "data.source"),
+        ({"data": {"source": "file:///etc/passwd.txt"}}, "source_not_allowed", "data.source"),
+        ({"evaluation": {"tasks": ["arc_easy"]}}, "source_not_allowed", "evaluation.tasks[0]"),
+        ({"evaluation": {"tasks": ["!function a.b: 1"]}}, "invalid_request", "evaluation.tasks[0]"),
+    ],
+)
+def test_a_source_that_may_not_be_read_is_named(
+    gateway: Gateway, changes: dict[str, Any], code: str, param: str
+) -> None:
+    assert refusal(gateway, code, **changes)["param"] == param
+
+
+def test_a_model_that_is_not_there_is_named(gateway: Gateway, model: Path) -> None:
+    body = refusal(gateway, "source_unreadable", model=(model.parent / "absent").as_uri())
+
+    assert body["param"] == "model.source"
+
+
+def test_a_text_that_is_not_there_is_named(gateway: Gateway, model: Path) -> None:
+    body = refusal(gateway, "source_unreadable", data={"source": (model / "absent.txt").as_uri()})
+
+    assert body["param"] == "data.source"
+
+
+def test_a_model_without_safetensors_is_refused(gateway: Gateway, model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+    assert "pickle" in refusal(gateway, "source_unreadable")["detail"]
+
+
+def test_a_model_whose_weights_are_no_safetensors_is_refused(gateway: Gateway, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(safetensors_file("a")[:-1])
+
+    assert "the tensor 'a' is said to lie at bytes 0 to 4 of 3" in refusal(gateway, "source_unreadable")["detail"]
+
+
+def test_a_model_that_is_too_large_is_refused(gateway: Gateway, model: Path) -> None:
+    gateway.settings.max_model_bytes = 9
+
+    body = refusal(gateway, "model_too_large")
+
+    assert (body["param"], "at most 9" in body["detail"]) == ("model.source", True)
+
+
+def test_a_link_out_of_what_is_allowed_is_refused(gateway: Gateway, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+
+    assert refusal(gateway, "source_not_allowed")["param"] == "model.source"
+
+
+def test_a_model_of_another_architecture_is_refused(gateway: Gateway, model: Path) -> None:
+    write_model(model, model_type="bert")
+
+    assert "bert" in refusal(gateway, "model_unsupported")["detail"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps("text").encode()])
+def test_a_broken_config_is_the_request_s_fault(gateway: Gateway, model: Path, content: bytes) -> None:
+    (model / "config.json").write_bytes(content)
+
+    assert refusal(gateway, "source_unreadable")["param"] == "model.source"
+
+
+def test_a_refused_job_leaves_nothing_behind(gateway: Gateway) -> None:
+    refusal(gateway, "too_many_blocks", decode={"remove_blocks": 6})
+
+    assert gateway.client.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_source_whose_server_is_silent_is_503(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+
+    response = gateway.client.post("/v1/jobs", json={**gateway.spec, "model": "s3://models/llama"})
+
+    assert problem_of(response, 503, "dependency_unavailable")["param"] == "model.source"

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import DynamicCache, PreTrainedModel
+
+from tests.unit.workers.pruning.models import (
+    EXPERTS,
+    FAMILIES,
+    OTHERS,
+    REFERENCE,
+    TOLERANCE,
+    random_ids,
+    reference_model,
+    reference_windows,
+    tiny_model,
+)
+from workers.pruning.model.blocks import drop_blocks
+from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
+from workers.pruning.model.pair import generate_pair, handover, kv_cache_bytes, pair_logits, pd_loss
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.repair.distill import load_tensors
+
+ALL = [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
+def test_the_dense_model_as_both_halves_is_the_dense_model(family: str) -> None:
+    model, ids = tiny_model(family), random_ids(3, 20)
+    first, others = pair_logits(model, model, ALL, ids, 11)
+    expected = model(input_ids=ids).logits[:, 10:-1]
+    assert (torch.cat([first, others], dim=1) - expected).abs().max() <= TOLERANCE
+    nll = F.cross_entropy(expected.flatten(0, 1), ids[:, 11:].flatten())
+    assert pd_loss(model, model, ALL, ids, prompt_tokens=11, batch=2) == pytest.approx(float(nll), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
+def test_the_dense_pair_generates_what_the_dense_model_generates(family: str) -> None:
+    model, ids = tiny_model(family), random_ids(2, 12)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(ids, max_new_tokens=9, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert torch.equal(generate_pair(model, model, ALL, ids, new_tokens=9), expected[:, 12:])
+
+
+def test_the_prefill_cache_is_not_changed_by_decoding() -> None:
+    model, ids = tiny_model("llama"), random_ids(1, 12)
+    one = generate_pair(model, drop_blocks(model, {2}), [0, 1, 3, 4], ids, new_tokens=6)
+    again = generate_pair(model, drop_blocks(model, {2}), [0, 1, 3, 4], ids, new_tokens=6)
+    assert torch.equal(one, again)
+
+
+def test_gradients_reach_the_decode_model_only() -> None:
+    prefill, decode = tiny_model("llama").requires_grad_(True), tiny_model("llama").requires_grad_(True)
+    _, logits = pair_logits(prefill, decode, ALL, random_ids(1, 8), 4)
+    logits.sum().backward()
+    assert all(parameter.grad is None for parameter in prefill.parameters())
+    assert decode.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_kv_cache_bytes_are_those_of_the_tensors() -> None:
+    model, ids = tiny_model("qwen3"), random_ids(1, 13)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_cache_bytes(model.config, 13, torch.float32) == held
+
+
+# What follows in the script is all that a serving stack needs: transformers and pdtrim.json.
+PLAIN_PAIR = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+for folder in sys.argv[1:]:
+    prefill = AutoModelForCausalLM.from_pretrained(f"{folder}/prefill", dtype=torch.float32)
+    decode = AutoModelForCausalLM.from_pretrained(f"{folder}/decode", dtype=torch.float32)
+    layer_map = json.load(open(f"{folder}/decode/pdtrim.json"))["kv_layer_map"]
+    ids = torch.tensor(json.load(open(f"{folder}/ids.json")))
+    prompt_tokens = ids.shape[1] // 2
+    with torch.no_grad():
+        prompt = prefill(input_ids=ids[:, :prompt_tokens], use_cache=True)
+        cache = DynamicCache(config=decode.config)
+        cache.layers = [prompt.past_key_values.layers[source] for source in layer_map]
+        rest = decode(input_ids=ids[:, prompt_tokens:-1], past_key_values=cache, use_cache=True)
+    logits = torch.cat([prompt.logits[:, -1:], rest.logits], dim=1)
+    print(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt_tokens:].flatten())))
+"""
+
+
+def exported_pair(source: Path, folder: Path, dense: list[PreTrainedModel], ids: torch.Tensor) -> float:
+    """Export a pair with a trained tensor in each half; returns the PD loss of the same models in memory."""
+    num_blocks = dense[0].config.num_hidden_layers
+    plans = {
+        "prefill": BlockPlan(num_blocks, frozenset({1})),
+        "decode": BlockPlan(num_blocks, frozenset({1}), {3: 2}),
+    }
+    layer_map = kv_layer_map(plans["prefill"], plans["decode"])
+    halves = []
+    for (role, plan), model in zip(plans.items(), dense, strict=True):
+        name = f"model.layers.{max(plan.kept)}.mlp.up_proj.weight"
+        # What bfloat16 can hold, so that storing it loses nothing.
+        trained = {name: (1.25 * dict(model.named_parameters())[name]).bfloat16().float()}
+        save_file(trained, folder / f"{role}.safetensors")
+        write_checkpoint(
+            source,
+            folder / role,
+            kept=plan.kept,
+            overrides=SourceTensors.in_file(folder / f"{role}.safetensors"),
+            pdtrim={"kv_layer_map": layer_map},
+            model_card="",
+        )
+        load_tensors(model, trained)
+        halves.append(drop_blocks(model, plan.removed))
+    (folder / "ids.json").write_text(json.dumps(ids.tolist()))
+    return pd_loss(*halves, layer_map, ids, prompt_tokens=ids.shape[1] // 2, batch=4)
+
+
+def test_the_exported_files_alone_give_the_reported_loss(tmp_path: Path) -> None:
+    reported = {}
+    for family in FAMILIES:
+        folder = tmp_path / family
+        tiny_model(family).save_pretrained(folder / "source")
+        models = [tiny_model(family), tiny_model(family)]
+        reported[str(folder)] = exported_pair(folder / "source", folder, models, random_ids(4, 24))
+    (folder := tmp_path / "reference").mkdir()
+    windows = reference_windows("validation", 4, 64)
+    reported[str(folder)] = exported_pair(REFERENCE, folder, [reference_model(), reference_model()], windows)
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN_PAIR, *reported],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = dict(zip(reported, map(float, plain.stdout.split()), strict=True))
+    assert found == pytest.approx(reported, abs=1e-4)
+
+
+@pytest.mark.parametrize("layer_map", [[0, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, -1]])
+def test_a_layer_map_that_does_not_fit_the_pair_is_refused(layer_map: list[int]) -> None:
+    model, ids = tiny_model("llama"), random_ids(1, 6)
+    prefill, decode = drop_blocks(model, {1}), drop_blocks(model, {1, 3})
+    cache = prefill(input_ids=ids, past_key_values=DynamicCache(config=prefill.config)).past_key_values
+    with pytest.raises(ValueError, match="does not fit a decode model of 3 layers and a prefill cache of 4"):
+        handover(cache, layer_map, decode.config)

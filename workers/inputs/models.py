@@ -1,0 +1,157 @@
+"""Models and tokenizers, loaded onto this worker's device."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.checkpoint import check_complete, load_checkpoint
+from workers.pruning.model.sharding import load_sharded, placement
+from workers.pruning.model.streaming import load_streamed, parameter_bytes
+from workers.pruning.search.engine import windows_in
+
+Check = Callable[[], None]
+RESIDENT_SHARE = 0.7
+"""Weights may take this much of the free memory; the rest is for hidden states and logits."""
+RESIDENT_WALK_BYTES = 16 * 2**20
+"""Hidden states of a walk on the CPU, whose caches like small chunks. Fixed: free memory must not change a plan."""
+STREAMED_WALK_BYTES = 512 * 2**20
+"""The same when blocks are read from disk: the more windows a walk carries, the fewer times every block is read."""
+
+ANCHOR_BYTES = 256 * 2**20
+"""Hidden states held of the set that a search moves from, on the CPU."""
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def accelerators() -> list[torch.device]:
+    """All that this worker sees."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 on an accelerator; float32 on the CPU, where bfloat16 is slow and plans must be bit-equal."""
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def numerics() -> str:
+    """What two workers have to have in common for their losses to be the same, as words to compare.
+
+    On the CPU that is the instructions it has and, since threads share out sums, how many there are.
+    """
+    if device().type == "cuda":
+        kind = torch.cuda.get_device_name()
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        kind = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
+    versions = (f"{name} {version(name)}" for name in ("pdtrim", "torch", "transformers"))
+    return ", ".join([kind, str(compute_dtype()), *versions])
+
+
+def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode on this worker's device; safetensors only, no remote code.
+
+    `check`, which may raise to stop what takes long, is called as weights are read, and then before each block runs, or
+    runs backwards, and before the head does.
+    Raises: BrokenCheckpoint, UnsupportedArchitecture.
+    """
+    return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device(), check=check), check)
+
+
+def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel:
+    """The model for passes over its blocks: on this worker's device, or sharded over all accelerators that it sees, or
+    with its blocks read one at a time, whatever is the first that fits.
+
+    Stacked experts, which checkpoints keep apart, are never read one at a time. Calls `check` as that of `load_model`
+    does.
+    Raises: BrokenCheckpoint, UnsupportedArchitecture.
+    """
+    tensors = check_complete(folder)
+    if parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes(device()):
+        return load_model(folder, check)
+    memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
+    if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory)) is not None:
+        return _stoppable(load_sharded(folder, placed, dtype=compute_dtype(), check=check), check)
+    if not tensors.one_to_one:
+        return load_model(folder, check)
+    model, _ = load_streamed(folder, dtype=compute_dtype(), device=device(), check=check)
+    return _stoppable(model, check)
+
+
+def _stoppable(model: PreTrainedModel, check: Check) -> PreTrainedModel:
+    # Functions of their own: models are copied, and copies share functions, but would copy what `check` is bound to.
+    def ask(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        check()
+
+    def ask_going_back(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        h: Tensor = output[0] if isinstance(output, tuple) else output
+        if h.requires_grad:
+            h.register_hook(lambda gradient: check())
+
+    for block in block_stack(model).blocks:
+        block.register_forward_pre_hook(ask)
+        block.register_forward_hook(ask_going_back)
+    model.get_output_embeddings().register_forward_pre_hook(ask)
+    return model
+
+
+def is_streamed(model: PreTrainedModel) -> bool:
+    """Whether the model's blocks come from disk when they are called."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def can_train(model: PreTrainedModel) -> bool:
+    """Whether the model lies whole on one device; gradients are computed on no other."""
+    return not is_streamed(model) and len({parameter.device for parameter in model.parameters()}) == 1
+
+
+def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
+    """How many calibration windows to walk through the blocks together when every block is tried for removal."""
+    if device().type == "cuda":
+        memory_bytes = _room(model) // 4
+    else:
+        memory_bytes = STREAMED_WALK_BYTES if is_streamed(model) else RESIDENT_WALK_BYTES
+    return windows_in(
+        memory_bytes,
+        streams=model.config.num_hidden_layers + 1,
+        tokens=window_tokens,
+        hidden=model.config.hidden_size,
+        itemsize=compute_dtype().itemsize,
+    )
+
+
+def anchor_bytes(model: PreTrainedModel) -> int:
+    """What the hidden states may take that an engine holds of the set that a search moves from."""
+    return _room(model) // 4 if device().type == "cuda" else ANCHOR_BYTES
+
+
+def _room(model: PreTrainedModel) -> int:
+    """What the fullest of the model's devices could still hold."""
+    return min(map(free_memory_bytes, {p.device for p in model.parameters() if not p.is_meta}))
+
+
+def free_memory_bytes(at: torch.device) -> int:
+    """What a device could still hold."""
+    if at.type == "cuda":
+        return torch.cuda.mem_get_info(at)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; no remote code."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer

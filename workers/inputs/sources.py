@@ -1,0 +1,58 @@
+"""A job's model and text, fetched into the scratch folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from pdtrim.contract.spec import DataSpec, ModelSpec
+from service.settings import Settings
+from service.sources import (
+    check_allowed,
+    check_links,
+    fetch_model,
+    fetch_text_documents,
+    parse_model_source,
+    parse_text_source,
+)
+from service.stopping import Check, go_on, interruptible
+
+
+def model_folder(model: ModelSpec, revision: str | None, settings: Settings, check: Check = go_on) -> Path:
+    """The folder with the model's files, fetched into the scratch folder unless it is already local, headers checked.
+
+    Raises: SourceError, StoreUnavailable, what `check` raises.
+    """
+    assert settings.scratch_dir is not None
+    # The gateway checked this too, but a link may lead elsewhere by now.
+    source = parse_model_source(model.source)
+    check_allowed(source, settings.allowed_sources)
+    check_links(source, settings.allowed_sources)
+    name = hashlib.sha256(f"{model.source}@{revision}".encode()).hexdigest()[:24]
+    return interruptible(
+        check,
+        partial(
+            fetch_model,
+            model.source,
+            revision or model.revision,
+            settings.scratch_dir / "models" / name,
+            max_bytes=settings.max_model_bytes,
+            check=check,
+            endpoint_url=settings.s3_endpoint_url,
+            region=settings.s3_region,
+        ),
+    )
+
+
+def text_documents(data: DataSpec, settings: Settings, check: Check = go_on) -> Iterable[str] | None:
+    """The documents of a job's text; None for the Python standard library. Raises: SourceError."""
+    if data.text is not None:
+        return [data.text]
+    if data.origin == "builtin:stdlib":
+        return None
+    check_allowed(parse_text_source(data.origin), settings.allowed_sources)
+    return fetch_text_documents(
+        data.origin, check=check, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region
+    )

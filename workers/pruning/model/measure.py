@@ -1,0 +1,168 @@
+"""What a model is worth and what it costs: perplexity, likeness to the dense model, size, speed, memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from workers.pruning.model.blocks import block_stack
+
+LOGITS_BYTES = 256 << 20
+"""Float32 logits of one model that a comparison holds at a time."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log-likelihood a token), with its standard error over windows (delta method)."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model's perplexity, and how close its next-token distributions come to the dense model's."""
+
+    perplexity: Perplexity
+    kl_to_dense: float
+    """KL(dense ‖ model) in nats a token."""
+    top1_agreement: float
+    """Share of tokens for which both models find the same next token most likely."""
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Tensor, *, batch: int) -> Perplexity:
+    """Perplexity of the tokens of windows (windows, time) after each window's first."""
+    losses: list[float] = []
+    for ids in windows.split(batch):
+        nll = [F.cross_entropy(logits, targets, reduction="none") for logits, targets in _parts(ids, model)]
+        losses += torch.cat(nll).view(len(ids), -1).mean(1).tolist()
+    return _perplexity(losses)
+
+
+@torch.no_grad()
+def quality(model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor, *, batch: int) -> Quality:
+    """Perplexity and likeness to `dense` on the tokens of windows (windows, time) after each window's first, at once.
+
+    Beside hidden states, memory holds `LOGITS_BYTES` of logits of each model, and as much again while they compare.
+    """
+    losses: list[float] = []
+    kl = same = 0.0
+    for ids in windows.split(batch):
+        nll: list[Tensor] = []
+        for logits, dense_logits, targets in _parts(ids, model, dense):
+            nll.append(F.cross_entropy(logits, targets, reduction="none"))
+            kl += float(
+                F.kl_div(logits.log_softmax(-1), dense_logits.log_softmax(-1), reduction="sum", log_target=True)
+            )
+            same += int((logits.argmax(-1) == dense_logits.argmax(-1)).sum())
+        losses += torch.cat(nll).view(len(ids), -1).mean(1).tolist()
+    tokens = windows[:, 1:].numel()
+    return Quality(_perplexity(losses), kl / tokens, same / tokens)
+
+
+def _parts(ids: Tensor, *models: PreTrainedModel) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of `ids` (batch, time): each model's float32 logits (tokens, vocabulary), and the tokens that followed."""
+    stacks = [block_stack(model) for model in models]
+    hidden = [
+        model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1) for model in models
+    ]  # (batch · (time − 1), hidden)
+    tokens = max(1, LOGITS_BYTES // (4 * models[0].config.vocab_size))
+    for *parts, targets in zip(*(h.split(tokens) for h in hidden), ids[:, 1:].flatten().split(tokens), strict=True):
+        yield *(stack.head(h).float() for stack, h in zip(stacks, parts, strict=True)), targets
+
+
+def _perplexity(losses: list[float]) -> Perplexity:
+    """From each window's mean negative log-likelihood."""
+    value = math.exp(statistics.fmean(losses))
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return Perplexity(value, value * error)
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """Number of weights; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians for one sequence."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    time_to_first_token_ms: float
+    """From the prompt to the token after it."""
+    inter_token_latency_ms: float
+    """From one decoded token to the next."""
+    peak_memory_bytes: int | None
+    """Weights, KV cache and everything between, as if the model were alone on the device; None on a CPU."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One prefill and decoding, in seconds."""
+
+    prefill: float
+    decode: float
+    peak_memory_bytes: int | None
+
+
+@torch.no_grad()
+def speeds(models: Mapping[str, PreTrainedModel], prompt: Tensor, *, new_tokens: int, repeats: int) -> dict[str, Speed]:
+    """Time prefill of `prompt` (1, time) and decoding of `new_tokens` one by one; medians after one warm-up.
+
+    The models take turns within every repeat, so that a machine that slows down slows all of them alike.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            measured = _time_once(model, prompt, new_tokens)
+            if repeat > 0:
+                timings[name].append(measured)
+    return {name: _speed(measured, prompt.shape[1], new_tokens) for name, measured in timings.items()}
+
+
+def _speed(timings: Sequence[Timing], prompt_tokens: int, new_tokens: int) -> Speed:
+    prefill = statistics.median(timing.prefill for timing in timings)
+    decode = statistics.median(timing.decode for timing in timings)
+    peaks = [timing.peak_memory_bytes for timing in timings if timing.peak_memory_bytes is not None]
+    return Speed(
+        prefill_tokens_per_second=prompt_tokens / prefill,
+        decode_tokens_per_second=new_tokens / decode,
+        time_to_first_token_ms=1000 * prefill,
+        inter_token_latency_ms=1000 * decode / new_tokens,
+        peak_memory_bytes=max(peaks, default=None),
+    )
+
+
+def _time_once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Timing:
+    device = prompt.device
+    others = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        others = torch.cuda.memory_allocated(device) - weights
+    cache = DynamicCache(config=model.config)
+    start = _now(device)
+    logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    token = logits[:, -1].argmax(-1, keepdim=True)
+    middle = _now(device)
+    for _ in range(new_tokens):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+    end = _now(device)
+    peak = torch.cuda.max_memory_allocated(device) - others if device.type == "cuda" else None
+    return Timing(middle - start, end - middle, peak)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,110 @@
+"""A prefill checkpoint and a decode checkpoint as one model: the KV cache of the first is handed to the second.
+
+Decode layer k continues the keys and values of prefill layer `layer_map[k]`: both stand for the same original block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from workers.pruning.model.blocks import head
+
+
+def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedConfig) -> DynamicCache:
+    """A cache for the decode model that holds what the prefill model's `cache` holds in the mapped layers.
+
+    Keys and values keep their shape (batch, kv heads, time, head dimension) and are shared, not copied.
+    Raises: ValueError when the map does not name one prefill layer for each decode layer.
+    """
+    layers = decode_config.num_hidden_layers
+    if len(layer_map) != layers or not set(layer_map) <= set(range(len(cache.layers))):
+        raise ValueError(
+            f"the KV layer map {list(layer_map)} does not fit a decode model of {layers} layers and a prefill cache "
+            f"of {len(cache.layers)}; use the kv_layer_map of this pair's pdtrim.json"
+        )
+    received = DynamicCache(config=decode_config)
+    # The layer objects also count the tokens that a sliding window has dropped.
+    received.layers = [copy.copy(cache.layers[source]) for source in layer_map]
+    return received
+
+
+def kv_cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one request's KV cache: 2 · layers · KV heads · head dimension · tokens · bytes a number."""
+    heads, head_dim = kv_heads(config)
+    numbers: int = 2 * config.num_hidden_layers * heads * head_dim * tokens
+    return numbers * dtype.itemsize
+
+
+def kv_heads(config: PretrainedConfig) -> tuple[int, int]:
+    """KV heads of each layer, and their dimension; without grouped queries there are as many as attention heads."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, head_dim
+
+
+def pair_hidden(
+    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, prompt_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states, after the final norm, from which `pair_logits` predicts; the same shapes with `hidden` last.
+
+    Gradients reach the decode model only.
+    """
+    with torch.no_grad():
+        prompt = prefill.base_model(
+            input_ids=ids[:, :prompt_tokens], past_key_values=DynamicCache(config=prefill.config), use_cache=True
+        )
+    received = handover(prompt.past_key_values, layer_map, decode.config)
+    continued = decode.base_model(input_ids=ids[:, prompt_tokens:-1], past_key_values=received, use_cache=True)
+    return prompt.last_hidden_state[:, -1:], continued.last_hidden_state
+
+
+def pair_logits(
+    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, prompt_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Logits for every token of `ids` (batch, time) after the prompt: the first by prefill, the others by decode.
+
+    Shapes (batch, 1, vocabulary) and (batch, time − prompt − 1, vocabulary). Gradients reach the decode model only.
+    """
+    first, others = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens)
+    return head(prefill, first), head(decode, others)
+
+
+@torch.no_grad()
+def pd_loss(
+    prefill: PreTrainedModel,
+    decode: PreTrainedModel,
+    layer_map: Sequence[int],
+    windows: Tensor,
+    *,
+    prompt_tokens: int,
+    batch: int,
+) -> float:
+    """Mean negative log-likelihood in nats of the tokens after the prompt, over windows (windows, time)."""
+    total = 0.0
+    for ids in windows.split(batch):
+        logits = torch.cat(pair_logits(prefill, decode, layer_map, ids, prompt_tokens), dim=1)
+        targets = ids[:, prompt_tokens:]
+        total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
+    return total / windows[:, prompt_tokens:].numel()
+
+
+@torch.no_grad()
+def generate_pair(
+    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, *, new_tokens: int
+) -> Tensor:
+    """Greedy continuation (batch, new_tokens) of prompts `ids` (batch, time); prefill gives the first token."""
+    prompt = prefill(
+        input_ids=ids, past_key_values=DynamicCache(config=prefill.config), use_cache=True, logits_to_keep=1
+    )
+    cache = handover(prompt.past_key_values, layer_map, decode.config)
+    tokens = [prompt.logits[:, -1].argmax(-1, keepdim=True)]
+    for _ in range(new_tokens - 1):
+        step = decode(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+        tokens.append(step.logits[:, -1].argmax(-1, keepdim=True))
+    return torch.cat(tokens, dim=1)

@@ -1,0 +1,1 @@
+"""Making up for what went: merging pairs of blocks, and healing on the dense model."""

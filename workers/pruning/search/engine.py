@@ -1,0 +1,432 @@
+"""The loss of many candidate sets of removed blocks in one pass over the weights.
+
+A candidate equals every other one until the first block on which they differ, so the walk carries one hidden state for
+each distinct way *so far* (a trie over the blocks that ran, were skipped, or had another fitted to a pair in their
+place) and runs each block once for each of those.
+Candidates near a set that was walked before, the anchor, begin where they first differ from it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
+from workers.pruning.model.plan import Blocks, check_nested
+from workers.pruning.model.units import SKIPPED, Units, Way
+from workers.pruning.search.anchor import Anchor, Trail
+
+Objective = Literal["kl", "cross_entropy", "hidden"]
+NOTHING: Blocks = frozenset()
+NO_MODULES: Mapping[int, nn.Module] = MappingProxyType({})
+WindowLosses = Callable[[Sequence[Blocks], range], dict[Blocks, list[float]]]
+"""Mean loss a token of each candidate set on each window of a range: what engines offer and searches use."""
+HEAD_ELEMENTS = 2**24
+"""Logits computed at a time; bounds the memory of a large vocabulary (64 MiB in float32)."""
+HEAD_TOKENS_ON_CPU = 256
+"""Tokens whose logits are computed at a time at most where caches are small."""
+
+
+class NonFiniteLoss(ValueError):
+    """A candidate's loss is not a finite number."""
+
+
+def windows_in(memory_bytes: int, *, streams: int, tokens: int, hidden: int, itemsize: int) -> int:
+    """How many windows of `tokens` a walk may carry at once when the hidden states of all its streams have to fit."""
+    return max(1, memory_bytes // (streams * tokens * hidden * itemsize))
+
+
+def halved(chunk_windows: int, streams: int, error: torch.OutOfMemoryError) -> int:
+    """A smaller chunk after `error`. Raises: OutOfMemoryError with the numbers when it was one window already."""
+    if chunk_windows == 1:
+        raise torch.OutOfMemoryError(
+            f"one window in {streams} streams does not fit this device; use shorter windows or a larger device: {error}"
+        ) from error
+    return chunk_windows // 2
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The keys and values that one layer cached for the prompt: a cache that supplies them and keeps nothing new."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, cache: DynamicCache, layer: int) -> Prefix:
+        """What a real cache holds for one layer."""
+        held: Any = cache.layers[layer]
+        return cls(held.keys, held.values)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Prompt and continuation side by side along time, as a real cache returns them."""
+        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+
+
+def walk(
+    stack: BlockStack,
+    calls: BlockCalls,
+    trail: Trail,
+    candidates: Sequence[Blocks],
+    caches: Mapping[int, Any],
+    modules: Mapping[int, nn.Module] = NO_MODULES,
+) -> tuple[dict[Blocks, Tensor], int]:
+    """h_L (batch, time, hidden) of every candidate, and how many block-forwards that took.
+
+    `modules` are the fitted blocks of the candidates' pairs, by unit. `caches` are by block, or by unit where a fitted
+    block has one of its own. A candidate begins at the last state of `trail` that is on its way; the trail keeps more
+    of its own as they pass.
+    """
+    units = Units(len(stack.blocks))
+    ways = {candidate: units.way(candidate) for candidate in candidates}
+    begins = {way: trail.begin(way) for way in ways.values()}
+    streams: dict[Way, Tensor] = {}  # by what ran so far
+    forwards = 0
+    for block in range(min(begins.values(), default=len(stack.blocks)), len(stack.blocks)):
+        passed = trail.way[:block]
+        if block in begins.values():
+            streams[passed] = trail.states[block]
+        elif passed in streams:
+            trail.keep(block, streams[passed])
+        following: dict[Way, Tensor] = {}
+        for way in {way[: block + 1]: None for way, begin in begins.items() if begin <= block}:
+            before, runs = streams[way[:block]], way[block]
+            if runs == SKIPPED:
+                following[way] = before
+            else:
+                cache = caches.get(runs, caches.get(block))
+                module = stack.blocks[block] if runs == block else modules[runs]
+                following[way] = run_block(module, before, calls.kwargs[block], cache)
+                forwards += 1
+        streams = following
+    return {candidate: streams[way] for candidate, way in ways.items()}, forwards
+
+
+def mean_losses(
+    stack: BlockStack, objective: Objective, h: Mapping[Blocks, Tensor], dense: Tensor | None, targets: Tensor
+) -> dict[Blocks, list[float]]:
+    """Mean loss a token in nats, of each window of each candidate's last hidden states (batch, time, hidden).
+
+    `kl` is KL(dense ‖ candidate) of the next-token distributions, `cross_entropy` is −log p(target), and `hidden` is
+    ‖h − h_dense‖² / ‖h_dense‖² after the final norm, which has no unit. `dense` holds the dense model's last hidden
+    states, which cross-entropy does not need; `targets` is (batch, time).
+    """
+    by_token: dict[Blocks, list[Tensor]] = {candidate: [] for candidate in h}
+    flat_targets = targets.flatten()
+    rows = max(1, HEAD_ELEMENTS // stack.model.config.vocab_size)
+    if targets.device.type == "cpu":
+        rows = min(rows, HEAD_TOKENS_ON_CPU)
+    for start in range(0, len(flat_targets), rows):
+        part = slice(start, start + rows)
+        measure = _measure(stack, objective, None if dense is None else dense.flatten(0, 1)[part], flat_targets[part])
+        for candidate, states in h.items():
+            by_token[candidate].append(measure(stack.norm(states.flatten(0, 1)[part])))
+    return {
+        candidate: torch.cat(parts).view_as(targets).mean(1, dtype=torch.float64).tolist()
+        for candidate, parts in by_token.items()
+    }
+
+
+def _measure(
+    stack: BlockStack, objective: Objective, dense: Tensor | None, targets: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """From hidden states (tokens, hidden) after the final norm to the loss of each token (tokens,)."""
+    if objective == "cross_entropy":
+        return lambda normed: _cross_entropy(stack.head(normed).float(), targets)
+    if dense is None:
+        raise ValueError(f"{objective} needs the dense model's hidden states")
+    reference = stack.norm(dense)
+    if objective == "hidden":
+        size = reference.float().pow(2).sum(-1)
+        return lambda normed: (normed - reference).float().pow(2).sum(-1) / size
+    dense_logits = stack.head(reference).float()  # (tokens, vocabulary)
+    dense_p, dense_lse = F.softmax(dense_logits, dim=-1), torch.logsumexp(dense_logits, dim=-1)
+
+    def kl(normed: Tensor) -> Tensor:
+        # Σ p (log p − log q) by differences of logits: fewer passes over the vocabulary than by log-softmax, and small
+        # numbers, so that nothing cancels.
+        logits = stack.head(normed).float()
+        expected: Tensor = torch.linalg.vecdot(dense_p, logits - dense_logits)
+        return torch.logsumexp(logits, dim=-1) - dense_lse - expected
+
+    return kl
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+
+
+def check_finite(losses: Mapping[Blocks, Sequence[float]], first_window: int, units: Units) -> None:
+    """Raises: NonFiniteLoss naming candidate and window."""
+    for candidate, by_window in losses.items():
+        for window, loss in enumerate(by_window, start=first_window):
+            if not math.isfinite(loss):
+                removed = sorted(units.blocks(candidate))
+                raise NonFiniteLoss(f"removing blocks {removed} gives the loss {loss} on window {window}")
+
+
+def mean(losses: Mapping[Blocks, Sequence[float]]) -> dict[Blocks, float]:
+    """Mean over windows, which are all of one length."""
+    return {candidate: math.fsum(by_window) / len(by_window) for candidate, by_window in losses.items()}
+
+
+class LossEngine(Protocol):
+    """What searches need of an engine."""
+
+    windows: int
+
+    def window_losses(
+        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
+    ) -> dict[Blocks, list[float]]:
+        """Mean loss a token of each candidate on each of `windows`."""
+
+    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+        """Mean loss a token of each candidate on all windows."""
+
+    def anchor(self, removed: Blocks) -> None:
+        """Say that coming candidates are near `removed`."""
+
+
+class WindowsEngine(ABC):
+    """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
+
+    `modules` are the fitted blocks of the pairs that candidates may have, by unit. Once told an anchor, it holds hidden
+    states of that set in at most `anchor_bytes`. That changes no loss.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        windows: Tensor,
+        objective: Objective,
+        chunk_windows: int,
+        *,
+        walked_tokens: int,
+        anchor_bytes: int,
+        modules: Mapping[int, nn.Module],
+    ) -> None:
+        self.block_forwards = 0
+        self.windows = len(windows)
+        self.num_blocks = len(stack.blocks)
+        self._stack = stack
+        self._ids = windows
+        self._objective = objective
+        self._chunk_windows = chunk_windows
+        self._units = Units(len(stack.blocks))
+        self._modules = modules
+        numbers = len(windows) * walked_tokens * stack.model.config.hidden_size
+        self._anchor = Anchor(len(stack.blocks), anchor_bytes, numbers * stack.model.dtype.itemsize)
+
+    def anchor(self, removed: Blocks) -> None:
+        """Say that coming candidates are near `removed`: their walks begin where they first differ from it."""
+        self._anchor.move(self._units.way(removed))
+
+    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+        """Mean loss a token of each candidate on all windows, by the engine's objective unless another is given.
+
+        Raises: what `window_losses` raises.
+        """
+        return mean(self.window_losses(candidates, range(self.windows), objective))
+
+    @torch.no_grad()
+    def window_losses(
+        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
+    ) -> dict[Blocks, list[float]]:
+        """Mean loss a token of each candidate on each of `windows`.
+
+        Raises: NonFiniteLoss; OutOfMemoryError when one window does not fit.
+        """
+        losses: dict[Blocks, list[float]] = {candidate: [] for candidate in candidates}
+        start = windows.start
+        while start < windows.stop:
+            chunk = range(start, min(start + self._chunk_windows, windows.stop))
+            try:
+                found = self._chunk_losses(candidates, chunk, objective or self._objective)
+            except torch.OutOfMemoryError as error:
+                if not self._anchor.give_up():
+                    self._shrink(halved(self._chunk_windows, len(candidates) + 1, error))
+                continue
+            check_finite(found, start, self._units)
+            for candidate, by_window in found.items():
+                losses[candidate] += by_window
+            start = chunk.stop
+        return losses
+
+    def _shrink(self, chunk_windows: int) -> None:
+        self._chunk_windows = chunk_windows
+
+    def _walk(
+        self, calls: BlockCalls, chunk: range, h: Tensor, candidates: Sequence[Blocks], caches: Mapping[int, Any]
+    ) -> dict[Blocks, Tensor]:
+        """h_0 (batch, time, hidden) of a chunk of windows → h_L of every candidate."""
+        trail = self._anchor.trail(chunk, h)
+        last, forwards = walk(self._stack, calls, trail, candidates, caches, self._modules)
+        self._anchor.hold(chunk, trail)
+        self.block_forwards += forwards
+        return last
+
+    @abstractmethod
+    def _chunk_losses(
+        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
+    ) -> dict[Blocks, list[float]]: ...
+
+
+class Engine(WindowsEngine):
+    """Losses of candidate sets on whole windows. Every token but the first of a window is scored.
+
+    Objectives that look at the dense model keep its last hidden states: windows · tokens · hidden numbers.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        windows: Tensor,
+        objective: Objective,
+        *,
+        chunk_windows: int,
+        anchor_bytes: int = 0,
+        modules: Mapping[int, nn.Module] = NO_MODULES,
+    ) -> None:
+        super().__init__(
+            stack,
+            windows,
+            objective,
+            chunk_windows,
+            walked_tokens=windows.shape[1] - 1,
+            anchor_bytes=anchor_bytes,
+            modules=modules,
+        )
+        self._calls = capture_calls(stack, windows[:, :-1])
+        self._dense: dict[range, Tensor] = {}
+
+    def _shrink(self, chunk_windows: int) -> None:
+        super()._shrink(chunk_windows)
+        self._dense.clear()
+
+    def _chunk_losses(
+        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
+    ) -> dict[Blocks, list[float]]:
+        ids = self._ids[chunk.start : chunk.stop]
+        wanted = set(candidates)
+        if objective != "cross_entropy":
+            wanted.discard(NOTHING)  # At no distance from itself.
+            if chunk not in self._dense:
+                wanted.add(NOTHING)
+        h = self._walk(self._calls, chunk, self._stack.embed(ids[:, :-1]), sorted(wanted, key=sorted), {})
+        if objective == "cross_entropy":
+            return mean_losses(self._stack, objective, h, None, ids[:, 1:])
+        if NOTHING in h:
+            self._dense[chunk] = h.pop(NOTHING)
+        losses = mean_losses(self._stack, objective, h, self._dense[chunk], ids[:, 1:])
+        return {candidate: losses.get(candidate, [0.0] * len(ids)) for candidate in candidates}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What the prefill model leaves behind for one chunk of windows."""
+
+    caches: Mapping[int, Prefix]
+    last: Tensor  # (batch, 1, hidden): h_L at the last prompt token, which predicts the first continued one
+    dense: Tensor  # (batch, continuation, hidden): the dense model's h_L for the same predictions
+
+
+class PairEngine(WindowsEngine):
+    """Losses of what decode removes, on continuations of prompts that a prefill model without `prefill` processed.
+
+    The first continued token is predicted by the prefill model, the others by the decode model, which reads the
+    prompt's keys and values from the prefill model's cache. With `cross_entropy` this is the PD loss.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        windows: Tensor,
+        objective: Objective,
+        *,
+        prefill: Blocks,
+        prompt_tokens: int,
+        chunk_windows: int,
+        project_skipped: bool = False,
+        anchor_bytes: int = 0,
+        modules: Mapping[int, nn.Module] = NO_MODULES,
+    ) -> None:
+        """With `project_skipped`, prefill projects keys and values also for the blocks that it skips or has another run
+        for, from the hidden state there (as POP does), and decode may keep them: the bound to what nesting costs.
+
+        Raises: ValueError when the windows leave no room for a continuation of at least two tokens.
+        """
+        if not 1 <= prompt_tokens <= windows.shape[1] - 2:
+            raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
+        super().__init__(
+            stack,
+            windows,
+            objective,
+            chunk_windows,
+            walked_tokens=windows.shape[1] - 1 - prompt_tokens,
+            anchor_bytes=anchor_bytes,
+            modules=modules,
+        )
+        self._prefill = prefill
+        self._prompt_tokens = prompt_tokens
+        self._project_skipped = project_skipped
+        self._calls = capture_continuation_calls(stack, windows[:, :-1], prompt_tokens)
+        self._prompts: dict[range, _Prompt] = {}
+
+    def _process_prompt(self, chunk: Tensor) -> _Prompt:
+        stack, prompt = self._stack, chunk[:, : self._prompt_tokens]
+        dense_cache, fitted_cache = (DynamicCache(config=stack.model.config) for _ in range(2))
+        calls, h = capture_calls(stack, prompt), stack.embed(prompt)
+        caches: dict[int, Prefix] = {}
+        for block, runs in enumerate(self._units.way(self._prefill)):
+            after = h
+            if runs == block or self._project_skipped:
+                after = calls.run(stack, block, h, dense_cache)
+                caches[block] = Prefix.of(dense_cache, block)
+            if runs not in (block, SKIPPED):
+                after = run_block(self._modules[runs], h, calls.kwargs[block], fitted_cache)
+                caches[runs] = Prefix.of(fitted_cache, block)
+            # A skipped block leaves its keys and values behind; what it gives is not used.
+            h = h if runs == SKIPPED else after
+        whole = chunk[:, :-1]
+        dense, dense_forwards = walk(
+            stack, capture_calls(stack, whole), Trail.starting(stack.embed(whole)), [NOTHING], {}
+        )
+        self.block_forwards += len(caches) + dense_forwards
+        return _Prompt(caches, h[:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
+
+    def window_losses(
+        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
+    ) -> dict[Blocks, list[float]]:
+        """Mean loss a continued token of each candidate on each of `windows`.
+
+        Raises: NonFiniteLoss; OutOfMemoryError; ValueError when a candidate keeps what prefill removed.
+        """
+        if not self._project_skipped:
+            for candidate in candidates:
+                check_nested(self._prefill, candidate)
+        return super().window_losses(candidates, windows, objective)
+
+    def _shrink(self, chunk_windows: int) -> None:
+        super()._shrink(chunk_windows)
+        self._prompts.clear()
+
+    def _chunk_losses(
+        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
+    ) -> dict[Blocks, list[float]]:
+        ids = self._ids[chunk.start : chunk.stop]
+        if chunk not in self._prompts:
+            self._prompts[chunk] = self._process_prompt(ids)
+        prompt = self._prompts[chunk]
+        fed = self._stack.embed(ids[:, self._prompt_tokens : -1], start=self._prompt_tokens)
+        h = self._walk(self._calls, chunk, fed, candidates, prompt.caches)
+        whole = {c: torch.cat([prompt.last.to(h[c].device), h[c]], dim=1) for c in candidates}
+        return mean_losses(self._stack, objective, whole, prompt.dense, ids[:, self._prompt_tokens :])

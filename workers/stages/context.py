@@ -1,0 +1,170 @@
+"""What a stage may touch: its specification, its inputs, a folder for its outputs, a place for progress and state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.spec import JobSpec
+from service.stopping import Check, interruptible
+from service.storage import ArtifactStore, ObjectNotFound
+from workers.inputs.faults import CorruptArtifact, PatientStore
+from workers.pruning.search.batches import Recipe
+from workers.pruning.search.engine import LossEngine, WindowsEngine
+
+REPORT_INTERVAL_S = 1.0
+READ_BYTES = 1 << 22
+Report = Callable[[float, str, dict[str, Any]], None]
+
+
+class SharedSearch(Protocol):
+    """What shares a search's evaluations with other workers."""
+
+    def over(self, engine: WindowsEngine, recipe: Recipe) -> LossEngine:
+        """An engine whose evaluations are shared."""
+        ...
+
+    def to_json(self) -> dict[str, float]:
+        """How many workers took part, and the share of the losses that came from others."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredInput:
+    """An artifact of an earlier stage: its key in the store and the SHA-256 of its bytes."""
+
+    key: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The job from whose frontier this one was cut: what its run of the same stage found, and where that kept state.
+
+    The artifacts that it left are among the inputs, under the same stage's name.
+    """
+
+    job_id: str
+    metrics: dict[str, Any]
+    state_prefix: str
+
+
+@dataclass
+class StageContext:
+    """One run of one stage. `check` raises when the stage must stop; `publish` announces progress."""
+
+    job_id: str
+    spec: JobSpec
+    model_dir: Path
+    model_revision: str | None
+    workdir: Path
+    inputs: dict[tuple[StageName, str], StoredInput]
+    store: ArtifactStore | PatientStore
+    state_prefix: str
+    documents: Callable[[], Iterable[str] | None]
+    """Opens the job's text; None stands for the Python standard library."""
+    check: Check
+    publish: Report
+    fan_out: SharedSearch | None = None
+    """Shares the search's evaluations with other workers, where the job asks for it."""
+    parent: Parent | None = None
+    """Where the stage's work was done before, if this job was cut from another."""
+    _reported_at: float = field(default=0.0, init=False)
+
+    @property
+    def out(self) -> Path:
+        """The folder whose files become the stage's artifacts."""
+        folder = self.workdir / "out"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def report(self, progress: float, message: str, **figures: Any) -> None:
+        """Announce progress (0…1), at most once a second. Raises: StopRequested, LeaseLost."""
+        self.check()
+        if time.monotonic() - self._reported_at >= REPORT_INTERVAL_S:
+            self._reported_at = time.monotonic()
+            self.publish(progress, message, figures)
+
+    def input(self, stage: StageName, name: str) -> Path:
+        """An earlier stage's artifact as a local file. Raises: KeyError, CorruptArtifact, StoreUnavailable."""
+        stored = self.inputs[stage, name]
+        path = self.workdir / "in" / stage / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.store.download(stored.key, path)
+            found = self._sha256(path)
+            if found != stored.sha256:
+                path.unlink()
+                raise CorruptArtifact(f"{stored.key} has SHA-256 {found}, recorded was {stored.sha256}")
+        return path
+
+    def _sha256(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(READ_BYTES):
+                self.check()
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def input_json(self, stage: StageName, name: str) -> Any:
+        """An earlier stage's JSON artifact. Raises: as `input`."""
+        return json.loads(self.input(stage, name).read_text())
+
+    def input_folder(self, stage: StageName, prefix: str) -> Path:
+        """Every artifact of an earlier stage below `prefix`, as a folder. Raises: as `input`."""
+        for owner, name in self.inputs:
+            if owner == stage and name.startswith(f"{prefix}/"):
+                self.input(owner, name)
+        return self.workdir / "in" / stage / prefix
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write an output as JSON whose bytes depend on `content` alone."""
+        path = self.out / name
+        path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def save_state(self, name: str, data: bytes) -> None:
+        """Keep what a later attempt needs to go on from here. Raises: StoreUnavailable."""
+        self.store.put_bytes(f"{self.state_prefix}/{name}", data)
+
+    def load_state(self, name: str) -> bytes | None:
+        """What an earlier attempt kept, or else the parent's run of this stage, or None. Raises: StoreUnavailable."""
+        for prefix in self._states:
+            with suppress(ObjectNotFound):
+                return self.store.get_bytes(f"{prefix}/{name}")
+        return None
+
+    @property
+    def _states(self) -> list[str]:
+        return [self.state_prefix, *([] if self.parent is None else [self.parent.state_prefix])]
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors as `save_state` keeps bytes; as a file, since in memory they would be there twice."""
+        path = self.workdir / name
+        self.write_tensors(path, tensors)
+        self.store.put_file(f"{self.state_prefix}/{name}", path)
+        path.unlink()
+
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What `save_tensors` kept, as `load_state` finds it. Raises: StoreUnavailable."""
+        path = self.workdir / f"kept-{name}"
+        for prefix in self._states:
+            with suppress(ObjectNotFound):
+                self.store.download(f"{prefix}/{name}", path)
+                # The tensors lie in the file, which goes with the folder.
+                return load_file(path)
+        return None
+
+    def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file of any size. Raises: as `report`."""
+        interruptible(self.check, partial(save_file, dict(tensors), path))
