@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pdtrim.contract.architectures import architecture, is_tested
 from pdtrim.contract.blocks import limits
 from pdtrim.contract.estimate import (
     CheckpointEstimate,
@@ -18,7 +19,7 @@ from pdtrim.contract.estimate import (
 )
 from pdtrim.contract.jobs import Stage, StageName
 from pdtrim.contract.spec import JobSpec, StageTarget
-from service.checking.preflight import ARCHITECTURES, GATED_MLPS, num_blocks
+from service.checking.preflight import num_blocks
 from service.sources import ModelDescription
 from service.sources.safetensors_header import DTYPE_BITS
 
@@ -101,7 +102,7 @@ def _shape(model: ModelDescription) -> _Shape:
     if hidden is not None and heads is not None:
         head = _size(config, "head_dim") or hidden // heads
         kv_width = 2 * head * (_size(config, "num_key_value_heads") or heads)
-    gated = config["model_type"] in GATED_MLPS and wide is not None and hidden is not None
+    gated = architecture(config["model_type"]).gated_mlp and wide is not None and hidden is not None
     return _Shape(blocks, item_bytes, total, block, 3 * hidden * wide if gated and hidden and wide else None, kv_width)
 
 
@@ -177,7 +178,7 @@ def _warnings(
     spec: JobSpec, model: ModelDescription, shape: _Shape, evaluations: SearchEstimate, prefill: int, decode: int
 ) -> Iterator[EstimateWarning]:
     kind = model.config["model_type"]
-    if kind not in ARCHITECTURES:
+    if not is_tested(kind):
         yield EstimateWarning(
             message=f"{kind} is none of the architectures that were tested. The worker compares a walk through its "
             "blocks with the model itself first, and refuses it where they differ.",

@@ -6,6 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from pdtrim.contract.architectures import (
+    ARCHITECTURES,
+    BLOCK_COUNT_KEYS,
+    CONTEXT_KEYS,
+    EXPERT_KEYS,
+    architecture,
+    is_tested,
+)
 from pdtrim.contract.blocks import check_blocks
 from pdtrim.contract.errors import (
     DependencyUnavailable,
@@ -28,33 +36,6 @@ from service.sources import (
     parse_text_source,
 )
 from service.storage import StoreUnavailable
-
-ARCHITECTURES = (
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "opt",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-)
-"""Architectures (`model_type`) that were tried. Other decoder-only ones are tried by the worker before it begins."""
-GATED_MLPS = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
-"""Architectures whose every block has one gated MLP."""
-OTHER_ATTENTION = ("gemma2", "gpt2", "gpt_neox", "opt", "phi3")
-"""Architectures whose attention to a prompt cannot be measured."""
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-CONTEXT_SIZES = ("max_position_embeddings", "n_positions")
-"""What configurations call the number of blocks, and the longest context."""
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-"""Keys of a configuration that only a mixture of experts has."""
 
 
 def check(spec: JobSpec, settings: Settings) -> ModelDescription:
@@ -79,7 +60,7 @@ def check(spec: JobSpec, settings: Settings) -> ModelDescription:
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     """Hold a job against its model's `config.json`. Raises: ModelUnsupported, TooManyBlocks, InvalidRequest."""
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES and not _may_be_decoder_only(config):
+    if not is_tested(kind) and not _may_be_decoder_only(config):
         raise ModelUnsupported(
             f"The model's architecture is {repr(kind)[:80]}; this service prunes {', '.join(ARCHITECTURES)}, and tries "
             "other decoder-only language models (`…ForCausalLM`) that need no code of their own.",
@@ -92,15 +73,17 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     check_blocks(spec, num_blocks(config))
     for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
         _check_mlp_width(stage, target, config)
-    if spec.kv_tokens is not None and kind in OTHER_ATTENTION:
+    can = architecture(kind)
+    if spec.kv_tokens is not None and not can.attention_measurable:
         raise ModelUnsupported(
             f"kv_tokens measures attention, which is not possible for {kind}. Leave kv_tokens out.", param="kv_tokens"
         )
-    if spec.distillation.trainable == "lora" and kind == "gpt2":
+    if spec.distillation.trainable == "lora" and not can.linear_layers:
         raise ModelUnsupported(
-            "gpt2 has no linear layers that adapters fit; train `all` or `distilled`.", param="distillation.trainable"
+            f"{kind} has no linear layers that adapters fit; train `all` or `distilled`.",
+            param="distillation.trainable",
         )
-    context = next((config[key] for key in CONTEXT_SIZES if key in config), None)
+    context = next((config[key] for key in CONTEXT_KEYS if key in config), None)
     if type(context) is int and spec.calibration.window_tokens > context:
         raise InvalidRequest(
             f"calibration.window_tokens is {spec.calibration.window_tokens}, but the model reads at most {context} "
@@ -111,7 +94,7 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
 
 def num_blocks(config: Mapping[str, Any]) -> int:
     """How many blocks a model has by its `config.json`. Raises: ModelUnsupported."""
-    count = next((key for key in BLOCK_COUNTS if key in config), BLOCK_COUNTS[0])
+    count = next((key for key in BLOCK_COUNT_KEYS if key in config), BLOCK_COUNT_KEYS[0])
     blocks = config.get(count)
     if type(blocks) is not int or blocks < 1:
         raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
@@ -132,7 +115,7 @@ def _check_mlp_width(stage: str, target: StageTarget, config: Mapping[str, Any])
         return
     param = f"{stage}.mlp_width"
     kind, size = config["model_type"], config.get("intermediate_size")
-    if kind not in GATED_MLPS or any(config.get(key) is not None for key in EXPERTS):
+    if not architecture(kind).gated_mlp or any(config.get(key) is not None for key in EXPERT_KEYS):
         raise ModelUnsupported(
             f"{param} narrows gated MLPs (gate, up and down projection), and no experts; this {kind} model has another "
             f"kind. Leave {param} out.",

@@ -8,12 +8,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pdtrim.contract.architectures import is_tested
 from pdtrim.contract.blocks import check_blocks
 from pdtrim.contract.errors import ModelUnsupported
 from service.stopping import interruptible
 from workers.inputs.models import device, load_for_walks, load_tokenizer, windows_at_once
 from workers.inputs.windows import token_windows
-from workers.pruning.model.blocks import FAMILIES, UnsupportedArchitecture, block_stack, prove
+from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, prove
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import load_tasks
@@ -38,7 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     context.report(0.4, "Scoring blocks.")
     try:
         stack = block_stack(load_for_walks(context.model_dir, context.check))
-        if stack.model.config.model_type not in FAMILIES:
+        if not is_tested(stack.model.config.model_type):
             prove(stack)
     except UnsupportedArchitecture as error:
         raise ModelUnsupported(str(error), param="model.source") from error

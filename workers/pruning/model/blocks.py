@@ -18,25 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-FAMILIES = (
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "opt",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-)
-"""Architectures (`model_type`) that the tests prove; another is proved on the model itself, by `prove`."""
-COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What configurations call their number of blocks."""
+from pdtrim.contract.architectures import BLOCK_COUNT_KEYS
+
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 """What blocks call the KV cache among their arguments."""
 PROOF_TOKENS = 12
@@ -261,10 +244,10 @@ def _blocks_replaced(stack: BlockStack, modules: Sequence[nn.Module]) -> Iterato
 
 def count_key(config: Mapping[str, Any]) -> str:
     """What a configuration calls its number of blocks. Raises: UnsupportedArchitecture."""
-    for key in COUNT_KEYS:
+    for key in BLOCK_COUNT_KEYS:
         if key in config:
             return key
-    raise UnsupportedArchitecture(f"the configuration has none of {', '.join(COUNT_KEYS)}")
+    raise UnsupportedArchitecture(f"the configuration has none of {', '.join(BLOCK_COUNT_KEYS)}")
 
 
 def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
