@@ -86,7 +86,7 @@ def test_all_that_a_build_copies_is_in_its_context(dockerfile: Path) -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-@pytest.mark.parametrize(("extras", "there"), [(["otel"], False), (["worker", "otel"], True)])
+@pytest.mark.parametrize(("extras", "there"), [(["service", "otel"], False), (["worker", "otel"], True)])
 def test_requirements_are_those_of_the_project(extras: list[str], there: bool) -> None:
     command = [sys.executable, DOCKER / "requirements.py", *extras]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -18,8 +18,8 @@ from tests.gateway import Gateway, serve
 
 @pytest.fixture(autouse=True)
 def _read_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.metrics.READ_SECONDS", 0.0)
-    monkeypatch.setattr("service.metrics.IDLE_SHARE", 0.0)
+    monkeypatch.setattr("service.api.metrics.READ_SECONDS", 0.0)
+    monkeypatch.setattr("service.api.metrics.IDLE_SHARE", 0.0)
 
 
 def scrape(client: TestClient) -> dict[tuple[str, ...], float]:
@@ -108,12 +108,12 @@ def test_without_a_database_the_gateways_own_figures_stay(gateway: Gateway) -> N
 def test_however_often_it_is_scraped_the_database_is_read_once_in_a_while(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.metrics.READ_SECONDS", 60.0)
+    monkeypatch.setattr("service.api.metrics.READ_SECONDS", 60.0)
     gateway.create()
     first = scrape(gateway.client)["pdtrim_jobs", "queued"]
     gateway.create()
     assert scrape(gateway.client)["pdtrim_jobs", "queued"] == first == 1
-    monkeypatch.setattr("service.metrics.READ_SECONDS", 0.0)
+    monkeypatch.setattr("service.api.metrics.READ_SECONDS", 0.0)
     assert scrape(gateway.client)["pdtrim_jobs", "queued"] == 2
 
 
@@ -122,7 +122,7 @@ def test_the_longer_the_database_takes_the_less_often_it_is_read(
 ) -> None:
     gateway.create()
     scrape(gateway.client)
-    monkeypatch.setattr("service.metrics.IDLE_SHARE", 1e6)
+    monkeypatch.setattr("service.api.metrics.IDLE_SHARE", 1e6)
     gateway.create()
     assert scrape(gateway.client)["pdtrim_jobs", "queued"] == 1
 
