@@ -61,7 +61,9 @@ class BlockReader:
             key = (name, value.shape)
             if key not in self._buffers:
                 self._buffers[key] = torch.empty(value.shape, dtype=self._dtype, device=self._device)
-            set_module_tensor_to_device(self._blocks[index], name, self._device, self._buffers[key].copy_(value))
+            set_module_tensor_to_device(
+                self._blocks[index], name, self._device, self._buffers[key].copy_(value), clear_cache=False
+            )
         self._held = index
         self.blocks_read += 1
 

@@ -1,0 +1,1 @@
+"""What measures the service and the method; RESULTS.md is what it printed."""

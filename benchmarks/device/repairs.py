@@ -1,0 +1,155 @@
+"""Parts on the reference model: fitting one block to stand for two, and healing what is left of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from benchmarks.device.bench import BATCH_WINDOWS, ON_CPU, Bench, Place
+from benchmarks.device.findings import Findings
+from benchmarks.device.walks import listed
+from workers.pruning.model.blocks import block_stack, drop_blocks
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.units import Units
+from workers.pruning.repair.distill import (
+    HEALING,
+    Loss,
+    continuation_loss,
+    fitted_block,
+    merge,
+    sequence_loss,
+    train_on,
+    trainable,
+)
+from workers.pruning.repair.lora import linear_weights, lora_adapters
+from workers.pruning.repair.recompute import recomputed_blocks
+from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings
+from workers.pruning.search.engine import Engine
+
+MERGED = {2: 1, 6: 5}
+"""Removed block → its absorber, of the pairs that are fitted."""
+PREFILL = BlockPlan(12, deleted=frozenset({4, 9}))
+DECODE = BlockPlan(12, deleted=frozenset({2, 4, 5, 9}))
+"""A nested pair of the reference model, which is healed."""
+LEARNING_RATE = 1e-3
+TRAINED_TOLERANCE = 0.02
+"""By how much of the CPU's held-out loss another may differ: steps in bfloat16 arrive at other weights."""
+
+
+def training(steps: int) -> TrainingSettings:
+    """So many steps as a job takes them."""
+    return TrainingSettings(steps=steps, batch_windows=BATCH_WINDOWS, learning_rate=LEARNING_RATE, seed=0)
+
+
+def judge_trained(findings: Findings, what: str, losses: tuple[float, float], on_cpu: tuple[float, float]) -> None:
+    """Hold held-out losses before and after training against each other and against the CPU's."""
+    findings.judge(f"{what}, held-out loss after training", losses[1], losses[0])
+    for when, loss, expected in zip(("before", "after"), losses, on_cpu, strict=True):
+        relative = abs(loss / expected - 1)
+        findings.judge(f"{what}, held-out loss {when} training, from the CPU's", relative, TRAINED_TOLERANCE)
+
+
+def merging(bench: Bench) -> Findings:
+    """Pairs of blocks fitted on the device and on the CPU: held-out errors, and the loss of the model with each."""
+    findings = Findings()
+    table = findings.table(
+        f"Pairs of blocks fitted in {bench.size.merge_steps} steps: held-out error, where 1 is deleting both, and "
+        "cross-entropy of the model with the fitted block, nats a token:",
+        {
+            "where": "",
+            "pair": "",
+            "error before": ".4f",
+            "after": ".4f",
+            "cross-entropy": ".4f",
+            "from the CPU": ".1e",
+            "allowed": ".0e",
+        },
+    )
+    errors_on_cpu: dict[int, tuple[float, float]] = {}
+    on_cpu: dict[int, float] = {}
+    for place in (ON_CPU, bench.of_jobs):
+        model = place.load()
+        stack = block_stack(model)
+        units = Units(len(stack.blocks))
+        held_out = bench.windows["calibration"].to(place.device)
+        tensors, errors = merge(
+            model,
+            MERGED,
+            frozen=set(),
+            windows=bench.windows["train"].to(place.device),
+            held_out=held_out,
+            settings=training(bench.size.merge_steps),
+            journal=Journal(),
+        )
+        for removed, absorber in MERGED.items():
+            prefix = f"{stack.prefix}{absorber}."
+            fitted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            unit = units.pair(removed, absorber)
+            modules = {unit: fitted_block(stack, absorber, fitted)}
+            engine = Engine(stack, held_out, "cross_entropy", chunk_windows=BATCH_WINDOWS, modules=modules)
+            (loss,) = engine.losses([frozenset({unit})]).values()
+            from_cpu = abs(loss - on_cpu.setdefault(unit, loss))
+            pair = f"{removed}→{absorber}"
+            table.add(place.name, pair, *errors[removed], loss, from_cpu, place.tolerance)
+            what = f"{place.name}, {pair}"
+            judge_trained(findings, what, errors[removed], errors_on_cpu.setdefault(unit, errors[removed]))
+            findings.judge(f"{what}, cross-entropy from the CPU", from_cpu, place.tolerance)
+    return findings
+
+
+def healed(place: Place, bench: Bench) -> Iterator[tuple[str, TrainingResult, float]]:
+    """Ways to heal the pruned reference model: what each is, the held-out losses, and its seconds."""
+    teacher = place.load()
+    exact = replace(place, dtype=torch.float32)  # of the weights that are trained
+    train, held_out = (bench.windows[split].to(place.device) for split in ("train", "calibration"))
+    kept = DECODE.kept
+
+    def heal(loss: Loss, parameters: Mapping[str, nn.Parameter]) -> tuple[TrainingResult, float]:
+        start = bench.now()
+        result = train_on(loss, parameters, train, held_out, training(bench.size.heal_steps), Journal())
+        return result, bench.now() - start
+
+    for name, memory_saved in (("all weights", nullcontext), ("all weights, blocks recomputed", recomputed_blocks)):
+        weights = exact.load()
+        student = drop_blocks(weights, DECODE.removed)
+        with memory_saved(student):
+            yield name, *heal(sequence_loss(student, teacher, kept, HEALING), trainable(weights, kept, frozen=set()))
+
+    weights = exact.load()
+    student = drop_blocks(weights, DECODE.removed)
+    adapted = linear_weights(weights, kept, frozen=())
+    with lora_adapters(student, adapted, rank=8, alpha=16, seed=0) as adapters:
+        yield "low-rank adapters", *heal(sequence_loss(student, teacher, kept, HEALING), adapters)
+
+    weights = exact.load()
+    student = drop_blocks(weights, DECODE.removed)
+    loss = continuation_loss(
+        drop_blocks(exact.load(), PREFILL.removed),
+        student,
+        kv_layer_map(PREFILL, DECODE),
+        teacher,
+        kept,
+        HEALING,
+        prompt_tokens=bench.prompt_tokens,
+    )
+    yield "decode, on prefill's cache", *heal(loss, trainable(weights, kept, frozen=set()))
+
+
+def healing(bench: Bench) -> Findings:
+    """Healing of the pruned reference model on the device and on the CPU."""
+    findings = Findings()
+    table = findings.table(
+        f"Held-out healing loss without blocks {listed(DECODE.removed)}, {bench.size.heal_steps} steps:",
+        {"where": "", "trained": "", "before": ".4f", "after": ".4f", "seconds": ".1f"},
+    )
+    on_cpu: dict[str, tuple[float, float]] = {}
+    for place in (ON_CPU, bench.of_jobs):
+        for trained, result, seconds in healed(place, bench):
+            losses = (result.before, result.after)
+            table.add(place.name, trained, *losses, seconds)
+            judge_trained(findings, f"{place.name}, {trained}", losses, on_cpu.setdefault(trained, losses))
+    return findings
