@@ -1,1 +1,36 @@
-"""The method, in plain PyTorch: score blocks, search what to remove, repair what is left, write checkpoints."""
+"""The method, in plain PyTorch: score blocks, search what to give up, repair what is left, write checkpoints.
+
+It knows neither queue, database, store nor service, and works from a notebook. Four rooms, none of which knows those
+after it; `repair` and `serving` do not know each other. To be read in this order, each file after those it uses:
+
+model/      the model as the method sees it
+  blocks            where a model's blocks are; run one on a hidden state; drop some and renumber the rest
+  plan              what a half gives up, and how; nesting; the KV layer map
+  units             the ways to give up a block, numbered: what a search chooses among
+  calibration       text to fixed token windows
+  pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
+  measure           perplexity, likeness to the dense model, size, speed
+  width             fewer MLP channels in every block
+  building          one model is built at a time, since that patches torch for all threads
+  checkpoint        pruned checkpoints, sliced tensor by tensor out of the source's shards
+  sharding          a model over several devices
+  streaming         a model read block by block from disk
+search/     what may go
+  scores            how redundant each block is
+  anchor            hidden states that are held, so that a walk can begin near where the last one went
+  engine            the losses of many sets in one pass over the weights
+  memo              what is known of sets, window by window, and races between them
+  search            greedy, annealing and the others: which sets are tried, in which order
+  perplexity_bound  how many blocks a bound on perplexity lets go
+  batches           a batch of sets in parts, for several workers
+repair/     making up for what went
+  losses            what healing minimises
+  training          the loop: AdamW, warm-up, cosine, early stop, exact resuming
+  distill           merging, then healing of prefill, then of decode on prefill's cache
+  lora              low-rank adapters in place of all weights
+  recompute         gradient checkpointing that holds for blocks that read a cache
+serving/    a pair at work
+  handover          what prefill sends for one request, as bytes
+  pair_server       both halves, in one process or over a socket
+  kv_tokens         which prompt tokens' keys and values decode needs
+"""
