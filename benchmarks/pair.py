@@ -1,4 +1,4 @@
-"""What blocks cost in both serving stages and in decode alone, and a nested pair beside its controls.
+"""What blocks cost in both halves and in decode alone, and a nested pair beside its controls.
 
     python benchmarks/pair.py --prefill 3 --decode 5
 
@@ -80,7 +80,7 @@ def sensitivity(pairs: Pairs, num_blocks: int, progress: Progress) -> list[str]:
     lines = [
         f"Dense: {dense:.4f}.",
         "",
-        "| block | in both stages | more | in decode only | more |",
+        "| block | in both halves | more | in decode only | more |",
         "|---|---|---|---|---|",
     ]
     for block in progress.track(range(num_blocks), description="single blocks"):
@@ -100,7 +100,7 @@ def controls(calibration: Pairs, validation: Pairs, stack: BlockStack, args: arg
     rows = {
         "dense": (NOTHING, NOTHING, False),
         "the nested pair": (prefill, decode, False),
-        "its decode set in both stages": (decode, decode, False),
+        "its decode set in both halves": (decode, decode, False),
         "its decode set in decode only": (NOTHING, decode, False),
         "not nested: prefill projects what it skips": (prefill, free, True),
     }

@@ -16,6 +16,7 @@ from pdtrim.command import app as commands
 from pdtrim.contract.spec import JobSpec
 from service.app import TAGS, create_app
 from service.settings import Settings
+from workers import pruning
 
 ROOT = Path(__file__).parents[1]
 BOUNDS = {
@@ -161,12 +162,23 @@ def chart() -> str:
     return _without_title(ROOT / "helm" / "pdtrim" / "README.md").replace("(../../README.md)", "(../index.md)")
 
 
+def changelog() -> str:
+    """What changed from version to version."""
+    return _without_title(ROOT / "CHANGELOG.md")
+
+
+def reading_order() -> str:
+    """In which order the method's files are read, as its package says."""
+    _, _, listed = (pruning.__doc__ or "").partition("\n\nmodel/")
+    return f"```text\nmodel/{listed.rstrip()}\n```"
+
+
 def _without_title(path: Path) -> str:
     return path.read_text().split("\n", 1)[1]
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    made.__name__: made for made in (job, http, settings, cli, measurements, chart)
+    made.__name__: made for made in (job, http, settings, cli, measurements, chart, changelog, reading_order)
 }
 """What `<!-- generated: … -->` may name."""
 
