@@ -1,0 +1,22 @@
+"""What docs/contributing.md says of the rooms is what import-linter holds."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def rooms(cell: str) -> set[str]:
+    return {name.removesuffix(".py").replace("/", ".") for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_the_rooms_are_the_layers_in_their_order() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [set(line.split(" | ")) for line in contracts[0]["layers"]]
+    text = (ROOT / "docs" / "contributing.md").read_text()
+    table = text.partition("| room | has |\n|---|---|\n")[2].partition("\n\n")[0]
+
+    assert [rooms(line.split(" | ")[0]) for line in table.splitlines()] == layers
