@@ -159,7 +159,7 @@ def ask(gateway: Gateway, key: str | None, *, address: str = "203.0.113.7", path
     return client.get(path, headers={} if key is None else {"Authorization": f"Bearer {key}"})
 
 
-def limits_of(headers: Mapping[str, str]) -> list[str]:
+def limits_of(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     return re.findall(r'^"([\w-]+)";r=(\d+);t=\d+$', headers["ratelimit"])
 
 
