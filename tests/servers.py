@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -173,6 +174,16 @@ def restartable_valkey() -> Iterator[ValkeyServer]:
     (port,) = free_ports(1)
     with ValkeyServer(port=port) as server:
         yield server
+
+
+@contextmanager
+def postgres_database(server_url: str, *, template: str) -> Iterator[str]:
+    """The URL of a fresh copy of the database `template` of a PostgreSQL server."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server_url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        yield server_url.removesuffix("postgres") + name
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def test_gateways_on_one_broker_count_together(empty_redis_url: str) -> None:
     assert (outcomes.count(True), outcomes.count(False)) == (10, 30)
 
 
+@pytest.mark.server
 def test_a_broker_that_is_away_lets_everyone_through_and_is_mentioned_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
