@@ -1,38 +1,62 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else; both keep to .venv.
+# Python 3.11 or newer is all that is needed beforehand; everything keeps to .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Tests start dozens of processes, each of which would compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test chart-test chart-docs docs lint bench bench-service faults fuzz schemathesis state-machine clean
+.DEFAULT_GOAL := help
+.PHONY: help demo check format lint style types imports fast test chart-test chart-docs docs hooks bench bench-service faults fuzz schemathesis state-machine clean
 
-demo: $(VENV)/.worker
+help: ## What can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.worker ## A job on the reference model, from start to end
 	$(BIN)/pdtrim demo
 
-test: $(VENV)/.test
+check: lint fast ## In two minutes: style, types, imports, and the tests that need no server, browser or training
+
+format: $(VENV)/.dev ## Put all files into the house's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: style types imports ## What is told without running anything
+
+style: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+# A test that takes longer belongs to `make test` alone: it wants a mark, see `markers` in pyproject.toml.
+FAST := not server and not process and not browser and not training
+fast: $(VENV)/.test ## The tests of `make check`
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal --timeout 30 --durations 10 -m '$(FAST)'
+
+test: $(VENV)/.test ## All tests, on real servers that pip installs; some ten minutes
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses 3 --dist worksteal
+	$(BIN)/coverage run -m pytest --numprocesses 3 --dist worksteal --durations 10
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90 --skip-covered --skip-empty
 
-# Part of `make test`: the images' build files, the compose file, and the chart as Helm renders it.
-chart-test: $(VENV)/.test
+chart-test: $(VENV)/.test ## Of the tests: the images' build files, the compose file, and the chart as Helm renders it
 	$(BIN)/python -m pytest tests/chart
 
-chart-docs: $(VENV)/.worker
+chart-docs: $(VENV)/.worker ## Write the chart's README from its values
 	$(BIN)/python helm/document.py
 
-# Into build/docs, which any web server serves.
-docs: $(VENV)/.docs
+docs: $(VENV)/.docs ## The documentation, into build/docs, which any web server serves
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+hooks: $(VENV)/.dev ## Let git run `make lint` before each commit, and the fast tests before each push
+	$(BIN)/pre-commit install
 
-bench: $(VENV)/.worker
+bench: $(VENV)/.worker ## The figures of benchmarks/RESULTS.md on the method
 	$(BIN)/python benchmarks/engine.py --streamed
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/search.py optimum --removed 1 2 3 4 5
@@ -44,30 +68,29 @@ bench: $(VENV)/.worker
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072
 
-# Some eight minutes, five of which fill a database with a million jobs.
-bench-service: $(VENV)/.test
+bench-service: $(VENV)/.test ## The gateway under load: eight minutes, of which five fill a database with a million jobs
 	$(BIN)/python -m benchmarks.service
 
-faults: $(VENV)/.test
+faults: $(VENV)/.test ## 200 jobs through 300 faults
 	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed 0
 
 # Each target of tests/fuzz for so long; what it finds is kept in tests/fuzz/corpus, and fails the tests until it is mended.
 FUZZ_SECONDS ?= 600
 FUZZ_MEMORY_MB ?= 2048
 FUZZ_TARGETS ?= safetensors_header job_spec
-fuzz: $(VENV)/.fuzz
+fuzz: $(VENV)/.fuzz ## Readers of foreign bytes under Atheris, FUZZ_SECONDS each
 	for target in $(FUZZ_TARGETS); do $(BIN)/python -m tests.fuzz.run $$target $(FUZZ_SECONDS) $(FUZZ_MEMORY_MB) || exit 1; done
 
 SCHEMATHESIS_REQUESTS ?= 20000
-schemathesis: $(VENV)/.test
+schemathesis: $(VENV)/.test ## Some 20,000 requests that the interface's document allows, or does not
 	$(BIN)/python -m tests.api_fuzz.run $(SCHEMATHESIS_REQUESTS)
 
 STATE_MACHINE_EXAMPLES ?= 2000
-state-machine: $(VENV)/.test
+state-machine: $(VENV)/.test ## Jobs through 2,000 random lives
 	STATE_MACHINE_EXAMPLES=$(STATE_MACHINE_EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/unit/service/db/test_lifecycle.py
 
-clean:
-	rm -rf $(VENV) pdtrim-data .coverage*
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) pdtrim-data .coverage* .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

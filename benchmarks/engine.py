@@ -42,7 +42,8 @@ def random_llama(blocks: int, hidden: int) -> PreTrainedModel:
         num_key_value_heads=hidden // 64,
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.float().eval().requires_grad_(False)
+    model.float().eval().requires_grad_(False)
+    return model
 
 
 @torch.no_grad()

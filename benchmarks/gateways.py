@@ -65,7 +65,7 @@ class Target:
 def gateway(postgres_url: str, redis_url: str, name: str, folder: Path) -> Iterator[Target]:
     """A gateway process on a fresh database of the server, with a key made as for any user."""
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type]
+        connection.execute(f"CREATE DATABASE {name}")
     database_url = postgres_url.removesuffix("postgres") + name
     engine = connect(database_url)
     migrate(engine)

@@ -1,37 +1,46 @@
-"""Real servers for tests that ask for them; each starts once, when the first test of the run asks."""
+"""Real servers for tests that ask for them, each started once, when the first test asks; and marks for what is slow."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import psycopg
 import pytest
 import redis
 
 from service.db.session import connect, migrate
 from tests import servers
 
-END_TO_END = Path(__file__).parent / "e2e"
 SERVERS = {"postgres_url": "PostgreSQL", "redis_url": "Valkey (Redis)", "s3": "SeaweedFS (S3)"}
 """What runs on a real server, by the fixture that starts it."""
+KINDS = {"postgresql": "postgres_url", "valkey": "redis_url", "s3": "s3"}
+"""Parameters for which a fixture asks for a server only while it runs."""
+MARKS = {**dict.fromkeys(SERVERS, "server"), "browser": "browser", "environment": "process"}
+"""What a test is marked with for a fixture that it uses, itself or through others."""
 
 
+@pytest.hookimpl(tryfirst=True)  # Before `-m` chooses by these marks.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        for fixture, server in SERVERS.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                item.user_properties.append(("server", server))
+        fixtures = {*getattr(item, "fixturenames", ()), *_servers_of_parameters(item)}
+        for mark in sorted({MARKS[name] for name in fixtures & MARKS.keys()}):
+            item.add_marker(mark)
+        item.user_properties += [("server", SERVERS[name]) for name in sorted(fixtures & SERVERS.keys())]
     # pytest-xdist deals them in as many runs as there are workers: each begins with its share of the long ones.
     workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
-    long = [item for item in items if END_TO_END in item.path.parents]
-    short = [item for item in items if END_TO_END not in item.path.parents]
+    long = [item for item in items if item.get_closest_marker("process")]
+    short = [item for item in items if not item.get_closest_marker("process")]
     edges = [len(short) * worker // workers for worker in range(workers + 1)]
     items[:] = [
         item for worker in range(workers) for item in long[worker::workers] + short[edges[worker] : edges[worker + 1]]
     ]
+
+
+def _servers_of_parameters(item: pytest.Item) -> set[str]:
+    """Fixtures of the servers that a parametrised test asks for through one of its parameters."""
+    callspec = getattr(item, "callspec", None)
+    parameters = () if callspec is None else callspec.params.values()
+    return {KINDS[value] for value in parameters if isinstance(value, str) and value in KINDS}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -59,7 +68,7 @@ def postgres_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def migrated_database(postgres_url: str) -> Iterator[str]:
     """Name of a PostgreSQL database with the schema and no rows, to copy: a copy is made faster than a migration."""
-    with _database(postgres_url, template="template1") as url:
+    with servers.postgres_database(postgres_url, template="template1") as url:
         engine = connect(url)
         migrate(engine)
         engine.dispose()  # What is connected to cannot be copied.
@@ -69,24 +78,15 @@ def migrated_database(postgres_url: str) -> Iterator[str]:
 @pytest.fixture
 def postgres_database_url(postgres_url: str, migrated_database: str) -> Iterator[str]:
     """A fresh PostgreSQL database with the schema and no rows."""
-    with _database(postgres_url, template=migrated_database) as url:
+    with servers.postgres_database(postgres_url, template=migrated_database) as url:
         yield url
 
 
 @pytest.fixture
 def empty_postgres_database_url(postgres_url: str) -> Iterator[str]:
     """A fresh PostgreSQL database without the schema."""
-    with _database(postgres_url, template="template1") as url:
+    with servers.postgres_database(postgres_url, template="template1") as url:
         yield url
-
-
-@contextmanager
-def _database(server_url: str, *, template: str) -> Iterator[str]:
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(server_url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        yield server_url.removesuffix("postgres") + name
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")

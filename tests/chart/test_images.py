@@ -25,7 +25,7 @@ both = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.
 
 
 def run(program: str, *arguments: object) -> None:
-    command = [Path(sysconfig.get_path("scripts")) / program, *map(str, arguments)]
+    command: list[str | Path] = [Path(sysconfig.get_path("scripts")) / program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -88,7 +88,7 @@ def test_all_that_a_build_copies_is_in_its_context(dockerfile: Path) -> None:
 
 @pytest.mark.parametrize(("extras", "there"), [(["service", "otel"], False), (["worker", "otel"], True)])
 def test_requirements_are_those_of_the_project(extras: list[str], there: bool) -> None:
-    command = [sys.executable, DOCKER / "requirements.py", *extras]
+    command: list[str | Path] = [sys.executable, DOCKER / "requirements.py", *extras]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {"fastapi>=0.135", "opentelemetry-sdk"} <= set(printed)
     assert ("torch" in printed) is there

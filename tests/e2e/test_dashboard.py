@@ -62,7 +62,7 @@ def test_a_person_prunes_a_model_without_leaving_the_browser(
         for path in ("/ui/jobs", "/ui/jobs/new", first, f"{first}/exports/new", "/ui/nothing"):
             page.goto(path)
             for scheme in ("light", "dark"):
-                page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+                page.emulate_media(color_scheme=scheme)
                 check_accessible(page)
             page.set_viewport_size({"width": 360, "height": 740})
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, path

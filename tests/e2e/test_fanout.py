@@ -88,7 +88,7 @@ def test_a_search_shared_by_three_workers_of_which_one_is_killed_ends_as_that_of
         wait_until(client.ready, what="the gateway to be ready")
         names = [worker_name(process.pid) for process in workers]
         broker = celery_app(shared["PDTRIM_BROKER_URL"]).control
-        wait_until(lambda: len(broker.ping(names, timeout=1.0, limit=3)) == 3, what="the workers to be ready")
+        wait_until(lambda: len(broker.ping(names, timeout=1.0, limit=3) or []) == 3, what="the workers to be ready")
 
         by_one, figures = searched(client, client.create({**spec, "search": search}).id, tmp_path)
         assert (figures["workers"], figures["helpers_share"]) == (1, 0)

@@ -9,11 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from service.db.session import connect, migrate
 from tests.faults.cluster import ROOT
 from tests.processes import running, wait_until
 
 
+@pytest.mark.process
+@pytest.mark.server
 def test_twenty_jobs_through_thirty_faults_end_as_they_have_to_and_nothing_is_lost_or_doubled(
     record_property: Callable[[str, object], None],
 ) -> None:

@@ -118,7 +118,7 @@ def check_workers(cluster: Cluster) -> Iterator[Violation]:
     app = celery_app(cluster.settings.broker_url)
     # Of its own: a pooled connection may be from before a restart of the broker.
     with app.connection_for_write() as connection:
-        answers = app.control.ping(timeout=10.0, limit=expected, connection=connection)
+        answers = app.control.ping(timeout=10.0, limit=expected, connection=connection) or []
     if len(answers) != expected:
         yield Violation(f"only {answers} of {expected} workers answer on the broker")
 

@@ -30,8 +30,8 @@ from tests.hub import COMMIT, REPOSITORY, arriving_bytes, serve_hub, use_hub
 from tests.processes import wait_until
 from tests.servers import S3Server
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.running import attempt as pipeline
 from workers.running.attempt import Worker, run_stage
+from workers.stages import STAGES
 from workers.stages.context import StageContext
 
 PROMISED_S = 5.0
@@ -235,7 +235,7 @@ def test_an_upload_in_parts_is_stopped_and_leaves_none(
     slow: bool, worker: Worker, proxy: Proxy, s3: S3Server, s3_url: str, stop: Callable[..., None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, write_large_file)
+    monkeypatch.setitem(STAGES, StageName.SCORING, write_large_file)
     job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "tiny")))
     client, prefix = s3_client(**s3.options), urlsplit(s3_url).path.strip("/")
 

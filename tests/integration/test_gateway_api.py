@@ -91,6 +91,7 @@ def test_a_store_without_its_bucket_is_named(gateway: Gateway) -> None:
     assert "missing" in body["checks"]["store"]["detail"]
 
 
+@pytest.mark.server
 def test_a_stopped_database_is_503_and_named(gateway_settings: Settings, model: Path) -> None:
     with ExitStack() as stack:
         with servers.postgres() as url:

@@ -96,7 +96,7 @@ def test_a_fetch_that_broke_off_goes_on_where_it_was(
 
     port = int(s3.endpoint_url.rpartition(":")[2])
     with relay(port, break_after=[]) as watched:
-        fetch_model(s3_url, None, tmp_path / "model", **{**s3.options, "endpoint_url": watched.url})
+        fetch_model(s3_url, None, tmp_path / "model", **s3.options | {"endpoint_url": watched.url})
 
     assert ranges_in(watched.requests, "model.safetensors") == [str(2 * PART), str(3 * PART)]
     assert names_in(tmp_path / "model") == FETCHED
@@ -111,7 +111,7 @@ def test_a_connection_that_breaks_is_opened_again(
 
     # Each connection breaks after half of the weights, until some have broken.
     with relay(port, break_after=[len(WEIGHTS) // 2] * 2) as breaking:
-        fetch_model(s3_url, None, tmp_path / "model", **{**s3.options, "endpoint_url": breaking.url})
+        fetch_model(s3_url, None, tmp_path / "model", **s3.options | {"endpoint_url": breaking.url})
 
     assert len(ranges_in(breaking.requests, "model.safetensors")) == 3
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == WEIGHTS
@@ -163,10 +163,11 @@ def test_a_model_that_is_too_large_is_refused_before_the_first_byte(
 ) -> None:
     total = sum(len(MODEL[name]) for name in FETCHED)
 
-    for refused in (describe_model, lambda *a, **k: fetch_model(*a, tmp_path / "model", **k)):
-        told = rf"has {total} bytes in {len(FETCHED)} files.*at most {total - 1}\."
-        with pytest.raises(TooLargeSource, match=told):
-            refused(s3_url, None, max_bytes=total - 1, **s3.options)
+    told = rf"has {total} bytes in {len(FETCHED)} files.*at most {total - 1}\."
+    with pytest.raises(TooLargeSource, match=told):
+        describe_model(s3_url, None, max_bytes=total - 1, **s3.options)
+    with pytest.raises(TooLargeSource, match=told):
+        fetch_model(s3_url, None, tmp_path / "model", max_bytes=total - 1, **s3.options)
     assert not (tmp_path / "model").exists()
 
 

@@ -106,7 +106,7 @@ def test_a_presigned_link_expires(s3: S3Server, s3_url: str) -> None:
 
 
 def test_a_presigned_link_names_the_address_that_clients_reach(s3: S3Server, s3_url: str) -> None:
-    store = open_store(s3_url, **s3.options, public_endpoint_url="https://files.example.org")
+    store = open_store(s3_url, **s3.options | {"public_endpoint_url": "https://files.example.org"})
 
     link = store.presigned_url("a", expires_s=60, filename="a")
     store.put_bytes("a", b"through the inner address")
@@ -167,7 +167,7 @@ def test_a_bucket_that_is_not_there_is_named(s3: S3Server) -> None:
 
 
 def test_a_wrong_secret_is_refused_without_being_shown(s3: S3Server, s3_url: str) -> None:
-    store = open_store(s3_url, **{**s3.options, "secret_access_key": "not-the-secret"})
+    store = open_store(s3_url, **s3.options | {"secret_access_key": "not-the-secret"})
 
     with pytest.raises(StoreRefused, match="credentials") as caught:
         store.check_writable()

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,9 +44,7 @@ def http(monkeypatch: pytest.MonkeyPatch, service: LiveGateway) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES / "airflow"))
     monkeypatch.setenv("PDTRIM_URL", service.url)
     monkeypatch.delitem(sys.modules, "pdtrim_http", raising=False)
-    import pdtrim_http
-
-    return pdtrim_http  # type: ignore[no-any-return]
+    return import_module("pdtrim_http")
 
 
 def test_the_dag_submits_once_and_waits_for_the_end(http: ModuleType, service: LiveGateway) -> None:

@@ -26,7 +26,7 @@ def test_without_a_key_the_gateway_listens_on_this_machine_only(host: str) -> No
     assert Settings(host=host).binds_loopback
     with pytest.raises(ValidationError, match="PDTRIM_API_KEY"):
         Settings(host="0.0.0.0")
-    assert not Settings(host="gateway.internal", api_key="a-long-secret").binds_loopback  # type: ignore[arg-type]
+    assert not Settings(host="gateway.internal", api_key="a-long-secret").binds_loopback
 
 
 def test_the_environment_is_read_and_a_source_that_could_match_nothing_is_refused(

@@ -22,8 +22,8 @@ from service.settings import Settings
 from service.storage import StoreUnavailable
 from tests.gateway import write_model
 from tests.observing import lines, logged
-from workers.running import attempt as pipeline
 from workers.running.attempt import Worker, run_stage
+from workers.stages import STAGES
 from workers.stages.context import StageContext
 
 IN_ENVIRONMENT = {
@@ -133,7 +133,7 @@ def test_what_a_stage_raises(error: Exception, event: str, scene: Scene, monkeyp
         context.publish(0.5, EVERYTHING, {"note": EVERYTHING, "password": OTHER_PASSWORD, "loss": 1.5})
         raise error
 
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, stage)
+    monkeypatch.setitem(STAGES, StageName.SCORING, stage)
     job_id = scene.create()
     run_stage(scene.worker, job_id, StageName.SCORING)
 
@@ -148,15 +148,15 @@ def test_what_a_stage_raises(error: Exception, event: str, scene: Scene, monkeyp
 
 
 def test_what_a_request_brings_and_a_route_raises(scene: Scene) -> None:
-    app: Any = scene.client.app
-
-    @app.get("/broken")
     def broken() -> None:
         raise RuntimeError(EVERYTHING)
 
-    @app.get("/refused")
     def refused() -> None:
         raise ModelUnsupported(EVERYTHING, param=EVERYTHING)
+
+    app: Any = scene.client.app
+    app.get("/broken")(broken)
+    app.get("/refused")(refused)
 
     headers = {"x-request-id": ISSUED_KEY, "x-api-key": BEARER, "x-note": WEBHOOK_SECRET}
     query = f"?token={BEARER}&X-Amz-Signature={SIGNATURE}&metadata[secret]={OTHER_PASSWORD}"
@@ -188,7 +188,7 @@ def test_what_a_database_quotes_when_it_refuses(scene: Scene, monkeypatch: pytes
             connection.execute(text("SELECT * FROM nowhere WHERE a = :a"), {"a": EVERYTHING})
         return {}
 
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, stage)
+    monkeypatch.setitem(STAGES, StageName.SCORING, stage)
     job_id = scene.create()
     run_stage(scene.worker, job_id, StageName.SCORING)
     assert "nowhere" in scene.shown(job_id)

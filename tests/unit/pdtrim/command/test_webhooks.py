@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from standardwebhooks import Webhook
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from pdtrim.client import Client, ServiceError
 from pdtrim.command import app
@@ -33,7 +32,7 @@ def gateway(tmp_path: Path, model: Path) -> Iterator[LiveGateway]:
     settings = Settings(
         data_dir=tmp_path / "data",
         allowed_sources=["builtin:", model.as_uri()],
-        webhook_allowed_networks=["127.0.0.0/8"],  # type: ignore[list-item]
+        webhook_allowed_networks=["127.0.0.0/8"],
         reconcile_seconds=0.05,
     )
     with live(settings, model) as running:

@@ -24,7 +24,7 @@ def test_the_same_request_again_gets_the_same_answer_and_makes_no_job(gateway: G
     first = gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=KEY)
     gateway.run(first.json()["id"])
 
-    again = gateway.client.post("/v1/jobs", json=dict(reversed(gateway.spec.items())), headers=KEY)
+    again = gateway.client.post("/v1/jobs", json=dict(reversed(list(gateway.spec.items()))), headers=KEY)
 
     assert (first.status_code, again.status_code) == (201, 201)
     assert again.content == first.content

@@ -3,6 +3,7 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +23,7 @@ def _read_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.api.metrics.IDLE_SHARE", 0.0)
 
 
-def scrape(client: TestClient) -> dict[tuple[str, ...], float]:
+def scrape(client: httpx2.Client) -> dict[tuple[str, ...], float]:
     """Every sample, by its name and the values of its labels."""
     response = client.get("/metrics")
     assert response.status_code == 200

@@ -101,10 +101,11 @@ def test_a_token_that_was_tampered_with_does_not_open(running: Issuer, provider:
 
 
 def test_a_signature_that_anyone_can_make_does_not_open(running: Issuer, provider: Provider) -> None:
-    running.keys = [rsa_key("first")]
+    key = rsa_key("first")
+    running.keys = [key]
     claims = segment(running.claims())
     unsigned = [f"{segment({'alg': alg, 'kid': 'first'})}.{claims}." for alg in ("none", "None", "NONE")]
-    public = running.keys[0].as_pem(private=False)
+    public = key.as_pem(private=False)
     signed = f"{segment({'alg': 'HS256', 'kid': 'first'})}.{claims}"
     with_public_key = base64.urlsafe_b64encode(hmac.digest(public, signed.encode(), "sha256")).rstrip(b"=").decode()
 

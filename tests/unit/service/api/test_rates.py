@@ -97,6 +97,7 @@ def test_gateways_on_one_broker_count_together(empty_redis_url: str) -> None:
     assert (outcomes.count(True), outcomes.count(False)) == (10, 30)
 
 
+@pytest.mark.server
 def test_a_broker_that_is_away_lets_everyone_through_and_is_mentioned_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +160,7 @@ def ask(gateway: Gateway, key: str | None, *, address: str = "203.0.113.7", path
     return client.get(path, headers={} if key is None else {"Authorization": f"Bearer {key}"})
 
 
-def limits_of(headers: Mapping[str, str]) -> list[str]:
+def limits_of(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     return re.findall(r'^"([\w-]+)";r=(\d+);t=\d+$', headers["ratelimit"])
 
 

@@ -167,7 +167,8 @@ def test_of_many_that_claim_at_once_each_gets_another_piece(engine: Engine, held
 
     def claim_all(helper: str | None) -> list[int]:
         barrier.wait()
-        left, mine = set(range(40)), []
+        left = set(range(40))
+        mine: list[int] = []
         while True:
             number = take_back(engine, held, *left) if helper is None else claim(engine, held, helper)
             if number is None:

@@ -78,7 +78,7 @@ class Life(RuleBasedStateMachine):
         job_id = data.draw(st.sampled_from(self.jobs[-6:]))
         try:
             with transaction(self.engine) as session:
-                USERS[what](session, job_id)  # type: ignore[no-untyped-call]
+                USERS[what](session, job_id)
                 if what == "resume":
                     self.send(session, job_id)
         except QueueQuotaExceeded:

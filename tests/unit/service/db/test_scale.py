@@ -12,7 +12,7 @@ from sqlmodel import Session
 from benchmarks.filling import fill
 from pdtrim.contract.jobs import JobStatus
 from service.db import deletion, events, jobs, stages
-from service.db.session import connect, migrate, transaction
+from service.db.session import connect, transaction
 from service.db.tables import now
 from tests import servers
 
@@ -23,10 +23,9 @@ JOB = f"job_{COUNT // 2:032x}"
 
 
 @pytest.fixture(scope="module")
-def filled() -> Iterator[Engine]:
-    with servers.postgres() as url:
+def filled(postgres_url: str, migrated_database: str) -> Iterator[Engine]:
+    with servers.postgres_database(postgres_url, template=migrated_database) as url:
         engine = connect(url)
-        migrate(engine)
         fill(engine, SPEC, count=COUNT, project="serving")
         yield engine
         engine.dispose()

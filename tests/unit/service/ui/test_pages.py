@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi import Response
 from fastapi.testclient import TestClient
@@ -48,14 +48,14 @@ class Browser:
     def __init__(self, gateway: Gateway) -> None:
         self.client = TestClient(gateway.app, follow_redirects=False, raise_server_exceptions=False)
 
-    def get(self, path: str, **headers: str) -> httpx.Response:
+    def get(self, path: str, **headers: str) -> httpx2.Response:
         return self.client.get(path, headers=headers)
 
-    def post(self, page: str, path: str, **fields: str) -> httpx.Response:
+    def post(self, page: str, path: str, **fields: str) -> httpx2.Response:
         found = re.search(r'name="csrf" value="([^"]+)"', self.get(page).text)
         return self.client.post(path, data={"csrf": "" if found is None else found[1], **fields})
 
-    def login(self, key: str) -> httpx.Response:
+    def login(self, key: str) -> httpx2.Response:
         return self.post("/ui/login", "/ui/login", key=key, next="/ui/jobs/new")
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from ipaddress import ip_network
 from threading import Event
+from typing import Any
 
 import anyio
 import httpcore
@@ -41,8 +42,8 @@ class Dial(httpcore.AnyIOBackend):
         return await super().connect_tcp(self._detour or host, port, timeout, local_address, socket_options)
 
 
-def post(url: str, policy: Policy = LOOPBACK, **options: object) -> Answer:
-    outbound = Outbound(policy, **{"total_seconds": 5.0, **options})  # type: ignore[arg-type]
+def post(url: str, policy: Policy = LOOPBACK, *, total_seconds: float = 5.0, **options: Any) -> Answer:
+    outbound = Outbound(policy, total_seconds=total_seconds, **options)
     return anyio.run(outbound.post, url, b"{}", {"Content-Type": "application/json"})
 
 
@@ -197,7 +198,7 @@ def test_tls_verifies_the_name_while_the_connection_goes_to_the_address(authorit
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
     with receiving(tls=serving_tls(authority, "hooks.example.com")) as server:
-        options = {"find": found("127.0.0.1"), "ssl_context": trusting}
+        options: dict[str, Any] = {"find": found("127.0.0.1"), "ssl_context": trusting}
 
         assert post(f"https://hooks.example.com:{server.port}/", **options).status == 204
         with pytest.raises(Unanswered, match="CERTIFICATE_VERIFY_FAILED"):

@@ -43,7 +43,7 @@ SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks"
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data", webhook_allowed_networks=["127.0.0.0/8"])  # type: ignore[list-item]
+    return Settings(data_dir=tmp_path / "data", webhook_allowed_networks=["127.0.0.0/8"])
 
 
 @pytest.fixture

@@ -37,11 +37,12 @@ def test_a_model_that_fits_several_accelerators_together_is_sharded_before_it_is
     weights = sum(parameter.nbytes for parameter in resident.parameters())
     free = 0.75 * weights / models.RESIDENT_SHARE
     asked: list[Placement] = []
+    stand_ins: dict[object, str] = {0: "cpu", 1: "disk"}
 
     def load_here(folder: Path, placed: Placement, **options: Any) -> PreTrainedModel:
         """The two accelerators are this machine's memory and disk."""
         asked.append(placed)
-        return load_sharded(folder, {name: ("cpu", "disk")[int(n)] for name, n in placed.items()}, **options)
+        return load_sharded(folder, {name: stand_ins[number] for name, number in placed.items()}, **options)
 
     monkeypatch.setattr(models, "load_sharded", load_here)
     monkeypatch.setattr(models, "free_memory_bytes", lambda at: int(free))

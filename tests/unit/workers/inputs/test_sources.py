@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "models" / "tiny")
 
 
-def settings_for(model: Path, **changes: int) -> Settings:
+def settings_for(model: Path, **changes: Any) -> Settings:
     return Settings(data_dir=model.parent.parent / "data", allowed_sources=[model.parent.as_uri()], **changes)
 
 

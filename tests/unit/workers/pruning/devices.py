@@ -39,7 +39,7 @@ class Placed(Tensor):
         return self.held.tolist()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # typed there as a static method
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _computed(func, args, kwargs or {})
@@ -65,7 +65,7 @@ class _Making(TorchFunctionMode):
 @contextmanager
 def accelerators() -> Iterator[None]:
     """Meanwhile tensors can be made on, and moved to, `FIRST` and `SECOND`."""
-    with _Making(), _Computing():
+    with _Making(), _Computing():  # type: ignore[no-untyped-call]  # torch's own
         yield
 
 

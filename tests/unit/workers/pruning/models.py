@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,6 +22,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -28,7 +31,7 @@ from transformers import (
 )
 
 import workers
-from workers.pruning.model.calibration import cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
 
 FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-mixed", "qwen3")
 """For what the same code does to every family."""
@@ -42,7 +45,7 @@ TOLERANCE = 1e-5
 
 def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrainedModel:
     """A random float32 model with 5 blocks, hidden size 32, 4 heads, 2 KV heads, vocabulary 97."""
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -61,7 +64,7 @@ def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrained
     ungrouped = {key: value for key, value in shared.items() if key != "num_key_value_heads"}
     opt = {key: value for key, value in ungrouped.items() if key not in ("intermediate_size", "initializer_range")}
     opt |= {"ffn_dim": 48, "init_std": 0.2}
-    config = {
+    configs: dict[str, Callable[[], PretrainedConfig]] = {
         "llama": lambda: LlamaConfig(**shared, tie_word_embeddings=False),
         "llama-tied": lambda: LlamaConfig(**shared, tie_word_embeddings=True),
         "mistral-sliding": lambda: MistralConfig(**shared, sliding_window=7),
@@ -91,7 +94,7 @@ def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrained
             pad_token_id=0,
             initializer_range=0.2,
         ),
-        "gpt-neox": lambda: GPTNeoXConfig(**ungrouped, rotary_pct=0.5, use_parallel_residual=True),
+        "gpt-neox": lambda: GPTNeoXConfig(**ungrouped | {"rotary_pct": 0.5, "use_parallel_residual": True}),
         "granite": lambda: GraniteConfig(
             **shared,
             embedding_multiplier=3.0,
@@ -105,12 +108,38 @@ def tiny_model(family: str, *, num_blocks: int = 5, seed: int = 0) -> PreTrained
         "opt-projected": lambda: OPTConfig(**opt, word_embed_proj_dim=16, do_layer_norm_before=False),
         "phi3": lambda: Phi3Config(**shared),
         "qwen3-moe": lambda: Qwen3MoeConfig(
-            **shared, head_dim=16, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2
+            **shared | {"head_dim": 16},
+            moe_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=2,
+            decoder_sparse_step=2,
         ),
         "qwen3-tied": lambda: Qwen3Config(**shared, head_dim=16, tie_word_embeddings=True),
-    }[family]()
+    }
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(configs[family]())
+    model.float().eval().requires_grad_(False)
+    return model
+
+
+def continued(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, *, use_cache: bool = True) -> torch.Tensor:
+    """Prompts `ids` (batch, time) with their greedy continuation, as the library generates it."""
+    generate: Any = model.generate
+    mask = torch.ones_like(ids)
+    tokens: torch.Tensor = generate(
+        ids, max_new_tokens=new_tokens, do_sample=False, attention_mask=mask, use_cache=use_cache
+    )
+    return tokens
+
+
+def loaded_whole(folder: Path) -> PreTrainedModel:
+    """A checkpoint as any server would load it, in float32, but with nothing missing or left over."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    assert isinstance(model, PreTrainedModel)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.eval()
+    return model
 
 
 def random_ids(batch: int, tokens: int, *, seed: int = 1) -> torch.Tensor:
@@ -125,11 +154,13 @@ def reference_tokenizer() -> PreTrainedTokenizerBase:
 
 def reference_model() -> PreTrainedModel:
     """A fresh float32 copy of the trained reference model."""
-    return AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval().requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    model.eval().requires_grad_(False)
+    return model
 
 
 @cache
-def reference_windows(split: str, count: int, tokens: int) -> torch.Tensor:
+def reference_windows(split: Split, count: int, tokens: int) -> torch.Tensor:
     """Windows (count, tokens) of the standard library's source; do not change them."""
     stream = token_stream(stdlib_documents(split), reference_tokenizer(), at_least=2 * count * tokens)
     return cut_windows(stream, count=count, tokens=tokens, seed=0)

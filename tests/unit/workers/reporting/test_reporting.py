@@ -95,7 +95,9 @@ class Reader(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.text, self.named, self.described = "", [], []
+        self.text = ""
+        self.named: list[str] = []
+        self.described: list[str] = []
         self.tags: set[str] = set()
         self.feed(page)
 
@@ -104,7 +106,7 @@ class Reader(HTMLParser):
         self.tags.add(tag)
         self.open += [] if tag in VOID else [tag]
         self.named += [given[name] or "" for name in ("src", "href", "srcset", "data", "action") if name in given]
-        self.described += [given["alt"]] if tag == "img" and given.get("alt") else []
+        self.described += [alt] if tag == "img" and (alt := given.get("alt")) else []
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag

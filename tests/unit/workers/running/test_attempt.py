@@ -40,6 +40,7 @@ from service.db.tables import ArtifactRow, StageRow, now
 from service.settings import Settings
 from service.storage import StoreRefused, open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
+from tests.unit.workers.pruning.models import loaded_whole
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.plan import BlockPlan
 from workers.pruning.model.width import channel_scores, kept_channels
@@ -48,6 +49,7 @@ from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.serving.pair_server import PrefillDecodePair
 from workers.running import attempt as pipeline
 from workers.running.attempt import Worker, run_stage
+from workers.stages import STAGES
 from workers.stages.context import StageContext
 
 
@@ -507,10 +509,7 @@ def test_narrower_mlps_are_healed_exported_and_measured(
             if name.startswith(f"{role}/"):
                 (tmp_path / name).parent.mkdir(exist_ok=True)
                 worker.store.download(row.key, tmp_path / name)
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            tmp_path / role, dtype=torch.float32, output_loading_info=True
-        )
-        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        loaded = loaded_whole(tmp_path / role)
         assert loaded.config.intermediate_size == kept
         assert proofs[role]["max_logit_difference"] <= 1e-5
         described = json.loads((tmp_path / role / "pdtrim.json").read_text())
@@ -526,7 +525,7 @@ def test_narrower_mlps_are_healed_exported_and_measured(
             assert report["models"][role]["perplexity"]["value"] == undistilled
             block = described["kept_blocks"][0]
             chosen = load(content(worker, job_id, StageName.SCORING, "channels.safetensors"))[f"{role}.{block}"]
-            found = loaded.model.layers[0].mlp.down_proj.weight
+            found = loaded.get_parameter("model.layers.0.mlp.down_proj.weight")
             assert torch.equal(found, dense[f"model.layers.{block}.mlp.down_proj.weight"][:, chosen.long()])
 
     # The hand-over does not see the width: decode continues prefill's cache as in any job.
@@ -783,7 +782,7 @@ def test_a_full_disk_costs_an_attempt_not_the_job(worker: Worker, model: Path, m
 
     job_id = create(worker, tiny_spec(model))
     with monkeypatch.context() as patch:
-        patch.setitem(pipeline.STAGES, StageName.SCORING, fill)
+        patch.setitem(STAGES, StageName.SCORING, fill)
         run_stage(worker, job_id, StageName.SCORING)
     with transaction(worker.engine) as session:
         last = events.page(session, job_id, after=0, limit=1000)[0][-1]
@@ -810,11 +809,11 @@ def test_a_worker_that_comes_back_to_a_stage_taken_over_leaves_the_other_its_fol
     worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = create(worker, tiny_spec(model))
-    succeeded = pipeline.STAGES[StageName.SCORING]
+    succeeded = STAGES[StageName.SCORING]
 
     def be_overtaken(context: StageContext) -> dict[str, Any]:
         """What a process does that was stopped for longer than its lease, and its successor meanwhile."""
-        monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, let_the_other_go_first)
+        monkeypatch.setitem(STAGES, StageName.SCORING, let_the_other_go_first)
         with transaction(worker.engine) as session:
             session.get_one(StageRow, (job_id, StageName.SCORING)).lease_expires_at = now() - timedelta(seconds=1)
         retire(worker, job_id, StageName.SCORING)
@@ -830,7 +829,7 @@ def test_a_worker_that_comes_back_to_a_stage_taken_over_leaves_the_other_its_fol
 
     working, stumbled = Event(), Event()
     successor = Thread(target=run_stage, args=(worker, job_id, StageName.SCORING))
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, be_overtaken)
+    monkeypatch.setitem(STAGES, StageName.SCORING, be_overtaken)
     run_stage(worker, job_id, StageName.SCORING)
     stumbled.set()
     successor.join(60)
@@ -866,7 +865,7 @@ def test_a_process_whose_stage_hangs_after_it_was_lost_is_given_up(
         return {}
 
     job_id = create(worker, tiny_spec(model))
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, hang)
+    monkeypatch.setitem(STAGES, StageName.SCORING, hang)
     run_stage(replace(worker, abandon=given_up.set), job_id, StageName.SCORING)
     assert given_up.is_set()
     assert job_error(worker, job_id)["code"] == "deadline_exceeded"
@@ -905,7 +904,7 @@ def test_memory_that_does_not_suffice_fails_the_stage_by_name(
     worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = create(worker, tiny_spec(model))
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, lambda context: torch.empty(2**60))
+    monkeypatch.setitem(STAGES, StageName.SCORING, lambda context: torch.empty(2**60))
     run_stage(worker, job_id, StageName.SCORING)
     error = job_error(worker, job_id)
     assert error["code"] == "out_of_memory"

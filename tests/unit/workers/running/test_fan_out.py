@@ -14,6 +14,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+import torch
 from sqlalchemy.exc import OperationalError
 from sqlmodel import Session, select
 
@@ -26,7 +27,6 @@ from service.settings import Settings
 from service.storage import open_store
 from tests.processes import wait_until
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.inputs import models
 from workers.inputs.models import numerics
 from workers.pruning.search.batches import Evaluation
 from workers.pruning.search.engine import NonFiniteLoss
@@ -304,7 +304,7 @@ def test_a_worker_that_computes_otherwise_does_not_help(
     with transaction(worker.engine) as session:
         stages.claim(session, job_id, StageName.REMOVAL, worker="w", lease_seconds=60)
     of_search = numerics()
-    monkeypatch.setattr(models.torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert numerics() != of_search
     help_search(worker, job_id, 1, of_search, queues=["default"])
     assert helpers(worker) == []

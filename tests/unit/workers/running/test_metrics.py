@@ -18,10 +18,10 @@ from service.settings import Settings
 from service.storage import StoreUnavailable, open_store
 from tests.observing import lines, logged
 from tests.servers import free_ports
-from workers.running import attempt as pipeline
 from workers.running.attempt import Worker, run_stage
 from workers.running.lease import StopRequested
 from workers.running.metrics import WorkerMetrics
+from workers.stages import STAGES
 from workers.stages.context import StageContext
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
@@ -39,7 +39,7 @@ def worker(tmp_path: Path) -> Worker:
 
 def run(worker: Worker, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a new job's first stage with another content; returns the job's id."""
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, stage)
+    monkeypatch.setitem(STAGES, StageName.SCORING, stage)
     with transaction(worker.engine) as session:
         job_id = jobs.create(session, SPEC).id
     run_stage(worker, job_id, StageName.SCORING)

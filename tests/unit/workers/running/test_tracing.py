@@ -33,8 +33,8 @@ from service.upkeep.reconciler import sweep
 from tests.gateway import Gateway, serve, write_model
 from tests.observing import logged
 from tests.processes import wait_until
-from workers.running import attempt as pipeline
 from workers.running.attempt import Worker, run_stage
+from workers.stages import STAGES
 from workers.stages.context import StageContext
 
 
@@ -86,7 +86,7 @@ def tasks_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def working(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Celery worker in a thread of this process, whose stages do next to nothing."""
     for stage in StageName:
-        monkeypatch.setitem(pipeline.STAGES, stage, small)
+        monkeypatch.setitem(STAGES, stage, small)
     app = tasks_of(monkeypatch).app
     with logged(settings), start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=20):
         yield
@@ -157,7 +157,7 @@ def test_a_stage_that_fails_is_an_error_without_its_message(
     def fail(context: StageContext) -> dict[str, Any]:
         raise RuntimeError("private")
 
-    monkeypatch.setitem(pipeline.STAGES, StageName.SCORING, fail)
+    monkeypatch.setitem(STAGES, StageName.SCORING, fail)
     job_id = gateway.create()
     with tracing.receiving("pdtrim.scoring", {}):
         run_stage(Worker(settings, gateway.engine, gateway.app.state.store, "w"), job_id, StageName.SCORING)

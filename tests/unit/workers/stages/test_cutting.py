@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pdtrim.contract.frontier import ExportSpec, Frontier
-from pdtrim.contract.jobs import StageName, StageStatus
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from pdtrim.contract.spec import JobSpec
 from service.checking.frontier import read_frontier
 from service.db import artifacts, deletion, jobs
@@ -66,7 +66,8 @@ def loaded_blocks(worker: Worker, job_id: str, role: str, folder: Path) -> int:
     for name in ("config.json", "model.safetensors"):
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(content(worker, job_id, StageName.EXPORT, f"{role}/{name}"))
-    return AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers
+    blocks: int = AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers
+    return blocks
 
 
 @pytest.mark.parametrize("merge_tokens", [0, 256])
@@ -86,7 +87,7 @@ def test_another_export_takes_over_scores_and_search_and_outlives_the_job_it_was
     assert run(worker, child, StageName.SCORING) == scored
     removal = run(worker, child, StageName.REMOVAL)
     with transaction(worker.engine) as session:
-        session.get_one(JobRow, parent).status = "succeeded"
+        session.get_one(JobRow, parent).status = JobStatus.SUCCEEDED
         deletion.mark(session, parent)
     worker.store.delete_prefix(job_prefix(parent))
     assert content(worker, child, StageName.REMOVAL, "search.json") == visited

@@ -46,7 +46,7 @@ def test_without_tasks_the_harness_is_not_needed(monkeypatch: pytest.MonkeyPatch
 def test_the_harness_finds_the_choice_that_the_model_finds_likeliest(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    calls = []
+    calls: list[None] = []
     found = measure_tasks(
         model, tokenizer, load_tasks([TASK]), limit=None, seed=0, on_forward=lambda: calls.append(None)
     )

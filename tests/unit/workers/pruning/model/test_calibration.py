@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def test_documents_are_separated_by_the_end_of_text_token() -> None:
 def test_reading_stops_when_there_are_enough_tokens() -> None:
     read = []
 
-    def documents() -> object:
+    def documents() -> Iterator[str]:
         for text in ("x " * 50, "y " * 50, "z " * 50):
             read.append(text[0])
             yield text

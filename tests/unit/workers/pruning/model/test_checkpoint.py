@@ -2,13 +2,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, REFERENCE, TOLERANCE, random_ids, tiny_model
+from tests.unit.workers.pruning.models import (
+    EXPERTS,
+    FAMILIES,
+    OTHERS,
+    REFERENCE,
+    TOLERANCE,
+    continued,
+    loaded_whole,
+    random_ids,
+    tiny_model,
+)
 from tests.weights import safetensors_file
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import BrokenCheckpoint, SourceTensors, write_checkpoint
@@ -23,17 +34,9 @@ def saved(family: str, folder: Path, *, shard_size: str = "1GB") -> tuple[PreTra
     return model, folder
 
 
-def write(source: Path, target: Path, kept: list[int], overrides: SourceTensors = NO_OVERRIDES, **options: int) -> Path:
+def write(source: Path, target: Path, kept: list[int], overrides: SourceTensors = NO_OVERRIDES, **options: Any) -> Path:
     write_checkpoint(source, target, kept=kept, overrides=overrides, pdtrim={"k": 1}, model_card="card", **options)
     return target
-
-
-def loaded(folder: Path) -> PreTrainedModel:
-    """As any server would load it, but with nothing missing or left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    return model.eval()
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
@@ -42,16 +45,14 @@ def test_the_checkpoint_computes_what_the_pruned_model_computes(family: str, sha
     model, source = saved(family, tmp_path / "source", shard_size=shard_size)
     target = write(source, tmp_path / "target", [0, 2, 3], max_shard_bytes=20_000)
     ids = random_ids(2, 12)
-    result, expected = loaded(target), drop_blocks(model, {1, 4})
+    result, expected = loaded_whole(target), drop_blocks(model, {1, 4})
     assert (result(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max() <= TOLERANCE
-    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    generated = expected.generate(ids, use_cache=False, **settings)
-    assert torch.equal(result.generate(ids, use_cache=True, **settings), generated)
+    assert torch.equal(continued(result, ids, 8, use_cache=True), continued(expected, ids, 8, use_cache=False))
     assert len(list(target.glob("*.safetensors"))) > 1
 
 
 def test_a_checkpoint_whose_names_lack_the_models_first_part_keeps_them_so(tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
+    model: Any = tiny_model("gpt2")
     model.transformer.save_pretrained(tmp_path / "source")  # As gpt2 is published: `h.0.…`, not `transformer.h.0.…`.
     trained = {f"transformer.h.2.{name}": value + 1 for name, value in model.transformer.h[2].state_dict().items()}
     save_file(trained, tmp_path / "trained.safetensors")
@@ -60,7 +61,7 @@ def test_a_checkpoint_whose_names_lack_the_models_first_part_keeps_them_so(tmp_p
     model.load_state_dict(trained, strict=False)
     ids = random_ids(2, 12)
     expected = drop_blocks(model, {1, 4})(input_ids=ids).logits
-    assert (loaded(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
+    assert (loaded_whole(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
     assert "h.2.ln_1.weight" in SourceTensors.of(target).files
 
 
@@ -77,7 +78,7 @@ def test_trained_experts_replace_those_of_the_source(family: str, tmp_path: Path
     model.load_state_dict(trained, strict=False)
     ids = random_ids(2, 12)
     expected = drop_blocks(model, {2, 4})(input_ids=ids).logits
-    assert (loaded(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
+    assert (loaded_whole(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
 
 
 def test_everything_that_a_server_reads_is_there(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_a_tied_head_that_the_source_stores_a_second_time_does_no_harm(tmp_path:
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    result = loaded(write(source, tmp_path / "target", [1, 2]))
+    result = loaded_whole(write(source, tmp_path / "target", [1, 2]))
     ids = random_ids(1, 8)
     assert result.lm_head.weight.data_ptr() == result.model.embed_tokens.weight.data_ptr()
     difference = result(input_ids=ids).logits - drop_blocks(model, {0, 3, 4})(input_ids=ids).logits
@@ -113,11 +114,11 @@ def test_attention_types_that_the_source_leaves_to_the_layer_numbers_stay_with_t
     config = json.loads((source / "config.json").read_text())
     del config["layer_types"]
     (source / "config.json").write_text(json.dumps(config | {"max_window_layers": 3}))
-    model = loaded(source)
+    model = loaded_whole(source)
     target = write(source, tmp_path / "target", [0, 2, 3])
     ids = random_ids(2, 12)
     expected = drop_blocks(model, {1, 4})(input_ids=ids).logits
-    assert (loaded(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
+    assert (loaded_whole(target)(input_ids=ids).logits - expected).abs().max() <= TOLERANCE
     layer_types = json.loads((target / "config.json").read_text())["layer_types"]
     assert layer_types == ["full_attention", "full_attention", "sliding_attention"]
 
@@ -189,7 +190,7 @@ def test_trained_tensors_replace_those_of_the_same_original_block_in_the_stored_
     load_tensors(expected, {name: tensor.bfloat16() for name, tensor in trained.items()})
     ids = random_ids(1, 8)
     pruned = drop_blocks(expected.eval(), set(range(12)) - {0, 3})
-    assert (loaded(target)(input_ids=ids).logits - pruned(input_ids=ids).logits).abs().max() <= TOLERANCE
+    assert (loaded_whole(target)(input_ids=ids).logits - pruned(input_ids=ids).logits).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(

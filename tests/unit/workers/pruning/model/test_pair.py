@@ -18,6 +18,7 @@ from tests.unit.workers.pruning.models import (
     OTHERS,
     REFERENCE,
     TOLERANCE,
+    continued,
     random_ids,
     reference_model,
     reference_windows,
@@ -46,7 +47,7 @@ def test_the_dense_model_as_both_halves_is_the_dense_model(family: str) -> None:
 def test_the_dense_pair_generates_what_the_dense_model_generates(family: str) -> None:
     model, ids = tiny_model(family), random_ids(2, 12)
     model.generation_config.eos_token_id = None
-    expected = model.generate(ids, max_new_tokens=9, do_sample=False, attention_mask=torch.ones_like(ids))
+    expected = continued(model, ids, 9)
     assert torch.equal(generate_pair(model, model, ALL, ids, new_tokens=9), expected[:, 12:])
 
 
@@ -101,7 +102,7 @@ def exported_pair(source: Path, folder: Path, dense: list[PreTrainedModel], ids:
         "decode": BlockPlan(num_blocks, frozenset({1}), {3: 2}),
     }
     layer_map = kv_layer_map(plans["prefill"], plans["decode"])
-    halves = []
+    halves: list[PreTrainedModel] = []
     for (role, plan), model in zip(plans.items(), dense, strict=True):
         name = f"model.layers.{max(plan.kept)}.mlp.up_proj.weight"
         # What bfloat16 can hold, so that storing it loses nothing.
@@ -118,7 +119,8 @@ def exported_pair(source: Path, folder: Path, dense: list[PreTrainedModel], ids:
         load_tensors(model, trained)
         halves.append(drop_blocks(model, plan.removed))
     (folder / "ids.json").write_text(json.dumps(ids.tolist()))
-    return pd_loss(*halves, layer_map, ids, prompt_tokens=ids.shape[1] // 2, batch=4)
+    prefill, decode = halves
+    return pd_loss(prefill, decode, layer_map, ids, prompt_tokens=ids.shape[1] // 2, batch=4)
 
 
 def test_the_exported_files_alone_give_the_reported_loss(tmp_path: Path) -> None:

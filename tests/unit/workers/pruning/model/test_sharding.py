@@ -40,7 +40,8 @@ def sharded(family: str, folder: Path, *devices: torch.device) -> BlockStack:
     found = placed(family, folder)
     assert found is not None
     model = tiny_model(family)
-    on = {name: devices[int(number) % len(devices)] for name, number in found.items()}
+    by_number: dict[object, torch.device] = {0: devices[0], 1: devices[-1]}
+    on = {name: by_number[number] for name, number in found.items()}
     skipped = model._skip_keys_device_placement
     return block_stack(dispatch_model(model, on, main_device=FIRST, skip_keys=skipped, force_hooks=True))
 
@@ -106,9 +107,9 @@ def test_a_sharded_checkpoint_is_loaded_and_walked_like_a_resident_one(family: s
     found, model, ids = placed(family, tmp_path), tiny_model(family), random_ids(2, 9)
     assert found is not None
     # Accelerate's own stand-ins for two accelerators here: weights in memory, and weights brought for each call.
-    stack = block_stack(
-        load_sharded(tmp_path, {name: ("cpu", "disk")[int(n)] for name, n in found.items()}, dtype=FLOAT)
-    )
+    stand_ins: dict[object, str] = {0: "cpu", 1: "disk"}
+    on = {name: stand_ins[number] for name, number in found.items()}
+    stack = block_stack(load_sharded(tmp_path, on, dtype=FLOAT))
     assert [next(block.parameters()).is_meta for block in stack.blocks] == [False, False, True, True, True]
     assert torch.equal(stack.model(input_ids=ids).logits, model(input_ids=ids).logits)
     assert losses(stack, ids) == losses(block_stack(model), ids)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
 from tests.unit.workers.pruning.models import (
     FAMILIES,
     TOLERANCE,
+    loaded_whole,
     random_ids,
     reference_model,
     reference_windows,
@@ -53,7 +55,8 @@ def best_channels(model: PreTrainedModel, keep: int = KEEP) -> dict[int, tuple[i
 
 def model_with_biases() -> PreTrainedModel:
     config = LlamaConfig(**tiny_model("llama").config.to_dict() | {"mlp_bias": True})
-    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.float().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
@@ -79,12 +82,7 @@ def exported(
         model_card="card",
         kept_channels=channels,
     )
-    result, info = AutoModelForCausalLM.from_pretrained(
-        folder / "target", dtype=torch.float32, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    return result.eval()
+    return loaded_whole(folder / "target")
 
 
 def distance(one: PreTrainedModel, other: PreTrainedModel) -> float:
@@ -247,7 +245,7 @@ SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "nu
     [(Phi3Config, "mlp.gate_up_proj.weight"), (Starcoder2Config, "mlp.c_fc.bias"), (MixtralConfig, "none")],
 )
 def test_the_export_refuses_a_family_whose_mlp_has_no_gate_up_and_down_projection(
-    family: type[PretrainedConfig], found: str, tmp_path: Path
+    family: Callable[..., PretrainedConfig], found: str, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_config(family(**SMALL, intermediate_size=16, vocab_size=97, pad_token_id=0))
     with pytest.raises(UnsupportedArchitecture, match=rf"only MLPs of a gate, an up .* block 0 has .*{found}"):

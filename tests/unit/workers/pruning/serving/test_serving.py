@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tests.unit.workers.pruning.models import FAMILIES, OTHERS, REFERENCE, random_ids, reference_windows, tiny_model
 from workers.pruning.model.blocks import drop_blocks
@@ -188,8 +187,8 @@ def test_checkpoints_that_hold_no_rule_send_every_token(tmp_path: Path) -> None:
     export(tmp_path, {"prefill": {2, 5}, "decode": {2, 4, 5, 9}})
     pair = PrefillDecodePair.load(tmp_path / "prefill", tmp_path / "decode", dtype=torch.float32)
     ids = reference_windows("validation", 2, 48)
-    halves: list[PreTrainedModel] = [pair.prefill_half.model, pair.decode_half.model]
-    expected = generate_pair(*halves, pair.prefill_half.layer_map, ids, new_tokens=NEW_TOKENS)
+    prefill, decode = pair.prefill_half, pair.decode_half
+    expected = generate_pair(prefill.model, decode.model, prefill.layer_map, ids, new_tokens=NEW_TOKENS)
     assert pair.prefill_half.layer_map == (0, 1, 2, 4, 5, 6, 8, 9)
     assert torch.equal(pair.decode(pair.prefill(ids), NEW_TOKENS), expected)
 
