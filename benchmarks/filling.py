@@ -26,9 +26,9 @@ def _template(engine: Engine, spec: JobSpec) -> str:
         job_id = jobs.create(session, spec, project="template").id
     for stage in StageName:
         with transaction(engine) as session:
-            held = stages.claim(session, job_id, stage, worker="w", lease_seconds=60)
-            assert held is not None
-            stages.complete(session, held, artifacts=[], metrics={}, versions={"torch": "2"})
+            claim = stages.claim(session, job_id, stage, worker="w", lease_seconds=60)
+            assert claim is not None
+            stages.complete(session, claim, artifacts=[], metrics={}, versions={"torch": "2"})
     with transaction(engine) as session:
         count = jobs.get(session, job_id).last_event
         session.execute(text("DELETE FROM events WHERE job_id = :job AND number > 10"), {"job": job_id})

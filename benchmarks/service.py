@@ -188,20 +188,20 @@ def streaming(load: Load, target: Target, *, streams: int, reports: int, a_secon
     load.begin(target, "streams", path=f"/v1/jobs/{job_id}/events", connections=streams, events=events)
     assert load.result() == "open"
     with transaction(target.engine) as session:
-        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=600)
-    assert held is not None
+        claim = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=600)
+    assert claim is not None
     used, started = target.cpu_seconds(), time.monotonic()
     resident = 0
     for number in range(reports):
         time.sleep(max(0.0, started + number / a_second - time.monotonic()))
         with transaction(target.engine) as session:
             data = {"sent": time.time()}
-            stages.report(session, held, progress=number / reports, message="Working.", data=data)
+            stages.report(session, claim, progress=number / reports, message="Working.", data=data)
         resident = max(resident, target.resident_bytes())
     with transaction(target.engine) as session:
         jobs.request_cancel(session, job_id)
     with transaction(target.engine) as session:
-        stages.stopped(session, held)
+        stages.stopped(session, claim)
     found = load.result()
     cpu = (target.cpu_seconds() - used) / (time.monotonic() - started)
     delays = found["delays"]

@@ -50,28 +50,28 @@ class Gateway:
     def claim(self, job_id: str, stage: StageName) -> stages.Claim:
         """Take a queued stage as a worker does."""
         with transaction(self.engine) as session:
-            held = stages.claim(session, job_id, stage, worker="test", lease_seconds=60)
-        assert held is not None
-        return held
+            claim = stages.claim(session, job_id, stage, worker="test", lease_seconds=60)
+        assert claim is not None
+        return claim
 
-    def report(self, held: stages.Claim, progress: float) -> None:
+    def report(self, claim: stages.Claim, progress: float) -> None:
         """Report a stage's progress."""
         with transaction(self.engine) as session:
-            stages.report(session, held, progress=progress, message="halfway", data={"loss": 1.5})
+            stages.report(session, claim, progress=progress, message="halfway", data={"loss": 1.5})
 
-    def complete(self, held: stages.Claim, artifacts: Sequence[stages.NewArtifact] = ()) -> None:
+    def complete(self, claim: stages.Claim, artifacts: Sequence[stages.NewArtifact] = ()) -> None:
         """Record a stage's success."""
         with transaction(self.engine) as session:
-            stages.complete(session, held, artifacts=artifacts, metrics={"windows": 4}, versions={"torch": "2"})
+            stages.complete(session, claim, artifacts=artifacts, metrics={"windows": 4}, versions={"torch": "2"})
 
     def store(self, job_id: str, stage: StageName, files: Mapping[str, bytes]) -> None:
         """Play a queued stage that leaves `files`."""
-        held, store = self.claim(job_id, stage), self.app.state.store
+        claim, store = self.claim(job_id, stage), self.app.state.store
         recorded = []
         for name, content in files.items():
             key = f"jobs/{job_id}/{stage.value}/1/{name}"
             recorded.append(stages.NewArtifact(name=name, key=key, **vars(store.put_bytes(key, content))))
-        self.complete(held, recorded)
+        self.complete(claim, recorded)
 
     def download(self, path: str, headers: Mapping[str, str] | None = None) -> Any:
         """A file's content as a user gets it: from the gateway, or from the store that it redirects to."""
@@ -87,9 +87,9 @@ class Gateway:
 
     def fail(self, job_id: str, stage: StageName, error: ErrorInfo) -> None:
         """Fail a queued stage."""
-        held = self.claim(job_id, stage)
+        claim = self.claim(job_id, stage)
         with transaction(self.engine) as session:
-            stages.fail(session, held, error)
+            stages.fail(session, claim, error)
 
 
 def write_model(folder: Path, **config: Any) -> Path:

@@ -34,8 +34,8 @@ def _worker(pid: int) -> Worker:
     store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
     name = f"{socket.gethostname()}:{pid}"
     # The pool starts another child in place of one that ends.
-    engine, ended = connect(settings.database_url), partial(os._exit, 1)
-    return Worker(settings, engine, store, name, abandon=ended, stopping=lambda: stopping.value)
+    database, ended = connect(settings.database_url), partial(os._exit, 1)
+    return Worker(settings, database, store, name, abandon=ended, stopping=lambda: stopping.value)
 
 
 @signals.setup_logging.connect

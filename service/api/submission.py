@@ -96,10 +96,10 @@ class Submission:
         Raises: what `prepare` raises; IdempotencyKeyReused, RequestInFlight; QueueQuotaExceeded, ArtifactQuotaExceeded.
         """
         said = fingerprint(body, cut_from)
-        with reserved(self.engine, self.project, self.idempotency_key, said) as held:
-            if isinstance(held, Answered):
-                self.response.headers.update({"Location": f"/v1/jobs/{held.job_id}", REPLAYED: "true"})
-                return Job.model_validate(held.response)
+        with reserved(self.engine, self.project, self.idempotency_key, said) as found:
+            if isinstance(found, Answered):
+                self.response.headers.update({"Location": f"/v1/jobs/{found.job_id}", REPLAYED: "true"})
+                return Job.model_validate(found.response)
             new = prepare()
             with transaction(self.engine) as session:
                 row, stages, sent = jobs.insert_new(
@@ -114,8 +114,8 @@ class Submission:
                     targets=targets(new.spec, self.settings),
                 )
                 shown = views.job(row, stages)
-                if held is not None:
-                    idempotency.settle(session, held, row.id, shown.model_dump(mode="json"))
+                if found is not None:
+                    idempotency.settle(session, found, row.id, shown.model_dump(mode="json"))
         if sent:
             queue.try_to_send(self.settings, row.id, StageName.SCORING, row.route)
         self.response.headers["Location"] = f"/v1/jobs/{row.id}"

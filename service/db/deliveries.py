@@ -37,7 +37,7 @@ ANNOUNCED = frozenset(WebhookEvent)
 
 
 @dataclass(frozen=True)
-class Claimed:
+class DeliveryClaim:
     """The right to make one attempt at a message, and what it takes. `tries` counts since it was last (re)sent."""
 
     id: str
@@ -140,7 +140,7 @@ def resend(session: Session, webhook_id: str, delivery_id: str) -> DeliveryRow:
     return row
 
 
-def claim(session: Session, *, limit: int, per_webhook: int, lease: timedelta, max_tries: int) -> list[Claimed]:
+def claim(session: Session, *, limit: int, per_webhook: int, lease: timedelta, max_tries: int) -> list[DeliveryClaim]:
     """Take up to `limit` messages that are due, few of one webhook, so that a slow receiver holds up no other.
 
     What falls due while its webhook is disabled is given up, and what no sender lived to record `max_tries` times.
@@ -181,8 +181,8 @@ def _give_up(row: DeliveryRow, reason: str) -> None:
     _note(row, DeliveryAttempt(number=row.attempt, at=now(), seconds=0.0, error=reason))
 
 
-def _claimed(row: DeliveryRow, hook: WebhookRow) -> Claimed:
-    return Claimed(
+def _claimed(row: DeliveryRow, hook: WebhookRow) -> DeliveryClaim:
+    return DeliveryClaim(
         id=row.id,
         webhook_id=row.webhook_id,
         job_id=row.job_id,
@@ -197,9 +197,9 @@ def _claimed(row: DeliveryRow, hook: WebhookRow) -> Claimed:
     )
 
 
-def succeed(session: Session, held: Claimed, made: DeliveryAttempt) -> None:
+def succeed(session: Session, claim: DeliveryClaim, made: DeliveryAttempt) -> None:
     """Record that a message was taken. A sender whose lease ran out records nothing, here and in `fail`."""
-    found = _held(session, held)
+    found = _current(session, claim)
     if found is None:
         return
     hook, row = found
@@ -210,7 +210,7 @@ def succeed(session: Session, held: Claimed, made: DeliveryAttempt) -> None:
 
 def fail(
     session: Session,
-    held: Claimed,
+    claim: DeliveryClaim,
     made: DeliveryAttempt,
     *,
     retry_in: timedelta | None,
@@ -221,7 +221,7 @@ def fail(
 
     The webhook is disabled when its receiver is `gone`, or when nothing arrived there for `failing_limit`; returns why.
     """
-    found = _held(session, held)
+    found = _current(session, claim)
     if found is None:
         return None
     hook, row = found
@@ -253,13 +253,13 @@ def _enabled(session: Session, webhook_id: str) -> WebhookRow:
     return hook
 
 
-def _held(session: Session, held: Claimed) -> tuple[WebhookRow, DeliveryRow] | None:
+def _current(session: Session, claim: DeliveryClaim) -> tuple[WebhookRow, DeliveryRow] | None:
     try:
-        hook = webhooks.lock(session, held.webhook_id)
+        hook = webhooks.lock(session, claim.webhook_id)
     except WebhookNotFound:
         return None
-    row = _locked(session, held.id)
-    if row is None or row.status != DeliveryStatus.PENDING or row.attempt != held.attempt:
+    row = _locked(session, claim.id)
+    if row is None or row.status != DeliveryStatus.PENDING or row.attempt != claim.attempt:
         return None
     return hook, row
 

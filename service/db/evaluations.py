@@ -112,7 +112,7 @@ def helpers(session: Session, held: Claim) -> Helpers:
 
 def offer(session: Session, held: Claim, payloads: Mapping[int, Any]) -> None:
     """Offer numbered evaluations in place of all that were offered before. Raises: LeaseLost."""
-    stages.check_held(session, held)
+    stages.check_current(session, held)
     session.exec(delete(EvaluationRow).where(col(EvaluationRow.job_id) == held.job_id))
     session.add_all(
         EvaluationRow(job_id=held.job_id, attempt=held.attempt, number=number, payload=payload)

@@ -25,7 +25,7 @@ ABANDONED = timedelta(seconds=45)
 
 
 @dataclass(frozen=True)
-class Reservation:
+class KeyReservation:
     """The right to create a job under a key; the token tells it from a later reservation of the same key."""
 
     project: str
@@ -41,7 +41,7 @@ class Answered:
     response: Mapping[str, Any]
 
 
-def reserve(session: Session, project: str, key: str, fingerprint: str) -> Reservation | Answered:
+def reserve(session: Session, project: str, key: str, fingerprint: str) -> KeyReservation | Answered:
     """Reserve a key of a project for a body's fingerprint, or give the answer that it stands for.
 
     Raises: IdempotencyKeyReused when the key stands for another body; RequestInFlight while that is not answered yet.
@@ -52,10 +52,10 @@ def reserve(session: Session, project: str, key: str, fingerprint: str) -> Reser
             session.add(IdempotencyRow(project=project, key=key, fingerprint=fingerprint, token=token))
     except IntegrityError:
         return _taken(session, project, key, fingerprint, token)
-    return Reservation(project, key, token)
+    return KeyReservation(project, key, token)
 
 
-def _taken(session: Session, project: str, key: str, fingerprint: str, token: str) -> Reservation | Answered:
+def _taken(session: Session, project: str, key: str, fingerprint: str, token: str) -> KeyReservation | Answered:
     row = session.exec(
         select(IdempotencyRow)
         .where(IdempotencyRow.project == project, IdempotencyRow.key == key)
@@ -66,7 +66,7 @@ def _taken(session: Session, project: str, key: str, fingerprint: str, token: st
         raise RequestInFlight("A request with this Idempotency-Key was just being refused. Send yours again.")
     if row.job_id is None and row.reserved_at < now() - ABANDONED:
         row.fingerprint, row.token, row.reserved_at = fingerprint, token, now()
-        return Reservation(project, key, token)
+        return KeyReservation(project, key, token)
     if row.fingerprint != fingerprint:
         raise IdempotencyKeyReused(
             "This Idempotency-Key was sent with another body. Use a fresh key for every new request.",
@@ -77,18 +77,18 @@ def _taken(session: Session, project: str, key: str, fingerprint: str, token: st
     return Answered(row.job_id, row.response)
 
 
-def settle(session: Session, held: Reservation, job_id: str, response: Mapping[str, Any]) -> None:
+def settle(session: Session, reservation: KeyReservation, job_id: str, response: Mapping[str, Any]) -> None:
     """Record the answer, in the transaction that creates the job. Raises: RequestInFlight when it was taken over."""
     settled = session.exec(
-        update(IdempotencyRow).where(*_is(held)).values(job_id=job_id, response=dict(response)).returning(_KEY)
+        update(IdempotencyRow).where(*_is(reservation)).values(job_id=job_id, response=dict(response)).returning(_KEY)
     ).first()
     if settled is None:
         raise RequestInFlight("This request took so long that another with its Idempotency-Key went on. Try again.")
 
 
-def release(session: Session, held: Reservation) -> None:
+def release(session: Session, reservation: KeyReservation) -> None:
     """Free the key of a request that created nothing."""
-    session.exec(delete(IdempotencyRow).where(*_is(held)))
+    session.exec(delete(IdempotencyRow).where(*_is(reservation)))
 
 
 def forget(session: Session) -> None:
@@ -99,10 +99,10 @@ def forget(session: Session) -> None:
 _KEY = col(IdempotencyRow.key)
 
 
-def _is(held: Reservation) -> tuple[Any, ...]:
+def _is(reservation: KeyReservation) -> tuple[Any, ...]:
     return (
-        IdempotencyRow.project == held.project,
-        IdempotencyRow.key == held.key,
-        IdempotencyRow.token == held.token,
+        IdempotencyRow.project == reservation.project,
+        IdempotencyRow.key == reservation.key,
+        IdempotencyRow.token == reservation.token,
         col(IdempotencyRow.job_id).is_(None),
     )

@@ -23,7 +23,7 @@ class PublicationLost(Exception):
 
 
 @dataclass(frozen=True)
-class Held:
+class PublicationClaim:
     """The right to make one attempt. `tries` counts since it was last asked for."""
 
     job_id: str
@@ -64,7 +64,7 @@ def ask_again(session: Session, job_id: str, targets: Iterable[PublicationTarget
     session.flush()
 
 
-def claim(session: Session, *, lease: timedelta, max_tries: int) -> Held | None:
+def claim(session: Session, *, lease: timedelta, max_tries: int) -> PublicationClaim | None:
     """Take the publication that has been due for longest; None when none is.
 
     One that no publisher lived to record `max_tries` times is given up.
@@ -88,34 +88,34 @@ def claim(session: Session, *, lease: timedelta, max_tries: int) -> Held | None:
         row.error = row.error or "Nobody lived to record the attempts before."
         session.flush()
         return claim(session, lease=lease, max_tries=max_tries)
-    return Held(row.job_id, PublicationTarget(row.target), row.attempt, tries)
+    return PublicationClaim(row.job_id, PublicationTarget(row.target), row.attempt, tries)
 
 
-def renew(session: Session, held: Held, *, lease: timedelta) -> None:
+def renew(session: Session, claim: PublicationClaim, *, lease: timedelta) -> None:
     """Keep it for longer. Raises: PublicationLost."""
-    _held(session, held).next_attempt_at = now() + lease
+    _current(session, claim).next_attempt_at = now() + lease
 
 
-def succeed(session: Session, held: Held, urls: Sequence[str]) -> None:
+def succeed(session: Session, claim: PublicationClaim, urls: Sequence[str]) -> None:
     """Record that the target has it. Raises: PublicationLost."""
-    row = _held(session, held)
+    row = _current(session, claim)
     row.status, row.next_attempt_at, row.updated_at = PublicationStatus.SUCCEEDED, None, now()
     row.error, row.urls = "", list(urls)
 
 
-def fail(session: Session, held: Held, error: str, *, retry_in: timedelta | None) -> None:
+def fail(session: Session, claim: PublicationClaim, error: str, *, retry_in: timedelta | None) -> None:
     """Record a failure, and when it is tried again, if it is. Raises: PublicationLost."""
-    row = _held(session, held)
+    row = _current(session, claim)
     row.error, row.updated_at = error, now()
     row.status = PublicationStatus.FAILED if retry_in is None else PublicationStatus.PENDING
     row.next_attempt_at = None if retry_in is None else now() + retry_in
 
 
-def _held(session: Session, held: Held) -> PublicationRow:
-    row = _locked(session, held.job_id, held.target)
-    job = session.get(JobRow, held.job_id)
-    if row is None or row.attempt != held.attempt or row.next_attempt_at is None or job is None or job.deleted_at:
-        raise PublicationLost(f"{held.target} of {held.job_id}: attempt {held.attempt} no longer counts")
+def _current(session: Session, claim: PublicationClaim) -> PublicationRow:
+    row = _locked(session, claim.job_id, claim.target)
+    job = session.get(JobRow, claim.job_id)
+    if row is None or row.attempt != claim.attempt or row.next_attempt_at is None or job is None or job.deleted_at:
+        raise PublicationLost(f"{claim.target} of {claim.job_id}: attempt {claim.attempt} no longer counts")
     return row
 
 

@@ -102,42 +102,42 @@ def _deadline(row: StageRow, *limits_s: float | None) -> datetime | None:
     return row.started_at + timedelta(seconds=min(given)) if given and row.started_at is not None else None
 
 
-def _held(session: Session, held: Claim) -> tuple[JobRow, StageRow]:
+def _current(session: Session, claim: Claim) -> tuple[JobRow, StageRow]:
     """The job and stage of a claim, the job locked. Raises: LeaseLost."""
     try:
-        job = jobs.lock(session, held.job_id)
+        job = jobs.lock(session, claim.job_id)
     except JobNotFound as error:
-        raise LeaseLost(f"{held.stage} of {held.job_id}: the job was deleted") from error
-    row = session.get_one(StageRow, (held.job_id, held.stage), populate_existing=True)
-    if row.status != StageStatus.RUNNING or row.attempt != held.attempt:
-        raise LeaseLost(f"{held.stage} of {held.job_id}: attempt {held.attempt} is no longer the one that counts")
+        raise LeaseLost(f"{claim.stage} of {claim.job_id}: the job was deleted") from error
+    row = session.get_one(StageRow, (claim.job_id, claim.stage), populate_existing=True)
+    if row.status != StageStatus.RUNNING or row.attempt != claim.attempt:
+        raise LeaseLost(f"{claim.stage} of {claim.job_id}: attempt {claim.attempt} is no longer the one that counts")
     return job, row
 
 
-def check_held(session: Session, held: Claim) -> None:
+def check_current(session: Session, claim: Claim) -> None:
     """See that a claim counts until the transaction ends. Raises: LeaseLost."""
-    _held(session, held)
+    _current(session, claim)
 
 
-def renew(session: Session, held: Claim, *, lease_seconds: float) -> bool:
+def renew(session: Session, claim: Claim, *, lease_seconds: float) -> bool:
     """Renew the lease. True when the stage is to be stopped: its job is cancelled or paused. Raises: LeaseLost."""
-    job, row = _held(session, held)
+    job, row = _current(session, claim)
     row.lease_expires_at = now() + timedelta(seconds=lease_seconds)
     return job.status in STOPPING
 
 
-def report(session: Session, held: Claim, *, progress: float, message: str, data: Mapping[str, Any]) -> None:
+def report(session: Session, claim: Claim, *, progress: float, message: str, data: Mapping[str, Any]) -> None:
     """Record progress (0…1) and announce it. Raises: LeaseLost."""
-    _, row = _held(session, held)
+    _, row = _current(session, claim)
     row.progress, row.message = min(max(progress, 0.0), 1.0), message
     event_data = {"progress": round(row.progress, 4), **data}
     session.flush()
-    events.append(session, held.job_id, "stage.progress", message, stage=held.stage, data=event_data)
+    events.append(session, claim.job_id, "stage.progress", message, stage=claim.stage, data=event_data)
 
 
 def complete(
     session: Session,
-    held: Claim,
+    claim: Claim,
     *,
     artifacts: Sequence[NewArtifact],
     metrics: Mapping[str, Any],
@@ -147,9 +147,9 @@ def complete(
 
     Raises: LeaseLost.
     """
-    job, row = _held(session, held)
+    job, row = _current(session, claim)
     for artifact in artifacts:
-        session.add(ArtifactRow(id=f"art_{uuid7().hex}", job_id=job.id, stage=held.stage, **vars(artifact)))
+        session.add(ArtifactRow(id=f"art_{uuid7().hex}", job_id=job.id, stage=claim.stage, **vars(artifact)))
     row.status, row.progress, row.message = StageStatus.SUCCEEDED, 1.0, ""
     row.metrics, row.finished_at, row.lease_expires_at = dict(metrics), now(), None
     job.versions = dict(versions)
@@ -159,9 +159,9 @@ def complete(
         session,
         job.id,
         "stage.succeeded",
-        f"Stage {held.stage} succeeded.",
-        stage=held.stage,
-        data={"attempt": held.attempt, "artifacts": len(artifacts), "metrics": dict(metrics)},
+        f"Stage {claim.stage} succeeded.",
+        stage=claim.stage,
+        data={"attempt": claim.attempt, "artifacts": len(artifacts), "metrics": dict(metrics)},
     )
     following = [later for later in jobs.stages(session, [job.id])[job.id] if later.position > row.position]
     if following:
@@ -176,9 +176,9 @@ def complete(
     return None
 
 
-def fail(session: Session, held: Claim, error: ErrorInfo) -> None:
+def fail(session: Session, claim: Claim, error: ErrorInfo) -> None:
     """Record a stage's failure and with it the job's. Raises: LeaseLost."""
-    job, row = _held(session, held)
+    job, row = _current(session, claim)
     _fail(session, job, row, error)
 
 
@@ -195,9 +195,9 @@ def _fail(session: Session, job: JobRow, row: StageRow, error: ErrorInfo) -> Non
     events.append(session, job.id, "job.failed", f"Job failed in {stage}: {error.message}", data=details)
 
 
-def stopped(session: Session, held: Claim) -> None:
+def stopped(session: Session, claim: Claim) -> None:
     """Record that the worker stopped a stage because its job is cancelled or paused. Raises: LeaseLost."""
-    job, _ = _held(session, held)
+    job, _ = _current(session, claim)
     _finish_stop(session, job)
 
 
@@ -275,23 +275,23 @@ def time_out(
     _fail(session, job, row, ErrorInfo(code=error.code, message=error.message, param=error.param))
 
 
-def release(session: Session, held: Claim, reason: str, *, max_attempts: int) -> None:
+def release(session: Session, claim: Claim, reason: str, *, max_attempts: int) -> None:
     """Hand a stage back after a fault that may pass, as `retire` does for a dead worker. Raises: LeaseLost.
 
     It is sent again after a pause that doubles with every attempt: the fault needs time to pass.
     """
-    job, row = _held(session, held)
+    job, row = _current(session, claim)
     _requeue(session, job, row, reason, max_attempts=max_attempts)
     if row.status == StageStatus.QUEUED:
         row.sent_at, row.sends = now(), row.attempt - row.attempts_forgiven
 
 
-def hand_back(session: Session, held: Claim) -> None:
+def hand_back(session: Session, claim: Claim) -> None:
     """Queue a stage again because its worker is to end. It costs no attempt; the caller sends it.
 
     Raises: LeaseLost.
     """
-    job, row = _held(session, held)
+    job, row = _current(session, claim)
     if _finish_stop(session, job):
         return
     row.status, row.lease_expires_at, row.sends, row.sent_at = StageStatus.QUEUED, None, 1, now()

@@ -28,7 +28,7 @@ from tenacity.wait import wait_exponential
 
 from service import queue
 from service.db import deletion, deliveries, evaluations, idempotency, jobs, stages
-from service.db.deliveries import Claimed
+from service.db.deliveries import DeliveryClaim
 from service.db.session import DATABASE_FAULTS, transaction
 from service.db.tables import now
 from service.settings import Settings
@@ -213,28 +213,28 @@ def deliver(engine: Engine, settings: Settings, outbound: Outbound | None = None
     return attempts
 
 
-async def _send_all(engine: Engine, settings: Settings, outbound: Outbound, claimed: list[Claimed]) -> None:
-    async def send(held: Claimed) -> None:
-        outcome = await webhooks.send(outbound, held)
-        await to_thread.run_sync(partial(_record, engine, settings, held, outcome))
+async def _send_all(engine: Engine, settings: Settings, outbound: Outbound, claimed: list[DeliveryClaim]) -> None:
+    async def send(claim: DeliveryClaim) -> None:
+        outcome = await webhooks.send(outbound, claim)
+        await to_thread.run_sync(partial(_record, engine, settings, claim, outcome))
 
     async with anyio.create_task_group() as group:
-        for held in claimed:
-            group.start_soon(send, held)
+        for claim in claimed:
+            group.start_soon(send, claim)
 
 
-def _record(engine: Engine, settings: Settings, held: Claimed, outcome: webhooks.Outcome) -> None:
+def _record(engine: Engine, settings: Settings, claim: DeliveryClaim, outcome: webhooks.Outcome) -> None:
     with transaction(engine) as session:
         if outcome.delivered:
-            deliveries.succeed(session, held, outcome.attempt)
+            deliveries.succeed(session, claim, outcome.attempt)
             return
         disabled = deliveries.fail(
             session,
-            held,
+            claim,
             outcome.attempt,
             retry_in=outcome.retry_in,
             gone=outcome.gone,
             failing_limit=timedelta(days=settings.webhook_failing_days),
         )
     if disabled is not None:
-        log.warning("webhook %s is disabled: %s", held.webhook_id, disabled)
+        log.warning("webhook %s is disabled: %s", claim.webhook_id, disabled)

@@ -19,7 +19,7 @@ from typing import Any
 from standardwebhooks import Webhook
 
 from pdtrim.contract.webhooks import TEST_EVENT, DeliveryAttempt, MessageFormat
-from service.db.deliveries import Claimed
+from service.db.deliveries import DeliveryClaim
 from service.db.tables import now
 from service.settings import Settings
 from service.upkeep.outbound import Answer, NotAllowed, Outbound, Policy, Unanswered
@@ -55,29 +55,29 @@ def policy(settings: Settings) -> Policy:
     return Policy(tuple(settings.webhook_allowed_networks), settings.webhook_allow_http)
 
 
-async def send(outbound: Outbound, held: Claimed) -> Outcome:
+async def send(outbound: Outbound, claim: DeliveryClaim) -> Outcome:
     """Make one attempt."""
     at, began = now(), monotonic()
     answer, error = Answer(), ""
     try:
-        content = body(held)
-        answer = await outbound.post(held.url, content, headers(held, content, at=at))
+        content = body(claim)
+        answer = await outbound.post(claim.url, content, headers(claim, content, at=at))
     except (NotAllowed, Unanswered) as refusal:
         error = str(refusal)
     except Exception:
         # One message must not keep those beside it from being sent.
-        log.exception("message %s to webhook %s could not be sent", held.id, held.webhook_id)
+        log.exception("message %s to webhook %s could not be sent", claim.id, claim.webhook_id)
         error = "the gateway failed to send it; its log says why"
     delivered = 200 <= answer.status < 300
     attempt = DeliveryAttempt(
-        number=held.attempt,
+        number=claim.attempt,
         at=at,
         seconds=round(monotonic() - began, 3),
         response_code=answer.status or None,
         error="" if delivered else error or _complaint(answer),
         excerpt=answer.excerpt,
     )
-    delay = None if delivered else retry_in(held, answer.headers.get("retry-after"))
+    delay = None if delivered else retry_in(claim, answer.headers.get("retry-after"))
     return Outcome(attempt, delivered, gone=answer.status == 410, retry_in=delay)
 
 
@@ -88,39 +88,39 @@ def _complaint(answer: Answer) -> str:
     return f"answered {answer.status}"
 
 
-def body(held: Claimed) -> bytes:
+def body(claim: DeliveryClaim) -> bytes:
     """The message as JSON; every attempt sends the same unless the webhook's format was changed."""
-    message: dict[str, Any] = {"type": held.type, "timestamp": _rfc3339(held.created_at), "data": held.data}
-    if held.format == MessageFormat.CLOUDEVENTS:
+    message: dict[str, Any] = {"type": claim.type, "timestamp": _rfc3339(claim.created_at), "data": claim.data}
+    if claim.format == MessageFormat.CLOUDEVENTS:
         message = {
             "specversion": "1.0",
-            "id": held.id,
-            "source": f"/v1/webhooks/{held.webhook_id}" if held.job_id is None else f"/v1/jobs/{held.job_id}",
-            "type": held.type,
+            "id": claim.id,
+            "source": f"/v1/webhooks/{claim.webhook_id}" if claim.job_id is None else f"/v1/jobs/{claim.job_id}",
+            "type": claim.type,
             "time": message["timestamp"],
             "datacontenttype": "application/json",
-            "data": held.data,
+            "data": claim.data,
         }
     return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def headers(held: Claimed, content: bytes, *, at: datetime) -> dict[str, str]:
+def headers(claim: DeliveryClaim, content: bytes, *, at: datetime) -> dict[str, str]:
     """The headers of an attempt made at a time, signed with every secret that is valid."""
-    signatures = (Webhook(secret).sign(held.id, at, content.decode()) for secret in held.secrets)
+    signatures = (Webhook(secret).sign(claim.id, at, content.decode()) for secret in claim.secrets)
     return {
-        "Content-Type": MEDIA_TYPES[held.format],
+        "Content-Type": MEDIA_TYPES[claim.format],
         "User-Agent": f"PDTrim-Service/{version('pdtrim')}",
-        "webhook-id": held.id,
+        "webhook-id": claim.id,
         "webhook-timestamp": str(int(at.timestamp())),
         "webhook-signature": " ".join(signatures),
     }
 
 
-def retry_in(held: Claimed, retry_after: str | None) -> timedelta | None:
+def retry_in(claim: DeliveryClaim, retry_after: str | None) -> timedelta | None:
     """How long to wait after a failure; None when it was the last attempt. A test is made once."""
-    if held.type == TEST_EVENT or held.tries >= MAX_TRIES:
+    if claim.type == TEST_EVENT or claim.tries >= MAX_TRIES:
         return None
-    delay = DELAYS[held.tries - 1] * random.uniform(1 - JITTER, 1 + JITTER)
+    delay = DELAYS[claim.tries - 1] * random.uniform(1 - JITTER, 1 + JITTER)
     return max(delay, min(_wished(retry_after), LONGEST_DELAY))
 
 

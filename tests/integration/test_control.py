@@ -68,12 +68,12 @@ def worker(
 
 
 def create(worker: Worker, spec: dict[str, Any], revision: str | None = None) -> str:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return jobs.create(session, JobSpec.model_validate(spec), model_revision=revision).id
 
 
 def stage_row(worker: Worker, job_id: str, stage: StageName) -> StageRow:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return session.get_one(StageRow, (job_id, stage))
 
 
@@ -84,7 +84,7 @@ def succeed(worker: Worker, job_id: str, *names: StageName) -> None:
 
 
 def resume(worker: Worker, job_id: str, stage: StageName) -> None:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         assert jobs.resume(session, job_id)[1] == stage
 
 
@@ -101,11 +101,11 @@ def stop(worker: Worker, record_property: Callable[[str, object], None]) -> Call
         wait_until(so_far, what=f"{work} to be on its way")
         ended = JobStatus.PAUSED if ask is jobs.request_pause else JobStatus.CANCELLED
         asked_at = time.monotonic()
-        with transaction(worker.engine) as session:
+        with transaction(worker.database) as session:
             ask(session, job_id)
 
         def has_ended() -> bool:
-            with transaction(worker.engine) as session:
+            with transaction(worker.database) as session:
                 return jobs.get(session, job_id).status == ended
 
         wait_until(has_ended, seconds=60, what=f"the job to be {ended}")

@@ -57,10 +57,10 @@ def test_messages_go_out_for_as_many_jobs_as_may_run(gateways: tuple[Gateway, Ga
     waiting = [gateway.create() for _ in range(2) for gateway in gateways]
     with redis.Redis.from_url(first.settings.broker_url) as broker:
         sent = [broker.llen(NORMAL)]
-        held = first.claim(waiting[0], StageName.SCORING)
+        claim = first.claim(waiting[0], StageName.SCORING)
         second.claim(waiting[1], StageName.SCORING)
         sent.append(sweep(first.engine, first.settings))
-        first.complete(held)
+        first.complete(claim)
         for stage in list(StageName)[1:]:
             first.complete(first.claim(waiting[0], stage))
         sent.append(sweep(second.engine, second.settings))

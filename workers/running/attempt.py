@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session
 from structlog.contextvars import bound_contextvars
@@ -51,7 +51,7 @@ class Worker:
     """
 
     settings: Settings
-    engine: Engine
+    database: Database
     store: ArtifactStore
     name: str
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
@@ -66,7 +66,7 @@ class Worker:
         """Change the database in one transaction, which is tried again while the database is away."""
 
         def once() -> Answer:
-            with transaction(self.engine) as session:
+            with transaction(self.database) as session:
                 return change(session)
 
         return patient(self.settings.retry_seconds)(once)
@@ -84,7 +84,7 @@ class StageResult:
 def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
     """Run a stage if it is there to be taken; whatever happens is recorded, and nothing is recorded twice."""
     with bound_contextvars(job_id=job_id, stage=stage.value, worker=worker.name):
-        held = worker.transact(
+        claim = worker.transact(
             lambda session: stages.claim(
                 session,
                 job_id,
@@ -95,14 +95,14 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
                 max_running_jobs=worker.settings.max_running_jobs,
             )
         )
-        if held is None:
+        if claim is None:
             log.info("the stage is not there to be taken")
             return
-        with bound_contextvars(attempt=held.attempt):
-            tracing.describe(job_id=job_id, stage=stage.value, worker=worker.name, attempt=held.attempt)
+        with bound_contextvars(attempt=claim.attempt):
+            tracing.describe(job_id=job_id, stage=stage.value, worker=worker.name, attempt=claim.attempt)
             log.info("stage started")
             started = time.monotonic()
-            outcome, following = _run_held(worker, held)
+            outcome, following = _run_claimed(worker, claim)
             seconds = time.monotonic() - started
             worker.metrics.stage_ended(stage, outcome, seconds)
             tracing.describe(outcome=outcome.value)
@@ -110,44 +110,47 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
                 tracing.fail()
             log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
             if following is not None:
-                queue.try_to_send(worker.settings, job_id, following, held.route)
+                queue.try_to_send(worker.settings, job_id, following, claim.route)
 
 
-def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
+def _run_claimed(worker: Worker, claim: Claim) -> tuple[Outcome, StageName | None]:
     """Run a claimed stage to an outcome that is recorded; with it, the stage to wake a worker for."""
     settings = worker.settings
     try:
         with Lease(
-            worker.engine,
-            held,
+            worker.database,
+            claim,
             seconds=settings.lease_seconds,
             abandon=worker.abandon,
             stopping=worker.stopping,
         ) as lease:
-            result = _finished_before(worker, held, lease.check) or _execute(worker, held, lease.check)
+            result = _finished_before(worker, claim, lease.check) or _execute(worker, claim, lease.check)
             lease.check()
-            following = _record(worker, held, result)
-        worker.metrics.artifact_bytes.labels(held.stage.value).inc(sum(artifact.size for artifact in result.artifacts))
+            following = _record(worker, claim, result)
+        worker.metrics.artifact_bytes.labels(claim.stage.value).inc(sum(artifact.size for artifact in result.artifacts))
         return Outcome.SUCCEEDED, following
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
         return Outcome.LEASE_LOST, None
     except StopRequested:
-        return _conclude(worker, held, Outcome.STOPPED, lambda session: stages.stopped(session, held)), None
+        return _conclude(worker, claim, Outcome.STOPPED, lambda session: stages.stopped(session, claim)), None
     except WorkerStopping:
-        outcome = _conclude(worker, held, Outcome.HANDED_BACK, lambda session: stages.hand_back(session, held))
-        return outcome, held.stage if outcome == Outcome.HANDED_BACK else None
+        outcome = _conclude(worker, claim, Outcome.HANDED_BACK, lambda session: stages.hand_back(session, claim))
+        return outcome, claim.stage if outcome == Outcome.HANDED_BACK else None
     except Exception as error:
         # The border of the process: every failure becomes the job's error, or costs an attempt.
         if may_pass(error):
             log.exception("the stage met a fault that may pass")
             reason, most = f"{type(error).__name__}: {error}".splitlines()[0], settings.max_attempts
             return _conclude(
-                worker, held, Outcome.RELEASED, lambda session: stages.release(session, held, reason, max_attempts=most)
+                worker,
+                claim,
+                Outcome.RELEASED,
+                lambda session: stages.release(session, claim, reason, max_attempts=most),
             ), None
         log.exception("the stage failed")
         info = _describe(error)
-        return _conclude(worker, held, Outcome.FAILED, lambda session: stages.fail(session, held, info)), None
+        return _conclude(worker, claim, Outcome.FAILED, lambda session: stages.fail(session, claim, info)), None
 
 
 def _describe(error: Exception) -> ErrorInfo:
@@ -163,7 +166,7 @@ def _describe(error: Exception) -> ErrorInfo:
     return ErrorInfo(code="internal_error", message=f"{type(error).__name__}: {error}")
 
 
-def _conclude(worker: Worker, held: Claim, outcome: Outcome, change: Callable[[Session], None]) -> Outcome:
+def _conclude(worker: Worker, claim: Claim, outcome: Outcome, change: Callable[[Session], None]) -> Outcome:
     """Record an outcome; returns what it came to."""
     try:
         worker.transact(change)
@@ -171,21 +174,21 @@ def _conclude(worker: Worker, held: Claim, outcome: Outcome, change: Callable[[S
         log.warning("stepping back: %s", error)
         return Outcome.LEASE_LOST
     except SQLAlchemyError:
-        log.exception("the outcome of %s could not be recorded; the lease will run out", held)
+        log.exception("the outcome of %s could not be recorded; the lease will run out", claim)
         return Outcome.UNRECORDED
     return outcome
 
 
-def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
-    return f"{job_prefix(held.job_id)}/{held.stage}/{attempt or held.attempt}"
+def _attempt_prefix(claim: Claim, attempt: int | None = None) -> str:
+    return f"{job_prefix(claim.job_id)}/{claim.stage}/{attempt or claim.attempt}"
 
 
-def _finished_before(worker: Worker, held: Claim, check: Check) -> StageResult | None:
+def _finished_before(worker: Worker, claim: Claim, check: Check) -> StageResult | None:
     """The result of an earlier attempt that wrote its manifest but died before it was recorded."""
     store = worker.persistent_store(check)
-    for attempt in range(held.attempt - 1, 0, -1):
+    for attempt in range(claim.attempt - 1, 0, -1):
         try:
-            manifest = json.loads(store.get_bytes(f"{_attempt_prefix(held, attempt)}/{MANIFEST}"))
+            manifest = json.loads(store.get_bytes(f"{_attempt_prefix(claim, attempt)}/{MANIFEST}"))
         except ObjectNotFound:
             continue
         log.info("the stage was finished by attempt %d", attempt)
@@ -194,53 +197,57 @@ def _finished_before(worker: Worker, held: Claim, check: Check) -> StageResult |
     return None
 
 
-def _execute(worker: Worker, held: Claim, check: Check) -> StageResult:
+def _execute(worker: Worker, claim: Claim, check: Check) -> StageResult:
     assert worker.settings.scratch_dir is not None
-    with attempt_folder(worker.settings.scratch_dir, held) as workdir:
-        context = stage_context(worker, held, workdir, check, _publisher(worker, held))
-        run = STAGES[held.stage]
+    with attempt_folder(worker.settings.scratch_dir, claim) as workdir:
+        context = stage_context(worker, claim, workdir, check, _publisher(worker, claim))
+        run = STAGES[claim.stage]
         if context.parent is not None:
-            run = TAKEN_OVER[held.stage]
-        elif held.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
-            context.fan_out = FanOut(worker.engine, worker.settings, held, workers=workers, check=check)
+            run = TAKEN_OVER[claim.stage]
+        elif claim.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
+            context.fan_out = FanOut(worker.database, worker.settings, claim, workers=workers, check=check)
         metrics = run(context)
-        return _push(worker, held, context.out, metrics, check)
+        return _push(worker, claim, context.out, metrics, check)
 
 
-def _publisher(worker: Worker, held: Claim) -> Report:
+def _publisher(worker: Worker, claim: Claim) -> Report:
     def publish(progress: float, message: str, figures: dict[str, Any]) -> None:
         try:
-            with transaction(worker.engine) as session:
-                stages.report(session, held, progress=progress, message=message, data=figures)
+            with transaction(worker.database) as session:
+                stages.report(session, claim, progress=progress, message=message, data=figures)
         except DATABASE_FAULTS as error:
             # No reason to stop working: whether the stage is still ours, the lease finds out.
-            log.warning("progress of %s is not recorded: %s", held, error)
+            log.warning("progress of %s is not recorded: %s", claim, error)
 
     return publish
 
 
-def stage_context(worker: Worker, held: Claim, workdir: Path, check: Check, publish: Report) -> StageContext:
+def stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, publish: Report) -> StageContext:
     """What a stage, or who helps with it, may touch; the model's files are fetched. Raises: as `model_folder`."""
 
     def read(session: Session) -> tuple[JobRow, list[ArtifactRow], Parent | None]:
-        job = jobs.get(session, held.job_id)
-        recorded = [row for name in StageName for row in artifacts.of_stage(session, held.job_id, name)]
-        if job.cut_from is None or held.stage not in TAKEN_OVER:
+        job = jobs.get(session, claim.job_id)
+        recorded = [row for name in StageName for row in artifacts.of_stage(session, claim.job_id, name)]
+        if job.cut_from is None or claim.stage not in TAKEN_OVER:
             return job, recorded, None
-        return job, recorded + artifacts.of_stage(session, job.cut_from, held.stage), _parent(session, job, held.stage)
+        return (
+            job,
+            recorded + artifacts.of_stage(session, job.cut_from, claim.stage),
+            _parent(session, job, claim.stage),
+        )
 
     job, recorded, parent = worker.transact(read)
     spec = JobSpec.model_validate(job.spec)
     publish(0.0, "Loading the model.", {})
     return StageContext(
-        job_id=held.job_id,
+        job_id=claim.job_id,
         spec=spec,
         model_dir=model_folder(spec.model, job.model_revision, worker.settings, check),
         model_revision=job.model_revision,
         workdir=workdir,
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},
         store=worker.persistent_store(check),
-        state_prefix=f"{job_prefix(held.job_id)}/{held.stage}/state",
+        state_prefix=f"{job_prefix(claim.job_id)}/{claim.stage}/state",
         documents=lambda: text_documents(spec.data, worker.settings, check),
         check=check,
         publish=publish,
@@ -262,9 +269,9 @@ def _parent(session: Session, job: JobRow, stage: StageName) -> Parent:
     return Parent(job.cut_from, found.metrics, f"{job_prefix(job.cut_from)}/{stage}/state")
 
 
-def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], check: Check) -> StageResult:
+def _push(worker: Worker, claim: Claim, folder: Path, metrics: dict[str, Any], check: Check) -> StageResult:
     """Upload every file below `folder`, then the manifest that makes them count."""
-    prefix, store = _attempt_prefix(held), worker.persistent_store(check)
+    prefix, store = _attempt_prefix(claim), worker.persistent_store(check)
     pushed = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         check()
@@ -274,14 +281,20 @@ def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], ch
             NewArtifact(name=name, key=f"{prefix}/{name}", uri=stored.uri, size=stored.size, sha256=stored.sha256)
         )
     result = StageResult(metrics, {name: version(name) for name in VERSIONED}, pushed)
-    manifest = {"format_version": 1, "job": held.job_id, "stage": held.stage, "attempt": held.attempt, **asdict(result)}
+    manifest = {
+        "format_version": 1,
+        "job": claim.job_id,
+        "stage": claim.stage,
+        "attempt": claim.attempt,
+        **asdict(result),
+    }
     store.put_bytes(f"{prefix}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True).encode())
     return result
 
 
-def _record(worker: Worker, held: Claim, result: StageResult) -> StageName | None:
+def _record(worker: Worker, claim: Claim, result: StageResult) -> StageName | None:
     return worker.transact(
         lambda session: stages.complete(
-            session, held, artifacts=result.artifacts, metrics=result.metrics, versions=result.versions
+            session, claim, artifacts=result.artifacts, metrics=result.metrics, versions=result.versions
         )
     )

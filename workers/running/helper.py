@@ -97,7 +97,7 @@ def _help(worker: Worker, held: Claim, helper: str, queues: Sequence[str]) -> No
     assert scratch is not None
     with (
         Lease(
-            worker.engine,
+            worker.database,
             held,
             seconds=seconds,
             abandon=worker.abandon,

@@ -10,7 +10,7 @@ from functools import partial
 from threading import Event, Thread
 from types import TracebackType
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 
 from pdtrim.contract.errors import DeadlineExceeded
@@ -36,7 +36,7 @@ class WorkerStopping(Exception):
 
 
 class Lease:
-    """Context manager that renews `held` every third of `seconds` until it is left, a stage's lease unless told.
+    """Context manager that renews `claim` every third of `seconds` until it is left, a stage's lease unless told.
 
     `abandon` is called when the lease is lost and the stage, which hangs somewhere, does not step back. `stopping`
     tells whether the worker is to end.
@@ -44,16 +44,16 @@ class Lease:
 
     def __init__(
         self,
-        engine: Engine,
-        held: Claim,
+        database: Database,
+        claim: Claim,
         *,
         seconds: float,
         abandon: Callable[[], None] = lambda: None,
         stopping: Callable[[], bool] = lambda: False,
         renew: Renew = stages.renew,
     ) -> None:
-        self._engine = engine
-        self._held = held
+        self._database = database
+        self._claim = claim
         self._seconds = seconds
         self._abandon = abandon
         self._stopping = stopping
@@ -64,7 +64,7 @@ class Lease:
         self._stop = Event()
         # In a copy of the context, so that the thread's log lines carry the stage's ids too.
         work = partial(copy_context().run, self._renew_until_stopped)
-        self._thread = Thread(target=work, name=f"lease-{held.job_id}", daemon=True)
+        self._thread = Thread(target=work, name=f"lease-{claim.job_id}", daemon=True)
 
     def __enter__(self) -> Lease:
         self._thread.start()
@@ -81,14 +81,14 @@ class Lease:
         the stage may be another's.
         """
         if self._lost.is_set() or time.monotonic() > self._deadline:
-            raise LeaseLost(f"the lease on {self._held.stage} of {self._held.job_id} was not renewed in time")
+            raise LeaseLost(f"the lease on {self._claim.stage} of {self._claim.job_id} was not renewed in time")
         if self._asked_to_stop.is_set():
             raise StopRequested
         if self._stopping():
             raise WorkerStopping
-        if self._held.deadline is not None and now() > self._held.deadline:
+        if self._claim.deadline is not None and now() > self._claim.deadline:
             raise DeadlineExceeded(
-                f"Stage {self._held.stage} is not done within its time. Give the job a longer `deadline_seconds` or "
+                f"Stage {self._claim.stage} is not done within its time. Give the job a longer `deadline_seconds` or "
                 "less to do; a resume goes on from the last saved state with as much time again."
             )
 
@@ -98,17 +98,17 @@ class Lease:
         while not self._stop.wait(min(self._seconds / 3, HEARTBEAT_S)):
             asked_at = time.monotonic()
             try:
-                with transaction(self._engine) as session:
-                    stop = self._renew(session, self._held, lease_seconds=self._seconds)
+                with transaction(self._database) as session:
+                    stop = self._renew(session, self._claim, lease_seconds=self._seconds)
             except LeaseLost:
                 self._lost.set()
                 if not self._stop.wait(STUCK_S):
-                    log.critical("%s was lost, and its stage does not step back", self._held)
+                    log.critical("%s was lost, and its stage does not step back", self._claim)
                     self._abandon()
                 return
             except SQLAlchemyError as error:
                 if not out_of_reach:
-                    log.warning("lease of %s not renewed, trying again: %s", self._held, error)
+                    log.warning("lease of %s not renewed, trying again: %s", self._claim, error)
                 out_of_reach = True
                 continue
             out_of_reach = False

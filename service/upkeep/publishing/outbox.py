@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 from pdtrim.contract.publications import PublicationTarget
 from service.checking.targets import check_push
 from service.db import artifacts, jobs, publications, views
-from service.db.publications import Held, PublicationLost
+from service.db.publications import PublicationClaim, PublicationLost
 from service.db.session import DATABASE_FAULTS, transaction
 from service.settings import Settings
 from service.storage import ArtifactStore
@@ -35,27 +35,27 @@ def publish(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
     made = 0
     while True:
         with transaction(engine) as session:
-            held = publications.claim(session, lease=LEASE, max_tries=MAX_TRIES)
-        if held is None:
+            claim = publications.claim(session, lease=LEASE, max_tries=MAX_TRIES)
+        if claim is None:
             return made
-        _attempt(engine, settings, store, held)
+        _attempt(engine, settings, store, claim)
         made += 1
 
 
-def _attempt(engine: Engine, settings: Settings, store: ArtifactStore, held: Held) -> None:
+def _attempt(engine: Engine, settings: Settings, store: ArtifactStore, claim: PublicationClaim) -> None:
     try:
-        urls = TAKERS[held.target](_record(engine, settings, store, held), settings)
-        _conclude(engine, partial(publications.succeed, held=held, urls=urls))
-        log.info("published", extra={"job_id": held.job_id, "target": held.target.value})
+        urls = TAKERS[claim.target](_record(engine, settings, store, claim), settings)
+        _conclude(engine, partial(publications.succeed, claim=claim, urls=urls))
+        log.info("published", extra={"job_id": claim.job_id, "target": claim.target.value})
     except (PublicationLost, *DATABASE_FAULTS):
         # Not the target's fault: it falls due again when the lease has run out, if it is still there.
-        log.warning("a publication was interrupted", extra={"job_id": held.job_id, "target": held.target.value})
+        log.warning("a publication was interrupted", extra={"job_id": claim.job_id, "target": claim.target.value})
     except Exception as error:
         # The border of the service: whatever a target or its library raises is an answer of that target.
-        log.warning("publishing failed", exc_info=True, extra={"job_id": held.job_id, "target": held.target.value})
+        log.warning("publishing failed", exc_info=True, extra={"job_id": claim.job_id, "target": claim.target.value})
         told = f"{type(error).__name__}: {error}"[:MAX_ERROR]
-        retry_in = DELAYS[held.tries - 1] if held.tries < MAX_TRIES else None
-        _conclude(engine, partial(publications.fail, held=held, error=told, retry_in=retry_in))
+        retry_in = DELAYS[claim.tries - 1] if claim.tries < MAX_TRIES else None
+        _conclude(engine, partial(publications.fail, claim=claim, error=told, retry_in=retry_in))
 
 
 def _conclude(engine: Engine, change: Callable[..., None]) -> None:
@@ -66,16 +66,16 @@ def _conclude(engine: Engine, change: Callable[..., None]) -> None:
         log.warning("stepping back: %s", error)
 
 
-def _record(engine: Engine, settings: Settings, store: ArtifactStore, held: Held) -> Record:
+def _record(engine: Engine, settings: Settings, store: ArtifactStore, claim: PublicationClaim) -> Record:
     def renew() -> None:
         with transaction(engine) as session:
-            publications.renew(session, held, lease=LEASE)
+            publications.renew(session, claim, lease=LEASE)
 
     with transaction(engine) as session:
-        publications.renew(session, held, lease=LEASE)
-        job = views.job(jobs.get(session, held.job_id), jobs.stages(session, [held.job_id])[held.job_id])
+        publications.renew(session, claim, lease=LEASE)
+        job = views.job(jobs.get(session, claim.job_id), jobs.stages(session, [claim.job_id])[claim.job_id])
         stages = [stage.name for stage in job.stages]
-        rows = [row for stage in stages for row in artifacts.of_stage(session, held.job_id, stage)]
+        rows = [row for stage in stages for row in artifacts.of_stage(session, claim.job_id, stage)]
     assert settings.scratch_dir is not None
     return Record(job, rows, store, settings.scratch_dir / "publishing", renew)
 

@@ -81,7 +81,7 @@ class Scene:
     def shown(self, job_id: str) -> str:
         """All that the interface and the database say of a job."""
         answers = [self.client.get(f"/v1/jobs/{job_id}{rest}").text for rest in ("", "/events?limit=100")]
-        with self.worker.engine.connect() as connection:
+        with self.worker.database.connect() as connection:
             rows = [
                 str(connection.execute(text(f"SELECT * FROM {name}")).all()) for name in ("jobs", "stages", "events")
             ]
@@ -184,7 +184,7 @@ def test_what_a_request_brings_and_a_route_raises(scene: Scene) -> None:
 
 def test_what_a_database_quotes_when_it_refuses(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def stage(context: StageContext) -> dict[str, Any]:
-        with scene.worker.engine.connect() as connection:
+        with scene.worker.database.connect() as connection:
             connection.execute(text("SELECT * FROM nowhere WHERE a = :a"), {"a": EVERYTHING})
         return {}
 

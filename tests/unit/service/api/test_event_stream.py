@@ -62,12 +62,12 @@ def test_a_stream_follows_the_job_and_ends_with_its_final_event(gateway: Gateway
 
     with following(address, job_id) as stream:
         types = [next(stream).event]
-        held = gateway.claim(job_id, StageName.SCORING)
+        claim = gateway.claim(job_id, StageName.SCORING)
         types.append(next(stream).event)
-        gateway.report(held, 0.5)
+        gateway.report(claim, 0.5)
         types.append(next(stream).event)
         gateway.client.post(f"/v1/jobs/{job_id}/cancel")
-        gateway.complete(held)
+        gateway.complete(claim)
         types += [event.event for event in stream]
 
     assert types == [

@@ -8,9 +8,9 @@ from tests.gateway import Gateway, problem_of
 
 def test_events_are_paged_by_their_numbers(gateway: Gateway) -> None:
     job_id = gateway.create()
-    held = gateway.claim(job_id, StageName.SCORING)
-    gateway.report(held, 0.5)
-    gateway.complete(held)
+    claim = gateway.claim(job_id, StageName.SCORING)
+    gateway.report(claim, 0.5)
+    gateway.complete(claim)
     path = f"/v1/jobs/{job_id}/events"
 
     first = gateway.client.get(path, params={"limit": 3}).json()

@@ -70,7 +70,7 @@ def test_the_key_of_a_gateway_that_died_is_free_after_a_while(gateway: Gateway) 
         connection.execute(text("UPDATE idempotency_keys SET reserved_at = '2020-01-01'"))
 
     assert gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=KEY).status_code == 201
-    assert isinstance(dead, idempotency.Reservation)
+    assert isinstance(dead, idempotency.KeyReservation)
 
 
 def test_a_refused_request_frees_its_key(gateway: Gateway) -> None:

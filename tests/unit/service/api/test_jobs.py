@@ -201,9 +201,9 @@ def test_invalid_query_is_named(gateway: Gateway, query: str, code: str, param: 
 
 def test_running_job_shows_progress_and_when_it_may_finish(gateway: Gateway) -> None:
     job_id = gateway.create()
-    held = gateway.claim(job_id, StageName.SCORING)
+    claim = gateway.claim(job_id, StageName.SCORING)
     before = gateway.client.get(f"/v1/jobs/{job_id}").json()
-    gateway.report(held, 0.5)
+    gateway.report(claim, 0.5)
 
     job = gateway.client.get(f"/v1/jobs/{job_id}").json()
 

@@ -91,7 +91,7 @@ def test_the_quotas_of_the_key_that_is_sent_hold_too(small: Gateway) -> None:
 
 def test_a_job_that_has_to_wait_is_sent_when_it_may_run(small: Gateway) -> None:
     running, waiting = small.create(), small.create()
-    held = small.claim(running, StageName.SCORING)
+    claim = small.claim(running, StageName.SCORING)
 
     shown = small.client.get(f"/v1/jobs/{waiting}").json()
     assert shown["status"] == "queued"
@@ -100,7 +100,7 @@ def test_a_job_that_has_to_wait_is_sent_when_it_may_run(small: Gateway) -> None:
     assert sweep(small.engine, small.settings) == 0
     small.client.post(f"/v1/jobs/{running}/cancel")
     with transaction(small.engine) as session:
-        stages.stopped(session, held)
+        stages.stopped(session, claim)
 
     assert sweep(small.engine, small.settings) == 1
     assert messages(small) == 2

@@ -176,11 +176,11 @@ def test_deliveries_are_listed_by_state_in_pages_and_sent_again(quiet: Gateway) 
     job_id = quiet.create()
     quiet.client.post(f"/v1/jobs/{job_id}/cancel")
     with transaction(quiet.engine) as session:
-        (held, *_) = deliveries.claim(session, limit=1, per_webhook=1, lease=deliveries.KEPT, max_tries=8)
+        (claim, *_) = deliveries.claim(session, limit=1, per_webhook=1, lease=deliveries.KEPT, max_tries=8)
 
     first = quiet.client.get(path, params={"limit": 1}).json()
     second = quiet.client.get(path, params={"after": first["last_id"]}).json()
-    again = quiet.client.post(f"{path}/{held.id}/resend")
+    again = quiet.client.post(f"{path}/{claim.id}/resend")
 
     assert [(one["type"], one["job_id"]) for one in first["data"]] == [("job.cancelled", job_id)]
     assert [(one["type"], one["status"]) for one in second["data"]] == [("job.created", "pending")]

@@ -70,14 +70,14 @@ def test_a_marked_job_cannot_be_changed_or_worked_on(engine: Engine) -> None:
 def test_a_worker_that_comes_back_to_a_deleted_job_steps_back(engine: Engine) -> None:
     with transaction(engine) as session:
         job_id = jobs.create(session, SPEC).id
-        held = stages.claim(session, job_id, StageName.SCORING, worker="asleep", lease_seconds=-1)
-        assert held is not None
+        claim = stages.claim(session, job_id, StageName.SCORING, worker="asleep", lease_seconds=-1)
+        assert claim is not None
         jobs.request_pause(session, job_id)
         stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
         deletion.mark(session, job_id)
     for _ in range(2):
         with pytest.raises(LeaseLost, match="deleted"), transaction(engine) as session:
-            stages.complete(session, held, artifacts=[], metrics={}, versions={})
+            stages.complete(session, claim, artifacts=[], metrics={}, versions={})
         with transaction(engine) as session:
             deletion.remove(session, job_id)
 
@@ -85,12 +85,12 @@ def test_a_worker_that_comes_back_to_a_deleted_job_steps_back(engine: Engine) ->
 def test_a_job_at_work_is_not_deleted_and_a_failed_one_is(engine: Engine) -> None:
     with transaction(engine) as session:
         job_id = jobs.create(session, SPEC).id
-        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
-        assert held is not None
+        claim = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert claim is not None
         jobs.request_pause(session, job_id)
         with pytest.raises(JobNotDeletable, match="is pausing"):
             deletion.mark(session, job_id)
-        stages.fail(session, held, ErrorInfo(code="x", message="x"))
+        stages.fail(session, claim, ErrorInfo(code="x", message="x"))
         deletion.mark(session, job_id)
     assert marked(engine) == [job_id]
 

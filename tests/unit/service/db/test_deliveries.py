@@ -27,7 +27,7 @@ from pdtrim.contract.webhooks import (
     WebhookSpec,
 )
 from service.db import deliveries, events, jobs, stages, webhooks
-from service.db.deliveries import Claimed
+from service.db.deliveries import DeliveryClaim
 from service.db.session import transaction
 from service.db.tables import DeliveryRow, EventRow, WebhookRow, now
 
@@ -64,7 +64,7 @@ def types(engine: Engine, webhook_id: str) -> list[str]:
     return [row.type for row in written(engine, webhook_id)]
 
 
-def claim(engine: Engine, *, limit: int = 100, per_webhook: int = 100, max_tries: int = 8) -> list[Claimed]:
+def take(engine: Engine, *, limit: int = 100, per_webhook: int = 100, max_tries: int = 8) -> list[DeliveryClaim]:
     with transaction(engine) as session:
         return deliveries.claim(session, limit=limit, per_webhook=per_webhook, lease=LEASE, max_tries=max_tries)
 
@@ -76,20 +76,25 @@ def make_due(engine: Engine) -> None:
             row.next_attempt_at = now() - timedelta(seconds=1)
 
 
-def made(held: Claimed, code: int = 500) -> DeliveryAttempt:
-    return DeliveryAttempt(number=held.attempt, at=now(), seconds=0.1, response_code=code, error="", excerpt="")
+def made(claim: DeliveryClaim, code: int = 500) -> DeliveryAttempt:
+    return DeliveryAttempt(number=claim.attempt, at=now(), seconds=0.1, response_code=code, error="", excerpt="")
 
 
 def fail(
-    engine: Engine, held: Claimed, *, retry_in: timedelta | None = DAY, gone: bool = False, limit: timedelta = DAY
+    engine: Engine,
+    claim: DeliveryClaim,
+    *,
+    retry_in: timedelta | None = DAY,
+    gone: bool = False,
+    limit: timedelta = DAY,
 ) -> DisabledReason | None:
     with transaction(engine) as session:
-        return deliveries.fail(session, held, made(held), retry_in=retry_in, gone=gone, failing_limit=limit)
+        return deliveries.fail(session, claim, made(claim), retry_in=retry_in, gone=gone, failing_limit=limit)
 
 
-def succeed(engine: Engine, held: Claimed) -> None:
+def succeed(engine: Engine, claim: DeliveryClaim) -> None:
     with transaction(engine) as session:
-        deliveries.succeed(session, held, made(held, 200))
+        deliveries.succeed(session, claim, made(claim, 200))
 
 
 @contextmanager
@@ -126,9 +131,9 @@ def test_a_message_says_what_happened_and_how_the_job_stands(engine: Engine) -> 
     hook = new_hook(engine)
     job_id = new_job(engine)
     with transaction(engine) as session:
-        held = stages.claim(session, job_id, StageName.SCORING, worker="secret-host", lease_seconds=60)
-        assert held is not None
-        stages.fail(session, held, ErrorInfo(code="out_of_memory", message="m" * 5000, param="model"))
+        claim = stages.claim(session, job_id, StageName.SCORING, worker="secret-host", lease_seconds=60)
+        assert claim is not None
+        stages.fail(session, claim, ErrorInfo(code="out_of_memory", message="m" * 5000, param="model"))
 
     created, started, _, failed = (JobFacts.model_validate(row.data) for row in written(engine, hook))
     assert types(engine, hook) == ["job.created", "stage.started", "stage.failed", "job.failed"]
@@ -143,10 +148,10 @@ def test_a_message_and_what_was_answered_are_kept_without_secrets(engine: Engine
     hook = new_hook(engine, WebhookEvent.JOB_FAILED)
     job_id, leaked = new_job(engine), "hf_abcdefghijklmnopqrstuv"
     with transaction(engine) as session:
-        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
-        assert held is not None
-        stages.fail(session, held, ErrorInfo(code="source_unreadable", message=f"the hub refused {leaked}"))
-    (claimed,) = claim(engine)
+        claim = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert claim is not None
+        stages.fail(session, claim, ErrorInfo(code="source_unreadable", message=f"the hub refused {leaked}"))
+    (claimed,) = take(engine)
     answered = made(claimed).model_copy(update={"excerpt": f"who is {leaked}?"})
     with transaction(engine) as session:
         deliveries.fail(session, claimed, answered, retry_in=DAY, gone=False, failing_limit=DAY)
@@ -161,23 +166,23 @@ def test_every_event_of_a_jobs_life_but_progress_can_be_announced(engine: Engine
     ended, stopped = new_job(engine), new_job(engine)
     with transaction(engine) as session:
         for stage in StageName:
-            held = stages.claim(session, ended, stage, worker="w", lease_seconds=60)
-            assert held is not None
-            stages.report(session, held, progress=0.5, message="", data={})
-            stages.complete(session, held, artifacts=[], metrics={"loss": 1.0}, versions={})
+            claim = stages.claim(session, ended, stage, worker="w", lease_seconds=60)
+            assert claim is not None
+            stages.report(session, claim, progress=0.5, message="", data={})
+            stages.complete(session, claim, artifacts=[], metrics={"loss": 1.0}, versions={})
         for ask in (jobs.request_pause, jobs.request_cancel):
             jobs.resume(session, stopped) if ask is jobs.request_cancel else None
-            held = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
-            assert held is not None
-            stages.release(session, held, "It broke", max_attempts=5)
-            held = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
-            assert held is not None
+            claim = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
+            assert claim is not None
+            stages.release(session, claim, "It broke", max_attempts=5)
+            claim = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
+            assert claim is not None
             ask(session, stopped)
-            stages.stopped(session, held)
+            stages.stopped(session, claim)
         jobs.resume(session, stopped)
-        held = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
-        assert held is not None
-        stages.fail(session, held, ErrorInfo(code="x", message="x"))
+        claim = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
+        assert claim is not None
+        stages.fail(session, claim, ErrorInfo(code="x", message="x"))
         happened = set(session.exec(select(EventRow.type)))
         announced = set(session.exec(select(DeliveryRow.type)))
 
@@ -203,10 +208,10 @@ def test_progress_asks_nothing_and_other_events_ask_once_where_there_is_no_webho
     new_hook(engine, project="other")
     job_id = new_job(engine)
     with transaction(engine) as session:
-        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
-        assert held is not None
+        claim = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert claim is not None
     with statements(engine) as seen, transaction(engine) as session:
-        stages.report(session, held, progress=0.5, message="", data={})
+        stages.report(session, claim, progress=0.5, message="", data={})
     assert not any("webhook" in statement for statement in seen)
 
     with statements(engine) as seen, transaction(engine) as session:
@@ -247,19 +252,19 @@ def test_many_senders_at_once_claim_every_message_once(engine: Engine) -> None:
         new_job(engine)
     together = Barrier(4)
 
-    def claim_all(_: int) -> list[Claimed]:
-        claimed: list[Claimed] = []
+    def claim_all(_: int) -> list[DeliveryClaim]:
+        claimed: list[DeliveryClaim] = []
         together.wait()
-        while len(claimed) < 30 and (more := claim(engine, limit=4, per_webhook=2)):
+        while len(claimed) < 30 and (more := take(engine, limit=4, per_webhook=2)):
             claimed += more
         return claimed
 
     with ThreadPoolExecutor(4) as pool:
         found = [one.id for part in pool.map(claim_all, range(4)) for one in part]
-    found += [one.id for one in claim(engine)]  # Who found a webhook's first rows locked by others gave up early.
+    found += [one.id for one in take(engine)]  # Who found a webhook's first rows locked by others gave up early.
 
     assert sorted(found) == sorted(row.id for hook in hooks for row in written(engine, hook))
-    assert claim(engine) == []
+    assert take(engine) == []
 
 
 def test_a_claim_locks_nothing_that_another_sender_waits_for(engine: Engine) -> None:
@@ -271,7 +276,7 @@ def test_a_claim_locks_nothing_that_another_sender_waits_for(engine: Engine) -> 
     with transaction(engine) as session:
         (first,) = deliveries.claim(session, limit=1, per_webhook=9, lease=LEASE, max_tries=8)
         with ThreadPoolExecutor(1) as pool:
-            (second,) = pool.submit(claim, engine).result(timeout=10)
+            (second,) = pool.submit(take, engine).result(timeout=10)
 
     assert first.id != second.id
 
@@ -283,7 +288,7 @@ def test_a_webhook_with_many_messages_leaves_room_for_others(engine: Engine) -> 
     calm = new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
 
-    claimed = claim(engine, limit=3, per_webhook=2)
+    claimed = take(engine, limit=3, per_webhook=2)
 
     assert [one.webhook_id for one in claimed] == [busy, busy, calm]
 
@@ -291,10 +296,10 @@ def test_a_webhook_with_many_messages_leaves_room_for_others(engine: Engine) -> 
 def test_a_lease_hides_a_message_and_fences_out_a_sender_that_comes_too_late(engine: Engine) -> None:
     hook = new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
-    (late,) = claim(engine)
-    assert claim(engine) == []
+    (late,) = take(engine)
+    assert take(engine) == []
     make_due(engine)
-    (again,) = claim(engine)
+    (again,) = take(engine)
 
     fail(engine, late)
     succeed(engine, late)
@@ -306,17 +311,17 @@ def test_a_lease_hides_a_message_and_fences_out_a_sender_that_comes_too_late(eng
     assert [(one["number"], one["response_code"]) for one in row.attempts] == [(2, 200)]
     assert (row.status, row.next_attempt_at) == (DeliveryStatus.SUCCEEDED, None)
     make_due(engine)
-    assert claim(engine) == []
+    assert take(engine) == []
 
 
 def test_a_message_that_no_sender_lives_to_record_is_given_up(engine: Engine) -> None:
     hook = new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
     for _ in range(3):
-        assert len(claim(engine, max_tries=3)) == 1
+        assert len(take(engine, max_tries=3)) == 1
         make_due(engine)
 
-    assert claim(engine, max_tries=3) == []
+    assert take(engine, max_tries=3) == []
     (row,) = written(engine, hook)
     assert (row.status, row.next_attempt_at) == (DeliveryStatus.FAILED, None)
 
@@ -324,8 +329,8 @@ def test_a_message_that_no_sender_lives_to_record_is_given_up(engine: Engine) ->
 def test_a_failure_is_noted_and_the_message_falls_due_again_or_is_given_up(engine: Engine) -> None:
     hook = new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
-    (held,) = claim(engine)
-    fail(engine, held, retry_in=timedelta(hours=1))
+    (claim,) = take(engine)
+    fail(engine, claim, retry_in=timedelta(hours=1))
     (row,) = written(engine, hook)
     assert row.next_attempt_at is not None
     assert timedelta(minutes=59) < row.next_attempt_at - now() < timedelta(minutes=61)
@@ -333,11 +338,11 @@ def test_a_failure_is_noted_and_the_message_falls_due_again_or_is_given_up(engin
         assert webhooks.get(session, hook).failing_since is not None
     make_due(engine)
 
-    (held,) = claim(engine)
-    fail(engine, held, retry_in=None)
+    (claim,) = take(engine)
+    fail(engine, claim, retry_in=None)
 
     (row,) = written(engine, hook)
-    assert (row.status, row.next_attempt_at, held.tries) == (DeliveryStatus.FAILED, None, 2)
+    assert (row.status, row.next_attempt_at, claim.tries) == (DeliveryStatus.FAILED, None, 2)
     assert [one["number"] for one in row.attempts] == [1, 2]
 
 
@@ -345,8 +350,8 @@ def test_the_notes_on_attempts_are_bounded(engine: Engine) -> None:
     hook = new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
     for _ in range(deliveries.KEPT_ATTEMPTS + 3):
-        (held,) = claim(engine, max_tries=100)
-        fail(engine, held)
+        (claim,) = take(engine, max_tries=100)
+        fail(engine, claim)
         make_due(engine)
 
     (row,) = written(engine, hook)
@@ -357,7 +362,7 @@ def test_a_receiver_that_is_gone_disables_its_webhook_and_what_waits_is_given_up
     hook = new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
     new_job(engine)
-    first, second = claim(engine)
+    first, second = take(engine)
 
     assert fail(engine, first, gone=True) is DisabledReason.GONE
     assert fail(engine, second) is None
@@ -380,14 +385,14 @@ def test_what_falls_due_while_a_webhook_is_disabled_is_given_up_and_what_falls_d
     with transaction(engine) as session:
         webhooks.change(session, hook, WebhookChange(enabled=False))
         assert webhooks.get(session, hook).disabled_reason == DisabledReason.REQUESTED
-    assert claim(engine) == []
+    assert take(engine) == []
     (row,) = written(engine, hook)
     assert (row.status, row.attempts[0]["error"]) == (DeliveryStatus.FAILED, "The webhook is disabled.")
 
     with transaction(engine) as session:
         webhooks.change(session, hook, WebhookChange(enabled=True))
         deliveries.resend(session, hook, row.id)
-    assert [held.id for held in claim(engine)] == [row.id]
+    assert [claim.id for claim in take(engine)] == [row.id]
 
 
 def test_nothing_but_failures_for_days_disables_a_webhook_and_a_success_in_between_does_not(engine: Engine) -> None:
@@ -399,7 +404,7 @@ def test_nothing_but_failures_for_days_disables_a_webhook_and_a_success_in_betwe
 
     for _ in range(4):
         new_job(engine)
-    first, second, third, fourth = claim(engine)
+    first, second, third, fourth = take(engine)
     fail(engine, first, limit=timedelta(days=5))
     failing_since(4.9)
     assert fail(engine, second, limit=timedelta(days=5)) is None
@@ -408,7 +413,7 @@ def test_nothing_but_failures_for_days_disables_a_webhook_and_a_success_in_betwe
     assert fail(engine, fourth, limit=timedelta(days=5)) is None
     failing_since(5.1)
     make_due(engine)
-    (again, *_) = claim(engine)
+    (again, *_) = take(engine)
 
     assert fail(engine, again, limit=timedelta(days=5)) is DisabledReason.FAILING
     with transaction(engine) as session:
@@ -420,47 +425,47 @@ def test_nothing_but_failures_for_days_disables_a_webhook_and_a_success_in_betwe
 def test_a_resent_message_keeps_its_id_and_has_all_attempts_before_it(engine: Engine) -> None:
     hook, other = new_hook(engine, WebhookEvent.JOB_CREATED), new_hook(engine, WebhookEvent.JOB_FAILED)
     new_job(engine)
-    (held,) = claim(engine)
-    succeed(engine, held)
+    (claim,) = take(engine)
+    succeed(engine, claim)
     with transaction(engine) as session:
         with pytest.raises(DeliveryNotFound):
-            deliveries.resend(session, other, held.id)
+            deliveries.resend(session, other, claim.id)
         with pytest.raises(DeliveryNotFound):
             deliveries.resend(session, hook, "msg_" + "0" * 32)
-        deliveries.resend(session, hook, held.id)
+        deliveries.resend(session, hook, claim.id)
 
-    (again,) = claim(engine)
+    (again,) = take(engine)
 
-    assert (again.id, again.attempt, again.tries) == (held.id, 2, 1)
-    succeed(engine, held)
+    assert (again.id, again.attempt, again.tries) == (claim.id, 2, 1)
+    succeed(engine, claim)
     assert [one["number"] for one in written(engine, hook)[0].attempts] == [1]
 
 
 def test_a_message_resent_while_it_is_being_sent_is_sent_again(engine: Engine) -> None:
     new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
-    (held,) = claim(engine)
+    (claim,) = take(engine)
     with transaction(engine) as session:
-        deliveries.resend(session, held.webhook_id, held.id)
-    (again,) = claim(engine)
-    succeed(engine, held)
+        deliveries.resend(session, claim.webhook_id, claim.id)
+    (again,) = take(engine)
+    succeed(engine, claim)
     succeed(engine, again)
 
-    (row,) = written(engine, held.webhook_id)
+    (row,) = written(engine, claim.webhook_id)
     assert (row.status, [one["number"] for one in row.attempts]) == (DeliveryStatus.SUCCEEDED, [2])
 
 
 def test_a_deleted_webhook_takes_its_messages_along_and_its_senders_record_nothing(engine: Engine) -> None:
     hook = new_hook(engine, WebhookEvent.JOB_CREATED)
     new_job(engine)
-    (held,) = claim(engine)
+    (claim,) = take(engine)
     with transaction(engine) as session:
         webhooks.delete(session, hook)
         with pytest.raises(WebhookNotFound):
             webhooks.delete(session, hook)
 
-    assert fail(engine, held) is None
-    succeed(engine, held)
+    assert fail(engine, claim) is None
+    succeed(engine, claim)
     with transaction(engine) as session:
         assert session.exec(select(DeliveryRow)).all() == []
 

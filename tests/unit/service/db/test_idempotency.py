@@ -13,25 +13,25 @@ from pdtrim.contract.access import DEFAULT_PROJECT
 from pdtrim.contract.errors import IdempotencyKeyReused, JobNotFound, RequestInFlight
 from pdtrim.contract.spec import JobSpec
 from service.db import idempotency, jobs
-from service.db.idempotency import Answered, Reservation
+from service.db.idempotency import Answered, KeyReservation
 from service.db.session import transaction
 from service.db.tables import IdempotencyRow, now
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
-def reserve(engine: Engine, *, project: str = "default", fingerprint: str = "a") -> Reservation | Answered:
+def reserve(engine: Engine, *, project: str = "default", fingerprint: str = "a") -> KeyReservation | Answered:
     with transaction(engine) as session:
         return idempotency.reserve(session, project, "key", fingerprint)
 
 
-def held(engine: Engine, **changes: str) -> Reservation:
+def reserved(engine: Engine, **changes: str) -> KeyReservation:
     reservation = reserve(engine, **changes)
-    assert isinstance(reservation, Reservation)
+    assert isinstance(reservation, KeyReservation)
     return reservation
 
 
-def create(engine: Engine, reservation: Reservation) -> str:
+def create(engine: Engine, reservation: KeyReservation) -> str:
     with transaction(engine) as session:
         job_id = jobs.create(session, SPEC).id
         idempotency.settle(session, reservation, job_id, {"id": job_id})
@@ -45,7 +45,7 @@ def age(engine: Engine, by: timedelta) -> None:
 
 
 def test_a_settled_key_gives_the_answer_to_the_same_body_alone(engine: Engine) -> None:
-    job_id = create(engine, held(engine))
+    job_id = create(engine, reserved(engine))
 
     assert reserve(engine) == Answered(job_id, {"id": job_id})
     with pytest.raises(IdempotencyKeyReused):
@@ -53,16 +53,16 @@ def test_a_settled_key_gives_the_answer_to_the_same_body_alone(engine: Engine) -
 
 
 def test_every_project_has_keys_of_its_own(engine: Engine) -> None:
-    create(engine, held(engine))
+    create(engine, reserved(engine))
 
-    assert held(engine, project="other")
+    assert reserved(engine, project="other")
 
 
 def test_a_released_key_is_free_and_a_settled_one_is_not_released(engine: Engine) -> None:
-    first = held(engine)
+    first = reserved(engine)
     with transaction(engine) as session:
         idempotency.release(session, first)
-    second = held(engine, fingerprint="b")
+    second = reserved(engine, fingerprint="b")
     job_id = create(engine, second)
     with transaction(engine) as session:
         idempotency.release(session, second)
@@ -71,11 +71,11 @@ def test_a_released_key_is_free_and_a_settled_one_is_not_released(engine: Engine
 
 
 def test_a_request_whose_reservation_was_taken_over_creates_nothing(engine: Engine) -> None:
-    slow = held(engine)
+    slow = reserved(engine)
     with pytest.raises(RequestInFlight):
         reserve(engine)
     age(engine, timedelta(minutes=1))
-    fast = held(engine)
+    fast = reserved(engine)
 
     with pytest.raises(RequestInFlight):
         create(engine, slow)
@@ -86,7 +86,7 @@ def test_a_request_whose_reservation_was_taken_over_creates_nothing(engine: Engi
 
 
 def test_of_many_requests_at_once_one_gets_the_key(engine: Engine) -> None:
-    def attempt(_: int) -> Reservation | Answered | None:
+    def attempt(_: int) -> KeyReservation | Answered | None:
         try:
             return reserve(engine)
         except RequestInFlight:
@@ -99,7 +99,7 @@ def test_of_many_requests_at_once_one_gets_the_key(engine: Engine) -> None:
 
 
 def test_keys_are_forgotten_after_a_day_and_their_jobs_are_not(engine: Engine) -> None:
-    job_id = create(engine, held(engine))
+    job_id = create(engine, reserved(engine))
     age(engine, timedelta(hours=23))
     with transaction(engine) as session:
         idempotency.forget(session)
@@ -109,16 +109,16 @@ def test_keys_are_forgotten_after_a_day_and_their_jobs_are_not(engine: Engine) -
     with transaction(engine) as session:
         idempotency.forget(session)
 
-    assert held(engine)
+    assert reserved(engine)
     with transaction(engine) as session:
         assert jobs.get(session, job_id).id == job_id
 
 
 def test_a_deleted_job_takes_its_key_along(engine: Engine) -> None:
-    job_id = create(engine, held(engine))
+    job_id = create(engine, reserved(engine))
     with engine.begin() as connection:
         connection.execute(text("DELETE FROM jobs"))
 
-    assert held(engine)
+    assert reserved(engine)
     with pytest.raises(JobNotFound), transaction(engine) as session:
         jobs.get(session, job_id)

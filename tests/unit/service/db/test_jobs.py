@@ -66,8 +66,8 @@ def test_an_unknown_job_is_named(engine: Engine) -> None:
 def test_a_finished_job_cannot_be_cancelled(engine: Engine) -> None:
     job_id = create_job(engine)
     with transaction(engine) as session:
-        held = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
-        assert held is not None
-        stages.fail(session, held, ErrorInfo(code="x", message="x"))
+        claim = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
+        assert claim is not None
+        stages.fail(session, claim, ErrorInfo(code="x", message="x"))
     with pytest.raises(JobNotCancellable, match="failed"), transaction(engine) as session:
         jobs.request_cancel(session, job_id)

@@ -163,26 +163,26 @@ class Lifecycle(RuleBasedStateMachine):
     def take(self, job_id: str, position: int, alive: bool) -> None:
         job, stage = self.expected[job_id], STAGES[position]
         claimable = job.can_be_claimed(position)
-        held = self.change(None, stages.claim, job_id, stage, worker="w", lease_seconds=600 if alive else -1)
-        assert (held is not None) == claimable
-        if held is None:
+        claim = self.change(None, stages.claim, job_id, stage, worker="w", lease_seconds=600 if alive else -1)
+        assert (claim is not None) == claimable
+        if claim is None:
             return
-        self.claims[job_id].append(held)
+        self.claims[job_id].append(claim)
         job.status, job.stages[position], job.silent = JobStatus.RUNNING, StageStatus.RUNNING, not alive
         job.attempts[position] += 1
         job.counted[position] += 1
-        assert held == Claim(job_id, stage, job.attempts[position])
+        assert claim == Claim(job_id, stage, job.attempts[position])
 
     def record(
         self, job_id: str, back: int, action: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[int, Any] | None:
         """Record something under the last claim but `back`. Returns its stage and what came back; None if refused."""
-        job, held = self.expected[job_id], self.claims[job_id][-1 - back :][:1]
-        if not held:
+        job, claims = self.expected[job_id], self.claims[job_id][-1 - back :][:1]
+        if not claims:
             return None
-        counts = job.holds(held[0])
-        answer = self.change(None if counts else LeaseLost, action, held[0], *args, **kwargs)
-        return (STAGES.index(held[0].stage), answer) if counts else None
+        counts = job.holds(claims[0])
+        answer = self.change(None if counts else LeaseLost, action, claims[0], *args, **kwargs)
+        return (STAGES.index(claims[0].stage), answer) if counts else None
 
     @rule(job_id=job_ids, act=st.sampled_from(WORKERS_ACTS), back=st.sampled_from([0, 0, 0, 1]))
     def work(self, job_id: str, act: str, back: int) -> None:

@@ -40,24 +40,24 @@ def create(
         return jobs.create(session, SPEC, project=project, api_key=api_key, limits=limits).id
 
 
-def claim(
+def take(
     engine: Engine, job_id: str, stage: StageName = StageName.SCORING, *, running: int | None = None
 ) -> Claim | None:
     with transaction(engine) as session:
         return stages.claim(session, job_id, stage, worker="w", lease_seconds=60, max_running_jobs=running)
 
 
-def complete(engine: Engine, held: Claim, *, size: int = 3) -> None:
-    artifact = NewArtifact("plan.json", f"{held.job_id}/{held.stage}", "file:///plan.json", size, "0" * 64)
+def complete(engine: Engine, claim: Claim, *, size: int = 3) -> None:
+    artifact = NewArtifact("plan.json", f"{claim.job_id}/{claim.stage}", "file:///plan.json", size, "0" * 64)
     with transaction(engine) as session:
-        stages.complete(session, held, artifacts=[artifact], metrics={}, versions={})
+        stages.complete(session, claim, artifacts=[artifact], metrics={}, versions={})
 
 
 def run_to_the_end(engine: Engine, job_id: str, *, size: int = 3) -> None:
     for stage in StageName:
-        held = claim(engine, job_id, stage)
-        assert held is not None
-        complete(engine, held, size=size)
+        claim = take(engine, job_id, stage)
+        assert claim is not None
+        complete(engine, claim, size=size)
 
 
 def due(engine: Engine, *, running: int | None, at: datetime | None = None) -> list[str]:
@@ -90,7 +90,7 @@ def test_a_project_queues_as_many_jobs_as_it_may(engine: Engine) -> None:
 def test_a_job_that_leaves_the_queue_makes_room(engine: Engine, ending: str) -> None:
     job_id = create(engine, queued=1)
     if ending == "begun":
-        assert claim(engine, job_id) is not None
+        assert take(engine, job_id) is not None
     else:
         change(engine, jobs.request_cancel if ending == "cancelled" else jobs.request_pause, job_id)
     if ending == "deleted":
@@ -167,51 +167,51 @@ def test_workers_that_claim_at_the_same_time_do_not_exceed_the_quota(engine: Eng
     waiting = [create(engine, api_key=mine if number < 4 else None) for number in range(12)]
 
     with ThreadPoolExecutor(8) as workers:
-        held = list(workers.map(lambda job_id: claim(engine, job_id, running=3), waiting))
+        claims = list(workers.map(lambda job_id: take(engine, job_id, running=3), waiting))
 
-    assert len([one for one in held if one is not None]) == 3
-    assert len([one for one in held[:4] if one is not None]) <= 1
+    assert len([one for one in claims if one is not None]) == 3
+    assert len([one for one in claims[:4] if one is not None]) <= 1
 
 
 def test_a_job_keeps_its_place_between_its_stages(engine: Engine) -> None:
     first, second = create(engine), create(engine)
-    held = claim(engine, first, running=1)
-    assert held is not None
-    complete(engine, held)
+    claim = take(engine, first, running=1)
+    assert claim is not None
+    complete(engine, claim)
 
-    assert claim(engine, second, running=1) is None
-    assert claim(engine, first, StageName.REMOVAL, running=1) is not None
+    assert take(engine, second, running=1) is None
+    assert take(engine, first, StageName.REMOVAL, running=1) is not None
 
 
 @pytest.mark.parametrize("ending", ["succeeded", "failed", "paused", "cancelled", "given up"])
 def test_a_job_that_was_held_back_goes_when_another_ends(engine: Engine, ending: str) -> None:
     running, held_back = create(engine, running=1), create(engine, running=1)
-    held = claim(engine, running, running=1)
-    assert held is not None
-    assert claim(engine, held_back, running=1) is None
+    claim = take(engine, running, running=1)
+    assert claim is not None
+    assert take(engine, held_back, running=1) is None
     assert not is_sent(engine, held_back)
     assert due(engine, running=1, at=now() + LATER) == []
 
     if ending == "succeeded":
-        complete(engine, held)
+        complete(engine, claim)
         for stage in list(StageName)[1:]:
-            again = claim(engine, running, stage, running=1)
+            again = take(engine, running, stage, running=1)
             assert again is not None
             complete(engine, again)
     elif ending == "failed":
         with transaction(engine) as session:
-            stages.fail(session, held, ErrorInfo(code="x", message="x"))
+            stages.fail(session, claim, ErrorInfo(code="x", message="x"))
     elif ending == "given up":
         with transaction(engine) as session:
-            stages.release(session, held, "x", max_attempts=1)
+            stages.release(session, claim, "x", max_attempts=1)
     else:
         change(engine, jobs.request_pause if ending == "paused" else jobs.request_cancel, running)
         assert due(engine, running=1) == []  # Its worker has not stopped yet.
         with transaction(engine) as session:
-            stages.stopped(session, held)
+            stages.stopped(session, claim)
 
     assert due(engine, running=1) == [held_back]
-    assert claim(engine, held_back, running=1) is not None
+    assert take(engine, held_back, running=1) is not None
 
 
 def test_the_first_in_line_go_first_and_no_message_is_sent_for_nothing(engine: Engine) -> None:
@@ -232,28 +232,28 @@ def test_the_first_in_line_go_first_and_no_message_is_sent_for_nothing(engine: E
 def test_a_project_that_runs_its_share_keeps_no_other_waiting(engine: Engine) -> None:
     limited = new_key(engine, max_running_jobs=1)
     busy = create(engine, running=5, api_key=limited)
-    assert claim(engine, busy, running=5) is not None
+    assert take(engine, busy, running=5) is not None
     held_back = [create(engine, running=5, api_key=limited) for _ in range(3)]
     others = [create(engine, running=5), create(engine, running=5, project="theirs")]
 
     assert [is_sent(engine, job_id) for job_id in (*held_back, *others)] == [False] * 3 + [True] * 2
     assert due(engine, running=5) == []
     assert due(engine, running=5, at=now() + LATER) == others
-    assert all(claim(engine, job_id, running=5) is not None for job_id in others)
+    assert all(take(engine, job_id, running=5) is not None for job_id in others)
 
 
 def test_a_running_job_whose_worker_died_is_sent_again_whatever_waits(engine: Engine) -> None:
     running, waiting = create(engine, running=1), create(engine, running=1)
-    held = claim(engine, running, running=1)
-    assert held is not None
+    claim = take(engine, running, running=1)
+    assert claim is not None
     with transaction(engine) as session:
         session.get_one(StageRow, (running, StageName.SCORING)).lease_expires_at = now() - LATER
     with transaction(engine) as session:
         assert stages.retire(session, running, StageName.SCORING, max_attempts=5)
 
     assert due(engine, running=1) == [running]
-    assert claim(engine, waiting, running=1) is None
-    assert claim(engine, running, running=1) is not None
+    assert take(engine, waiting, running=1) is None
+    assert take(engine, running, running=1) is not None
 
 
 def test_a_job_that_is_held_back_says_so_until_it_goes(engine: Engine) -> None:

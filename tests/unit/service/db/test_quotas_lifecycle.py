@@ -52,7 +52,7 @@ class Life(RuleBasedStateMachine):
         self.project = f"project-{next(PROJECTS)}"
         self.jobs: list[str] = []
         self.messages: list[tuple[str, StageName]] = []
-        self.held: list[Claim] = []
+        self.claims: list[Claim] = []
         self.hours = 0
 
     @initialize()
@@ -100,8 +100,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data(), outcome=st.sampled_from(["complete", "complete", "fail", "release", "stop"]))
     def work(self, data: st.DataObject, outcome: str) -> None:
-        if self.held:
-            self.end(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))), outcome)
+        if self.claims:
+            self.end(self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1))), outcome)
 
     @rule(hours=st.sampled_from([0, 0, 1]))
     def sweep(self, hours: int) -> None:
@@ -124,11 +124,11 @@ class Life(RuleBasedStateMachine):
             if not any(states[status] for status in (JobStatus.QUEUED, *WITH_WORKERS)):
                 return
             self.sweep(1)
-            while self.messages or self.held:
+            while self.messages or self.claims:
                 for message in [self.messages.pop() for _ in range(len(self.messages))]:
                     self.take(*message)
-                while self.held:
-                    self.end(self.held.pop(), "complete")
+                while self.claims:
+                    self.end(self.claims.pop(), "complete")
         raise AssertionError(f"some wait for ever: {states}")
 
     def send(self, session: Session, job_id: str) -> None:
@@ -139,27 +139,27 @@ class Life(RuleBasedStateMachine):
     def take(self, job_id: str, stage: StageName) -> None:
         most = LIMITS.max_running_jobs
         with transaction(self.engine) as session:
-            held = stages.claim(session, job_id, stage, worker="w", lease_seconds=9999, max_running_jobs=most)
-        if held is not None:
-            self.held.append(held)
+            claim = stages.claim(session, job_id, stage, worker="w", lease_seconds=9999, max_running_jobs=most)
+        if claim is not None:
+            self.claims.append(claim)
 
-    def end(self, held: Claim, outcome: str) -> None:
+    def end(self, claim: Claim, outcome: str) -> None:
         error = ErrorInfo(code="x", message="x")
         with transaction(self.engine) as session:
             try:
                 if outcome == "complete":
-                    following = stages.complete(session, held, artifacts=[], metrics={}, versions={})
-                    self.messages += [] if following is None else [(held.job_id, following)]
+                    following = stages.complete(session, claim, artifacts=[], metrics={}, versions={})
+                    self.messages += [] if following is None else [(claim.job_id, following)]
                 elif outcome == "fail":
-                    stages.fail(session, held, error)
+                    stages.fail(session, claim, error)
                 elif outcome == "release":
-                    stages.release(session, held, "x", max_attempts=2)
-                elif jobs.get(session, held.job_id).status in stages.STOPPING:
-                    stages.stopped(session, held)
+                    stages.release(session, claim, "x", max_attempts=2)
+                elif jobs.get(session, claim.job_id).status in stages.STOPPING:
+                    stages.stopped(session, claim)
                 else:
-                    self.held.append(held)
+                    self.claims.append(claim)
             except LeaseLost:
-                assert jobs.get(session, held.job_id).status != JobStatus.RUNNING
+                assert jobs.get(session, claim.job_id).status != JobStatus.RUNNING
 
     def states(self) -> Counter[Any]:
         with transaction(self.engine) as session:

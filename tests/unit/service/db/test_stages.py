@@ -31,7 +31,7 @@ def begun_long_ago(engine: Engine, job_id: str, *, seconds: float) -> None:
         row.started_at = now() - timedelta(seconds=seconds)
 
 
-def claim(
+def take(
     engine: Engine,
     job_id: str,
     stage: StageName = StageName.SCORING,
@@ -40,11 +40,11 @@ def claim(
     deadline_seconds: float | None = None,
 ) -> Claim:
     with transaction(engine) as session:
-        held = stages.claim(
+        claim = stages.claim(
             session, job_id, stage, worker="w", lease_seconds=lease_seconds, deadline_seconds=deadline_seconds
         )
-    assert held is not None
-    return held
+    assert claim is not None
+    return claim
 
 
 def retire(engine: Engine, job_id: str, *, max_attempts: int = 5) -> None:
@@ -52,10 +52,10 @@ def retire(engine: Engine, job_id: str, *, max_attempts: int = 5) -> None:
         stages.retire(session, job_id, StageName.SCORING, max_attempts=max_attempts)
 
 
-def complete(engine: Engine, held: Claim) -> StageName | None:
-    artifact = NewArtifact("plan.json", f"{held.job_id}/{held.stage}", "file:///plan.json", 3, "0" * 64)
+def complete(engine: Engine, claim: Claim) -> StageName | None:
+    artifact = NewArtifact("plan.json", f"{claim.job_id}/{claim.stage}", "file:///plan.json", 3, "0" * 64)
     with transaction(engine) as session:
-        return stages.complete(session, held, artifacts=[artifact], metrics={"loss": 1.5}, versions={"torch": "2"})
+        return stages.complete(session, claim, artifacts=[artifact], metrics={"loss": 1.5}, versions={"torch": "2"})
 
 
 def stage_row(engine: Engine, job_id: str, stage: StageName) -> StageRow:
@@ -72,10 +72,10 @@ def event_types(engine: Engine, job_id: str) -> list[str]:
 
 def test_a_stage_is_claimed_once(engine: Engine) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
         second = stages.claim(session, job_id, StageName.SCORING, worker="other", lease_seconds=60)
-    assert held.attempt == 1
+    assert claim.attempt == 1
     assert second is None
 
 
@@ -88,7 +88,7 @@ def test_a_stage_whose_predecessor_is_unfinished_cannot_be_claimed(engine: Engin
 def test_stages_completed_in_order_end_in_a_succeeded_job_with_every_artifact(engine: Engine) -> None:
     job_id = create_job(engine)
     for stage in StageName:
-        complete(engine, claim(engine, job_id, stage))
+        complete(engine, take(engine, job_id, stage))
     with transaction(engine) as session:
         job = jobs.get(session, job_id)
         recorded = [artifacts.of_stage(session, job_id, stage) for stage in StageName]
@@ -101,9 +101,9 @@ def test_stages_completed_in_order_end_in_a_succeeded_job_with_every_artifact(en
 
 def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) -> None:
     job_id = create_job(engine)
-    zombie = claim(engine, job_id, lease_seconds=-1)
+    zombie = take(engine, job_id, lease_seconds=-1)
     retire(engine, job_id)
-    successor = claim(engine, job_id)
+    successor = take(engine, job_id)
     for record in (
         lambda session: stages.renew(session, zombie, lease_seconds=60),
         lambda session: stages.report(session, zombie, progress=0.5, message="", data={}),
@@ -121,7 +121,7 @@ def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) 
 
 def test_a_dead_workers_stage_is_queued_again_and_due_at_once(engine: Engine) -> None:
     job_id = create_job(engine)
-    claim(engine, job_id, lease_seconds=-1)
+    take(engine, job_id, lease_seconds=-1)
     with transaction(engine) as session:
         assert stages.expired(session) == [(job_id, StageName.SCORING)]
         stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
@@ -132,7 +132,7 @@ def test_a_dead_workers_stage_is_queued_again_and_due_at_once(engine: Engine) ->
 
 def test_a_live_lease_is_not_retired(engine: Engine) -> None:
     job_id = create_job(engine)
-    claim(engine, job_id)
+    take(engine, job_id)
     with transaction(engine) as session:
         assert stages.expired(session) == []
         stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
@@ -142,7 +142,7 @@ def test_a_live_lease_is_not_retired(engine: Engine) -> None:
 def test_a_stage_that_keeps_killing_its_worker_fails_the_job(engine: Engine) -> None:
     job_id = create_job(engine)
     for _ in range(3):
-        claim(engine, job_id, lease_seconds=-1)
+        take(engine, job_id, lease_seconds=-1)
         retire(engine, job_id, max_attempts=3)
     with transaction(engine) as session:
         rows, _ = events.page(session, job_id, after=0, limit=100)
@@ -157,9 +157,9 @@ def test_a_stage_that_keeps_killing_its_worker_fails_the_job(engine: Engine) -> 
 
 def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
-        stages.release(session, held, "the store refused", max_attempts=5)
+        stages.release(session, claim, "the store refused", max_attempts=5)
         rows, _ = events.page(session, job_id, after=0, limit=100)
     assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
     assert rows[-1].message.startswith("the store refused")
@@ -167,18 +167,18 @@ def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> Non
 
 def test_a_stage_whose_lease_ran_out_is_not_taken_before_its_loss_is_on_record(engine: Engine) -> None:
     job_id = create_job(engine)
-    claim(engine, job_id, lease_seconds=-1)
+    take(engine, job_id, lease_seconds=-1)
     with transaction(engine) as session:
         assert stages.claim(session, job_id, StageName.SCORING, worker="other", lease_seconds=60) is None
     retire(engine, job_id)
-    assert claim(engine, job_id).attempt == 2
+    assert take(engine, job_id).attempt == 2
 
 
 def test_a_job_that_a_stopped_process_holds_locked_keeps_no_other_waiting(postgres_database_url: str) -> None:
     engine = connect(postgres_database_url)
     frozen, other = create_job(engine), create_job(engine)
     for job_id in (frozen, other):
-        claim(engine, job_id, lease_seconds=-1)
+        take(engine, job_id, lease_seconds=-1)
     with transaction(engine) as stopped:
         jobs.lock(stopped, frozen)
         for job_id in (frozen, other):
@@ -198,9 +198,9 @@ def test_a_stage_handed_back_after_a_fault_is_sent_after_pauses_that_double(engi
             return bool(stages.due(session, resend_seconds=10, at=now() + timedelta(seconds=seconds)))
 
     for early, late in ((9, 11), (19, 21), (39, 41)):
-        held = claim(engine, job_id)
+        claim = take(engine, job_id)
         with transaction(engine) as session:
-            stages.release(session, held, "the store is away", max_attempts=5)
+            stages.release(session, claim, "the store is away", max_attempts=5)
         assert [due_after(early), due_after(late)] == [False, True]
 
 
@@ -221,10 +221,10 @@ def test_a_stage_has_until_the_strictest_of_its_deadlines(
     own: float | None, of_service: float | None, seconds: int | None, engine: Engine
 ) -> None:
     job_id = create_job(engine, deadline_seconds=own)
-    held = claim(engine, job_id, deadline_seconds=of_service)
+    claim = take(engine, job_id, deadline_seconds=of_service)
     started_at = stage_row(engine, job_id, StageName.SCORING).started_at
     assert started_at is not None
-    assert held.deadline == (None if seconds is None else started_at + timedelta(seconds=seconds))
+    assert claim.deadline == (None if seconds is None else started_at + timedelta(seconds=seconds))
     begun_long_ago(engine, job_id, seconds=100)
     with transaction(engine) as session:
         found = stages.overdue(session, deadline_seconds=of_service, grace_seconds=10)
@@ -237,7 +237,7 @@ def test_a_worker_that_hangs_past_the_deadline_loses_its_stage_and_a_resume_give
     engine: Engine,
 ) -> None:
     job_id = create_job(engine, deadline_seconds=60.0)
-    held = claim(engine, job_id, lease_seconds=600)
+    claim = take(engine, job_id, lease_seconds=600)
     begun_long_ago(engine, job_id, seconds=100)
     with transaction(engine) as session:
         stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=None, grace_seconds=60)
@@ -247,18 +247,18 @@ def test_a_worker_that_hangs_past_the_deadline_loses_its_stage_and_a_resume_give
     assert error is not None
     assert error["code"] == "deadline_exceeded"
     with pytest.raises(LeaseLost), transaction(engine) as session:
-        stages.renew(session, held, lease_seconds=60)
+        stages.renew(session, claim, lease_seconds=60)
 
     with transaction(engine) as session:
         jobs.resume(session, job_id)
-    deadline = claim(engine, job_id).deadline
+    deadline = take(engine, job_id).deadline
     assert deadline is not None
     assert timedelta(seconds=50) < deadline - now() <= timedelta(seconds=60)
 
 
 def test_the_cancellation_of_a_job_whose_worker_hangs_is_finished_at_the_deadline(engine: Engine) -> None:
     job_id = create_job(engine, deadline_seconds=60.0)
-    claim(engine, job_id, lease_seconds=600)
+    take(engine, job_id, lease_seconds=600)
     begun_long_ago(engine, job_id, seconds=100)
     with transaction(engine) as session:
         jobs.request_cancel(session, job_id)
@@ -288,22 +288,22 @@ def test_cancelling_a_queued_job_is_immediate(engine: Engine) -> None:
 
 def test_cancelling_a_running_job_waits_for_its_worker(engine: Engine) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
         assert jobs.request_cancel(session, job_id).status == JobStatus.CANCELLING
         assert jobs.request_cancel(session, job_id).status == JobStatus.CANCELLING
     with transaction(engine) as session:
-        assert stages.renew(session, held, lease_seconds=60)
-        stages.stopped(session, held)
+        assert stages.renew(session, claim, lease_seconds=60)
+        stages.stopped(session, claim)
     assert event_types(engine, job_id)[-2:] == ["job.cancelling", "job.cancelled"]
 
 
 def test_a_stage_that_finishes_while_its_job_is_cancelled_keeps_its_result(engine: Engine) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
         jobs.request_cancel(session, job_id)
-    assert complete(engine, held) is None
+    assert complete(engine, claim) is None
     assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
     assert stage_row(engine, job_id, StageName.REMOVAL).status == StageStatus.CANCELLED
     with transaction(engine) as session:
@@ -312,7 +312,7 @@ def test_a_stage_that_finishes_while_its_job_is_cancelled_keeps_its_result(engin
 
 def test_the_cancellation_of_a_dead_workers_job_is_finished_for_it(engine: Engine) -> None:
     job_id = create_job(engine)
-    claim(engine, job_id, lease_seconds=-1)
+    take(engine, job_id, lease_seconds=-1)
     with transaction(engine) as session:
         jobs.request_cancel(session, job_id)
         stages.retire(session, job_id, StageName.SCORING, max_attempts=5)
@@ -321,9 +321,9 @@ def test_the_cancellation_of_a_dead_workers_job_is_finished_for_it(engine: Engin
 
 def test_a_failed_stage_fails_its_job_and_cancels_the_rest(engine: Engine) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
-        stages.fail(session, held, ErrorInfo(code="model_unsupported", message="GPT-J is not known", param="model"))
+        stages.fail(session, claim, ErrorInfo(code="model_unsupported", message="GPT-J is not known", param="model"))
         job = jobs.get(session, job_id)
     assert job.status == JobStatus.FAILED
     assert job.error == {"code": "model_unsupported", "message": "GPT-J is not known", "param": "model"}
@@ -332,13 +332,13 @@ def test_a_failed_stage_fails_its_job_and_cancels_the_rest(engine: Engine) -> No
 
 def test_pausing_a_running_job_waits_for_its_worker_and_resuming_goes_on_with_its_stage(engine: Engine) -> None:
     job_id = create_job(engine)
-    complete(engine, claim(engine, job_id))
-    held = claim(engine, job_id, StageName.REMOVAL)
+    complete(engine, take(engine, job_id))
+    claim = take(engine, job_id, StageName.REMOVAL)
     with transaction(engine) as session:
         assert jobs.request_pause(session, job_id).status == JobStatus.PAUSING
         assert jobs.request_pause(session, job_id).status == JobStatus.PAUSING
-        assert stages.renew(session, held, lease_seconds=60)
-        stages.stopped(session, held)
+        assert stages.renew(session, claim, lease_seconds=60)
+        stages.stopped(session, claim)
         assert stages.claim(session, job_id, StageName.REMOVAL, worker="w", lease_seconds=60) is None
         assert stages.due(session, resend_seconds=0, at=now() + timedelta(days=1)) == []
     assert stage_row(engine, job_id, StageName.REMOVAL).status == StageStatus.PAUSED
@@ -348,15 +348,15 @@ def test_pausing_a_running_job_waits_for_its_worker_and_resuming_goes_on_with_it
         job, stage = jobs.resume(session, job_id)
     assert (job.status, stage) == (JobStatus.QUEUED, StageName.REMOVAL)
     assert event_types(engine, job_id)[-3:] == ["job.pausing", "job.paused", "job.resumed"]
-    assert claim(engine, job_id, StageName.REMOVAL).attempt == 2
+    assert take(engine, job_id, StageName.REMOVAL).attempt == 2
 
 
 def test_a_stage_that_finishes_while_its_job_is_paused_keeps_its_result(engine: Engine) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
         jobs.request_pause(session, job_id)
-    assert complete(engine, held) is None
+    assert complete(engine, claim) is None
     assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
     assert stage_row(engine, job_id, StageName.REMOVAL).status == StageStatus.PAUSED
     with transaction(engine) as session:
@@ -369,18 +369,18 @@ def test_a_job_whose_last_stage_finishes_while_it_is_to_stop_has_succeeded(
 ) -> None:
     job_id = create_job(engine)
     for stage in list(StageName)[:-1]:
-        complete(engine, claim(engine, job_id, stage))
-    held = claim(engine, job_id, StageName.EVALUATION)
+        complete(engine, take(engine, job_id, stage))
+    claim = take(engine, job_id, StageName.EVALUATION)
     with transaction(engine) as session:
         ask(session, job_id)
-    complete(engine, held)
+    complete(engine, claim)
     with transaction(engine) as session:
         assert jobs.get(session, job_id).status == JobStatus.SUCCEEDED
 
 
 def test_the_pause_of_a_dead_workers_job_is_finished_for_it(engine: Engine) -> None:
     job_id = create_job(engine)
-    claim(engine, job_id, lease_seconds=-1)
+    take(engine, job_id, lease_seconds=-1)
     with transaction(engine) as session:
         jobs.request_pause(session, job_id)
         stages.retire(session, job_id, StageName.SCORING, max_attempts=1)
@@ -389,7 +389,7 @@ def test_the_pause_of_a_dead_workers_job_is_finished_for_it(engine: Engine) -> N
 
 def test_a_job_that_is_pausing_or_paused_can_be_cancelled(engine: Engine) -> None:
     pausing, paused = create_job(engine), create_job(engine)
-    held = claim(engine, pausing)
+    claim = take(engine, pausing)
     with transaction(engine) as session:
         for job_id in (pausing, paused):
             jobs.request_pause(session, job_id)
@@ -397,7 +397,7 @@ def test_a_job_that_is_pausing_or_paused_can_be_cancelled(engine: Engine) -> Non
         assert jobs.request_cancel(session, paused).status == JobStatus.CANCELLED
         with pytest.raises(JobNotPausable, match="cancelling"):
             jobs.request_pause(session, pausing)
-        stages.stopped(session, held)
+        stages.stopped(session, claim)
     assert event_types(engine, pausing)[-1] == event_types(engine, paused)[-1] == "job.cancelled"
 
 
@@ -406,7 +406,7 @@ def test_a_resumed_stage_may_be_tried_as_often_as_a_new_one(engine: Engine) -> N
 
     def lose_workers(count: int) -> JobStatus:
         for _ in range(count):
-            claim(engine, job_id, lease_seconds=-1)
+            take(engine, job_id, lease_seconds=-1)
             with transaction(engine) as session:
                 stages.retire(session, job_id, StageName.SCORING, max_attempts=2)
         with transaction(engine) as session:
@@ -423,7 +423,7 @@ def test_a_resumed_stage_may_be_tried_as_often_as_a_new_one(engine: Engine) -> N
 
 def test_a_cancelled_job_is_resumed_with_its_first_unfinished_stage(engine: Engine) -> None:
     job_id = create_job(engine)
-    complete(engine, claim(engine, job_id))
+    complete(engine, take(engine, job_id))
     with transaction(engine) as session:
         jobs.request_cancel(session, job_id)
         jobs.resume(session, job_id)
@@ -436,10 +436,10 @@ def test_a_cancelled_job_is_resumed_with_its_first_unfinished_stage(engine: Engi
 
 def test_time_that_a_stage_lay_paused_is_none_that_it_ran(engine: Engine) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
         jobs.request_pause(session, job_id)
-        stages.stopped(session, held)
+        stages.stopped(session, claim)
         row = session.get_one(StageRow, (job_id, StageName.SCORING))
         row.started_at, row.paused_at = now() - timedelta(hours=3), now() - timedelta(hours=2)
     with transaction(engine) as session:
@@ -452,12 +452,12 @@ def test_time_that_a_stage_lay_paused_is_none_that_it_ran(engine: Engine) -> Non
 def test_a_stage_whose_worker_was_asked_to_end_is_queued_again_at_no_cost(engine: Engine) -> None:
     job_id = create_job(engine)
     for _ in range(3):
-        held = claim(engine, job_id)
+        claim = take(engine, job_id)
         with transaction(engine) as session:
-            stages.hand_back(session, held)
+            stages.hand_back(session, claim)
     row = stage_row(engine, job_id, StageName.SCORING)
     assert (row.status, row.attempt, row.attempts_forgiven) == (StageStatus.QUEUED, 3, 3)
-    claim(engine, job_id, lease_seconds=-1)
+    take(engine, job_id, lease_seconds=-1)
     retire(engine, job_id, max_attempts=2)
     assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
 
@@ -467,10 +467,10 @@ def test_a_job_that_was_to_stop_stops_when_its_worker_is_asked_to_end(
     ask: Callable[[Session, str], JobRow], ended: str, engine: Engine
 ) -> None:
     job_id = create_job(engine)
-    held = claim(engine, job_id)
+    claim = take(engine, job_id)
     with transaction(engine) as session:
         ask(session, job_id)
-        stages.hand_back(session, held)
+        stages.hand_back(session, claim)
     assert event_types(engine, job_id)[-1] == ended
 
 

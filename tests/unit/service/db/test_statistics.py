@@ -23,11 +23,11 @@ def create(engine: Engine) -> str:
         return jobs.create(session, SPEC).id
 
 
-def claim(engine: Engine, job_id: str, stage: StageName) -> stages.Claim:
+def take(engine: Engine, job_id: str, stage: StageName) -> stages.Claim:
     with transaction(engine) as session:
-        held = stages.claim(session, job_id, stage, worker="w", lease_seconds=60)
-    assert held is not None
-    return held
+        claim = stages.claim(session, job_id, stage, worker="w", lease_seconds=60)
+    assert claim is not None
+    return claim
 
 
 def age(engine: Engine, job_id: str, number: int, hours: int) -> None:
@@ -48,7 +48,7 @@ def test_jobs_are_counted_by_state_without_deleted_ones(engine: Engine) -> None:
     for _ in range(2):
         create(engine)
     running, paused, deleted = (create(engine) for _ in range(3))
-    claim(engine, running, StageName.SCORING)
+    take(engine, running, StageName.SCORING)
     with transaction(engine) as session:
         jobs.request_pause(session, paused)
         jobs.request_cancel(session, deleted)
@@ -73,15 +73,15 @@ def test_a_stage_waits_from_when_it_was_queued_last(engine: Engine) -> None:
     age(engine, third, 1, hours=8)
     assert queued(engine) == {StageName.SCORING: (3, 8)}
 
-    held = claim(engine, third, StageName.SCORING)
+    claim = take(engine, third, StageName.SCORING)
     assert queued(engine) == {StageName.SCORING: (2, 5)}
     with transaction(engine) as session:
-        stages.release(session, held, "fault", max_attempts=5)
+        stages.release(session, claim, "fault", max_attempts=5)
     assert queued(engine) == {StageName.SCORING: (3, 5)}
 
-    held = claim(engine, first, StageName.SCORING)
+    claim = take(engine, first, StageName.SCORING)
     with transaction(engine) as session:
-        stages.complete(session, held, artifacts=[], metrics={}, versions={})
+        stages.complete(session, claim, artifacts=[], metrics={}, versions={})
     assert queued(engine) == {StageName.SCORING: (2, 3), StageName.REMOVAL: (1, 0)}
 
 

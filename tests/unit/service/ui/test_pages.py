@@ -254,10 +254,10 @@ def play(
     gateway: Gateway, job: str, stage: StageName, metrics: dict[str, Any], files: dict[str, bytes] | None = None
 ) -> None:
     """Play a queued stage with these metrics and files."""
-    held, recorded = gateway.claim(job, stage), []
+    claim, recorded = gateway.claim(job, stage), []
     for name, content in (files or {}).items():
         key = f"jobs/{job}/{stage.value}/1/{name}"
         stored = gateway.app.state.store.put_bytes(key, content)
         recorded.append(stages.NewArtifact(name=name, key=key, **vars(stored)))
     with transaction(gateway.engine) as session:
-        stages.complete(session, held, artifacts=recorded, metrics=metrics, versions={})
+        stages.complete(session, claim, artifacts=recorded, metrics=metrics, versions={})

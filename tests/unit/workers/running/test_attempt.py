@@ -72,12 +72,12 @@ def model(tmp_path: Path) -> Path:
 
 
 def create(worker: Worker, spec: dict[str, Any]) -> str:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return jobs.create(session, JobSpec.model_validate(spec)).id
 
 
 def retire(worker: Worker, job_id: str, stage: StageName) -> None:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         stages.retire(session, job_id, stage, max_attempts=5)
 
 
@@ -90,12 +90,12 @@ def run_through(worker: Worker, job_id: str, last: StageName = StageName.EVALUAT
 
 
 def stage_row(worker: Worker, job_id: str, stage: StageName) -> StageRow:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return session.get_one(StageRow, (job_id, stage))
 
 
 def job_error(worker: Worker, job_id: str) -> dict[str, Any]:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         job = jobs.get(session, job_id)
         assert job.status == JobStatus.FAILED
         assert job.error is not None
@@ -103,7 +103,7 @@ def job_error(worker: Worker, job_id: str) -> dict[str, Any]:
 
 
 def recorded(worker: Worker, job_id: str, stage: StageName) -> dict[str, ArtifactRow]:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return {row.name: row for row in artifacts.of_stage(session, job_id, stage)}
 
 
@@ -112,7 +112,7 @@ def content(worker: Worker, job_id: str, stage: StageName, name: str) -> bytes:
 
 
 def event_types(worker: Worker, job_id: str) -> list[str]:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return [row.type for row in events.page(session, job_id, after=0, limit=1000)[0]]
 
 
@@ -129,7 +129,7 @@ def test_a_job_ends_with_both_checkpoints_every_artifact_recorded_and_no_scratch
     job_id = create(worker, tiny_spec(model))
     run_through(worker, job_id)
 
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         job = jobs.get(session, job_id)
     assert job.status == JobStatus.SUCCEEDED
     assert {"torch", "transformers", "pdtrim"} <= job.versions.keys()
@@ -407,7 +407,7 @@ def test_distillation_that_does_not_help_is_left_out_and_said_so(threshold: floa
     models = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]
     for half in ("prefill", "decode"):
         assert models[half]["perplexity"] == models[half]["undistilled_perplexity"]
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         told = Console(width=300, record=True, file=io.StringIO())
         told.print(job_page(views.job(jobs.get(session, job_id), jobs.stages(session, [job_id])[job_id])))
     assert "prefill kept undistilled" in told.export_text()
@@ -604,7 +604,7 @@ def test_a_repeated_delivery_of_a_finished_stage_does_nothing(worker: Worker, mo
 
 def test_a_stage_finished_by_a_worker_that_died_before_recording_is_not_run_again(worker: Worker, model: Path) -> None:
     job_id = create(worker, tiny_spec(model))
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         dead = stages.claim(session, job_id, StageName.SCORING, worker="dead", lease_seconds=0.05)
     assert dead is not None
     # The dead worker came as far as its manifest.
@@ -640,9 +640,9 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
             run_stage(worker, job_id, earlier)
     run_stage(worker, unbroken, stage)
 
-    with transaction(worker.engine) as session:
-        held = stages.claim(session, broken, stage, worker="dying", lease_seconds=0.0)
-    assert held is not None
+    with transaction(worker.database) as session:
+        claim = stages.claim(session, broken, stage, worker="dying", lease_seconds=0.0)
+    assert claim is not None
     checks = 0
 
     def die_after_a_while() -> None:
@@ -652,7 +652,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline._execute(worker, held, die_after_a_while)
+        pipeline._execute(worker, claim, die_after_a_while)
     assert list(worker.store.list_keys(f"jobs/{broken}/{stage}/state"))
     retire(worker, broken, stage)
     run_stage(worker, broken, stage)
@@ -667,7 +667,7 @@ def test_cancellation_stops_a_running_stage(worker: Worker, model: Path) -> None
     running = Thread(target=run_stage, args=(worker, job_id, StageName.DISTILLATION))
     running.start()
     wait_for(lambda: stage_row(worker, job_id, StageName.DISTILLATION).progress > 0)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         jobs.request_cancel(session, job_id)
     asked_at = time.monotonic()
     running.join(60)
@@ -694,13 +694,13 @@ def test_a_paused_stage_stops_within_seconds_and_ends_as_one_that_was_never_paus
     running = Thread(target=run_stage, args=(worker, broken, stage))
     running.start()
     wait_for(lambda: bool(list(worker.store.list_keys(f"jobs/{broken}/{stage}/state"))))
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         jobs.request_pause(session, broken)
     asked_at = time.monotonic()
     running.join(60)
     assert time.monotonic() - asked_at < 5
     assert event_types(worker, broken)[-1] == "job.paused"
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         assert jobs.resume(session, broken)[1] == stage
     run_stage(worker, broken, stage)
 
@@ -720,18 +720,18 @@ def test_a_worker_that_is_to_end_hands_its_stage_to_another(worker: Worker, mode
 def test_every_stage_can_be_stopped_before_each_block_it_runs(worker: Worker, model: Path) -> None:
     job_id = create(worker, tiny_spec(model))
     for stage in StageName:
-        with transaction(worker.engine) as session:
-            held = stages.claim(session, job_id, stage, worker="test", lease_seconds=600)
-        assert held is not None
+        with transaction(worker.database) as session:
+            claim = stages.claim(session, job_id, stage, worker="test", lease_seconds=600)
+        assert claim is not None
         checks = 0
 
         def count() -> None:
             nonlocal checks
             checks += 1
 
-        result = pipeline._execute(worker, held, count)
-        with transaction(worker.engine) as session:
-            stages.complete(session, held, artifacts=result.artifacts, metrics=result.metrics, versions={})
+        result = pipeline._execute(worker, claim, count)
+        with transaction(worker.database) as session:
+            stages.complete(session, claim, artifacts=result.artifacts, metrics=result.metrics, versions={})
         assert checks >= 15, stage  # without those of blocks: 5 or fewer in scoring
 
 
@@ -741,7 +741,7 @@ def test_a_worker_whose_stage_was_taken_over_steps_back(worker: Worker, model: P
     running = Thread(target=run_stage, args=(worker, job_id, StageName.DISTILLATION))
     running.start()
     wait_for(lambda: stage_row(worker, job_id, StageName.DISTILLATION).progress > 0)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         row = session.get_one(StageRow, (job_id, StageName.DISTILLATION))
         row.attempt += 1
     running.join(60)
@@ -784,7 +784,7 @@ def test_a_full_disk_costs_an_attempt_not_the_job(worker: Worker, model: Path, m
     with monkeypatch.context() as patch:
         patch.setitem(STAGES, StageName.SCORING, fill)
         run_stage(worker, job_id, StageName.SCORING)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         last = events.page(session, job_id, after=0, limit=1000)[0][-1]
     assert last.type == "stage.requeued"
     assert "No space left on device" in last.message
@@ -814,7 +814,7 @@ def test_a_worker_that_comes_back_to_a_stage_taken_over_leaves_the_other_its_fol
     def be_overtaken(context: StageContext) -> dict[str, Any]:
         """What a process does that was stopped for longer than its lease, and its successor meanwhile."""
         monkeypatch.setitem(STAGES, StageName.SCORING, let_the_other_go_first)
-        with transaction(worker.engine) as session:
+        with transaction(worker.database) as session:
             session.get_one(StageRow, (job_id, StageName.SCORING)).lease_expires_at = now() - timedelta(seconds=1)
         retire(worker, job_id, StageName.SCORING)
         successor.start()
@@ -844,7 +844,7 @@ def test_a_stage_that_takes_longer_than_it_may_fails_by_name_and_goes_on_after_a
     job_id = create(worker, tiny_spec(model, deadline_seconds=0.001))
     run_stage(worker, job_id, StageName.SCORING)
     assert job_error(worker, job_id)["code"] == "deadline_exceeded"
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         job, stage = jobs.resume(session, job_id)
         job.spec = {**job.spec, "deadline_seconds": 600}
     run_stage(worker, job_id, stage)
@@ -859,7 +859,7 @@ def test_a_process_whose_stage_hangs_after_it_was_lost_is_given_up(
     given_up = Event()
 
     def hang(context: StageContext) -> dict[str, Any]:
-        with transaction(worker.engine) as session:
+        with transaction(worker.database) as session:
             stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=0.001, grace_seconds=0)
         assert given_up.wait(60)
         return {}
@@ -876,7 +876,7 @@ def test_an_input_whose_bytes_changed_is_not_used(worker: Worker, model: Path) -
     run_through(worker, job_id, StageName.SCORING)
     worker.store.put_bytes(recorded(worker, job_id, StageName.SCORING)["scores.json"].key, b"{}")
     run_stage(worker, job_id, StageName.REMOVAL)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         last = events.page(session, job_id, after=0, limit=1000)[0][-1]
     assert last.type == "stage.requeued"
     assert "CorruptArtifact" in last.message

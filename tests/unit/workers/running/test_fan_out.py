@@ -75,7 +75,7 @@ def worker(tmp_path: Path, model: Path) -> Worker:
 
 def scored(worker: Worker, spec: dict[str, Any], **search: Any) -> str:
     spec = {**spec, "search": {**spec["search"], **search}}
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         job_id = jobs.create(session, JobSpec.model_validate(spec)).id
     run_stage(worker, job_id, StageName.SCORING)
     return job_id
@@ -84,31 +84,31 @@ def scored(worker: Worker, spec: dict[str, Any], **search: Any) -> str:
 def search(worker: Worker, job_id: str) -> None:
     """Run the removal stage, and no other: a stage that waits would keep helpers away."""
     run_stage(worker, job_id, StageName.REMOVAL)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         if not JobStatus(jobs.get(session, job_id).status).final:
             jobs.request_cancel(session, job_id)
 
 
 def stage(worker: Worker, job_id: str) -> StageRow:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return session.get_one(StageRow, (job_id, StageName.REMOVAL))
 
 
 def products(worker: Worker, job_id: str) -> list[bytes]:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         keys = dict(session.exec(select(ArtifactRow.name, ArtifactRow.key).where(ArtifactRow.job_id == job_id)).all())
     return [worker.store.get_bytes(keys[name]) for name in PRODUCTS]
 
 
 def helpers(worker: Worker) -> list[HelperRow]:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return list(session.exec(select(HelperRow)))
 
 
 @contextmanager
 def helping_worker(worker: Worker, job_id: str, name: str, attempt: int = 1) -> Iterator[Thread]:
     """A worker in a thread that helps as soon as the stage runs."""
-    other = replace(worker, engine=connect(worker.settings.database_url), name=name)
+    other = replace(worker, database=connect(worker.settings.database_url), name=name)
 
     def work() -> None:
         wait_until(lambda: stage(other, job_id).status == StageStatus.RUNNING)
@@ -160,7 +160,7 @@ def test_with_any_number_of_workers_a_search_ends_with_the_same_bytes(
     metrics = stage(worker, job_id).metrics
     assert metrics["workers"] == 3
     assert 0.1 < metrics["helpers_share"] < 0.95
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         evaluations.forget(session)
         assert not [*session.exec(select(EvaluationRow)), *session.exec(select(HelperRow))]
     assert worker.settings.scratch_dir is not None
@@ -179,7 +179,7 @@ def test_what_a_helper_does_not_finish_the_search_does_itself(
             if fault == "finds no finite loss":
                 raise NonFiniteLoss("removing blocks [1] gives the loss nan on window 3")
             if fault == "has lost its lease":
-                with transaction(worker.engine) as session:
+                with transaction(worker.database) as session:
                     for row in session.exec(select(HelperRow)):
                         row.lease_expires_at = now() - timedelta(seconds=1)
             assert over.wait(60)
@@ -228,7 +228,7 @@ def test_a_helper_stops_within_seconds_when_its_search_does(
     asked: str, worker: Worker, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = scored(worker, spec)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         held = stages.claim(session, job_id, StageName.REMOVAL, worker="w", lease_seconds=60)
     assert held is not None
 
@@ -243,10 +243,10 @@ def test_a_helper_stops_within_seconds_when_its_search_does(
     monkeypatch.setattr(helping, "_evaluator", endless)
     with helping_worker(worker, job_id, "a") as thread:
         wait_until(lambda: bool(helpers(worker)))
-        with transaction(worker.engine) as session:
+        with transaction(worker.database) as session:
             evaluations.offer(session, held, {1: json.loads(json.dumps(OFFERED))})
         wait_until(lambda: claimed_by(worker) is not None)
-        with transaction(worker.engine) as session:
+        with transaction(worker.database) as session:
             if asked == "take over":
                 stages.release(session, held, "a fault", max_attempts=5)
             else:
@@ -254,7 +254,7 @@ def test_a_helper_stops_within_seconds_when_its_search_does(
         started = time.monotonic()
         thread.join(30)
         assert time.monotonic() - started < 5
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         assert evaluations.helpers(session, held).present == 0
 
 
@@ -267,7 +267,7 @@ OFFERED = {
 
 
 def claimed_by(worker: Worker) -> str | None:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return session.exec(select(EvaluationRow.claimed_by)).one()
 
 
@@ -275,13 +275,13 @@ def test_a_helper_makes_room_for_a_stage_that_waits_and_leaves_when_nothing_come
     worker: Worker, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = scored(worker, spec)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         held = stages.claim(session, job_id, StageName.REMOVAL, worker="w", lease_seconds=60)
     assert held is not None
     monkeypatch.setattr(helping, "STAGE_WAITS_S", 0.3)
     with helping_worker(worker, job_id, "a") as thread:
         wait_until(lambda: bool(helpers(worker)))
-        with transaction(worker.engine) as session:
+        with transaction(worker.database) as session:
             other = jobs.create(session, JobSpec.model_validate(spec)).id
         thread.join(10)
         assert not thread.is_alive()
@@ -289,7 +289,7 @@ def test_a_helper_makes_room_for_a_stage_that_waits_and_leaves_when_nothing_come
         pass  # It does not even join.
     assert len(helpers(worker)) == 1
 
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         jobs.request_cancel(session, other)
     monkeypatch.setattr(helping, "IDLE_S", 0.5)
     with helping_worker(worker, job_id, "c"):
@@ -301,7 +301,7 @@ def test_a_worker_that_computes_otherwise_does_not_help(
     worker: Worker, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = scored(worker, spec)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         stages.claim(session, job_id, StageName.REMOVAL, worker="w", lease_seconds=60)
     of_search = numerics()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
@@ -318,7 +318,7 @@ def test_a_cancelled_search_stops_while_it_waits_for_a_helper(
 
     def stuck(context: object) -> Callable[[Evaluation], evaluations.Losses]:
         def evaluate(evaluation: Evaluation) -> evaluations.Losses:
-            with transaction(worker.engine) as session:
+            with transaction(worker.database) as session:
                 jobs.request_cancel(session, job_id)
             assert over.wait(60)
             raise StopRequested
@@ -331,5 +331,5 @@ def test_a_cancelled_search_stops_while_it_waits_for_a_helper(
     with helping_worker(worker, job_id, "stuck"):
         search(worker, job_id)
         over.set()
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         assert jobs.get(session, job_id).status == JobStatus.CANCELLED

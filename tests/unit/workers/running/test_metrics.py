@@ -40,7 +40,7 @@ def worker(tmp_path: Path) -> Worker:
 def run(worker: Worker, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a new job's first stage with another content; returns the job's id."""
     monkeypatch.setitem(STAGES, StageName.SCORING, stage)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         job_id = jobs.create(session, SPEC).id
     run_stage(worker, job_id, StageName.SCORING)
     return job_id
@@ -86,7 +86,7 @@ def test_an_outcome_that_cannot_be_recorded_is_none_of_the_others(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lose_the_database(context: StageContext) -> dict[str, Any]:
-        with worker.engine.begin() as connection:
+        with worker.database.begin() as connection:
             connection.execute(text("ALTER TABLE stages RENAME TO hidden"))
         raise RuntimeError
 
@@ -96,7 +96,7 @@ def test_an_outcome_that_cannot_be_recorded_is_none_of_the_others(
 
 def test_bytes_are_those_of_the_recorded_artifacts(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = run(worker, writes, monkeypatch)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         sizes = [row.size for row in artifacts.of_stage(session, job_id, StageName.SCORING)]
     counted = worker.metrics.registry.get_sample_value("pdtrim_worker_artifact_bytes_total", {"stage": "scoring"})
     assert counted == sum(sizes) > 0
@@ -117,11 +117,11 @@ def test_lines_of_the_thread_that_renews_the_lease_carry_the_ids_too(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wait_for_a_warning(context: StageContext) -> dict[str, Any]:
-        with worker.engine.begin() as connection:
+        with worker.database.begin() as connection:
             connection.execute(text("ALTER TABLE stages RENAME TO hidden"))
         while "not renewed" not in stream.getvalue():
             context.check()
-        with worker.engine.begin() as connection:
+        with worker.database.begin() as connection:
             connection.execute(text("ALTER TABLE hidden RENAME TO stages"))
         return {}
 

@@ -16,12 +16,12 @@ from service.db.stages import Claim
 from workers.running.scratch import attempt_folder
 
 
-def held(attempt: int) -> Claim:
+def claim(attempt: int) -> Claim:
     return Claim("job_1", StageName.SCORING, attempt)
 
 
 def fill_and_wait(scratch: Path, attempt: int, told: Connection) -> None:
-    with attempt_folder(scratch, held(attempt)) as folder:
+    with attempt_folder(scratch, claim(attempt)) as folder:
         (folder / "weights").write_bytes(b"x")
         told.send("filled")
         signal.pause()
@@ -40,13 +40,13 @@ def test_what_a_killed_process_left_is_deleted_by_the_next_and_what_a_living_one
     killed.join()
     os.kill(stopped.pid, signal.SIGSTOP)
 
-    with attempt_folder(tmp_path, held(3)) as folder:
+    with attempt_folder(tmp_path, claim(3)) as folder:
         left = {path.name for path in (tmp_path / "jobs").iterdir() if path.is_dir()}
         assert left == {"job_1-scoring-2", folder.name}
 
     stopped.kill()
     stopped.join()
-    with attempt_folder(tmp_path, held(4)):
+    with attempt_folder(tmp_path, claim(4)):
         pass
     assert list((tmp_path / "jobs").iterdir()) == []
 
@@ -65,14 +65,14 @@ def test_a_lock_that_another_process_sweeps_up_when_it_is_new_is_waited_for(tmp_
     sweeper = Thread(target=sweep)
     sweeper.start()
     assert taken.wait(10)
-    with attempt_folder(tmp_path, held(1)) as folder:
+    with attempt_folder(tmp_path, claim(1)) as folder:
         assert (folder.is_dir(), lock.exists()) == (True, True)
     sweeper.join()
 
 
 def test_a_folder_goes_when_its_stage_fails(tmp_path: Path) -> None:
     def fail() -> None:
-        with attempt_folder(tmp_path, held(1)) as folder:
+        with attempt_folder(tmp_path, claim(1)) as folder:
             (folder / "weights").write_bytes(b"x")
             raise ValueError("failed")
 

@@ -32,15 +32,15 @@ def worker(tmp_path: Path) -> Worker:
 
 
 def create(worker: Worker, spec: JobSpec, cut_from: str | None = None) -> str:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         return jobs.create(session, spec, cut_from=cut_from).id
 
 
 def cut(worker: Worker, parent: str, prefill: int, decode: int) -> str:
     """What the gateway does on `POST /v1/jobs/{id}/exports`."""
     wanted = ExportSpec.model_validate({"prefill": {"remove_blocks": prefill}, "decode": {"remove_blocks": decode}})
-    read_frontier(worker.engine, worker.store, parent).cut(prefill=prefill, decode=decode)
-    with transaction(worker.engine) as session:
+    read_frontier(worker.database, worker.store, parent).cut(prefill=prefill, decode=decode)
+    with transaction(worker.database) as session:
         spec = wanted.job(JobSpec.model_validate(jobs.get(session, parent).spec))
     return create(worker, spec, cut_from=parent)
 
@@ -49,14 +49,14 @@ def run(worker: Worker, job_id: str, *stages: StageName) -> dict[str, Any]:
     """The metrics of the last of some stages."""
     for stage in stages:
         run_stage(worker, job_id, stage)
-        with transaction(worker.engine) as session:
+        with transaction(worker.database) as session:
             row = session.get_one(StageRow, (job_id, stage))
         assert row.status == StageStatus.SUCCEEDED, row.error
     return row.metrics
 
 
 def content(worker: Worker, job_id: str, stage: StageName, name: str) -> bytes:
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         row = artifacts.named(session, job_id, stage, name)
     assert row is not None
     return worker.store.get_bytes(row.key)
@@ -80,13 +80,13 @@ def test_another_export_takes_over_scores_and_search_and_outlives_the_job_it_was
     scored = run(worker, parent, StageName.SCORING)
     searched = run(worker, parent, StageName.REMOVAL)
     visited = content(worker, parent, StageName.REMOVAL, "search.json")
-    frontier = read_frontier(worker.engine, worker.store, parent)
+    frontier = read_frontier(worker.database, worker.store, parent)
     of_two = next(point for point in frontier.decode if point.remove_blocks == 2)
 
     child = cut(worker, parent, 1, 2)
     assert run(worker, child, StageName.SCORING) == scored
     removal = run(worker, child, StageName.REMOVAL)
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         session.get_one(JobRow, parent).status = JobStatus.SUCCEEDED
         deletion.mark(session, parent)
     worker.store.delete_prefix(job_prefix(parent))
@@ -121,7 +121,7 @@ def test_equal_counts_are_cut_as_one_checkpoint(worker: Worker, tmp_path: Path) 
     exported = run(worker, child, *list(StageName)[:4])
 
     assert list(exported["checkpoints"]) == ["unified"]
-    of_one = read_frontier(worker.engine, worker.store, parent).unified[1]
+    of_one = read_frontier(worker.database, worker.store, parent).unified[1]
     pdtrim = json.loads(content(worker, child, StageName.EXPORT, "unified/pdtrim.json"))
     assert set(range(5)) - set(pdtrim["kept_blocks"]) == set(of_one.removed)
 
@@ -132,7 +132,7 @@ def test_a_job_whose_parent_was_deleted_too_soon_says_so(worker: Worker, tmp_pat
 
     run_stage(worker, child, StageName.SCORING)
 
-    with transaction(worker.engine) as session:
+    with transaction(worker.database) as session:
         error = jobs.get(session, child).error
     assert error is not None
     assert error["code"] == "parent_deleted"

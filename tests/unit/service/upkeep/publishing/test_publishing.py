@@ -81,7 +81,7 @@ def play(gateway: Gateway, job_id: str, model: Path) -> None:
     }
     metrics = {StageName.EVALUATION: EVALUATION, StageName.REMOVAL: REMOVAL}
     for stage in StageName:
-        held = gateway.claim(job_id, stage)
+        claim = gateway.claim(job_id, stage)
         recorded = []
         for name, content in left.get(stage, {}).items():
             key = f"jobs/{job_id}/{stage.value}/1/{name}"
@@ -89,7 +89,7 @@ def play(gateway: Gateway, job_id: str, model: Path) -> None:
                 stages.NewArtifact(name=name, key=key, **vars(gateway.app.state.store.put_bytes(key, content)))
             )
         with transaction(gateway.engine) as session:
-            stages.complete(session, held, artifacts=recorded, metrics=metrics.get(stage, {}), versions={"torch": "2"})
+            stages.complete(session, claim, artifacts=recorded, metrics=metrics.get(stage, {}), versions={"torch": "2"})
 
 
 def publish(gateway: Gateway) -> int:
