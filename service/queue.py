@@ -1,12 +1,13 @@
 """The Celery app, its task names and its routes: all that gateway and workers share about queueing.
 
-The database says what is to be done; a message only wakes a worker. A lost message is sent again by the
-reconciler, a repeated one finds the stage claimed, so delivery may fail in either way.
+The database says what is to be done, and what first; a message only wakes a worker. So delivery may fail in either
+way: what was lost the reconciler sends again, and who is woken for nothing finds nothing due.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ from kombu import Queue
 from kombu.exceptions import ChannelError, OperationalError
 
 from pdtrim.contract.jobs import StageName
-from pdtrim.contract.queues import DEFAULT_QUEUE, Priority, Route
+from pdtrim.contract.queues import DEFAULT_QUEUE
 from service.observing import tracing
 from service.settings import Settings
 
 QUEUE = "pdtrim"
 """What the broker calls the queue `default`; the others are called so with their own name behind it."""
-PRIORITIES = {Priority.HIGH: 0, Priority.NORMAL: 3, Priority.LOW: 6}
-"""As Redis has them: a list for each, and workers empty the lowest number first."""
 HELP = "pdtrim.help"
 """Name of the Celery task that helps with a search."""
+HELP_PRIORITY = 6
+"""Redis has a list for each priority, and workers empty that of the lowest number first: stages go before help."""
 BROKER_ERRORS = (OperationalError, ChannelError, OSError, ValueError)
 """What a transport raises when the broker is out of reach. ValueError: the files of `filesystem://` are not written in
 one piece, so that another process may read half of one.
@@ -40,14 +41,31 @@ class BrokerUnavailable(Exception):
     """The broker is out of reach, or did not take a message."""
 
 
+@dataclass(frozen=True)
+class WakeUp:
+    """A message to the workers of a queue: a stage is due in it. Who is woken takes the most urgent, whichever that is.
+
+    It tells of the stage because workers of earlier versions take that very one.
+    """
+
+    job_id: str
+    stage: StageName
+    queue: str = DEFAULT_QUEUE
+
+
 def task_name(stage: StageName) -> str:
-    """Name of the Celery task that runs `stage`."""
+    """Name of the Celery task by which workers are woken for `stage`."""
     return f"pdtrim.{stage.value}"
 
 
 def broker_queue(queue: str) -> str:
     """What the broker calls a queue."""
     return QUEUE if queue == DEFAULT_QUEUE else f"{QUEUE}.{queue}"
+
+
+def queue_of(broker_queue: str) -> str:
+    """The queue that the broker calls so."""
+    return DEFAULT_QUEUE if broker_queue == QUEUE else broker_queue.removeprefix(f"{QUEUE}.")
 
 
 def _transport(broker_url: str) -> dict[str, Any]:
@@ -57,7 +75,6 @@ def _transport(broker_url: str) -> dict[str, Any]:
         # A stage may run for days. Redelivery only wakes a worker that then finds the lease held.
         options = {
             "visibility_timeout": 3600,
-            "priority_steps": list(PRIORITIES.values()),
             "socket_connect_timeout": 2,
             # A broker that is there and says nothing must not hold up whoever sends.
             "socket_timeout": 10,
@@ -105,45 +122,43 @@ def celery_app(broker_url: str) -> Celery:
     return app
 
 
-def send(settings: Settings, job_id: str, stage: StageName, route: Route) -> None:
-    """Wake a worker for a stage. Raises: BrokerUnavailable."""
-    task = task_name(stage)
+def send(settings: Settings, wake_up: WakeUp) -> None:
+    """Wake a worker. Raises: BrokerUnavailable."""
+    task = task_name(wake_up.stage)
     try:
-        with tracing.sending(task) as headers:
+        with tracing.sending(task):
             celery_app(settings.broker_url).send_task(
                 task,
-                args=[job_id],
-                queue=broker_queue(route.queue),
-                priority=PRIORITIES[route.priority],
-                headers=headers,
+                args=[wake_up.job_id],
+                queue=broker_queue(wake_up.queue),
                 retry=True,
                 retry_policy=SEND_AGAIN,
-                argsrepr=job_id,
+                argsrepr=wake_up.job_id,
                 ignore_result=True,
             )
     except BROKER_ERRORS as error:
-        raise BrokerUnavailable(f"{task_name(stage)} was not sent: {error}") from error
+        raise BrokerUnavailable(f"{task} was not sent: {error}") from error
 
 
-def try_to_send(settings: Settings, job_id: str, stage: StageName, route: Route) -> bool:
-    """Wake a worker for a stage. False when the broker is out of reach: the reconciler sends again later."""
+def try_to_send(settings: Settings, wake_up: WakeUp) -> bool:
+    """Wake a worker. False when the broker is out of reach: the reconciler sends again later."""
     try:
-        send(settings, job_id, stage, route)
+        send(settings, wake_up)
     except BrokerUnavailable as error:
-        log.warning("broker out of reach, %s of %s will be sent again: %s", stage, job_id, error)
+        log.warning("broker out of reach, %s of %s will be sent again: %s", wake_up.stage, wake_up.job_id, error)
         return False
     return True
 
 
-def try_to_invite(settings: Settings, job_id: str, attempt: int, route: Route, *, numerics: str, helpers: int) -> None:
+def try_to_invite(settings: Settings, job_id: str, attempt: int, queue: str, *, numerics: str, helpers: int) -> None:
     """Wake up to so many workers that help with a search, if they compute as `numerics` says; stages go first."""
     app = celery_app(settings.broker_url)
     help_once = app.signature(HELP, args=[job_id, attempt, numerics], immutable=True)
     try:
         with tracing.sending(HELP) as headers:
             group([help_once] * helpers, app=app).apply_async(
-                queue=broker_queue(route.queue),
-                priority=PRIORITIES[Priority.LOW],
+                queue=broker_queue(queue),
+                priority=HELP_PRIORITY,
                 headers=headers,
                 retry=True,
                 retry_policy=SEND_AGAIN,

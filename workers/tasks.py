@@ -1,4 +1,7 @@
-"""The Celery tasks, one a stage and one that helps. `celery -A workers.tasks worker` is a worker."""
+"""The Celery tasks: one for each stage, which all do the same, and one that helps.
+
+`celery -A workers.tasks worker` is a worker.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from celery import current_task, signals
 from pdtrim.contract.jobs import StageName
 from service.db.session import connect
 from service.observing import logs, tracing
-from service.queue import HELP, broker_queue, celery_app, task_name
+from service.queue import HELP, WakeUp, celery_app, queue_of, task_name
 from service.settings import Settings
 from service.storage import open_store
-from workers.running.attempt import Worker, run_stage
+from workers.running.attempt import Worker, run_most_urgent
 from workers.running.helper import help_search
 
 settings = Settings()
@@ -63,45 +66,24 @@ def _end(**given: Any) -> None:
     tracing.flush()
 
 
-def _run(job_id: str, stage: StageName) -> None:
-    with tracing.receiving(task_name(stage), current_task.request.headers or {}):
-        run_stage(_worker(os.getpid()), job_id, stage)
+def _consumed() -> list[str]:
+    """The queues from which Celery was told to take messages."""
+    return [queue_of(name) for name in app.amqp.queues.consume_from]
 
 
-@app.task(name=task_name(StageName.SCORING), shared=False)
-def scoring(job_id: str) -> None:
-    """Score the blocks of the dense model."""
-    _run(job_id, StageName.SCORING)
+def _wake(job_id: str) -> None:
+    """Run the most urgent stage, which need not be the one that the message tells of."""
+    told_of = next(stage for stage in StageName if task_name(stage) == current_task.name)
+    came_by = queue_of(current_task.request.delivery_info["routing_key"])
+    run_most_urgent(_worker(os.getpid()), _consumed(), WakeUp(job_id, told_of, came_by))
 
 
-@app.task(name=task_name(StageName.REMOVAL), shared=False)
-def removal(job_id: str) -> None:
-    """Choose the blocks that prefill and decode give up."""
-    _run(job_id, StageName.REMOVAL)
-
-
-@app.task(name=task_name(StageName.DISTILLATION), shared=False)
-def distillation(job_id: str) -> None:
-    """Merge distilled pairs and heal the pruned models."""
-    _run(job_id, StageName.DISTILLATION)
-
-
-@app.task(name=task_name(StageName.EXPORT), shared=False)
-def export(job_id: str) -> None:
-    """Write the pruned checkpoints."""
-    _run(job_id, StageName.EXPORT)
-
-
-@app.task(name=task_name(StageName.EVALUATION), shared=False)
-def evaluation(job_id: str) -> None:
-    """Measure the exported checkpoints."""
-    _run(job_id, StageName.EVALUATION)
+for stage in StageName:
+    app.task(_wake, name=task_name(stage), shared=False)
 
 
 @app.task(name=HELP, shared=False)
 def helper(job_id: str, attempt: int, numerics: str) -> None:
     """Evaluate sets for the search of another worker."""
     with tracing.receiving(HELP, current_task.request.headers or {}):
-        # What Celery was told to consume.
-        queues = [name for name in settings.queues if broker_queue(name) in app.amqp.queues.consume_from]
-        help_search(_worker(os.getpid()), job_id, attempt, numerics, queues=queues)
+        help_search(_worker(os.getpid()), job_id, attempt, numerics, queues=_consumed())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
@@ -14,16 +13,8 @@ DEFAULT_QUEUE = "default"
 
 
 class Priority(StrEnum):
-    """Of the stages that wait in a queue, those of `high` jobs go first, those of `low` ones last."""
+    """Of the stages that wait, those of `high` jobs go first, those of `low` ones last. In the order of urgency."""
 
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where a job's messages go."""
-
-    queue: str = DEFAULT_QUEUE
-    priority: Priority = Priority.NORMAL

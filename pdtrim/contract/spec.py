@@ -409,8 +409,8 @@ class JobSpec(SpecModel):
     )
     priority: Priority = Field(
         default=Priority.NORMAL,
-        description="Which of the jobs that wait in a queue goes first: a stage waits while there are others of a "
-        "higher priority. What runs is not interrupted. Without effect where the broker keeps messages as files.",
+        description="Which of the jobs that wait goes first: a stage waits while there are others of a higher "
+        "priority for its workers. What runs is not interrupted.",
     )
     deadline_seconds: float | None = Field(
         default=None,

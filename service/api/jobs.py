@@ -243,7 +243,7 @@ def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
         stages = jobs.stages(session, [job_id])[job_id]
         shown = views.job(row, stages)
     if jobs.is_sent(stages):
-        queue.try_to_send(settings, job_id, stage, row.route)
+        queue.try_to_send(settings, queue.WakeUp(job_id, stage, row.queue))
     return shown
 
 

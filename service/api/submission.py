@@ -117,7 +117,7 @@ class Submission:
                 if found is not None:
                     idempotency.settle(session, found, row.id, shown.model_dump(mode="json"))
         if sent:
-            queue.try_to_send(self.settings, row.id, StageName.SCORING, row.route)
+            queue.try_to_send(self.settings, queue.WakeUp(row.id, StageName.SCORING, row.queue))
         self.response.headers["Location"] = f"/v1/jobs/{row.id}"
         return shown
 

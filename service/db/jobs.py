@@ -23,10 +23,11 @@ from pdtrim.contract.errors import (
 )
 from pdtrim.contract.jobs import Action, JobStatus, Stage, StageName, StageStatus
 from pdtrim.contract.publications import PublicationTarget
-from pdtrim.contract.queues import DEFAULT_QUEUE, Priority, Route
+from pdtrim.contract.queues import DEFAULT_QUEUE
 from pdtrim.contract.spec import JobSpec
 from service.db import events, publications, quotas
 from service.db.tables import JobRow, StageRow, now
+from service.observing import tracing
 
 EXISTS = col(JobRow.deleted_at).is_(None)
 LOOKED_THROUGH = 100
@@ -88,6 +89,7 @@ def insert_new(
         labels=dict(spec.metadata),
         model_revision=model_revision,
         cut_from=cut_from,
+        trace=tracing.carried(),
         last_event=1,
     )
     first = {"status": StageStatus.QUEUED, **_sending(sent)}
@@ -109,7 +111,9 @@ def insert_new(
 def _sending(sent: bool) -> dict[str, Any]:
     """What a queued stage says of its message: it is under way, or held back."""
     return (
-        {"sent_at": now(), "sends": 1, "message": ""} if sent else {"sent_at": None, "sends": 0, "message": quotas.HELD}
+        {"sent_at": now(), "sends": 1, "message": ""}
+        if sent
+        else {"sent_at": None, "sends": 0, "message": quotas.HELD_BACK}
     )
 
 
@@ -165,10 +169,9 @@ def stages(session: Session, job_ids: list[str]) -> dict[str, list[StageRow]]:
     return found
 
 
-def routes(session: Session, job_ids: list[str]) -> dict[str, Route]:
-    """Where the messages of jobs go, by job; those that are gone are left out."""
-    rows = session.exec(select(JobRow.id, JobRow.queue, JobRow.priority).where(col(JobRow.id).in_(job_ids)))
-    return {job_id: Route(queue, Priority(priority)) for job_id, queue, priority in rows}
+def queues(session: Session, job_ids: list[str]) -> dict[str, str]:
+    """The queues of jobs, by job; those that are gone are left out."""
+    return dict(session.exec(select(JobRow.id, JobRow.queue).where(col(JobRow.id).in_(job_ids))).all())
 
 
 def page(
@@ -311,8 +314,9 @@ def resume(session: Session, job_id: str, *, limits: Quotas = quotas.NONE) -> tu
         row.paused_at = row.finished_at = None
     first = unfinished[0]
     _queue(first, sent=sent)
-    first.attempts_forgiven = first.attempt
+    first.attempts_forgiven, first.not_before = first.attempt, None
     job.status, job.error, job.finished_at = JobStatus.QUEUED, None, None
+    job.trace = tracing.carried()
     session.flush()
     stage = StageName(first.name)
     events.append(session, job_id, "job.resumed", f"Job resumed with stage {stage}.", data={"stage": stage})

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, func, literal_column, not_, or_, true
+from sqlalchemy import ColumnElement, and_, func, literal_column, or_, true
 from sqlmodel import Session, col, select
 
 from pdtrim.contract.access import Quotas
@@ -23,7 +23,7 @@ from pdtrim.contract.jobs import JobStatus, StageStatus
 from service.db.tables import ApiKeyRow, JobRow, StageRow
 
 NONE = Quotas()
-HELD = "Waits until fewer jobs of its project or key run."
+HELD_BACK = "Waits until fewer jobs of its project or key run."
 RUNNING = (JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING)
 """A job between two of its stages keeps its place; one that is being stopped still has a worker."""
 WAITING = (JobStatus.QUEUED,)
@@ -108,13 +108,18 @@ def _bytes(session: Session, share: _Share) -> int:
     return int(session.exec(held.where(share.jobs, col(JobRow.artifact_bytes) > literal_column("0"))).one())
 
 
+def hold_back(row: StageRow) -> None:
+    """Have a queued stage wait until there is a slot for its job."""
+    row.sent_at, row.sends, row.message = None, 0, HELD_BACK
+
+
 class Slots:
     """How many jobs more may begin to run, by project and by key; each `take` leaves one less.
 
-    A job takes one too whose first message is on its way, and has not `waited` for long: it will be running soon.
+    A job takes one too whose stage was `sent`: it will be running soon.
     """
 
-    def __init__(self, session: Session, max_running_jobs: int | None, *, waited: ColumnElement[bool]) -> None:
+    def __init__(self, session: Session, max_running_jobs: int | None, *, sent: ColumnElement[bool]) -> None:
         self._of_project = max_running_jobs
         limit = col(ApiKeyRow.max_running_jobs)
         self._of_key = dict(session.exec(select(ApiKeyRow.prefix, limit).where(limit.is_not(None))).all())
@@ -124,17 +129,12 @@ class Slots:
             return
         whose = (col(JobRow.project), col(JobRow.api_key))
         running = select(*whose, func.count()).where(col(JobRow.status).in_(RUNNING))
-        sent = (
+        beginning = (
             select(*whose, func.count())
             .join(StageRow)
-            .where(
-                col(JobRow.status) == JobStatus.QUEUED,
-                col(StageRow.status) == StageStatus.QUEUED,
-                col(StageRow.sent_at).is_not(None),
-                not_(waited),
-            )
+            .where(col(JobRow.status) == JobStatus.QUEUED, col(StageRow.status) == StageStatus.QUEUED, sent)
         )
-        for query in (running, sent):
+        for query in (running, beginning):
             for project, api_key, jobs in session.execute(query.group_by(*whose)):
                 self._count(project, api_key, jobs)
 

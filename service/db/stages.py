@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_, update
+from sqlalchemy import ColumnElement, and_, not_, or_, update
 from sqlmodel import Session, col, select
 from uuid_utils import uuid7
 
 from pdtrim.contract.errors import DeadlineExceeded, JobNotFound
 from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
-from pdtrim.contract.queues import Route
+from pdtrim.contract.queues import DEFAULT_QUEUE
 from service.db import events, jobs, publications, quotas
 from service.db.tables import ArtifactRow, JobRow, StageRow, now
+from service.db.urgency import PRIORITY, rested
 
 DUE_AT_ONCE = 1000
+MOST_DOUBLED = 8
+"""From this one on, pauses are the same."""
 STOPPING = (JobStatus.CANCELLING, JobStatus.PAUSING)
 
 
@@ -33,14 +36,16 @@ class LeaseLost(Exception):
 class Claim:
     """The right to run a stage and to record its results while the lease is renewed, until the `deadline` if any.
 
-    `route` is where the job's next message goes.
+    `queue` is the job's, `sent` whether a message was under way for the stage; `trace` is as in the job.
     """
 
     job_id: str
     stage: StageName
     attempt: int
     deadline: datetime | None = field(default=None, compare=False)
-    route: Route = field(default=Route(), compare=False)
+    queue: str = field(default=DEFAULT_QUEUE, compare=False)
+    sent: bool = field(default=True, compare=False)
+    trace: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ def claim(
     if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING) or row.status != StageStatus.QUEUED:
         return None
     if job.status == JobStatus.QUEUED and not quotas.may_run(session, job, max_running_jobs):
-        row.sent_at, row.sends, row.message = None, 0, quotas.HELD
+        quotas.hold_back(row)
         return None
-    row.status, row.message = StageStatus.RUNNING, ""
+    row.status, row.message, row.not_before = StageStatus.RUNNING, "", None
     row.attempt += 1
     row.worker = worker
     row.lease_expires_at = now() + timedelta(seconds=lease_seconds)
@@ -93,7 +98,8 @@ def claim(
         session, job_id, "stage.started", message, stage=stage, data={"attempt": row.attempt, "worker": worker}
     )
     deadline = _deadline(row, job.spec.get("deadline_seconds"), deadline_seconds)
-    return Claim(job_id, stage, row.attempt, deadline, job.route)
+    sent = row.sent_at is not None
+    return Claim(job_id, stage, row.attempt, deadline, queue=job.queue, sent=sent, trace=job.trace or {})
 
 
 def _deadline(row: StageRow, *limits_s: float | None) -> datetime | None:
@@ -275,15 +281,15 @@ def time_out(
     _fail(session, job, row, ErrorInfo(code=error.code, message=error.message, param=error.param))
 
 
-def release(session: Session, claim: Claim, reason: str, *, max_attempts: int) -> None:
+def release(session: Session, claim: Claim, reason: str, *, max_attempts: int, pause_seconds: float) -> None:
     """Hand a stage back after a fault that may pass, as `retire` does for a dead worker. Raises: LeaseLost.
 
-    It is sent again after a pause that doubles with every attempt: the fault needs time to pass.
+    It rests for a pause that doubles with every attempt: the fault needs time to pass.
     """
     job, row = _current(session, claim)
     _requeue(session, job, row, reason, max_attempts=max_attempts)
     if row.status == StageStatus.QUEUED:
-        row.sent_at, row.sends = now(), row.attempt - row.attempts_forgiven
+        row.not_before = now() + _pause(pause_seconds, row.attempt - row.attempts_forgiven)
 
 
 def hand_back(session: Session, claim: Claim) -> None:
@@ -340,17 +346,18 @@ def due(
 ) -> list[tuple[str, StageName]]:
     """Queued stages to send (again), at most `DUE_AT_ONCE`: never sent, or sent `resend_seconds` · 2^(sends − 1) ago.
 
-    Marks them sent. Of jobs that wait for others of their project or key to end, the first go as soon as there are
-    slots for them.
+    Marks them sent. Of jobs that wait for others of their project or key to end, the most urgent go as soon as there
+    are slots for them.
     """
     at = at or now()
     waited = _waited(at, resend_seconds)
-    slots = quotas.Slots(session, max_running_jobs, waited=waited)
+    under_way = and_(col(StageRow.sent_at).is_not(None), not_(waited))
+    slots = quotas.Slots(session, max_running_jobs, sent=under_way)
     rows = session.exec(
         select(StageRow, JobRow.project, JobRow.api_key, JobRow.status)
         .join(JobRow)
-        .where(StageRow.status == StageStatus.QUEUED, waited, slots.left)
-        .order_by(col(StageRow.job_id))
+        .where(StageRow.status == StageStatus.QUEUED, waited, rested(at), slots.left)
+        .order_by(PRIORITY, col(JobRow.started_at).nulls_last(), col(StageRow.job_id))
         .limit(DUE_AT_ONCE)
         .with_for_update(of=StageRow, skip_locked=True)
     ).all()
@@ -363,13 +370,21 @@ def due(
     return sent
 
 
+def _pause(seconds: float, number: int) -> timedelta:
+    """A pause that doubles with its number, from 1 on, up to a bound."""
+    return timedelta(seconds=seconds * 2 ** (min(number, MOST_DOUBLED) - 1))
+
+
 def _waited(at: datetime, resend_seconds: float) -> ColumnElement[bool]:
-    """Whether a stage has waited for as long as its sends before demand; from the eighth on, the pause is the same."""
+    """Whether a stage has waited for as long as its sends before demand."""
     sends, sent_at = col(StageRow.sends), col(StageRow.sent_at)
-    waits = [timedelta(seconds=resend_seconds * 2**doubled) for doubled in range(8)]
+    waits = [_pause(resend_seconds, number) for number in range(1, MOST_DOUBLED + 1)]
     between = [and_(sends == number, sent_at < at - wait) for number, wait in enumerate(waits, 1)]
     return or_(
-        sent_at.is_(None), and_(sends < 1, sent_at < at - waits[0]), *between, and_(sends > 8, sent_at < at - waits[-1])
+        sent_at.is_(None),
+        and_(sends < 1, sent_at < at - waits[0]),
+        *between,
+        and_(sends > MOST_DOUBLED, sent_at < at - waits[-1]),
     )
 
 

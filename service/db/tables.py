@@ -12,7 +12,7 @@ from sqlmodel import Field, SQLModel
 from pdtrim.contract.access import DEFAULT_PROJECT
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from pdtrim.contract.publications import PublicationStatus, PublicationTarget
-from pdtrim.contract.queues import DEFAULT_QUEUE, Priority, Route
+from pdtrim.contract.queues import DEFAULT_QUEUE, Priority
 from pdtrim.contract.webhooks import DeliveryStatus, DisabledReason, MessageFormat
 from service.observing.redaction import redact, scrub
 
@@ -57,6 +57,7 @@ class RedactedJson(TypeDecorator[Any]):
 
 Name = String(32)
 ALIVE = text("deleted_at IS NULL")
+BEGAN = text("started_at IS NOT NULL")
 KEPT = text("artifact_bytes > 0 AND deleted_at IS NULL")
 
 
@@ -65,7 +66,8 @@ class JobRow(SQLModel, table=True):
 
     With `deleted_at` it exists for the reconciler alone, which has its files to delete, and then this row.
     `api_key` is the prefix of the key that it was made with, `artifact_bytes` the size of what its stages recorded.
-    `cut_from` is the job from whose frontier it was cut, which may be gone.
+    `cut_from` is the job from whose frontier it was cut, which may be gone. `trace` holds the headers that make its
+    stages part of the trace of the request that queued it.
     PostgreSQL has an index of `labels` too.
     """
 
@@ -73,6 +75,7 @@ class JobRow(SQLModel, table=True):
     __table_args__ = (
         Index("ix_jobs_project_id", "project", "id"),
         Index("ix_jobs_project_status_id", "project", "status", "id"),
+        Index("ix_jobs_project_started_at", "project", "started_at", postgresql_where=BEGAN, sqlite_where=BEGAN),
         Index("ix_jobs_finished_at", "finished_at", postgresql_where=ALIVE, sqlite_where=ALIVE),
         Index("ix_jobs_kept", "project", "api_key", "artifact_bytes", postgresql_where=KEPT, sqlite_where=KEPT),
     )
@@ -88,6 +91,7 @@ class JobRow(SQLModel, table=True):
     model_revision: str | None = None
     cut_from: str | None = Field(default=None, max_length=40)
     versions: dict[str, str] = Field(default_factory=dict, sa_type=JSON)
+    trace: dict[str, str] | None = Field(default=None, sa_type=JSON)
     error: dict[str, Any] | None = Field(default=None, sa_type=RedactedJson)
     last_event: int = 0
     artifact_bytes: int = Field(default=0, sa_type=BigInteger)
@@ -96,15 +100,11 @@ class JobRow(SQLModel, table=True):
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
 
-    @property
-    def route(self) -> Route:
-        """Where the messages go that wake workers for its stages."""
-        return Route(self.queue, Priority(self.priority))
-
 
 class StageRow(SQLModel, table=True):
     """A stage of a job. `attempt` numbers the claims of it and fences out workers whose lease was taken over.
 
+    A queued one with `sent_at` has a message under way that wakes a worker; one with `not_before` rests until then.
     A resume forgives the attempts before it: they stay numbered, and no longer count against the most allowed.
     """
 
@@ -121,6 +121,7 @@ class StageRow(SQLModel, table=True):
     lease_expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     sends: int = 0
     sent_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    not_before: datetime | None = Field(default=None, sa_type=UtcDateTime)
     progress: float = 0.0
     message: str = Field(default="", sa_type=RedactedText)
     metrics: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)

@@ -1,8 +1,8 @@
 """OpenTelemetry traces of a job: the HTTP request, each Celery message, each stage.
 
-FastAPI makes the request's span by itself. Messages carry the trace on in their headers (W3C Trace Context); the
-Celery instrumentation of opentelemetry-python-contrib never ends the span of a task that is sent by its name alone, as
-the gateway sends. What the reconciler sends again begins a trace of its own.
+FastAPI makes the request's span by itself. The job keeps the headers that carry the trace on (W3C Trace Context), for
+all its stages: the message that woke a worker may have been another job's. The Celery instrumentation of
+opentelemetry-python-contrib never ends the span of a task that is sent by its name alone, as the gateway sends.
 """
 
 from __future__ import annotations
@@ -46,18 +46,23 @@ def flush() -> None:
         provider.force_flush()
 
 
+def carried() -> dict[str, str]:
+    """Headers that make what is done elsewhere part of this trace; none where nothing is traced."""
+    headers: dict[str, str] = {}
+    propagate.inject(headers)
+    return headers
+
+
 @contextmanager
 def sending(task: str) -> Iterator[dict[str, str]]:
     """The span of a message about to be sent; yields the headers that make the message part of the trace."""
-    headers: dict[str, str] = {}
     with _span(f"send {task}", SpanKind.PRODUCER):
-        propagate.inject(headers)
-        yield headers
+        yield carried()
 
 
 @contextmanager
 def receiving(task: str, headers: Mapping[str, str]) -> Iterator[None]:
-    """The span of a message's work, a child of the one that sent it."""
+    """The span of work, a child of the one that `headers` came from."""
     with _span(task, SpanKind.CONSUMER, headers):
         yield
 

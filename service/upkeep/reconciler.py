@@ -140,10 +140,10 @@ def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = N
         waiting = stages.due(
             session, resend_seconds=settings.resend_seconds, max_running_jobs=settings.max_running_jobs
         )
-        routes = jobs.routes(session, [job_id for job_id, _ in waiting])
+        queues = jobs.queues(session, [job_id for job_id, _ in waiting])
     for sent, (job_id, stage) in enumerate(waiting):
         try:
-            queue.send(settings, job_id, stage, routes[job_id])
+            queue.send(settings, queue.WakeUp(job_id, stage, queues[job_id]))
         except queue.BrokerUnavailable:
             with transaction(engine) as session:
                 stages.not_sent(session, [job_id for job_id, _ in waiting[sent:]])

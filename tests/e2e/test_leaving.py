@@ -12,7 +12,6 @@ import psutil
 from sqlalchemy import Engine
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
-from pdtrim.contract.queues import Route
 from pdtrim.contract.spec import JobSpec
 from service import queue
 from service.db import events, jobs
@@ -51,7 +50,8 @@ def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
     spec = tiny_spec(write_tiny_model(tmp_path / "model"), distillation=LONG_HEALING)
     with transaction(engine) as session:
         job_id = jobs.create(session, JobSpec.model_validate(spec)).id
-    queue.send(Settings(data_dir=tmp_path / "data", broker_url=empty_redis_url), job_id, StageName.SCORING, Route())
+    settings = Settings(data_dir=tmp_path / "data", broker_url=empty_redis_url)
+    queue.send(settings, queue.WakeUp(job_id, StageName.SCORING))
 
     with ExitStack() as stack:
         workers = [stack.enter_context(running(["worker"], production, tmp_path / f"{n}.log")) for n in range(2)]

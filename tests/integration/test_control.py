@@ -28,9 +28,10 @@ from service.storage.s3 import s3_client
 from tests.faults.proxy import Proxy
 from tests.hub import COMMIT, REPOSITORY, arriving_bytes, serve_hub, use_hub
 from tests.processes import wait_until
+from tests.running import run_stage
 from tests.servers import S3Server
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.running.attempt import Worker, run_stage
+from workers.running.attempt import Worker
 from workers.stages import STAGES
 from workers.stages.context import StageContext
 

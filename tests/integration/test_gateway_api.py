@@ -24,9 +24,6 @@ from tests.unit.service.api.test_idempotency import *  # noqa: F403
 from tests.unit.service.api.test_jobs import *  # noqa: F403
 from tests.unit.service.api.test_webhooks import *  # noqa: F403
 
-NORMAL = f"{QUEUE}\x06\x163"
-"""The list in which Redis keeps messages of normal priority."""
-
 __all__ = ["gateway", "model"]
 
 # What a scope opens is no matter of the servers, and what the rest refuse does not get as far as them.
@@ -64,7 +61,7 @@ def test_a_created_job_wakes_a_worker(gateway: Gateway) -> None:
     job_id = gateway.create()
 
     with redis.Redis.from_url(gateway.settings.broker_url) as broker:
-        (message,) = broker.lrange(NORMAL, 0, -1)
+        (message,) = broker.lrange(QUEUE, 0, -1)
     assert b"pdtrim.scoring" in message
     assert job_id.encode() in message
 

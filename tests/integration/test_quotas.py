@@ -15,9 +15,6 @@ from service.settings import Settings
 from service.upkeep.reconciler import sweep
 from tests.gateway import Gateway, model, problem_of, serve
 
-NORMAL = f"{QUEUE}\x06\x163"
-"""The list in which Redis keeps messages of normal priority."""
-
 __all__ = ["model"]
 
 
@@ -56,7 +53,7 @@ def test_messages_go_out_for_as_many_jobs_as_may_run(gateways: tuple[Gateway, Ga
     first, second = gateways
     waiting = [gateway.create() for _ in range(2) for gateway in gateways]
     with redis.Redis.from_url(first.settings.broker_url) as broker:
-        sent = [broker.llen(NORMAL)]
+        sent = [broker.llen(QUEUE)]
         claim = first.claim(waiting[0], StageName.SCORING)
         second.claim(waiting[1], StageName.SCORING)
         sent.append(sweep(first.engine, first.settings))
@@ -64,7 +61,7 @@ def test_messages_go_out_for_as_many_jobs_as_may_run(gateways: tuple[Gateway, Ga
         for stage in list(StageName)[1:]:
             first.complete(first.claim(waiting[0], stage))
         sent.append(sweep(second.engine, second.settings))
-        (message, *_) = broker.lrange(NORMAL, 0, -1)
+        (message, *_) = broker.lrange(QUEUE, 0, -1)
 
     assert sent == [2, 0, 1]
     assert waiting[2].encode() in message

@@ -1,12 +1,13 @@
-"""Runs one stage of one job: claim, load inputs, run, push artifacts, record, wake the next."""
+"""Runs the most urgent stage: claim, load inputs, run, push artifacts, record, wake a worker for the next."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,9 @@ from service.db import artifacts, jobs, stages
 from service.db.session import DATABASE_FAULTS, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.db.tables import ArtifactRow, JobRow
+from service.db.urgency import most_urgent
 from service.observing import tracing
+from service.queue import WakeUp
 from service.settings import Settings
 from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
@@ -81,39 +84,65 @@ class StageResult:
     artifacts: list[NewArtifact]
 
 
-def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
-    """Run a stage if it is there to be taken; whatever happens is recorded, and nothing is recorded twice."""
-    with bound_contextvars(job_id=job_id, stage=stage.value, worker=worker.name):
-        claim = worker.transact(
-            lambda session: stages.claim(
-                session,
-                job_id,
-                stage,
-                worker=worker.name,
-                lease_seconds=worker.settings.lease_seconds,
-                deadline_seconds=worker.settings.stage_deadline_seconds,
-                max_running_jobs=worker.settings.max_running_jobs,
-            )
+def run_most_urgent(worker: Worker, queues: Sequence[str], woken_by: WakeUp) -> None:
+    """Run the most urgent stage of some queues, if one is due.
+
+    For every stage that was sent a message is under way in its queue. Who takes a stage that was not, or is another
+    queue's, sends theirs again: it was another stage's.
+    """
+    claim = _claim(worker, queues)
+    if claim is None:
+        log.info("nothing is due", extra={"worker": worker.name})
+        return
+    if not claim.sent or claim.queue != woken_by.queue:
+        queue.try_to_send(worker.settings, woken_by)
+    run(worker, claim)
+
+
+def _claim(worker: Worker, queues: Sequence[str]) -> Claim | None:
+    """The right to the most urgent stage; None when nothing is due."""
+
+    def take(session: Session) -> tuple[bool, Claim | None]:
+        found = most_urgent(session, queues, max_running_jobs=worker.settings.max_running_jobs)
+        if found is None:
+            return False, None
+        return True, stages.claim(
+            session,
+            *found,
+            worker=worker.name,
+            lease_seconds=worker.settings.lease_seconds,
+            deadline_seconds=worker.settings.stage_deadline_seconds,
+            max_running_jobs=worker.settings.max_running_jobs,
         )
-        if claim is None:
-            log.info("the stage is not there to be taken")
-            return
-        with bound_contextvars(attempt=claim.attempt):
-            tracing.describe(job_id=job_id, stage=stage.value, worker=worker.name, attempt=claim.attempt)
-            log.info("stage started")
-            started = time.monotonic()
-            outcome, following = _run_claimed(worker, claim)
-            seconds = time.monotonic() - started
-            worker.metrics.stage_ended(stage, outcome, seconds)
-            tracing.describe(outcome=outcome.value)
-            if outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED, Outcome.HANDED_BACK):
-                tracing.fail()
-            log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
-            if following is not None:
-                queue.try_to_send(worker.settings, job_id, following, claim.route)
+
+    while True:
+        found, claim = worker.transact(take)
+        if claim is not None or not found:
+            return claim
+        # Another worker was faster: with this stage, or with a job that took the last slot of the project.
 
 
-def _run_claimed(worker: Worker, claim: Claim) -> tuple[Outcome, StageName | None]:
+def run(worker: Worker, claim: Claim) -> None:
+    """Run a claimed stage; whatever happens is recorded, and nothing is recorded twice."""
+    with (
+        tracing.receiving(queue.task_name(claim.stage), claim.trace),
+        bound_contextvars(job_id=claim.job_id, stage=claim.stage.value, worker=worker.name, attempt=claim.attempt),
+    ):
+        tracing.describe(job_id=claim.job_id, stage=claim.stage.value, worker=worker.name, attempt=claim.attempt)
+        log.info("stage started")
+        started = time.monotonic()
+        outcome, following = _to_an_outcome(worker, claim)
+        seconds = time.monotonic() - started
+        worker.metrics.stage_ended(claim.stage, outcome, seconds)
+        tracing.describe(outcome=outcome.value)
+        if outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED, Outcome.HANDED_BACK):
+            tracing.fail()
+        log.info("stage ended", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
+        if following is not None:
+            queue.try_to_send(worker.settings, WakeUp(claim.job_id, following, claim.queue))
+
+
+def _to_an_outcome(worker: Worker, claim: Claim) -> tuple[Outcome, StageName | None]:
     """Run a claimed stage to an outcome that is recorded; with it, the stage to wake a worker for."""
     settings = worker.settings
     try:
@@ -141,13 +170,15 @@ def _run_claimed(worker: Worker, claim: Claim) -> tuple[Outcome, StageName | Non
         # The border of the process: every failure becomes the job's error, or costs an attempt.
         if may_pass(error):
             log.exception("the stage met a fault that may pass")
-            reason, most = f"{type(error).__name__}: {error}".splitlines()[0], settings.max_attempts
-            return _conclude(
-                worker,
-                claim,
-                Outcome.RELEASED,
-                lambda session: stages.release(session, claim, reason, max_attempts=most),
-            ), None
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            give_back = partial(
+                stages.release,
+                claim=claim,
+                reason=reason,
+                max_attempts=settings.max_attempts,
+                pause_seconds=settings.resend_seconds,
+            )
+            return _conclude(worker, claim, Outcome.RELEASED, give_back), None
         log.exception("the stage failed")
         info = _describe(error)
         return _conclude(worker, claim, Outcome.FAILED, lambda session: stages.fail(session, claim, info)), None

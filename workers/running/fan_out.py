@@ -146,7 +146,7 @@ class FanOut:
         self._invited_at, self._joined = time.monotonic(), helpers.joined
         held = self._held
         queue.try_to_invite(
-            self._settings, held.job_id, held.attempt, held.route, numerics=self._numerics, helpers=missing
+            self._settings, held.job_id, held.attempt, held.queue, numerics=self._numerics, helpers=missing
         )
 
     def _offer(self, offered: dict[int, Evaluation]) -> bool:

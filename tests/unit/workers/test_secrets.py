@@ -22,7 +22,8 @@ from service.settings import Settings
 from service.storage import StoreUnavailable
 from tests.gateway import write_model
 from tests.observing import lines, logged
-from workers.running.attempt import Worker, run_stage
+from tests.running import run_stage
+from workers.running.attempt import Worker
 from workers.stages import STAGES
 from workers.stages.context import StageContext
 

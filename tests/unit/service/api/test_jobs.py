@@ -8,7 +8,6 @@ import pytest
 from sqlmodel import select
 
 from pdtrim.contract.jobs import ErrorInfo, StageName
-from pdtrim.contract.queues import Priority, Route
 from service.db import jobs
 from service.db.session import transaction
 from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
@@ -87,19 +86,19 @@ def test_invalid_field_is_named(gateway: Gateway, changes: dict[str, Any], param
 def test_a_job_waits_in_the_queue_that_it_names_or_in_the_first(gateway_settings: Settings, model: Path) -> None:
     settings = gateway_settings.model_copy(update={"queues": ["gpu-24g", "gpu-80g"]})
     with serve(settings, model) as gateway:
-        named = gateway.create(queue="gpu-80g", priority="high")
+        named = gateway.create(queue="gpu-80g")
         unnamed = gateway.create()
         refused = gateway.client.post("/v1/jobs", json={**gateway.spec, "queue": "default"})
 
         shown = [gateway.client.get(f"/v1/jobs/{job_id}").json() for job_id in (named, unnamed)]
         with transaction(gateway.engine) as session:
-            routes = jobs.routes(session, [named, unnamed])
+            queues = jobs.queues(session, [named, unnamed])
 
     problem = problem_of(refused, 422, "no_such_queue")
     assert problem["param"] == "queue"
     assert "gpu-24g, gpu-80g" in problem["detail"]
     assert [job["queue"] for job in shown] == ["gpu-80g", "gpu-24g"]
-    assert routes == {named: Route("gpu-80g", Priority.HIGH), unnamed: Route("gpu-24g", Priority.NORMAL)}
+    assert queues == {named: "gpu-80g", unnamed: "gpu-24g"}
 
 
 def test_every_invalid_field_is_told_at_once(gateway: Gateway) -> None:

@@ -48,7 +48,7 @@ def take(engine: Engine, job_id: str) -> Claim:
 
 def take_over(engine: Engine, held: Claim) -> Claim:
     with transaction(engine) as session:
-        stages.release(session, held, "a fault", max_attempts=5)
+        stages.release(session, held, "a fault", max_attempts=5, pause_seconds=10)
     return take(engine, held.job_id)
 
 

@@ -211,7 +211,7 @@ class Lifecycle(RuleBasedStateMachine):
             self.expected[job_id].stop()
 
     def release(self, job_id: str, back: int) -> None:
-        if recorded := self.record(job_id, back, stages.release, "a fault", max_attempts=MAX_ATTEMPTS):
+        if recorded := self.record(job_id, back, stages.release, "a fault", max_attempts=MAX_ATTEMPTS, pause_seconds=1):
             self.expected[job_id].hand_back(recorded[0])
 
     def leave(self, job_id: str, back: int) -> None:

@@ -203,7 +203,7 @@ def test_a_job_that_was_held_back_goes_when_another_ends(engine: Engine, ending:
             stages.fail(session, claim, ErrorInfo(code="x", message="x"))
     elif ending == "given up":
         with transaction(engine) as session:
-            stages.release(session, claim, "x", max_attempts=1)
+            stages.release(session, claim, "x", max_attempts=1, pause_seconds=10)
     else:
         change(engine, jobs.request_pause if ending == "paused" else jobs.request_cancel, running)
         assert due(engine, running=1) == []  # Its worker has not stopped yet.
@@ -264,7 +264,7 @@ def test_a_job_that_is_held_back_says_so_until_it_goes(engine: Engine) -> None:
         with transaction(engine) as session:
             return session.get_one(StageRow, (held_back, StageName.SCORING)).message
 
-    assert message() == quotas.HELD
+    assert message() == quotas.HELD_BACK
     assert due(engine, running=2) == [held_back]
     assert message() == ""
 

@@ -153,7 +153,7 @@ class Life(RuleBasedStateMachine):
                 elif outcome == "fail":
                     stages.fail(session, claim, error)
                 elif outcome == "release":
-                    stages.release(session, claim, "x", max_attempts=2)
+                    stages.release(session, claim, "x", max_attempts=2, pause_seconds=10)
                 elif jobs.get(session, claim.job_id).status in stages.STOPPING:
                     stages.stopped(session, claim)
                 else:

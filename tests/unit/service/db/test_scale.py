@@ -11,7 +11,7 @@ from sqlmodel import Session
 
 from benchmarks.filling import fill
 from pdtrim.contract.jobs import JobStatus
-from service.db import deletion, events, jobs, stages
+from service.db import deletion, events, jobs, stages, urgency
 from service.db.session import connect, transaction
 from service.db.tables import now
 from tests import servers
@@ -53,6 +53,8 @@ def plans(engine: Engine, query: Callable[[Session], object]) -> list[str]:
 @pytest.mark.parametrize(
     ("index", "query"),
     [
+        ("ix_stages_status_lease", lambda session: urgency.most_urgent(session, ["default"], max_running_jobs=9)),
+        ("ix_jobs_project_started_at", lambda session: urgency.most_urgent(session, ["default"])),
         ("Index", lambda session: jobs.page(session, "serving", limit=20, after=JOB)),
         ("Index", lambda session: jobs.page(session, "serving", limit=20, status=JobStatus.QUEUED)),
         ("ix_jobs_project_status_id", lambda session: jobs.page(session, "serving", limit=20, status=JobStatus.FAILED)),

@@ -110,7 +110,7 @@ def test_a_worker_whose_lease_was_taken_over_can_record_nothing(engine: Engine) 
         lambda session: stages.complete(session, zombie, artifacts=[], metrics={}, versions={}),
         lambda session: stages.fail(session, zombie, ErrorInfo(code="x", message="x")),
         lambda session: stages.stopped(session, zombie),
-        lambda session: stages.release(session, zombie, "x", max_attempts=5),
+        lambda session: stages.release(session, zombie, "x", max_attempts=5, pause_seconds=10),
         lambda session: stages.hand_back(session, zombie),
     ):
         with pytest.raises(LeaseLost), transaction(engine) as session:
@@ -159,7 +159,7 @@ def test_a_released_stage_is_queued_again_with_its_reason(engine: Engine) -> Non
     job_id = create_job(engine)
     claim = take(engine, job_id)
     with transaction(engine) as session:
-        stages.release(session, claim, "the store refused", max_attempts=5)
+        stages.release(session, claim, "the store refused", max_attempts=5, pause_seconds=10)
         rows, _ = events.page(session, job_id, after=0, limit=100)
     assert stage_row(engine, job_id, StageName.SCORING).status == StageStatus.QUEUED
     assert rows[-1].message.startswith("the store refused")
@@ -200,7 +200,7 @@ def test_a_stage_handed_back_after_a_fault_is_sent_after_pauses_that_double(engi
     for early, late in ((9, 11), (19, 21), (39, 41)):
         claim = take(engine, job_id)
         with transaction(engine) as session:
-            stages.release(session, claim, "the store is away", max_attempts=5)
+            stages.release(session, claim, "the store is away", max_attempts=5, pause_seconds=10)
         assert [due_after(early), due_after(late)] == [False, True]
 
 

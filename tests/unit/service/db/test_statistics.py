@@ -76,7 +76,7 @@ def test_a_stage_waits_from_when_it_was_queued_last(engine: Engine) -> None:
     claim = take(engine, third, StageName.SCORING)
     assert queued(engine) == {StageName.SCORING: (2, 5)}
     with transaction(engine) as session:
-        stages.release(session, claim, "fault", max_attempts=5)
+        stages.release(session, claim, "fault", max_attempts=5, pause_seconds=10)
     assert queued(engine) == {StageName.SCORING: (3, 5)}
 
     claim = take(engine, first, StageName.SCORING)

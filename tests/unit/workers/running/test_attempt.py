@@ -39,6 +39,7 @@ from service.db.session import connect, migrate, transaction
 from service.db.tables import ArtifactRow, StageRow, now
 from service.settings import Settings
 from service.storage import StoreRefused, open_store
+from tests.running import run_stage
 from tests.tiny_job import tiny_spec, write_tiny_model
 from tests.unit.workers.pruning.models import loaded_whole
 from workers.pruning.model.blocks import block_stack
@@ -48,7 +49,7 @@ from workers.pruning.repair.distill import KV_TENSOR
 from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.serving.pair_server import PrefillDecodePair
 from workers.running import attempt as pipeline
-from workers.running.attempt import Worker, run_stage
+from workers.running.attempt import Worker
 from workers.stages import STAGES
 from workers.stages.context import StageContext
 

@@ -26,13 +26,14 @@ from service.db.tables import ArtifactRow, EvaluationRow, HelperRow, StageRow, n
 from service.settings import Settings
 from service.storage import open_store
 from tests.processes import wait_until
+from tests.running import run_stage
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.inputs.models import numerics
 from workers.pruning.search.batches import Evaluation
 from workers.pruning.search.engine import NonFiniteLoss
 from workers.running import fan_out as fanout
 from workers.running import helper as helping
-from workers.running.attempt import Worker, run_stage
+from workers.running.attempt import Worker
 from workers.running.helper import help_search
 from workers.running.lease import StopRequested
 
@@ -248,7 +249,7 @@ def test_a_helper_stops_within_seconds_when_its_search_does(
         wait_until(lambda: claimed_by(worker) is not None)
         with transaction(worker.database) as session:
             if asked == "take over":
-                stages.release(session, held, "a fault", max_attempts=5)
+                stages.release(session, held, "a fault", max_attempts=5, pause_seconds=10)
             else:
                 (jobs.request_cancel if asked == "cancel" else jobs.request_pause)(session, job_id)
         started = time.monotonic()

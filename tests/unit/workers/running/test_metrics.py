@@ -17,8 +17,9 @@ from service.db.session import connect, migrate, transaction
 from service.settings import Settings
 from service.storage import StoreUnavailable, open_store
 from tests.observing import lines, logged
+from tests.running import run_stage
 from tests.servers import free_ports
-from workers.running.attempt import Worker, run_stage
+from workers.running.attempt import Worker
 from workers.running.lease import StopRequested
 from workers.running.metrics import WorkerMetrics
 from workers.stages import STAGES

@@ -18,8 +18,9 @@ from service.db.session import connect, migrate, transaction
 from service.db.tables import JobRow, StageRow
 from service.settings import Settings
 from service.storage import job_prefix, open_store
+from tests.running import run_stage
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.running.attempt import Worker, run_stage
+from workers.running.attempt import Worker
 
 
 @pytest.fixture
