@@ -47,6 +47,10 @@ class Claim:
     sent: bool = field(default=True, compare=False)
     trace: Mapping[str, str] = field(default_factory=dict, compare=False)
 
+    def answers(self, queue: str) -> bool:
+        """Whether a message that came by `queue` may have been the one that was sent for this stage."""
+        return self.sent and self.queue == queue
+
 
 @dataclass(frozen=True)
 class NewArtifact:
@@ -366,6 +370,7 @@ def due(
         begins = status == JobStatus.QUEUED
         if not begins or slots.take(project, api_key):
             row.sent_at, row.sends, row.message = at, row.sends + 1, "" if begins else row.message
+            row.not_before = None  # The worker's clock may be behind.
             sent.append((row.job_id, StageName(row.name)))
     return sent
 

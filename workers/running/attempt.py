@@ -87,14 +87,14 @@ class StageResult:
 def run_most_urgent(worker: Worker, queues: Sequence[str], woken_by: WakeUp) -> None:
     """Run the most urgent stage of some queues, if one is due.
 
-    For every stage that was sent a message is under way in its queue. Who takes a stage that was not, or is another
-    queue's, sends theirs again: it was another stage's.
+    For every stage that was sent, a message is under way in its queue, until a worker is woken and takes one of them.
+    When it takes another stage instead, its message goes back to where it came from.
     """
     claim = _claim(worker, queues)
     if claim is None:
         log.info("nothing is due", extra={"worker": worker.name})
         return
-    if not claim.sent or claim.queue != woken_by.queue:
+    if not claim.answers(woken_by.queue):
         queue.try_to_send(worker.settings, woken_by)
     run(worker, claim)
 

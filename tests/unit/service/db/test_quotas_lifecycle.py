@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -23,12 +24,14 @@ from pdtrim.contract.errors import (
     JobNotResumable,
     QueueQuotaExceeded,
 )
-from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName
+from pdtrim.contract.jobs import ErrorInfo, JobStatus
+from pdtrim.contract.queues import Priority
 from pdtrim.contract.spec import JobSpec
 from service.db import deletion, jobs, stages
 from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim, LeaseLost
 from service.db.tables import JobRow, now
+from service.db.urgency import most_urgent
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 LIMITS = Quotas(max_running_jobs=2, max_queued_jobs=3)
@@ -43,31 +46,36 @@ PROJECTS = count()
 
 
 class Life(RuleBasedStateMachine):
-    """`engine` is a SQLite database that all runs share; each run has a project of its own and ends all its jobs."""
+    """`engine` is a SQLite database that all runs share; each run has a project and queues of its own, and ends all its
+    jobs.
+    """
 
     engine: Engine
 
     def __init__(self) -> None:
         super().__init__()
         self.project = f"project-{next(PROJECTS)}"
+        self.queues = [f"{self.project}-{name}" for name in "ab"]
         self.jobs: list[str] = []
-        self.messages: list[tuple[str, StageName]] = []
+        self.messages: list[str] = []
+        """The queue of each."""
         self.claims: list[Claim] = []
         self.hours = 0
 
     @initialize()
     def all_is_used_up(self) -> None:
         for _ in range(2):
-            self.submit()
-            self.take(*self.messages.pop())
+            self.submit(0, Priority.NORMAL)
+            self.wake(self.messages.pop(), self.queues)
         for _ in range(3):
-            self.submit()
+            self.submit(1, Priority.NORMAL)
 
-    @rule()
-    def submit(self) -> None:
+    @rule(queue=st.integers(0, 1), priority=st.sampled_from(Priority))
+    def submit(self, queue: int, priority: Priority) -> None:
+        spec = SPEC.model_copy(update={"queue": self.queues[queue], "priority": priority})
         try:
             with transaction(self.engine) as session:
-                job_id = jobs.create(session, SPEC, project=self.project, limits=LIMITS).id
+                job_id = jobs.create(session, spec, project=self.project, limits=LIMITS).id
                 self.send(session, job_id)
                 self.jobs.append(job_id)
         except QueueQuotaExceeded:
@@ -86,19 +94,19 @@ class Life(RuleBasedStateMachine):
         except (JobNotFound, JobNotPausable, JobNotCancellable, JobNotResumable, JobNotDeletable):
             assert self.states().total() <= len(self.jobs)
 
-    @rule(data=st.data(), lost=st.sampled_from([False, False, False, True]))
-    def deliver(self, data: st.DataObject, lost: bool) -> None:
+    @rule(data=st.data(), lost=st.sampled_from([False, False, False, True]), takes_all=st.booleans())
+    def deliver(self, data: st.DataObject, lost: bool, takes_all: bool) -> None:
         if self.messages:
-            message = self.messages.pop(data.draw(st.integers(0, len(self.messages) - 1)))
+            queue = self.messages.pop(data.draw(st.integers(0, len(self.messages) - 1)))
             if not lost:
-                self.take(*message)
+                self.wake(queue, self.queues if takes_all else [queue])
 
-    @rule(data=st.data())
-    def repeat(self, data: st.DataObject) -> None:
+    @rule(queue=st.integers(0, 1), takes_all=st.booleans())
+    def repeat(self, queue: int, takes_all: bool) -> None:
         """A message that nobody needs."""
-        self.take(data.draw(st.sampled_from(self.jobs[-6:])), StageName.SCORING)
+        self.wake(self.queues[queue], self.queues if takes_all else [self.queues[queue]])
 
-    @rule(data=st.data(), outcome=st.sampled_from(["complete", "complete", "fail", "release", "stop"]))
+    @rule(data=st.data(), outcome=st.sampled_from(["complete", "complete", "fail", "release", "stop", "hand back"]))
     def work(self, data: st.DataObject, outcome: str) -> None:
         if self.claims:
             self.end(self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1))), outcome)
@@ -109,7 +117,8 @@ class Life(RuleBasedStateMachine):
         at = now() + timedelta(hours=self.hours)
         with transaction(self.engine) as session:
             due = stages.due(session, resend_seconds=1, max_running_jobs=LIMITS.max_running_jobs, at=at)
-        self.messages += due
+            queues = jobs.queues(session, [job_id for job_id, _ in due])
+        self.messages += [queues[job_id] for job_id, _ in due]
 
     @invariant()
     def nothing_exceeds_its_quota(self) -> None:
@@ -125,23 +134,28 @@ class Life(RuleBasedStateMachine):
                 return
             self.sweep(1)
             while self.messages or self.claims:
-                for message in [self.messages.pop() for _ in range(len(self.messages))]:
-                    self.take(*message)
+                for queue in [self.messages.pop() for _ in range(len(self.messages))]:
+                    self.wake(queue, [queue])
                 while self.claims:
                     self.end(self.claims.pop(), "complete")
         raise AssertionError(f"some wait for ever: {states}")
 
     def send(self, session: Session, job_id: str) -> None:
-        rows = jobs.stages(session, [job_id])[job_id]
-        if jobs.is_sent(rows):
-            self.messages += [(job_id, StageName(row.name)) for row in rows if row.sent_at is not None][-1:]
+        if jobs.is_sent(jobs.stages(session, [job_id])[job_id]):
+            self.messages += jobs.queues(session, [job_id]).values()
 
-    def take(self, job_id: str, stage: StageName) -> None:
+    def wake(self, queue: str, taken_from: Sequence[str]) -> None:
+        """As `workers.running.attempt.run_most_urgent` does."""
         most = LIMITS.max_running_jobs
         with transaction(self.engine) as session:
-            claim = stages.claim(session, job_id, stage, worker="w", lease_seconds=9999, max_running_jobs=most)
-        if claim is not None:
-            self.claims.append(claim)
+            found = most_urgent(session, taken_from, max_running_jobs=most)
+            if found is None:
+                return
+            claim = stages.claim(session, *found, worker="w", lease_seconds=9999, max_running_jobs=most)
+        assert claim is not None
+        self.claims.append(claim)
+        if not claim.answers(queue):
+            self.messages.append(queue)
 
     def end(self, claim: Claim, outcome: str) -> None:
         error = ErrorInfo(code="x", message="x")
@@ -149,11 +163,14 @@ class Life(RuleBasedStateMachine):
             try:
                 if outcome == "complete":
                     following = stages.complete(session, claim, artifacts=[], metrics={}, versions={})
-                    self.messages += [] if following is None else [(claim.job_id, following)]
+                    self.messages += [] if following is None else [claim.queue]
                 elif outcome == "fail":
                     stages.fail(session, claim, error)
                 elif outcome == "release":
                     stages.release(session, claim, "x", max_attempts=2, pause_seconds=10)
+                elif outcome == "hand back":
+                    stages.hand_back(session, claim)
+                    self.messages.append(claim.queue)
                 elif jobs.get(session, claim.job_id).status in stages.STOPPING:
                     stages.stopped(session, claim)
                 else:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
+from sqlmodel import col, select
 
 from pdtrim.contract.access import Quotas
-from pdtrim.contract.jobs import JobStatus, StageName
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from pdtrim.contract.queues import Priority
 from pdtrim.contract.spec import JobSpec
 from service.db import jobs, quotas, stages, urgency
-from service.db.session import connect, transaction
+from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim
 from service.db.tables import JobRow, StageRow, now
 
@@ -217,4 +221,54 @@ def test_a_job_that_a_stopped_process_holds_locked_is_passed_over(postgres_datab
     assert taken(engine).job_id == frozen
     with transaction(engine) as session:
         assert session.get_one(JobRow, frozen).status == JobStatus.RUNNING
+    engine.dispose()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_for_every_stage_that_was_sent_a_message_is_under_way_whatever_workers_take(seed: int, tmp_path: Path) -> None:
+    engine, rng = connect(f"sqlite:///{tmp_path}/jobs.db"), random.Random(seed)
+    migrate(engine)
+    messages: list[str] = []
+    claims: list[Claim] = []
+
+    def submit() -> None:
+        queue = rng.choice(["default", "gpu-80g"])
+        job_id = create(engine, priority=rng.choice(list(Priority)), queue=queue, running=3)
+        if stage_row(engine, job_id).sent_at is not None:
+            messages.append(queue)
+
+    def wake() -> None:
+        came_by = messages.pop(rng.randrange(len(messages)))
+        claim = take(engine, *rng.choice([[came_by], ["default", "gpu-80g"]]), running=3)
+        if claim is not None:
+            claims.append(claim)
+            messages.extend([] if claim.answers(came_by) else [came_by])
+
+    def work() -> None:
+        claim, what = claims.pop(rng.randrange(len(claims))), rng.choice(["complete", "hand back", "release"])
+        with transaction(engine) as session:
+            if what == "complete":
+                following = stages.complete(session, claim, artifacts=[], metrics={}, versions={})
+                messages.extend([] if following is None else [claim.queue])
+            elif what == "hand back":
+                stages.hand_back(session, claim)
+                messages.append(claim.queue)
+            else:
+                stages.release(session, claim, "a fault", max_attempts=99, pause_seconds=rng.choice([0, 99]))
+
+    def reconcile() -> None:
+        with transaction(engine) as session:
+            due = [job_id for job_id, _ in stages.due(session, resend_seconds=9999, max_running_jobs=3)]
+            messages.extend(jobs.queues(session, due).values())
+
+    for _ in range(150):
+        possible = [submit, *[wake] * 2 * bool(messages), *[work] * 2 * bool(claims), reconcile]
+        rng.choice(possible)()
+        with transaction(engine) as session:
+            sent = session.exec(
+                select(JobRow.queue)
+                .join(StageRow)
+                .where(StageRow.status == StageStatus.QUEUED, col(StageRow.sent_at).is_not(None))
+            ).all()
+        assert Counter(sent) <= Counter(messages)
     engine.dispose()
