@@ -1,10 +1,24 @@
-"""A stage of one's choice, run in this process."""
+"""Workers in this process: one that is told which stage to run, and one that Celery runs."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+from celery.contrib.testing.worker import start_worker
+
 from pdtrim.contract.jobs import StageName
 from service.db import stages
+from service.settings import Settings
+from tests.observing import logged
 from workers.running.attempt import Worker, run
+from workers.stages import STAGES
+from workers.stages.context import StageContext
 
 
 def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
@@ -22,3 +36,27 @@ def run_stage(worker: Worker, job_id: str, stage: StageName) -> None:
     )
     if claim is not None:
         run(worker, claim)
+
+
+def small(context: StageContext) -> dict[str, Any]:
+    """A stage that does next to nothing."""
+    context.write_json("a.json", {})
+    return {}
+
+
+def tasks_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The tasks' module, read anew with this test's environment."""
+    monkeypatch.delitem(sys.modules, "workers.tasks", raising=False)
+    tasks = importlib.import_module("workers.tasks")
+    monkeypatch.delitem(sys.modules, "workers.tasks")
+    return tasks
+
+
+@contextmanager
+def working(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Celery worker of the queue `default` in a thread of this process, whose stages are `small`."""
+    for stage in StageName:
+        monkeypatch.setitem(STAGES, stage, small)
+    app = tasks_of(monkeypatch).app
+    with logged(settings), start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=20):
+        yield

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `otel` is not installed")
 
-from celery.contrib.testing.worker import start_worker
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -31,9 +27,8 @@ from service.queue import task_name
 from service.settings import Settings
 from service.upkeep.reconciler import sweep
 from tests.gateway import Gateway, serve, write_model
-from tests.observing import logged
 from tests.processes import wait_until
-from tests.running import run_stage
+from tests.running import run_stage, working
 from workers.running.attempt import Worker
 from workers.stages import STAGES
 from workers.stages.context import StageContext
@@ -68,29 +63,6 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def gateway(settings: Settings, tmp_path: Path) -> Iterator[Gateway]:
     with serve(settings, write_model(tmp_path / "models" / "tiny")) as running:
         yield running
-
-
-def small(context: StageContext) -> dict[str, Any]:
-    context.write_json("a.json", {})
-    return {}
-
-
-def tasks_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The tasks' module, read anew with this test's environment."""
-    monkeypatch.delitem(sys.modules, "workers.tasks", raising=False)
-    tasks = importlib.import_module("workers.tasks")
-    monkeypatch.delitem(sys.modules, "workers.tasks")
-    return tasks
-
-
-@contextmanager
-def working(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Celery worker in a thread of this process, whose stages do next to nothing."""
-    for stage in StageName:
-        monkeypatch.setitem(STAGES, stage, small)
-    app = tasks_of(monkeypatch).app
-    with logged(settings), start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=20):
-        yield
 
 
 def finished(gateway: Gateway, job_id: str) -> None:

@@ -1,0 +1,148 @@
+"""In which order a woken worker runs what is due, through real messages."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kombu import Queue
+from sqlalchemy import Engine
+from sqlmodel import Session, col, select
+
+from pdtrim.contract.jobs import JobStatus, StageName
+from pdtrim.contract.queues import Priority
+from pdtrim.contract.spec import JobSpec
+from service import queue
+from service.db import jobs
+from service.db.session import connect, migrate, transaction
+from service.db.tables import EventRow, JobRow
+from service.queue import WakeUp
+from service.settings import Settings
+from service.storage import open_store
+from tests.processes import wait_until
+from tests.running import small, working
+from workers.running.attempt import Worker, run_most_urgent
+from workers.stages import STAGES
+
+SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
+QUEUES = ["default", "gpu-80g"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The settings that the tasks' module reads from the environment."""
+    monkeypatch.setenv("PDTRIM_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("PDTRIM_QUEUES", json.dumps(QUEUES))
+    for stage in StageName:
+        monkeypatch.setitem(STAGES, stage, small)
+    return Settings()
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[Engine]:
+    engine = connect(settings.database_url)
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+def create(session: Session, priority: Priority = Priority.NORMAL, queue: str = "default") -> str:
+    return jobs.create(session, SPEC.model_copy(update={"priority": priority, "queue": queue})).id
+
+
+def submit(engine: Engine, settings: Settings, **wanted: Priority | str) -> str:
+    with transaction(engine) as session:
+        job_id = create(session, **wanted)  # type: ignore[arg-type]
+        came_to = jobs.queues(session, [job_id])[job_id]
+    queue.send(settings, WakeUp(job_id, StageName.SCORING, came_to))
+    return job_id
+
+
+def started(engine: Engine) -> list[str]:
+    """The jobs whose stages were started, in that order."""
+    with transaction(engine) as session:
+        rows = session.exec(select(EventRow).where(EventRow.type == "stage.started").order_by(col(EventRow.created_at)))
+        return [row.job_id for row in rows]
+
+
+def all_ended(engine: Engine) -> bool:
+    with transaction(engine) as session:
+        return all(JobStatus(status).final for status in session.exec(select(JobRow.status)))
+
+
+def under_way(settings: Settings) -> Counter[tuple[str, str, str]]:
+    """The messages in the broker, which are taken out: queue, task, job."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    with queue.celery_app(settings.broker_url).connection_for_read() as connection:
+        for name in QUEUES:
+            channel = connection.channel()
+            while message := Queue(queue.broker_queue(name), channel=channel).get(no_ack=True):
+                found[name, message.headers["task"], message.payload[0][0]] += 1
+    return found
+
+
+def test_six_jobs_submitted_at_once_to_one_worker_end_one_after_the_other(
+    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    six = [submit(engine, settings) for _ in range(6)]
+    with working(settings, monkeypatch):
+        wait_until(lambda: all_ended(engine), seconds=60, what="all jobs to end")
+    assert started(engine) == [job_id for job_id in six for _ in StageName]
+
+
+def test_priorities_count_where_the_broker_keeps_messages_as_files(
+    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_priority = {priority: submit(engine, settings, priority=priority) for priority in reversed(Priority)}
+    with working(settings, monkeypatch):
+        wait_until(lambda: all_ended(engine), seconds=60, what="all jobs to end")
+    assert started(engine) == [by_priority[priority] for priority in Priority for _ in StageName]
+
+
+def test_messages_of_the_version_before_wake_a_worker(
+    settings: Settings, engine: Engine, empty_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PDTRIM_BROKER_URL", empty_redis_url)
+    at_redis = settings.model_copy(update={"broker_url": empty_redis_url})
+    with transaction(engine) as session:
+        waiting = [create(session) for _ in range(3)]
+    app = queue.celery_app(empty_redis_url)
+    # It had a list for each priority. A message of its own may be late, too.
+    for job_id, task, priority in [
+        (waiting[0], "pdtrim.scoring", 3),
+        (waiting[1], "pdtrim.scoring", 6),
+        (waiting[2], "pdtrim.scoring", 0),
+        (waiting[2], "pdtrim.removal", 3),
+    ]:
+        app.send_task(task, args=[job_id], queue=queue.QUEUE, priority=priority)
+    with working(at_redis, monkeypatch):
+        wait_until(lambda: all_ended(engine), seconds=60, what="all jobs to end")
+    assert started(engine) == [job_id for job_id in waiting for _ in StageName]
+
+
+def test_a_worker_woken_by_one_queue_that_takes_a_stage_of_another_leaves_a_message_in_the_first(
+    settings: Settings, engine: Engine
+) -> None:
+    with transaction(engine) as session:
+        normal, urgent = create(session), create(session, Priority.HIGH, "gpu-80g")
+    worker = Worker(settings, engine, open_store(settings.artifacts_url), "w")
+
+    run_most_urgent(worker, QUEUES, WakeUp(normal, StageName.SCORING))
+
+    assert started(engine) == [urgent]
+    assert under_way(settings) == {
+        ("default", "pdtrim.scoring", normal): 1,
+        ("gpu-80g", "pdtrim.removal", urgent): 1,
+    }
+
+
+def test_a_worker_that_is_woken_for_nothing_does_and_sends_nothing(settings: Settings, engine: Engine) -> None:
+    worker = Worker(settings, engine, open_store(settings.artifacts_url), "w")
+    with transaction(engine) as session:
+        elsewhere = create(session, queue="gpu-80g")
+    run_most_urgent(worker, ["default"], WakeUp(elsewhere, StageName.SCORING))
+    assert started(engine) == []
+    assert not under_way(settings)
