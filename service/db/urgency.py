@@ -22,11 +22,14 @@ from sqlmodel import Session, col, select
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from pdtrim.contract.queues import Priority
-from service.db import quotas
+from service.db import jobs, quotas
 from service.db.tables import JobRow, StageRow, now
 
 PRIORITY = case({priority: rank for rank, priority in enumerate(Priority)}, value=col(JobRow.priority))
 """Of a job, lower is more urgent."""
+
+CANDIDATES = 100
+"""More than there are workers that claim a stage in the same moment."""
 
 
 def rested(at: datetime) -> ColumnElement[bool]:
@@ -45,43 +48,38 @@ def most_urgent(
     the worker may have been their message.
     """
     slots = quotas.Slots(session, max_running_jobs, sent=false())
-    due = and_(
-        col(StageRow.status) == StageStatus.QUEUED,
-        rested(now()),
-        col(JobRow.status).in_((JobStatus.QUEUED, JobStatus.RUNNING)),
-        col(JobRow.deleted_at).is_(None),
-        col(JobRow.queue).in_(queues),
-    )
-    running = (
-        select(JobRow.project, func.count().label("stages"))
+    queued, running = (col(StageRow.status) == status for status in (StageStatus.QUEUED, StageStatus.RUNNING))
+    due = and_(queued, rested(now()), col(JobRow.queue).in_(queues))
+    # In one pass, with what is running in any queue: a join would look up each job by itself.
+    active = (
+        select(
+            col(JobRow.id),
+            col(StageRow.name),
+            col(JobRow.project),
+            col(JobRow.started_at),
+            PRIORITY.label("priority"),
+            and_(due, slots.left).label("due"),
+            func.count().filter(running).over(partition_by=col(JobRow.project)).label("running"),
+        )
         .join(StageRow)
-        .where(col(StageRow.status) == StageStatus.RUNNING)
-        .group_by(col(JobRow.project))
+        .where(col(StageRow.status).in_((StageStatus.QUEUED, StageStatus.RUNNING)))
+        .where(col(JobRow.status).in_((JobStatus.QUEUED, *quotas.RUNNING)), col(JobRow.deleted_at).is_(None))
         .subquery()
     )
-    waiting = select(JobRow.project).join(StageRow).where(due).distinct().subquery()
     earlier = aliased(JobRow)
-    began = select(func.max(earlier.started_at)).where(col(earlier.project) == waiting.c.project).scalar_subquery()
-    project = select(waiting.c.project, began.label("began_at")).subquery()
-    found = session.exec(
-        select(StageRow.job_id, StageRow.name)
-        .join(JobRow)
-        .join(project, project.c.project == col(JobRow.project))
-        .outerjoin(running, running.c.project == col(JobRow.project))
-        .where(due, slots.left)
+    began = select(func.max(earlier.started_at)).where(col(earlier.project) == active.c.project).scalar_subquery()
+    candidates = session.execute(
+        select(active.c.id, active.c.name)
+        .where(active.c.due)
         .order_by(
-            PRIORITY,
-            func.coalesce(running.c.stages, 0),
-            col(JobRow.started_at).nulls_last(),
-            project.c.began_at.nulls_first(),
-            col(JobRow.id),
+            active.c.priority, active.c.running, active.c.started_at.nulls_last(), began.nulls_first(), active.c.id
         )
-        .limit(1)
-        .with_for_update(of=JobRow, skip_locked=True)
-    ).first()
-    if found is not None:
-        return found[0], StageName(found[1])
-    blocked = select(StageRow).join(JobRow).where(due, not_(slots.left), col(StageRow.sent_at).is_not(None))
-    for row in session.exec(blocked.with_for_update(of=StageRow, skip_locked=True)):
+        .limit(CANDIDATES)
+    )
+    for job_id, name in candidates:
+        if jobs.lock_if_free(session, job_id) is not None:
+            return job_id, StageName(name)
+    held_up = select(StageRow).join(JobRow).where(due, not_(slots.left), col(StageRow.sent_at).is_not(None))
+    for row in session.exec(held_up.with_for_update(of=StageRow, skip_locked=True)):
         quotas.hold_back(row)
     return None

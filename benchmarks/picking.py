@@ -1,0 +1,74 @@
+"""How long a woken worker takes to find the most urgent stage, on PostgreSQL with a million jobs.
+
+    python -m benchmarks.picking
+
+Of the jobs so many wait, in one project and in a hundred; the others are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from sqlalchemy import Engine, text
+
+from benchmarks.filling import QUEUED_EVERY, fill
+from benchmarks.gateways import SPEC
+from service.db.session import connect, migrate, transaction
+from service.db.urgency import most_urgent
+from tests import servers
+
+PICKS = 200
+PROJECTS = 97
+
+
+def have_wait(engine: Engine, every: int, projects: int) -> int:
+    """Have one of so many jobs wait for its first stage, all spread over so many projects; returns how many wait."""
+    number = "('x' || right(id, 8))::bit(32)::int"
+    with engine.begin() as connection:
+        connection.execute(text("SET LOCAL session_replication_role = replica"))
+        connection.execute(text(f"UPDATE jobs SET project = 'project-' || {number} % {projects}"))
+        waits = f"{number} % {every} = 0 AND status != 'queued'"
+        waiting = [row[0] for row in connection.execute(text(f"SELECT id FROM jobs WHERE {waits}"))]
+        for table, key, rest in (
+            ("jobs", "id", "started_at = NULL, finished_at = NULL"),
+            ("stages", "job_id", "sent_at = now()"),
+        ):
+            first = " AND position = 0" if table == "stages" else ""
+            statement = f"UPDATE {table} SET status = 'queued', {rest} WHERE {key} = ANY(:ids){first}"
+            connection.execute(text(statement), {"ids": waiting})
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE"))
+        return int(connection.execute(text("SELECT count(*) FROM stages WHERE status = 'queued'")).scalar_one())
+
+
+def pick_ms(engine: Engine) -> list[float]:
+    """Milliseconds of each of some picks, a transaction each, in ascending order."""
+    took = []
+    for _ in range(PICKS):
+        began = time.perf_counter()
+        with transaction(engine) as session:
+            assert most_urgent(session, ["default"], max_running_jobs=10**6) is not None
+        took.append(1000 * (time.perf_counter() - began))
+    return sorted(took)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=10**6)
+    count = parser.parse_args().jobs
+    with servers.postgres() as url:
+        engine = connect(url)
+        migrate(engine)
+        fill(engine, SPEC, count=count, project="project-0")
+        print("| jobs | of them waiting | projects | median ms | p99 ms |\n|---|---|---|---|---|", flush=True)
+        for every, projects in ((QUEUED_EVERY, 1), (QUEUED_EVERY, PROJECTS), (QUEUED_EVERY // 10, PROJECTS)):
+            waiting = have_wait(engine, every, projects)
+            took = pick_ms(engine)
+            print(f"| {count:,} | {waiting:,} | {projects} | {took[PICKS // 2]:.1f} | {took[-3]:.1f} |", flush=True)
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
