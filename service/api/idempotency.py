@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from pdtrim.contract.errors import InvalidIdempotencyKey
 from service.db import idempotency
-from service.db.idempotency import Answered, KeyReservation
+from service.db.idempotency import Answered, KeyClaim
 from service.db.session import transaction
 
 HEADER = "Idempotency-Key"
@@ -68,7 +68,7 @@ def fingerprint(body: BaseModel, cut_from: str | None = None) -> str:
 
 
 @contextmanager
-def reserved(engine: Engine, project: str, key: str | None, said: str) -> Iterator[KeyReservation | Answered | None]:
+def claimed(engine: Engine, project: str, key: str | None, said: str) -> Iterator[KeyClaim | Answered | None]:
     """The right to create a job under `key`, or the answer given before; None without a key.
 
     `said` is the body's fingerprint. A block that raises frees the key. Raises: IdempotencyKeyReused, RequestInFlight.
@@ -77,11 +77,11 @@ def reserved(engine: Engine, project: str, key: str | None, said: str) -> Iterat
         yield None
         return
     with transaction(engine) as session:
-        found = idempotency.reserve(session, project, key, said)
+        found = idempotency.claim(session, project, key, said)
     try:
         yield found
     except Exception:
-        if isinstance(found, KeyReservation):
+        if isinstance(found, KeyClaim):
             with transaction(engine) as session:
                 idempotency.release(session, found)
         raise

@@ -33,7 +33,7 @@ from pdtrim.contract.jobs import Job, StageName
 from pdtrim.contract.spec import JobSpec
 from service import queue
 from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
-from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, fingerprint, reserved
+from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, claimed, fingerprint
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from service.checking.targets import targets
 from service.db import idempotency, jobs, views
@@ -96,7 +96,7 @@ class Submission:
         Raises: what `prepare` raises; IdempotencyKeyReused, RequestInFlight; QueueQuotaExceeded, ArtifactQuotaExceeded.
         """
         said = fingerprint(body, cut_from)
-        with reserved(self.engine, self.project, self.idempotency_key, said) as found:
+        with claimed(self.engine, self.project, self.idempotency_key, said) as found:
             if isinstance(found, Answered):
                 self.response.headers.update({"Location": f"/v1/jobs/{found.job_id}", REPLAYED: "true"})
                 return Job.model_validate(found.response)

@@ -1,7 +1,7 @@
 """Idempotency keys: a request that is sent again creates nothing again, whichever gateway it reaches.
 
-A request reserves its key before it does anything; the primary key lets one of several through. The transaction that
-creates the job settles the reservation, and fails when another request took it over meanwhile.
+A request claims its key before it does anything; the primary key lets one of several through. The transaction that
+creates the job settles the claim, and fails when another request took it over meanwhile.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from service.db.tables import IdempotencyRow, now
 
 KEPT = timedelta(hours=24)
 ABANDONED = timedelta(seconds=45)
-"""A reservation so old is its gateway's legacy: longer than our client waits for an answer, shorter than it retries."""
+"""A claim so old is its gateway's legacy: longer than our client waits for an answer, shorter than it retries."""
 
 
 @dataclass(frozen=True)
-class KeyReservation:
-    """The right to create a job under a key; the token tells it from a later reservation of the same key."""
+class KeyClaim:
+    """The right to create a job under a key; the token tells it from a later claim of the same key."""
 
     project: str
     key: str
@@ -41,7 +41,7 @@ class Answered:
     response: Mapping[str, Any]
 
 
-def reserve(session: Session, project: str, key: str, fingerprint: str) -> KeyReservation | Answered:
+def claim(session: Session, project: str, key: str, fingerprint: str) -> KeyClaim | Answered:
     """Reserve a key of a project for a body's fingerprint, or give the answer that it stands for.
 
     Raises: IdempotencyKeyReused when the key stands for another body; RequestInFlight while that is not answered yet.
@@ -52,10 +52,10 @@ def reserve(session: Session, project: str, key: str, fingerprint: str) -> KeyRe
             session.add(IdempotencyRow(project=project, key=key, fingerprint=fingerprint, token=token))
     except IntegrityError:
         return _taken(session, project, key, fingerprint, token)
-    return KeyReservation(project, key, token)
+    return KeyClaim(project, key, token)
 
 
-def _taken(session: Session, project: str, key: str, fingerprint: str, token: str) -> KeyReservation | Answered:
+def _taken(session: Session, project: str, key: str, fingerprint: str, token: str) -> KeyClaim | Answered:
     row = session.exec(
         select(IdempotencyRow)
         .where(IdempotencyRow.project == project, IdempotencyRow.key == key)
@@ -66,7 +66,7 @@ def _taken(session: Session, project: str, key: str, fingerprint: str, token: st
         raise RequestInFlight("A request with this Idempotency-Key was just being refused. Send yours again.")
     if row.job_id is None and row.reserved_at < now() - ABANDONED:
         row.fingerprint, row.token, row.reserved_at = fingerprint, token, now()
-        return KeyReservation(project, key, token)
+        return KeyClaim(project, key, token)
     if row.fingerprint != fingerprint:
         raise IdempotencyKeyReused(
             "This Idempotency-Key was sent with another body. Use a fresh key for every new request.",
@@ -77,18 +77,18 @@ def _taken(session: Session, project: str, key: str, fingerprint: str, token: st
     return Answered(row.job_id, row.response)
 
 
-def settle(session: Session, reservation: KeyReservation, job_id: str, response: Mapping[str, Any]) -> None:
+def settle(session: Session, claim: KeyClaim, job_id: str, response: Mapping[str, Any]) -> None:
     """Record the answer, in the transaction that creates the job. Raises: RequestInFlight when it was taken over."""
     settled = session.exec(
-        update(IdempotencyRow).where(*_is(reservation)).values(job_id=job_id, response=dict(response)).returning(_KEY)
+        update(IdempotencyRow).where(*_is(claim)).values(job_id=job_id, response=dict(response)).returning(_KEY)
     ).first()
     if settled is None:
         raise RequestInFlight("This request took so long that another with its Idempotency-Key went on. Try again.")
 
 
-def release(session: Session, reservation: KeyReservation) -> None:
+def release(session: Session, claim: KeyClaim) -> None:
     """Free the key of a request that created nothing."""
-    session.exec(delete(IdempotencyRow).where(*_is(reservation)))
+    session.exec(delete(IdempotencyRow).where(*_is(claim)))
 
 
 def forget(session: Session) -> None:
@@ -99,10 +99,10 @@ def forget(session: Session) -> None:
 _KEY = col(IdempotencyRow.key)
 
 
-def _is(reservation: KeyReservation) -> tuple[Any, ...]:
+def _is(claim: KeyClaim) -> tuple[Any, ...]:
     return (
-        IdempotencyRow.project == reservation.project,
-        IdempotencyRow.key == reservation.key,
-        IdempotencyRow.token == reservation.token,
+        IdempotencyRow.project == claim.project,
+        IdempotencyRow.key == claim.key,
+        IdempotencyRow.token == claim.token,
         col(IdempotencyRow.job_id).is_(None),
     )

@@ -193,7 +193,7 @@ class ArtifactRow(SQLModel, table=True):
 class IdempotencyRow(SQLModel, table=True):
     """A client's name for a request to create a job. Without `job_id` the request is not answered yet.
 
-    `token` names the request that holds the key and fences out one whose reservation was taken over.
+    `token` names the request that holds the key and fences out one whose claim was taken over.
     """
 
     __tablename__ = "idempotency_keys"

@@ -13,28 +13,28 @@ from pdtrim.contract.access import DEFAULT_PROJECT
 from pdtrim.contract.errors import IdempotencyKeyReused, JobNotFound, RequestInFlight
 from pdtrim.contract.spec import JobSpec
 from service.db import idempotency, jobs
-from service.db.idempotency import Answered, KeyReservation
+from service.db.idempotency import Answered, KeyClaim
 from service.db.session import transaction
 from service.db.tables import IdempotencyRow, now
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
-def reserve(engine: Engine, *, project: str = "default", fingerprint: str = "a") -> KeyReservation | Answered:
+def take(engine: Engine, *, project: str = "default", fingerprint: str = "a") -> KeyClaim | Answered:
     with transaction(engine) as session:
-        return idempotency.reserve(session, project, "key", fingerprint)
+        return idempotency.claim(session, project, "key", fingerprint)
 
 
-def reserved(engine: Engine, **changes: str) -> KeyReservation:
-    reservation = reserve(engine, **changes)
-    assert isinstance(reservation, KeyReservation)
-    return reservation
+def taken(engine: Engine, **changes: str) -> KeyClaim:
+    claim = take(engine, **changes)
+    assert isinstance(claim, KeyClaim)
+    return claim
 
 
-def create(engine: Engine, reservation: KeyReservation) -> str:
+def create(engine: Engine, claim: KeyClaim) -> str:
     with transaction(engine) as session:
         job_id = jobs.create(session, SPEC).id
-        idempotency.settle(session, reservation, job_id, {"id": job_id})
+        idempotency.settle(session, claim, job_id, {"id": job_id})
     return job_id
 
 
@@ -45,37 +45,37 @@ def age(engine: Engine, by: timedelta) -> None:
 
 
 def test_a_settled_key_gives_the_answer_to_the_same_body_alone(engine: Engine) -> None:
-    job_id = create(engine, reserved(engine))
+    job_id = create(engine, taken(engine))
 
-    assert reserve(engine) == Answered(job_id, {"id": job_id})
+    assert take(engine) == Answered(job_id, {"id": job_id})
     with pytest.raises(IdempotencyKeyReused):
-        reserve(engine, fingerprint="b")
+        take(engine, fingerprint="b")
 
 
 def test_every_project_has_keys_of_its_own(engine: Engine) -> None:
-    create(engine, reserved(engine))
+    create(engine, taken(engine))
 
-    assert reserved(engine, project="other")
+    assert taken(engine, project="other")
 
 
 def test_a_released_key_is_free_and_a_settled_one_is_not_released(engine: Engine) -> None:
-    first = reserved(engine)
+    first = taken(engine)
     with transaction(engine) as session:
         idempotency.release(session, first)
-    second = reserved(engine, fingerprint="b")
+    second = taken(engine, fingerprint="b")
     job_id = create(engine, second)
     with transaction(engine) as session:
         idempotency.release(session, second)
 
-    assert reserve(engine, fingerprint="b") == Answered(job_id, {"id": job_id})
+    assert take(engine, fingerprint="b") == Answered(job_id, {"id": job_id})
 
 
-def test_a_request_whose_reservation_was_taken_over_creates_nothing(engine: Engine) -> None:
-    slow = reserved(engine)
+def test_a_request_whose_claim_was_taken_over_creates_nothing(engine: Engine) -> None:
+    slow = taken(engine)
     with pytest.raises(RequestInFlight):
-        reserve(engine)
+        take(engine)
     age(engine, timedelta(minutes=1))
-    fast = reserved(engine)
+    fast = taken(engine)
 
     with pytest.raises(RequestInFlight):
         create(engine, slow)
@@ -86,9 +86,9 @@ def test_a_request_whose_reservation_was_taken_over_creates_nothing(engine: Engi
 
 
 def test_of_many_requests_at_once_one_gets_the_key(engine: Engine) -> None:
-    def attempt(_: int) -> KeyReservation | Answered | None:
+    def attempt(_: int) -> KeyClaim | Answered | None:
         try:
-            return reserve(engine)
+            return take(engine)
         except RequestInFlight:
             return None
 
@@ -99,26 +99,26 @@ def test_of_many_requests_at_once_one_gets_the_key(engine: Engine) -> None:
 
 
 def test_keys_are_forgotten_after_a_day_and_their_jobs_are_not(engine: Engine) -> None:
-    job_id = create(engine, reserved(engine))
+    job_id = create(engine, taken(engine))
     age(engine, timedelta(hours=23))
     with transaction(engine) as session:
         idempotency.forget(session)
-    assert isinstance(reserve(engine), Answered)
+    assert isinstance(take(engine), Answered)
 
     age(engine, timedelta(hours=25))
     with transaction(engine) as session:
         idempotency.forget(session)
 
-    assert reserved(engine)
+    assert taken(engine)
     with transaction(engine) as session:
         assert jobs.get(session, job_id).id == job_id
 
 
 def test_a_deleted_job_takes_its_key_along(engine: Engine) -> None:
-    job_id = create(engine, reserved(engine))
+    job_id = create(engine, taken(engine))
     with engine.begin() as connection:
         connection.execute(text("DELETE FROM jobs"))
 
-    assert reserved(engine)
+    assert taken(engine)
     with pytest.raises(JobNotFound), transaction(engine) as session:
         jobs.get(session, job_id)
