@@ -74,12 +74,14 @@ def _consumed() -> list[str]:
 def _wake(job_id: str) -> None:
     """Run the most urgent stage, which need not be the one that the message tells of."""
     told_of = next(stage for stage in StageName if task_name(stage) == current_task.name)
-    came_by = queue_of(current_task.request.delivery_info["routing_key"])
+    delivery = current_task.request.delivery_info
+    assert delivery is not None, "it came from a broker"
+    came_by = queue_of(str(delivery["routing_key"]))
     run_most_urgent(_worker(os.getpid()), _consumed(), WakeUp(job_id, told_of, came_by))
 
 
 for stage in StageName:
-    app.task(_wake, name=task_name(stage), shared=False)
+    app.task(name=task_name(stage), shared=False)(_wake)
 
 
 @app.task(name=HELP, shared=False)

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, case, false, func, not_, or_
+from sqlalchemy import ColumnElement, and_, case, false, func, not_, or_, select
 from sqlalchemy.orm import aliased
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from pdtrim.contract.queues import Priority
@@ -67,7 +67,7 @@ def most_urgent(
         .subquery()
     )
     earlier = aliased(JobRow)
-    began = select(func.max(earlier.started_at)).where(col(earlier.project) == active.c.project).scalar_subquery()
+    began = select(func.max(col(earlier.started_at))).where(col(earlier.project) == active.c.project).scalar_subquery()
     candidates = session.execute(
         select(active.c.id, active.c.name)
         .where(active.c.due)
@@ -80,6 +80,6 @@ def most_urgent(
         if jobs.lock_if_free(session, job_id) is not None:
             return job_id, StageName(name)
     held_up = select(StageRow).join(JobRow).where(due, not_(slots.left), col(StageRow.sent_at).is_not(None))
-    for row in session.exec(held_up.with_for_update(of=StageRow, skip_locked=True)):
+    for row in session.scalars(held_up.with_for_update(of=StageRow, skip_locked=True)):
         quotas.hold_back(row)
     return None

@@ -174,7 +174,7 @@ def test_every_event_of_a_jobs_life_but_progress_can_be_announced(engine: Engine
             jobs.resume(session, stopped) if ask is jobs.request_cancel else None
             claim = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
             assert claim is not None
-            stages.release(session, claim, "It broke", max_attempts=5)
+            stages.release(session, claim, "It broke", max_attempts=5, pause_seconds=10)
             claim = stages.claim(session, stopped, StageName.SCORING, worker="w", lease_seconds=60)
             assert claim is not None
             ask(session, stopped)

@@ -120,7 +120,7 @@ def helping_worker(worker: Worker, job_id: str, name: str, attempt: int = 1) -> 
     yield thread
     thread.join(30)
     assert not thread.is_alive()
-    other.engine.dispose()
+    other.database.dispose()
 
 
 def hold_up_until(monkeypatch: pytest.MonkeyPatch, condition: Callable[[], bool]) -> None:
