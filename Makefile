@@ -68,8 +68,10 @@ bench: $(VENV)/.worker ## The figures of benchmarks/RESULTS.md on the method
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072
 
-bench-service: $(VENV)/.test ## The gateway under load: eight minutes, of which five fill a database with a million jobs
+bench-service: $(VENV)/.test ## The gateway under load, and who runs next: a quarter of an hour, most of which fills databases with a million jobs
 	$(BIN)/python -m benchmarks.service
+	$(BIN)/python -m benchmarks.order
+	$(BIN)/python -m benchmarks.picking
 
 faults: $(VENV)/.test ## 200 jobs through 300 faults
 	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed 0

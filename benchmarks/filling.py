@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Engine, text
@@ -48,10 +48,17 @@ def _copies(table: type[SQLModel], changed: Mapping[str, str], key: str) -> str:
     )
 
 
-def fill(engine: Engine, spec: Mapping[str, Any], *, count: int, project: str) -> None:
+def fill(
+    engine: Engine,
+    spec: Mapping[str, Any],
+    *,
+    count: int,
+    project: str,
+    tables: Sequence[type[SQLModel]] = (JobRow, StageRow, EventRow),
+) -> None:
     """`count` jobs with five stages and ten events each: one of a thousand is queued, the others are finished.
 
-    Labels: `team`, one of 20; `run`, its own in every job.
+    Labels: `team`, one of 20; `run`, its own in every job. Of the `tables` alone that are given.
     """
     template = _template(engine, JobSpec.model_validate(spec))
     waits = f"n % {QUEUED_EVERY} = 0"
@@ -68,18 +75,18 @@ def fill(engine: Engine, spec: Mapping[str, Any], *, count: int, project: str) -
         "status": f"CASE WHEN {waits} THEN CASE WHEN t.position = 0 THEN 'queued' ELSE 'pending' END ELSE t.status END",
         "sent_at": "now()",
     }
-    statements = [
-        _copies(JobRow, job, "id"),
-        _copies(StageRow, stage, "job_id"),
-        _copies(EventRow, {"job_id": ID}, "job_id"),
-    ]
+    copies = {
+        JobRow: _copies(JobRow, job, "id"),
+        StageRow: _copies(StageRow, stage, "job_id"),
+        EventRow: _copies(EventRow, {"job_id": ID}, "job_id"),
+    }
     for first in range(1, count + 1, BATCH):
         with engine.begin() as connection:
             # Copies refer to what the template referred to; checking sixteen million references takes minutes.
             connection.execute(text("SET LOCAL session_replication_role = replica"))
-            for statement in statements:
+            for table in tables:
                 connection.execute(
-                    text(statement),
+                    text(copies[table]),
                     {"first": first, "last": min(first + BATCH - 1, count), "template": template, "count": count},
                 )
     with transaction(engine) as session:

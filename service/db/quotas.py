@@ -5,7 +5,7 @@ the jobs themselves, so whatever ends, pauses or deletes one gives back what it 
 holds the project's lock until the transaction ends.
 
 A running quota refuses nothing: jobs wait in the queue. Such a job has no message under way (`sent_at` is empty) until
-`Slots`, which the reconciler asks, has one for it; so it costs nobody anything, and the first in line goes first.
+`Slots`, which the reconciler asks, has one for it, or a worker that was woken for another finds it the most urgent.
 """
 
 from __future__ import annotations
