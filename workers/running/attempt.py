@@ -18,7 +18,8 @@ from sqlmodel import Session
 from structlog.contextvars import bound_contextvars
 
 from pdtrim.contract.errors import JobNotFound, ParentDeleted, PDTrimError
-from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.jobs import RESULTS, ErrorInfo, StageName
+from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from service import queue
 from service.db import artifacts, jobs, stages
@@ -73,10 +74,10 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class StageResult:
+class Finished:
     """What a finished stage leaves; the content of its manifest."""
 
-    metrics: dict[str, Any]
+    result: Result
     versions: dict[str, str]
     artifacts: list[NewArtifact]
 
@@ -124,10 +125,11 @@ def _run_held(worker: Worker, held: Claim) -> tuple[Outcome, StageName | None]:
             abandon=worker.abandon,
             stopping=worker.stopping,
         ) as lease:
-            result = _finished_before(worker, held, lease.check) or _execute(worker, held, lease.check)
+            finished = _finished_before(worker, held, lease.check) or _execute(worker, held, lease.check)
             lease.check()
-            following = _record(worker, held, result)
-        worker.metrics.artifact_bytes.labels(held.stage.value).inc(sum(artifact.size for artifact in result.artifacts))
+            following = _record(worker, held, finished)
+        size = sum(artifact.size for artifact in finished.artifacts)
+        worker.metrics.artifact_bytes.labels(held.stage.value).inc(size)
         return Outcome.SUCCEEDED, following
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
@@ -180,7 +182,7 @@ def _attempt_prefix(held: Claim, attempt: int | None = None) -> str:
     return f"{job_prefix(held.job_id)}/{held.stage}/{attempt or held.attempt}"
 
 
-def _finished_before(worker: Worker, held: Claim, check: Check) -> StageResult | None:
+def _finished_before(worker: Worker, held: Claim, check: Check) -> Finished | None:
     """The result of an earlier attempt that wrote its manifest but died before it was recorded."""
     store = worker.persistent_store(check)
     for attempt in range(held.attempt - 1, 0, -1):
@@ -190,11 +192,11 @@ def _finished_before(worker: Worker, held: Claim, check: Check) -> StageResult |
             continue
         log.info("the stage was finished by attempt %d", attempt)
         found = [NewArtifact(**entry) for entry in manifest["artifacts"]]
-        return StageResult(manifest["metrics"], manifest["versions"], found)
+        return Finished(RESULTS[held.stage].model_validate(manifest["metrics"]), manifest["versions"], found)
     return None
 
 
-def _execute(worker: Worker, held: Claim, check: Check) -> StageResult:
+def _execute(worker: Worker, held: Claim, check: Check) -> Finished:
     assert worker.settings.scratch_dir is not None
     with attempt_folder(worker.settings.scratch_dir, held) as workdir:
         context = stage_context(worker, held, workdir, check, _publisher(worker, held))
@@ -203,8 +205,8 @@ def _execute(worker: Worker, held: Claim, check: Check) -> StageResult:
             run = TAKEN_OVER[held.stage]
         elif held.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
             context.fan_out = FanOut(worker.engine, worker.settings, held, workers=workers, check=check)
-        metrics = run(context)
-        return _push(worker, held, context.out, metrics, check)
+        result = run(context)
+        return _push(worker, held, context.out, result, check)
 
 
 def _publisher(worker: Worker, held: Claim) -> Report:
@@ -259,10 +261,11 @@ def _parent(session: Session, job: JobRow, stage: StageName) -> Parent:
             "over. Cut the export from another job, or submit it as a job of its own."
         ) from error
     found = next(row for row in jobs.stages(session, [job.cut_from])[job.cut_from] if row.name == stage)
-    return Parent(job.cut_from, found.metrics, f"{job_prefix(job.cut_from)}/{stage}/state")
+    result = RESULTS[stage].model_validate(found.metrics)
+    return Parent(job.cut_from, result, f"{job_prefix(job.cut_from)}/{stage}/state")
 
 
-def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], check: Check) -> StageResult:
+def _push(worker: Worker, held: Claim, folder: Path, result: Result, check: Check) -> Finished:
     """Upload every file below `folder`, then the manifest that makes them count."""
     prefix, store = _attempt_prefix(held), worker.persistent_store(check)
     pushed = []
@@ -273,15 +276,24 @@ def _push(worker: Worker, held: Claim, folder: Path, metrics: dict[str, Any], ch
         pushed.append(
             NewArtifact(name=name, key=f"{prefix}/{name}", uri=stored.uri, size=stored.size, sha256=stored.sha256)
         )
-    result = StageResult(metrics, {name: version(name) for name in VERSIONED}, pushed)
-    manifest = {"format_version": 1, "job": held.job_id, "stage": held.stage, "attempt": held.attempt, **asdict(result)}
+    finished = Finished(result, {name: version(name) for name in VERSIONED}, pushed)
+    manifest = {
+        "format_version": 1,
+        "job": held.job_id,
+        "stage": held.stage,
+        "attempt": held.attempt,
+        "metrics": result.model_dump(mode="json"),
+        "versions": finished.versions,
+        "artifacts": [asdict(artifact) for artifact in pushed],
+    }
     store.put_bytes(f"{prefix}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True).encode())
-    return result
+    return finished
 
 
-def _record(worker: Worker, held: Claim, result: StageResult) -> StageName | None:
+def _record(worker: Worker, held: Claim, finished: Finished) -> StageName | None:
+    metrics = finished.result.model_dump(mode="json")
     return worker.transact(
         lambda session: stages.complete(
-            session, held, artifacts=result.artifacts, metrics=result.metrics, versions=result.versions
+            session, held, artifacts=finished.artifacts, metrics=metrics, versions=finished.versions
         )
     )

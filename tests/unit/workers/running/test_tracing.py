@@ -24,12 +24,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from pdtrim.contract.jobs import JobStatus, StageName
+from pdtrim.contract.results import Result
 from service.app import PROBES
 from service.observing import exporters as spans
 from service.observing import tracing
 from service.queue import task_name
 from service.settings import Settings
 from service.upkeep.reconciler import sweep
+from tests.found import RESULTS
 from tests.gateway import Gateway, serve, write_model
 from tests.observing import logged
 from tests.processes import wait_until
@@ -69,9 +71,10 @@ def gateway(settings: Settings, tmp_path: Path) -> Iterator[Gateway]:
         yield running
 
 
-def small(context: StageContext) -> dict[str, Any]:
-    context.write_json("a.json", {})
-    return {}
+def small(context: StageContext) -> Result:
+    found = RESULTS[StageName.SCORING]
+    context.write_json("a.json", found)
+    return found
 
 
 def tasks_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
