@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from pdtrim.contract.estimate import Estimate
     from pdtrim.contract.frontier import Frontier
     from pdtrim.contract.jobs import Artifact, Event, Job, JobStatus, Stage, StageName, StageStatus
+    from pdtrim.contract.results import (
+        DistillationResult,
+        EvaluationResult,
+        ExportResult,
+        RemovalResult,
+        ScoringResult,
+    )
     from pdtrim.contract.spec import JobSpec
 
 _HOMES = {
@@ -47,6 +54,13 @@ _HOMES = {
     "pdtrim.contract.estimate": ("Estimate",),
     "pdtrim.contract.frontier": ("Frontier",),
     "pdtrim.contract.jobs": ("Artifact", "Event", "Job", "JobStatus", "Stage", "StageName", "StageStatus"),
+    "pdtrim.contract.results": (
+        "DistillationResult",
+        "EvaluationResult",
+        "ExportResult",
+        "RemovalResult",
+        "ScoringResult",
+    ),
     "pdtrim.contract.spec": ("JobSpec",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -60,13 +74,18 @@ __all__ = [
     "ClientError",
     "ClientJob",
     "CorruptDownload",
+    "DistillationResult",
     "Estimate",
+    "EvaluationResult",
     "Event",
+    "ExportResult",
     "Frontier",
     "Job",
     "JobSpec",
     "JobStatus",
     "PDTrimError",
+    "RemovalResult",
+    "ScoringResult",
     "ServiceError",
     "ServiceUnreachable",
     "Stage",

@@ -18,6 +18,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import SCORES
 from pdtrim.contract.spec import JobSpec
 from service.storage import open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
@@ -50,7 +51,7 @@ def score(folder: Path, spec: JobSpec) -> dict[tuple[StageName, str], StoredInpu
     surroundings = context(folder, spec, {})
     scoring.run(surroundings)
     stored = {}
-    for name in (scoring.WINDOWS, scoring.SCORES):
+    for name in (scoring.WINDOWS, SCORES):
         put = surroundings.store.put_file(f"scoring/{name}", surroundings.out / name)
         (surroundings.out / name).unlink()
         stored[StageName.SCORING, name] = StoredInput(f"scoring/{name}", put.sha256)

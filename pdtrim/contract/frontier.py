@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -12,22 +12,13 @@ from pydantic_core import PydanticCustomError
 from pdtrim.contract.base import SpecModel
 from pdtrim.contract.errors import NoSuchPoint, SetsNotNested
 from pdtrim.contract.jobs import Shown
+from pdtrim.contract.results import Bound, FrontierSet, HalfPlan, Plan
 from pdtrim.contract.spec import MAX_BLOCKS, JobSpec, Labels, StageTarget
 
-PLAN = "plan.json"
-"""The removal stage's artifact that holds the frontier."""
 
+class FrontierPoint(FrontierSet):
+    """The best set found that gives up so many blocks, and what it does to perplexity."""
 
-class FrontierPoint(Shown):
-    """The best set found that gives up so many blocks."""
-
-    remove_blocks: int = Field(ge=0)
-    removed: list[int] = Field(description="The blocks that go, by their index in the dense model.")
-    distilled: dict[str, int] = Field(
-        default_factory=dict,
-        description="Those of them that are distilled rather than deleted, and the kept block that stands for both.",
-    )
-    loss: float = Field(description="Calibration loss of the search's objective, before distillation.")
     perplexity_increase: float | None = Field(
         default=None,
         description="Calibration perplexity over the dense model's, less one; where the job set a bound on it.",
@@ -63,18 +54,16 @@ class Frontier(Shown):
     )
 
     @classmethod
-    def from_plan(cls, job_id: str, plan: Mapping[str, Any]) -> Self:
-        """The frontier that a `plan.json` holds."""
-        bounds, losses = plan.get("bounds", {}), plan["losses"]
-        halves = {
-            half: _points(plan["frontier"][half], bounds.get(half) or {"frontier": []})
-            for half in ("prefill", "decode")
-        }
+    def from_plan(cls, job_id: str, plan: Plan) -> Self:
+        """The frontier that a plan holds."""
+        prefill = _points(plan.frontier.prefill, plan.bounds.prefill)
+        decode = _points(plan.frontier.decode, plan.bounds.decode)
         chosen = Chosen(
-            prefill=_chosen(plan["prefill"], losses["prefill"], halves["prefill"]),
-            decode=_chosen(plan["decode"], losses["decode"], halves["decode"]),
+            prefill=_chosen(plan.prefill, plan.losses.prefill, prefill),
+            decode=_chosen(plan.decode, plan.losses.decode, decode),
         )
-        return cls(job_id=job_id, objective=losses["objective"], chosen=chosen, unified=halves["prefill"], **halves)
+        objective = plan.losses.objective
+        return cls(job_id=job_id, objective=objective, chosen=chosen, unified=prefill, prefill=prefill, decode=decode)
 
     def cut(self, *, prefill: int, decode: int) -> Cut:
         """The sets that give up so many blocks, decode's with all of prefill's.
@@ -116,18 +105,17 @@ class Cut:
     decode: FrontierPoint
 
 
-def _points(found: Sequence[Mapping[str, Any]], bound: Mapping[str, Any]) -> list[FrontierPoint]:
-    increases = {point["remove_blocks"]: point["perplexity_increase"] for point in bound["frontier"]}
-    return [FrontierPoint(**point, perplexity_increase=increases.get(point["remove_blocks"])) for point in found]
+def _points(found: Sequence[FrontierSet], bound: Bound | None) -> list[FrontierPoint]:
+    increases = {} if bound is None else {at.remove_blocks: at.perplexity_increase for at in bound.frontier}
+    return [FrontierPoint(**dict(one), perplexity_increase=increases.get(one.remove_blocks)) for one in found]
 
 
-def _chosen(plan: Mapping[str, Any], loss: float, points: Sequence[FrontierPoint]) -> FrontierPoint:
-    removed = sorted([*plan["deleted"], *map(int, plan["distilled"])])
-    same = next((point for point in points if point.removed == removed), None)
+def _chosen(half: HalfPlan, loss: float, points: Sequence[FrontierPoint]) -> FrontierPoint:
+    same = next((point for point in points if point.removed == half.removed), None)
     return FrontierPoint(
-        remove_blocks=len(removed),
-        removed=removed,
-        distilled=plan["distilled"],
+        remove_blocks=len(half.removed),
+        removed=half.removed,
+        distilled=half.distilled,
         loss=loss,
         perplexity_increase=None if same is None else same.perplexity_increase,
     )

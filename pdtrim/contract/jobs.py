@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from pdtrim.contract.queues import DEFAULT_QUEUE
+from pdtrim.contract.results import (
+    DistillationResult,
+    EvaluationResult,
+    ExportResult,
+    RemovalResult,
+    Result,
+    ScoringResult,
+)
 from pdtrim.contract.spec import JobSpec
+
+log = logging.getLogger(__name__)
+R = TypeVar("R", bound=Result)
 
 
 class Action(StrEnum):
@@ -93,19 +113,85 @@ class ErrorInfo(Shown):
 
 
 class Stage(Shown):
-    """One stage of a job."""
+    """One stage of a job, with what it found. Each stage has a class of its own, which says what that is."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
     name: StageName
     status: StageStatus
     progress: float = Field(ge=0.0, le=1.0)
     message: str = Field(default="", description="What the stage is doing now.")
     attempt: int = Field(description="How often a worker has claimed it; also the fencing number of its lease.")
-    metrics: dict[str, Any] = Field(default_factory=dict)
+    metrics: Result | None = Field(default=None, description="What it found; null until it has succeeded.")
     error: ErrorInfo | None = None
     started_at: datetime | None = Field(
         default=None, description="When it began. A resume moves it on by as long as the stage lay still."
     )
     finished_at: datetime | None = None
+
+    @field_validator("metrics", mode="wrap")
+    @classmethod
+    def _read(cls, recorded: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """What was recorded, also by an earlier version, in whose rows an unfinished stage has `{}`.
+
+        A job stays readable without a result that is not.
+        """
+        if recorded is None or recorded == {}:
+            return None
+        try:
+            return read(recorded)
+        except ValidationError as error:
+            log.warning("what the stage %s found cannot be read, and is left out: %s", info.data.get("name"), error)
+            return None
+
+
+class ScoringStage(Stage):
+    """How redundant each block is."""
+
+    name: Literal[StageName.SCORING]
+    metrics: ScoringResult | None = None
+
+
+class RemovalStage(Stage):
+    """What each half gives up."""
+
+    name: Literal[StageName.REMOVAL]
+    metrics: RemovalResult | None = None
+
+
+class DistillationStage(Stage):
+    """Whether training the checkpoints helped."""
+
+    name: Literal[StageName.DISTILLATION]
+    metrics: DistillationResult | None = None
+
+
+class ExportStage(Stage):
+    """The checkpoints that were written and proved."""
+
+    name: Literal[StageName.EXPORT]
+    metrics: ExportResult | None = None
+
+
+class EvaluationStage(Stage):
+    """What the checkpoints are worth and what they cost."""
+
+    name: Literal[StageName.EVALUATION]
+    metrics: EvaluationResult | None = None
+
+
+AnyStage = Annotated[
+    ScoringStage | RemovalStage | DistillationStage | ExportStage | EvaluationStage, Field(discriminator="name")
+]
+
+RESULTS: Mapping[StageName, type[Result]] = {
+    StageName.SCORING: ScoringResult,
+    StageName.REMOVAL: RemovalResult,
+    StageName.DISTILLATION: DistillationResult,
+    StageName.EXPORT: ExportResult,
+    StageName.EVALUATION: EvaluationResult,
+}
+"""What each stage finds."""
 
 
 class Job(Shown):
@@ -118,7 +204,7 @@ class Job(Shown):
     queue: str = Field(default=DEFAULT_QUEUE, description="Where it waits for workers.")
     metadata: dict[str, str]
     cut_from: str | None = Field(default=None, description="Job from whose frontier it was cut.")
-    stages: list[Stage]
+    stages: list[AnyStage]
     error: ErrorInfo | None = None
     model_revision: str | None = Field(default=None, description="Commit that a hub revision resolved to.")
     versions: dict[str, str] = Field(default_factory=dict, description="Library versions the workers computed with.")
@@ -128,6 +214,10 @@ class Job(Shown):
     estimated_finish: datetime | None = Field(
         default=None, description="Extrapolated from the running stage's progress; null until there is any."
     )
+
+    def result(self, kind: type[R]) -> R | None:
+        """What the stage found whose result is of this kind, such as `EvaluationResult`; None until it has."""
+        return next((stage.metrics for stage in self.stages if isinstance(stage.metrics, kind)), None)
 
 
 class Event(Shown):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pdtrim.contract.jobs import Job, StageName, StageStatus
-from pdtrim.display.tables import removed_blocks
+from pdtrim.contract.jobs import Job
+from pdtrim.contract.results import EvaluationResult, Perplexity, RemovalResult
 
 Value = float | int | str
 OF_CHECKPOINT = {
@@ -30,12 +29,11 @@ OF_KV = {"pruned": "KV bytes of a request", "sent": "KV bytes sent to decode"}
 
 def figures(job: Job) -> dict[str, Value]:
     """What a job was asked for, what it found and what that is worth, as far as it has come."""
-    metrics = {stage.name: stage.metrics for stage in job.stages if stage.status == StageStatus.SUCCEEDED}
     found: dict[str, Value] = {"status": job.status.value, "model": job.spec.model.source}
     found |= {"prefill asked": str(job.spec.prefill), "decode asked": str(job.spec.decode), "seed": job.spec.seed}
-    if removal := metrics.get(StageName.REMOVAL):
+    if removal := job.result(RemovalResult):
         found |= _of_search(removal)
-    if evaluation := metrics.get(StageName.EVALUATION):
+    if evaluation := job.result(EvaluationResult):
         found |= dict(_of_evaluation(evaluation))
     for stage in job.stages:
         if stage.started_at is not None and stage.finished_at is not None:
@@ -43,28 +41,29 @@ def figures(job: Job) -> dict[str, Value]:
     return found
 
 
-def _of_search(removal: Mapping[str, Any]) -> dict[str, Value]:
-    gone = {half: removed_blocks(removal[half]) for half in ("prefill", "decode")}
+def _of_search(removal: RemovalResult) -> dict[str, Value]:
+    gone = {"prefill": removal.prefill.removed, "decode": removal.decode.removed}
+    losses = removal.losses
     return {
         **{f"{half} gives up": ", ".join(map(str, blocks)) or "nothing" for half, blocks in gone.items()},
-        f"prefill loss, {removal['losses']['objective']}": removal["losses"]["prefill"],
-        f"pair loss, {removal['losses']['objective']}": removal["losses"]["decode"],
+        f"prefill loss, {losses.objective}": losses.prefill,
+        f"pair loss, {losses.objective}": losses.decode,
     }
 
 
-def _of_evaluation(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
-    for role, model in evaluation["models"].items():
+def _of_evaluation(evaluation: EvaluationResult) -> Iterator[tuple[str, Value]]:
+    for role, model in evaluation.models.items():
         for key, name in OF_CHECKPOINT.items():
-            value = model.get(key)
-            value = value["value"] if isinstance(value, dict) else value
+            found = getattr(model, key)
+            value = found.value if isinstance(found, Perplexity) else found
             if value is not None:
                 yield f"{role}: {name}", value
-    pair = evaluation["pair"]
-    yield from ((f"PD loss, {name}", pair[key]) for key, name in OF_PAIR.items())
-    yield from ((name, pair["kv_bytes_per_request"][key]) for key, name in OF_KV.items())
-    for task, by_model in evaluation.get("tasks", {}).items():
-        for model, by_metric in by_model.items():
-            yield from ((f"{model}: {task} {metric}", m["value"]) for metric, m in by_metric.items() if m["value"])
+    pair = evaluation.pair
+    yield from ((f"PD loss, {name}", getattr(pair, key)) for key, name in OF_PAIR.items())
+    yield from ((name, getattr(pair.kv_bytes_per_request, key)) for key, name in OF_KV.items())
+    for task, by_model in evaluation.tasks.items():
+        for role, by_metric in by_model.items():
+            yield from ((f"{role}: {task} {metric}", m.value) for metric, m in by_metric.items() if m.value)
 
 
 def comparison(first: Job, second: Job) -> Table:

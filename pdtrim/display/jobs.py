@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
@@ -13,10 +12,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pdtrim.contract.jobs import Artifact, Job, JobStatus, Stage, StageName, StageStatus
+from pdtrim.contract.jobs import AnyStage, Artifact, Job, JobStatus, StageStatus
+from pdtrim.contract.results import (
+    DistillationResult,
+    EvaluationResult,
+    ExportResult,
+    HalfPlan,
+    Healing,
+    RemovalResult,
+    ScoringResult,
+)
 from pdtrim.display.remedies import REMEDIES
 from pdtrim.display.rendering import report, search_report
-from pdtrim.display.tables import removed_blocks
 
 ID_WIDTH = len("job_") + 32
 COLOURS = {
@@ -64,18 +71,16 @@ def job_page(job: Job) -> RenderableType:
         field = f"\nField: {job.error.param}" if job.error.param else ""
         text = Text(f"{job.error.message}{field}\n{remedy}".strip())
         parts.append(Panel(text, title=escape(job.error.code), title_align="left", border_style="red"))
-    succeeded = {stage.name: stage.metrics for stage in job.stages if stage.status == StageStatus.SUCCEEDED}
-    # Jobs of earlier versions have no sensitivity.
-    if "sensitivity" in (removal := succeeded.get(StageName.REMOVAL, {})):
+    if removal := job.result(RemovalResult):
         parts.append(search_report(removal))
-    if evaluation := succeeded.get(StageName.EVALUATION):
+    if evaluation := job.result(EvaluationResult):
         parts.append(report(evaluation))
     heading = f"[bold]{job.id}[/]  {escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
     origin = [] if job.cut_from is None else [f"cut from the frontier of {job.cut_from}"]
     return Group(heading, *origin, "", *parts)
 
 
-def _stages(stages: Iterable[Stage]) -> Table:
+def _stages(stages: Iterable[AnyStage]) -> Table:
     table = Table("stage", "status", "took", "found", box=None, header_style="bold")
     for stage in stages:
         took = ""
@@ -86,31 +91,30 @@ def _stages(stages: Iterable[Stage]) -> Table:
     return table
 
 
-def _figures(stage: Stage) -> str:
+def _figures(stage: AnyStage) -> str:
     """The figure of a finished stage that people look for first."""
-    if stage.status != StageStatus.SUCCEEDED:
-        return ""
-    metrics = stage.metrics
-    if stage.name == StageName.SCORING:
-        return f"cosine {min(metrics['cosine']):.3f} to {max(metrics['cosine']):.3f} over {metrics['blocks']} blocks"
-    if stage.name == StageName.REMOVAL:
-        return "; ".join(f"{half} gives up {_removed(metrics[half])}" for half in ("prefill", "decode"))
-    if stage.name == StageName.DISTILLATION:
-        halves = [(half, metrics.get(half)) for half in ("prefill", "decode")]
-        return "; ".join(f"{half} {_distilled(found)}" for half, found in halves if found) or "not asked for"
-    if stage.name == StageName.EXPORT:
-        return "; ".join(f"{role} {c['bytes'] / (1 << 20):.1f} MiB" for role, c in metrics["checkpoints"].items())
+    found = stage.metrics
+    if isinstance(found, ScoringResult):
+        return f"cosine {min(found.cosine):.3f} to {max(found.cosine):.3f} over {found.blocks} blocks"
+    if isinstance(found, RemovalResult):
+        return f"prefill gives up {_removed(found.prefill)}; decode gives up {_removed(found.decode)}"
+    if isinstance(found, DistillationResult):
+        halves = (("prefill", found.prefill), ("decode", found.decode))
+        healed = (f"{half} {_healed(healing)}" for half, healing in halves if healing is not None)
+        return "; ".join(healed) or "not asked for"
+    if isinstance(found, ExportResult):
+        return "; ".join(f"{role} {proof.bytes / (1 << 20):.1f} MiB" for role, proof in found.checkpoints.items())
     return ""
 
 
-def _distilled(found: dict[str, Any]) -> str:
-    if found["kept"] == "undistilled":
-        return f"kept undistilled (loss {found['before']:.3f}, distilled {found['after']:.3f})"
-    return f"loss {found['before']:.3f} → {found['after']:.3f}"
+def _healed(found: Healing) -> str:
+    if found.kept == "undistilled":
+        return f"kept undistilled (loss {found.before:.3f}, distilled {found.after:.3f})"
+    return f"loss {found.before:.3f} → {found.after:.3f}"
 
 
-def _removed(plan: dict[str, Any]) -> str:
-    return ", ".join(map(str, removed_blocks(plan))) or "nothing"
+def _removed(plan: HalfPlan) -> str:
+    return ", ".join(map(str, plan.removed)) or "nothing"
 
 
 def when(moment: datetime) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -13,19 +12,20 @@ from rich.text import Text
 
 from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.frontier import Frontier, FrontierPoint
+from pdtrim.contract.results import EvaluationResult, RemovalResult
 from pdtrim.display.tables import Sheet, bound_lines, controls_sheet, evaluation_sheets, listed, sensitivity_sheet
 
 
-def report(evaluation: Mapping[str, Any]) -> RenderableType:
-    """The evaluation stage's metrics: what each checkpoint gave up, what it is worth and what it costs."""
+def report(evaluation: EvaluationResult) -> RenderableType:
+    """What each checkpoint gave up, what it is worth and what it costs."""
     return Group(*map(_table, evaluation_sheets(evaluation)))
 
 
-def search_report(removal: Mapping[str, Any]) -> RenderableType:
-    """The removal stage's metrics: the nested pair beside its controls, bounds on perplexity, each block's worth."""
-    bounds = bound_lines(removal)
+def search_report(removal: RemovalResult) -> RenderableType:
+    """The nested pair beside its controls, bounds on perplexity, and each block's worth where it was measured."""
+    bounds, worth = bound_lines(removal), removal.sensitivity
     parts: list[RenderableType] = [_table(controls_sheet(removal)), *bounds]
-    return Group(*parts, *([""] if bounds else []), _table(sensitivity_sheet(removal["sensitivity"])))
+    return Group(*parts, *([""] if bounds else []), *([] if worth is None else [_table(sensitivity_sheet(worth))]))
 
 
 def frontier_report(frontier: Frontier) -> RenderableType:
@@ -50,7 +50,7 @@ def _curve(half: str, objective: str, points: Sequence[FrontierPoint], chosen: F
     for point in points:
         mark = "→" if point.remove_blocks == chosen.remove_blocks else ""
         increase = "" if point.perplexity_increase is None else f"{point.perplexity_increase:+.1%}"
-        removed = listed(f"{b}→{point.distilled[str(b)]}" if str(b) in point.distilled else b for b in point.removed)
+        removed = listed(f"{b}→{point.distilled[b]}" if b in point.distilled else b for b in point.removed)
         figures = (f"{point.loss:.4f}", *([increase] if bounded else []))
         table.add_row(mark, str(point.remove_blocks), *figures, removed)
     return table

@@ -55,7 +55,11 @@ SCORING: dict[str, Any] = {
     "progress": 1.0,
     "message": "",
     "attempt": 1,
-    "metrics": {"cosine": [0.61, 0.88, 0.93, 0.95, 0.96, 0.97, 0.97, 0.96, 0.95, 0.93, 0.9, 0.72], "windows": 24},
+    "metrics": {
+        "blocks": 12,
+        "cosine": [0.61, 0.88, 0.93, 0.95, 0.96, 0.97, 0.97, 0.96, 0.95, 0.93, 0.9, 0.72],
+        "windows": {"train": 641, "calibration": 24, "validation": 32},
+    },
     "error": None,
     "started_at": "2026-01-05T10:00:01Z",
     "finished_at": "2026-01-05T10:00:09Z",
@@ -66,7 +70,7 @@ REMOVAL: dict[str, Any] = {
     "status": "running",
     "progress": 0.25,
     "message": "annealing the prefill set, 38 of 150 sets evaluated",
-    "metrics": {},
+    "metrics": None,
     "started_at": "2026-01-05T10:00:10Z",
     "finished_at": None,
 }

@@ -235,6 +235,9 @@ def document(app: FastAPI) -> None:
         schema = generate()
         schemas = schema["components"]["schemas"]
         schemas["Problem"] = Problem.model_json_schema()
+        for name, one in schemas.items():
+            # Generators of clients name classes by titles, and leave out what has the title of another.
+            one["title"] = name.replace("-", "")
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         for path, operations in schema["paths"].items():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from sqlalchemy import Engine
 
 from pdtrim.contract.errors import NoFrontier
-from pdtrim.contract.frontier import PLAN, Frontier
+from pdtrim.contract.frontier import Frontier
 from pdtrim.contract.jobs import StageName, StageStatus
+from pdtrim.contract.results import PLAN, Plan
 from service.db import artifacts, jobs
 from service.db.session import transaction
 from service.storage import ArtifactStore
@@ -26,4 +25,4 @@ def read_frontier(engine: Engine, store: ArtifactStore, job_id: str) -> Frontier
             f"Job {job_id} has no frontier yet: its stage removal, which searches it, is {status}. "
             "GET /v1/jobs/{id}/events says how far it is."
         )
-    return Frontier.from_plan(job_id, json.loads(store.get_bytes(plan.key)))
+    return Frontier.from_plan(job_id, Plan.model_validate_json(store.get_bytes(plan.key)))

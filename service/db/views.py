@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from pdtrim.contract.jobs import Artifact, ErrorInfo, Event, Job, JobStatus, Page, Stage, StageStatus
+from pydantic import TypeAdapter
+
+from pdtrim.contract.jobs import AnyStage, Artifact, ErrorInfo, Event, Job, JobStatus, Page, Stage, StageStatus
 from pdtrim.contract.publications import Publication
 from pdtrim.contract.spec import JobSpec
 from pdtrim.contract.webhooks import Delivery, Webhook
 from service.db.tables import ArtifactRow, DeliveryRow, EventRow, JobRow, PublicationRow, StageRow, WebhookRow, now
 
+STAGES: TypeAdapter[list[AnyStage]] = TypeAdapter(list[AnyStage])
 LEAST_PROGRESS = 0.01  # Below it, an extrapolation says nothing.
 
 
@@ -22,7 +25,7 @@ def job(row: JobRow, stages: Sequence[StageRow | Stage]) -> Job:
         spec=JobSpec.model_validate(row.spec),
         queue=row.queue,
         metadata=row.labels,
-        stages=[Stage.model_validate(stage) for stage in stages],
+        stages=STAGES.validate_python(list(stages)),
         error=None if row.error is None else ErrorInfo.model_validate(row.error),
         model_revision=row.model_revision,
         cut_from=row.cut_from,

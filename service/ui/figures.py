@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from pdtrim.contract.frontier import Frontier, FrontierPoint
+from pdtrim.contract.results import (
+    EvaluatedSet,
+    EvaluationResult,
+    Half,
+    HalfPlan,
+    Halves,
+    PairFigures,
+    RemovalResult,
+    SearchRecord,
+    Sensitivity,
+)
 from pdtrim.display import rendering as report
-from pdtrim.display.tables import removed_blocks
 from service.ui.charts import Chart, Point, Series, chart, without_outliers
 
-HALVES = ("prefill", "decode")
 ROW_BLOCKS = 24
 """Blocks in a row of the block map."""
 MAX_DOTS = 2000
@@ -69,10 +77,9 @@ class BlockMap:
     summary: Mapping[str, str]
 
 
-def block_map(removal: Mapping[str, Any]) -> BlockMap:
-    """The plan of the removal stage's metrics."""
-    plans = {half: removal[half] for half in HALVES}
-    blocks = range(removal["prefill"]["num_blocks"])
+def block_map(plans: Halves[HalfPlan]) -> BlockMap:
+    """What becomes of each block by a plan."""
+    blocks = range(plans.prefill.num_blocks)
     cells = {half: [_cell(plan, block) for block in blocks] for half, plan in plans.items()}
     kept = [cell.block for cell in cells["prefill"] if cell.action == "kept"]
     layer = {block: str(number) for number, block in enumerate(kept)}
@@ -89,31 +96,29 @@ def block_map(removal: Mapping[str, Any]) -> BlockMap:
     return BlockMap(rows, {half: _summary(plan) for half, plan in plans.items()})
 
 
-def _cell(plan: Mapping[str, Any], block: int) -> Cell:
-    if block in plan["deleted"]:
+def _cell(plan: HalfPlan, block: int) -> Cell:
+    if block in plan.deleted:
         return Cell(block, "deleted", "✕", f"block {block} is deleted")
-    into = plan["distilled"].get(str(block))
+    into = plan.distilled.get(block)
     if into is not None:
         return Cell(block, "distilled", "←" if into < block else "→", f"block {block} is distilled into block {into}")
-    absorbed = [removed for removed, absorber in plan["distilled"].items() if absorber == block]
+    absorbed = [removed for removed, absorber in plan.distilled.items() if absorber == block]
     stands = f" and stands for block {absorbed[0]} too" if absorbed else ""
     return Cell(block, "kept", "+" if absorbed else "", f"block {block} is kept{stands}")
 
 
-def _summary(plan: Mapping[str, Any]) -> str:
-    gone = len(removed_blocks(plan))
-    return f"keeps {plan['num_blocks'] - gone} of {plan['num_blocks']}: {len(plan['deleted'])} deleted, " + (
-        f"{len(plan['distilled'])} distilled"
-    )
+def _summary(plan: HalfPlan) -> str:
+    kept = plan.num_blocks - len(plan.removed)
+    return f"keeps {kept} of {plan.num_blocks}: {len(plan.deleted)} deleted, {len(plan.distilled)} distilled"
 
 
-def scores(cosine: Sequence[float], threshold: float, removed: Mapping[str, Sequence[int]]) -> Figure:
+def scores(cosine: Sequence[float], threshold: float, plans: Halves[HalfPlan] | None) -> Figure:
     """Each block's cosine score; those that a half gives up are coloured as it is."""
     kinds = {"kept": "kept", "decode": "decode", "prefill": "prefill"}
     names = {"kept": "kept by both", "decode": "given up by decode", "prefill": "given up by both"}
+    in_prefill, in_decode = ([], []) if plans is None else (plans.prefill.removed, plans.decode.removed)
     gone = [
-        "prefill" if block in removed.get("prefill", ()) else "decode" if block in removed.get("decode", ()) else "kept"
-        for block in range(len(cosine))
+        "prefill" if block in in_prefill else "decode" if block in in_decode else "kept" for block in range(len(cosine))
     ]
     series = [
         Series(
@@ -155,27 +160,27 @@ def scores(cosine: Sequence[float], threshold: float, removed: Mapping[str, Sequ
     )
 
 
-def trajectory(search: Mapping[str, Any], objective: str) -> list[Figure]:
+def trajectory(search: SearchRecord, objective: str) -> list[Figure]:
     """For each half the loss of every set in the order of evaluation, and the least so far for the final count."""
-    return [_trajectory(half, search[half], objective) for half in HALVES if search.get(half)]
+    return [_trajectory(half, found, objective) for half, found in search.items() if found]
 
 
-def _trajectory(half: str, found: Sequence[Mapping[str, Any]], objective: str) -> Figure:
-    most = max(len(one["removed"]) for one in found)
+def _trajectory(half: Half, found: Sequence[EvaluatedSet], objective: str) -> Figure:
+    most = max(len(one.removed) for one in found)
     every = math.ceil(len(found) / MAX_DOTS)
     dots = [
-        Point(number, one["loss"], f"set {number}, without {_blocks(one['removed'])}: loss {one['loss']:.4f}")
+        Point(number, one.loss, f"set {number}, without {_blocks(one.removed)}: loss {one.loss:.4f}")
         for number, one in enumerate(found, 1)
-        if one["removed"] and number % every == 0
+        if one.removed and number % every == 0
     ]
     best: list[Point] = []
     for number, one in enumerate(found, 1):
-        if len(one["removed"]) == most and (not best or one["loss"] < best[-1].y):
-            best.append(Point(number, one["loss"], f"best of {counted(most)} so far: loss {one['loss']:.4f}"))
+        if len(one.removed) == most and (not best or one.loss < best[-1].y):
+            best.append(Point(number, one.loss, f"best of {counted(most)} so far: loss {one.loss:.4f}"))
     improved = Grid(
         f"{half.capitalize()}: sets of {counted(most)} that were the best so far",
         ("set", "loss", "without blocks"),
-        [(str(int(p.x)), f"{p.y:.4f}", _blocks(found[int(p.x) - 1]["removed"])) for p in best],
+        [(str(int(p.x)), f"{p.y:.4f}", _blocks(found[int(p.x) - 1].removed)) for p in best],
     )
     tail = [Point(len(found), best[-1].y)] if best and best[-1].x < len(found) else []
     return Figure(
@@ -197,7 +202,7 @@ def _trajectory(half: str, found: Sequence[Mapping[str, Any]], objective: str) -
 def frontier(found: Frontier, link: Callable[[str, int], str]) -> Figure:
     """The least loss for every count of removed blocks. `link` names the page that cuts an export at a point."""
     curves = {"prefill": found.prefill, "decode": found.decode}
-    chosen = {half: getattr(found.chosen, half).remove_blocks for half in HALVES}
+    chosen = {"prefill": found.chosen.prefill.remove_blocks, "decode": found.chosen.decode.remove_blocks}
 
     def meaning(half: str, at: FrontierPoint) -> str:
         then = "this job's export" if chosen[half] == at.remove_blocks else "cut an export here"
@@ -259,11 +264,14 @@ def _blocks(removed: Sequence[int]) -> str:
     return ", ".join(map(str, removed)) or "none"
 
 
-def sensitivity(found: Mapping[str, Any], objective: str) -> Figure:
+def sensitivity(found: Sensitivity, objective: str) -> Figure:
     """What each block costs that is given up alone."""
-    dense, blocks = found["dense"], found["blocks"]
+    dense, blocks = found.dense, found.blocks
     kinds = {"both": ("in both halves", "prefill"), "decode_only": ("in decode alone", "decode")}
-    added = {kind: [(one["block"], one[kind] - dense[kind]) for one in blocks] for kind in kinds}
+    added = {
+        "both": [(one.block, one.both - dense.both) for one in blocks],
+        "decode_only": [(one.block, one.decode_only - dense.decode_only) for one in blocks],
+    }
     series = [
         Series(
             name,
@@ -289,19 +297,19 @@ def sensitivity(found: Mapping[str, Any], objective: str) -> Figure:
     )
 
 
-def control_table(removal: Mapping[str, Any]) -> Grid:
+def control_table(removal: RemovalResult) -> Grid:
     """The nested pair beside its controls, with the blocks that each gives up."""
     return _grids(report.search_report(removal))[0]
 
 
-def bounds(removal: Mapping[str, Any]) -> list[str]:
+def bounds(removal: RemovalResult) -> list[str]:
     """What came of the job's bounds on perplexity."""
     rendered = report.search_report(removal)
     assert isinstance(rendered, Group)
     return [part for part in rendered.renderables if isinstance(part, str) and part]
 
 
-def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Grid]:
+def evaluation_tables(evaluation: EvaluationResult) -> list[Grid]:
     """Checkpoints, pair and tasks, as the `pdtrim` command shows them."""
     return _grids(report.report(evaluation))
 
@@ -327,25 +335,25 @@ class Bar:
     kind: str
 
 
-def kv_bytes(pair: Mapping[str, Any]) -> list[Bar]:
+def kv_bytes(pair: PairFigures) -> list[Bar]:
     """Bytes of keys and values that a request sends from prefill to decode: dense, pruned, and by the token rule."""
-    kv = pair["kv_bytes_per_request"]
-    found = [("dense model", kv["dense_sent"], "faint"), ("pruned pair", kv["sent"], "decode")]
-    if rule := pair.get("kv_tokens"):
-        found.append(("with the token rule", rule["bytes_sent"], "prefill"))
-    return [Bar(name, size(sent), 100 * sent / kv["dense_sent"], kind) for name, sent, kind in found]
+    kv = pair.kv_bytes_per_request
+    found = [("dense model", kv.dense_sent, "faint"), ("pruned pair", kv.sent, "decode")]
+    if rule := pair.kv_tokens:
+        found.append(("with the token rule", rule.bytes_sent, "prefill"))
+    return [Bar(name, size(sent), 100 * sent / kv.dense_sent, kind) for name, sent, kind in found]
 
 
-def controls(removal: Mapping[str, Any]) -> list[Bar]:
+def controls(removal: RemovalResult) -> list[Bar]:
     """The pair's loss beside its controls'."""
-    losses = removal["losses"]
+    losses = removal.losses
     found = [
-        ("the nested pair", losses["decode"], "decode"),
-        ("decode's set in both halves", losses["controls"]["decode_set_in_both"], "faint"),
-        ("decode only, prefill dense", losses["controls"]["decode_only"], "faint"),
+        ("the nested pair", losses.decode, "decode"),
+        ("decode's set in both halves", losses.controls.decode_set_in_both, "faint"),
+        ("decode only, prefill dense", losses.controls.decode_only, "faint"),
     ]
-    if "non_nested" in losses["controls"]:  # A job that was cut from another searches nothing.
-        found.append(("not nested (bound)", losses["controls"]["non_nested"], "faint"))
+    if losses.controls.non_nested is not None:
+        found.append(("not nested (bound)", losses.controls.non_nested, "faint"))
     most = max(loss for _, loss, _ in found) or 1.0
     return [Bar(name, f"{loss:.4f}", 100 * loss / most, kind) for name, loss, kind in found]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +14,7 @@ from sqlalchemy import Engine
 from pdtrim.contract.errors import NoFrontier, PDTrimError
 from pdtrim.contract.frontier import Frontier
 from pdtrim.contract.jobs import Action, Artifact, Job, JobStatus, StageName
+from pdtrim.contract.results import SEARCH, SearchRecord
 from service.api import artifacts, events
 from service.api import jobs as api
 from service.api.deps import AfterJob, EngineDep, JobId, Project, SettingsDep, StoreDep
@@ -34,7 +34,6 @@ router = APIRouter(prefix="/ui", include_in_schema=False, dependencies=[Depends(
 PAGE = 25
 SHOWN_EVENTS = 40
 MAX_ARTIFACTS = 500
-SEARCH = "search.json"
 MAX_SEARCH_BYTES = 16 << 20
 """Longest record of a search that is drawn; a longer one can be downloaded."""
 
@@ -137,13 +136,12 @@ def _frontier(job_id: str, engine: Engine, store: ArtifactStore) -> Frontier | N
         return None
 
 
-def _search(job_id: str, engine: Engine, store: ArtifactStore) -> dict[str, Any] | None:
+def _search(job_id: str, engine: Engine, store: ArtifactStore) -> SearchRecord | None:
     with transaction(engine) as session:
         row = next((row for row in stored.of_stage(session, job_id, StageName.REMOVAL) if row.name == SEARCH), None)
     if row is None or row.size > MAX_SEARCH_BYTES:
         return None
-    content: dict[str, Any] = json.loads(store.get_bytes(row.key))
-    return content
+    return SearchRecord.model_validate_json(store.get_bytes(row.key))
 
 
 ACTIONS: Mapping[Action, Callable[[str, Settings, Engine], Job | None]] = {

@@ -11,8 +11,8 @@ from typing import Any
 from pdtrim.contract.estimate import CheckpointEstimate, Estimate
 from pdtrim.contract.frontier import Cut, Frontier
 from pdtrim.contract.jobs import Artifact, Event, Job, Stage, StageName, StageStatus
+from pdtrim.contract.results import EvaluationResult, HalfPlan, Halves, RemovalResult, ScoringResult, SearchRecord
 from pdtrim.display.remedies import REMEDIES
-from pdtrim.display.tables import removed_blocks
 from service.ui import figures
 from service.ui.figures import Bar, BlockMap, Figure, Grid, size
 
@@ -132,19 +132,14 @@ def job_page(
     artifacts: Sequence[Artifact],
     events: Sequence[Event],
     frontier: Frontier | None,
-    search: Mapping[str, Any] | None,
+    search: SearchRecord | None,
     address: str,
 ) -> JobPage:
     """Everything about a job. `address` is the service's, for commands."""
-    found = {stage.name: stage.metrics for stage in job.stages if stage.status == StageStatus.SUCCEEDED}
-    removal, evaluation = found.get(StageName.REMOVAL), found.get(StageName.EVALUATION)
-    scored = found.get(StageName.SCORING, {}).get("cosine")
-    removed = {half: removed_blocks(removal[half]) for half in figures.HALVES} if removal else {}
+    scored, removal, evaluation = job.result(ScoringResult), job.result(RemovalResult), job.result(EvaluationResult)
     objective = job.spec.search.objective
-    # Jobs of earlier versions have fewer metrics.
-    worth = removal.get("sensitivity") if removal else None
-    controlled = removal is not None and worth is not None
-    pair = evaluation["pair"] if evaluation else None
+    worth = removal.sensitivity if removal else None
+    pair = evaluation.pair if evaluation else None
     return JobPage(
         took=_between(job.started_at, job.finished_at),
         steps=[Step(stage, DID[stage.name], _between(stage.started_at, stage.finished_at)) for stage in job.stages],
@@ -153,15 +148,15 @@ def job_page(
         spec=json.dumps(job.spec.model_dump(mode="json", exclude_defaults=True), indent=2, ensure_ascii=False),
         map=figures.block_map(removal) if removal else None,
         frontier=figures.frontier(frontier, export_link(job.id, frontier)) if frontier else None,
-        scores=figures.scores(scored, job.spec.distillation.threshold, removed) if scored else None,
+        scores=figures.scores(scored.cosine, job.spec.distillation.threshold, removal) if scored else None,
         searches=figures.trajectory(search, objective) if search else [],
         sensitivity=figures.sensitivity(worth, objective) if worth else None,
-        controls=figures.controls(removal) if removal and controlled else [],
-        control_table=figures.control_table(removal) if removal and controlled else None,
+        controls=figures.controls(removal) if removal else [],
+        control_table=figures.control_table(removal) if removal else None,
         objective=figures.OBJECTIVES.get(objective, objective),
-        bounds=figures.bounds(removal) if removal and controlled else [],
+        bounds=figures.bounds(removal) if removal else [],
         kv=figures.kv_bytes(pair) if pair else [],
-        kv_note=f"For a prompt of {pair['prompt_tokens']} tokens, from prefill to decode." if pair else "",
+        kv_note=f"For a prompt of {pair.prompt_tokens} tokens, from prefill to decode." if pair else "",
         tables=figures.evaluation_tables(evaluation) if evaluation else [],
         artifacts={stage: mine for stage in StageName if (mine := [one for one in artifacts if one.stage == stage])},
         commands=_commands(job, artifacts, address),
@@ -173,8 +168,8 @@ def job_page(
 def export_link(job_id: str, frontier: Frontier) -> Callable[[str, int], str]:
     """Where a point leads: to the job's own counts, a decode point beside the prefill half that it was searched with,
     a prefill point as one checkpoint for both halves."""
-    own = {half: getattr(frontier.chosen, half).remove_blocks for half in figures.HALVES}
-    searched = frontier.decode[0].remove_blocks
+    chosen, searched = frontier.chosen, frontier.decode[0].remove_blocks
+    own = {"prefill": chosen.prefill.remove_blocks, "decode": chosen.decode.remove_blocks}
 
     def link(half: str, count: int) -> str:
         if count == own[half]:
@@ -188,13 +183,13 @@ def export_link(job_id: str, frontier: Frontier) -> Callable[[str, int], str]:
 
 def export_page(job: Job, frontier: Frontier, prefill: int, decode: int, cut: Cut | None) -> ExportPage:
     """The page on which an export is cut: without a `cut` where the counts do not go together."""
-    blocks = next(stage.metrics["blocks"] for stage in job.stages if stage.name == StageName.SCORING)
     made = None
-    if cut is not None:
-        halves = {"prefill": cut.prefill, "decode": cut.decode}
-        made = figures.block_map(
-            {half: {"num_blocks": blocks, "deleted": at.removed, "distilled": {}} for half, at in halves.items()}
+    if cut is not None and (scored := job.result(ScoringResult)):
+        halves = (
+            HalfPlan(num_blocks=scored.blocks, deleted=point.removed, distilled={})
+            for point in (cut.prefill, cut.decode)
         )
+        made = figures.block_map(Halves(prefill=next(halves), decode=next(halves)))
     return ExportPage(
         frontier=figures.frontier(frontier, export_link(job.id, frontier)),
         prefill=prefill,

@@ -5,7 +5,6 @@ With and without a key in turn, each round with its own seed, until the gateway 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import sysconfig
@@ -20,9 +19,9 @@ from pydantic import SecretStr
 from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.settings import Settings
 from tests import servers
+from tests.found import plan
 from tests.gateway import write_model
 from tests.live_gateway import LiveGateway, live
-from tests.plans import plan
 
 HOOKS = Path(__file__).with_name("hooks.py")
 PROGRAM = Path(sysconfig.get_path("scripts")) / "schemathesis"
@@ -92,7 +91,7 @@ def target(settings: Settings, folder: Path) -> Iterator[Target]:
         done = played.create(metadata={"team": "serving"})
         for stage in StageName:
             files = {"report.json": b"{}", "decode/model.safetensors": bytes(1000)}
-            played.store(done, stage, files | {"plan.json": json.dumps(plan()).encode()})
+            played.store(done, stage, files | {"plan.json": plan().model_dump_json().encode()})
         artifacts = played.client.get(f"/v1/jobs/{done}/artifacts").json()["data"]
         yield Target(gateway, done, [artifact["id"] for artifact in artifacts])
 

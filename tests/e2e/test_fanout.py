@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import Engine
@@ -17,6 +16,7 @@ from sqlmodel import col, select
 
 from pdtrim.client import Client
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import RemovalResult
 from service.commands.embedded import worker_name
 from service.db.session import connect, transaction
 from service.db.tables import EvaluationRow, HelperRow
@@ -48,17 +48,19 @@ def database(shared: dict[str, str]) -> Iterator[Engine]:
     engine.dispose()
 
 
-def searched(client: Client, job_id: str, folder: Path) -> tuple[list[bytes], dict[str, Any]]:
-    """What a job's removal stage left, and its figures; the rest of the job is not wanted."""
+def searched(client: Client, job_id: str, folder: Path) -> tuple[list[bytes], RemovalResult]:
+    """What a job's removal stage left, and what it found; the rest of the job is not wanted."""
     for event in client.events(job_id):
         if event.type == "stage.succeeded" and event.stage == StageName.REMOVAL:
             client.cancel(job_id)
     found = {artifact.name: artifact for artifact in client.artifacts(job_id) if artifact.stage == StageName.REMOVAL}
-    (removal,) = (stage for stage in client.get(job_id).stages if stage.name == StageName.REMOVAL)
-    assert removal.attempt == 1
+    job = client.get(job_id)
+    assert [stage.attempt for stage in job.stages if stage.name == StageName.REMOVAL] == [1]
+    removal = job.result(RemovalResult)
+    assert removal is not None
     for name in PRODUCTS:
         client.download(job_id, found[name], folder / job_id / name)
-    return [(folder / job_id / name).read_bytes() for name in PRODUCTS], removal.metrics
+    return [(folder / job_id / name).read_bytes() for name in PRODUCTS], removal
 
 
 def helper_at_work(database: Engine) -> str | None:
@@ -90,8 +92,8 @@ def test_a_search_shared_by_three_workers_of_which_one_is_killed_ends_as_that_of
         broker = celery_app(shared["PDTRIM_BROKER_URL"]).control
         wait_until(lambda: len(broker.ping(names, timeout=1.0, limit=3) or []) == 3, what="the workers to be ready")
 
-        by_one, figures = searched(client, client.create({**spec, "search": search}).id, tmp_path)
-        assert (figures["workers"], figures["helpers_share"]) == (1, 0)
+        by_one, removal = searched(client, client.create({**spec, "search": search}).id, tmp_path)
+        assert (removal.workers, removal.helpers_share) == (1, 0)
 
         job_id = client.create({**spec, "search": {**search, "parallelism": 3}}).id
         victim = None
@@ -100,7 +102,8 @@ def test_a_search_shared_by_three_workers_of_which_one_is_killed_ends_as_that_of
             victim = helper_at_work(database)
             assert not client.get(job_id).status.final, "nobody helped"
         os.kill(int(victim.rpartition(":")[2]), signal.SIGKILL)
-        by_three, figures = searched(client, job_id, tmp_path)
+        by_three, removal = searched(client, job_id, tmp_path)
         assert by_three == by_one
-        assert figures["workers"] >= 2
-        assert figures["helpers_share"] > 0
+        assert removal.workers is not None
+        assert removal.workers >= 2
+        assert removal.helpers_share

@@ -17,6 +17,7 @@ import pytest
 from sqlmodel import Session
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from service.db import jobs
 from service.db.session import connect, transaction
@@ -26,6 +27,7 @@ from service.sources import download
 from service.storage import ArtifactStore, multipart, open_store
 from service.storage.s3 import s3_client
 from tests.faults.proxy import Proxy
+from tests.found import RESULTS
 from tests.hub import COMMIT, REPOSITORY, arriving_bytes, serve_hub, use_hub
 from tests.processes import wait_until
 from tests.running import run_stage
@@ -224,11 +226,11 @@ def test_upload_download_and_evaluation_are_paused_and_cancelled(
     stop(job_id, StageName.EVALUATION, measuring, jobs.request_cancel, "evaluation")
 
 
-def write_large_file(context: StageContext) -> dict[str, Any]:
+def write_large_file(context: StageContext) -> Result:
     """Three parts of an upload."""
     with (context.out / "large").open("wb") as file:
         file.truncate(3 * multipart.PART_BYTES)
-    return {}
+    return RESULTS[StageName.SCORING]
 
 
 @pytest.mark.parametrize("slow", [True, False])

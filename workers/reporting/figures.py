@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from pdtrim.contract.results import HalfPlan, ModelFigures
 from pdtrim.display.tables import controls
 from workers.reporting.findings import HALVES, Findings
 
@@ -160,7 +161,7 @@ def _block_map(findings: Findings) -> tuple[Figure, str]:
     for place, half in enumerate(HALVES):
         for block in range(blocks):
             line, column = divmod(block, ROW_BLOCKS)
-            _block(axes, column, place * (lines + 0.35) + line, block, findings.plan[half], HALF_COLOURS[half])
+            _block(axes, column, place * (lines + 0.35) + line, block, findings.plan.of(half), HALF_COLOURS[half])
     middles = [place * (lines + 0.35) + lines / 2 for place in range(len(HALVES))]
     axes.set_yticks(middles, HALVES)
     axes.tick_params(axis="y", length=0, labelcolor=INK.ink)
@@ -179,8 +180,8 @@ def _block_map(findings: Findings) -> tuple[Figure, str]:
     return figure, "; ".join(told) + "."
 
 
-def _block(axes: Axes, x: float, y: float, block: int, plan: Mapping[str, Any], kept: str) -> None:
-    deleted, absorber = block in plan["deleted"], plan["distilled"].get(str(block))
+def _block(axes: Axes, x: float, y: float, block: int, plan: HalfPlan, kept: str) -> None:
+    deleted, absorber = block in plan.deleted, plan.distilled.get(block)
     look: dict[str, Any] = {"facecolor": kept}
     text = str(block)
     if deleted:
@@ -195,7 +196,7 @@ def _block(axes: Axes, x: float, y: float, block: int, plan: Mapping[str, Any], 
 
 
 def _scores(findings: Findings) -> tuple[Figure, str]:
-    cosine = findings.scores["cosine"]
+    cosine = findings.scores.cosine
     figure = _figure(3.0)
     axes = figure.subplots()
     distances = [max(1.0 - value, MOST_ALIKE) for value in cosine]
@@ -204,7 +205,7 @@ def _scores(findings: Findings) -> tuple[Figure, str]:
         axes.scatter(members, [distances[block] for block in members], 46, colour, marker=marker, label=label, zorder=2)
     axes.set_yscale("log")
     shown = (min(distances) / 1.4, max(distances) * 1.4)
-    threshold = findings.plan["distillation_threshold"]
+    threshold = findings.plan.distillation_threshold
     place = 1.0 - threshold
     if shown[0] < place < shown[1]:
         axes.axhline(place, color=INK.distilled, linestyle="--", linewidth=1)
@@ -239,10 +240,10 @@ def _trajectory(findings: Findings) -> tuple[Figure, str]:
     figure = _figure(3.0)
     told = []
     for axes, half in zip(figure.subplots(1, 2), HALVES, strict=True):
-        found = findings.search[half]
+        found = findings.search.of(half)
         target = len(findings.removed(half))
-        shown = [(n, s["loss"]) for n, s in enumerate(found, 1) if s["loss"] > 0.0]
-        fitting = [(n, s["loss"]) for n, s in enumerate(found, 1) if len(s["removed"]) == target]
+        shown = [(n, s.loss) for n, s in enumerate(found, 1) if s.loss > 0.0]
+        fitting = [(n, s.loss) for n, s in enumerate(found, 1) if len(s.removed) == target]
         places, losses = [place for place, _ in shown], [loss for _, loss in shown]
         axes.scatter(places, losses, 12, INK.dense, alpha=0.6, linewidths=0, label="a set of blocks")
         best = _running_best(fitting)
@@ -277,7 +278,7 @@ def _frontier(findings: Findings) -> tuple[Figure, str]:
     axes = figure.subplots()
     told = []
     for half, marker in zip(HALVES, "os", strict=True):
-        points = [(point["remove_blocks"], point["loss"]) for point in findings.plan["frontier"][half]]
+        points = [(point.remove_blocks, point.loss) for point in findings.plan.frontier.of(half)]
         counts, losses = [count for count, _ in points], [loss for _, loss in points]
         axes.plot(counts, losses, color=HALF_COLOURS[half], marker=marker, markersize=5, label=half)
         chosen = len(findings.removed(half))
@@ -313,21 +314,21 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], colours: S
 
 
 def _kv_bytes(findings: Findings) -> tuple[Figure, str]:
-    pair = findings.evaluation["pair"]
-    kv, rule = pair["kv_bytes_per_request"], pair["kv_tokens"]
+    pair = findings.evaluation.pair
+    kv, rule = pair.kv_bytes_per_request, pair.kv_tokens
     found = [
-        ("whole request, dense", kv["dense"], INK.dense),
-        ("whole request, pruned", kv["pruned"], INK.decode),
-        ("sent to decode, dense", kv["dense_sent"], INK.dense),
-        ("sent to decode, pruned", kv["sent"], INK.decode),
+        ("whole request, dense", kv.dense, INK.dense),
+        ("whole request, pruned", kv.pruned, INK.decode),
+        ("sent to decode, dense", kv.dense_sent, INK.dense),
+        ("sent to decode, pruned", kv.sent, INK.decode),
     ]
     if rule is not None:
-        found.append(("sent with the token rule", rule["bytes_sent"], INK.distilled))
+        found.append(("sent with the token rule", rule.bytes_sent, INK.distilled))
     labels, sizes, colours = zip(*found, strict=True)
     figure = _figure(0.9 + 0.34 * len(found))
     axes = figure.subplots()
     _bars(axes, labels, [size / 1024 for size in sizes], colours, "{:,.0f} KiB")
-    axes.set_xlabel(f"KiB of keys and values, request of {kv['tokens']} tokens, prompt of {pair['prompt_tokens']}")
+    axes.set_xlabel(f"KiB of keys and values, request of {kv.tokens} tokens, prompt of {pair.prompt_tokens}")
     told = (f"{label}: {size / 1024:,.0f} KiB" for label, size in zip(labels, sizes, strict=True))
     return figure, "; ".join(told) + "."
 
@@ -338,15 +339,15 @@ def _against_dense(findings: Findings) -> tuple[Figure, str]:
     left, right = figure.subplots(1, 2)
     _perplexities(left, models)
     dense = models["dense"]
-    kinds = {
-        "parameters": "parameters",
-        "weights": "bytes",
-        "first token": "time_to_first_token_ms",
-        "next token": "inter_token_latency_ms",
+    kinds: dict[str, Callable[[ModelFigures], float]] = {
+        "parameters": lambda model: model.parameters,
+        "weights": lambda model: model.bytes,
+        "first token": lambda model: model.time_to_first_token_ms,
+        "next token": lambda model: model.inter_token_latency_ms,
     }
     height = 0.8 / len(findings.roles)
     for place, role in enumerate(findings.roles):
-        shares = [models[role][key] / dense[key] for key in kinds.values()]
+        shares = [of(models[role]) / of(dense) for of in kinds.values()]
         where = [number + place * height for number in range(len(kinds))]
         bars = right.barh(where, shares, height * 0.9, color=HALF_COLOURS[role], label=role)
         right.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, color=INK.ink, fontsize=8)
@@ -360,21 +361,21 @@ def _against_dense(findings: Findings) -> tuple[Figure, str]:
     if len(findings.roles) > 1:
         figure.legend(loc="outside lower right", ncols=2)
     told = (
-        f"{role}: perplexity {models[role]['perplexity']['value']:.2f} beside {dense['perplexity']['value']:.2f}, "
-        f"{models[role]['bytes'] / dense['bytes']:.0%} of the weights' bytes"
+        f"{role}: perplexity {models[role].perplexity.value:.2f} beside {dense.perplexity.value:.2f}, "
+        f"{models[role].bytes / dense.bytes:.0%} of the weights' bytes"
         for role in findings.roles
     )
     return figure, "; ".join(told) + "."
 
 
-def _perplexities(axes: Axes, models: Mapping[str, Any]) -> None:
+def _perplexities(axes: Axes, models: Mapping[str, ModelFigures]) -> None:
     for place, (name, model) in enumerate(models.items()):
-        measured = model["perplexity"]
+        measured = model.perplexity
         look: dict[str, Any] = {"fmt": "o", "color": HALF_COLOURS[name], "capsize": 4, "markersize": 7}
-        axes.errorbar([place], [measured["value"]], [measured["standard_error"]], **look)
-        if (before := model["undistilled_perplexity"]) is not None:
+        axes.errorbar([place], [measured.value], [measured.standard_error], **look)
+        if (before := model.undistilled_perplexity) is not None:
             hollow: dict[str, Any] = {**look, "markerfacecolor": INK.paper, "alpha": 0.75}
-            axes.errorbar([place - 0.22], [before["value"]], [before["standard_error"]], **hollow)
+            axes.errorbar([place - 0.22], [before.value], [before.standard_error], **hollow)
     axes.set_xticks(range(len(models)), models)
     axes.tick_params(axis="x", length=0, labelcolor=INK.ink)
     axes.grid(visible=False, axis="x")
@@ -383,7 +384,7 @@ def _perplexities(axes: Axes, models: Mapping[str, Any]) -> None:
 
 
 def _objective(findings: Findings) -> str:
-    return OBJECTIVES[findings.plan["losses"]["objective"]]
+    return OBJECTIVES[findings.plan.losses.objective]
 
 
 def _words(blocks: Sequence[int]) -> str:

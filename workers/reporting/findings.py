@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from pdtrim.contract.results import BlockScores, EvaluationResult, Half, ModelFigures, Plan, SearchRecord
 from pdtrim.contract.spec import JobSpec
-from pdtrim.display.tables import Sheet, evaluation_sheets, removed_blocks
+from pdtrim.display.tables import Sheet, evaluation_sheets
 
-HALVES = ("prefill", "decode")
+HALVES: tuple[Half, ...] = ("prefill", "decode")
 ROLES = (*HALVES, "unified")
 
 
@@ -20,30 +20,30 @@ class Findings:
     job_id: str
     spec: JobSpec
     model_revision: str | None
-    scores: Mapping[str, Any]
-    plan: Mapping[str, Any]
-    search: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
+    scores: BlockScores
+    plan: Plan
+    search: SearchRecord
+    evaluation: EvaluationResult
     versions: Mapping[str, str]
 
     @property
     def num_blocks(self) -> int:
-        return int(self.plan["prefill"]["num_blocks"])
+        return self.plan.prefill.num_blocks
 
     @property
     def roles(self) -> list[str]:
         """The checkpoints: `unified`, or `prefill` and `decode`."""
-        return [role for role in ROLES if role in self.evaluation["models"]]
+        return [role for role in ROLES if role in self.evaluation.models]
 
     @property
-    def models(self) -> dict[str, Any]:
+    def models(self) -> dict[str, ModelFigures]:
         """What was measured of the dense model and of every checkpoint, in the order in which readers want them."""
-        return {name: self.evaluation["models"][name] for name in ("dense", *self.roles)}
+        return {name: self.evaluation.models[name] for name in ("dense", *self.roles)}
 
     def evaluation_sheets(self) -> list[Sheet]:
         """What was measured, as tables."""
-        return evaluation_sheets({**self.evaluation, "models": self.models})
+        return evaluation_sheets(self.evaluation.model_copy(update={"models": self.models}))
 
-    def removed(self, half: str) -> list[int]:
+    def removed(self, half: Half) -> list[int]:
         """The blocks that a half gives up, deleted or distilled."""
-        return removed_blocks(self.plan[half])
+        return self.plan.of(half).removed

@@ -22,10 +22,10 @@ def render(findings: Findings, drawings: Iterable[Drawing]) -> str:
         spec=yaml.safe_dump(findings.spec.model_dump(mode="json", exclude_unset=True), sort_keys=False),
         facts=_facts(findings),
         evaluation=findings.evaluation_sheets(),
-        search=[controls_sheet(plan), sensitivity_sheet(plan["sensitivity"])],
+        search=[controls_sheet(plan), *([] if plan.sensitivity is None else [sensitivity_sheet(plan.sensitivity)])],
         bounds=bound_lines(plan),
         drawings={drawing.name: drawing for drawing in drawings},
-        layer_map=plan["kv_layer_map"],
+        layer_map=plan.kv_layer_map,
         light=vars(INK),
         dark=vars(DARK),
     )
@@ -33,19 +33,19 @@ def render(findings: Findings, drawings: Iterable[Drawing]) -> str:
 
 def _facts(findings: Findings) -> list[tuple[str, str, str]]:
     """What readers look for first: what it is, the figure, and what it is to be seen beside."""
-    models, pair = findings.models, findings.evaluation["pair"]
-    kv, rule = pair["kv_bytes_per_request"], pair["kv_tokens"]
+    models, pair = findings.models, findings.evaluation.pair
+    kv, rule = pair.kv_bytes_per_request, pair.kv_tokens
     dense = models["dense"]
     facts = []
     for role in findings.roles:
         model = models[role]
-        facts.append((f"{role}: blocks", str(model["blocks"]), f"of {dense['blocks']}"))
-        perplexity, before = model["perplexity"]["value"], dense["perplexity"]["value"]
+        facts.append((f"{role}: blocks", str(model.blocks), f"of {dense.blocks}"))
+        perplexity, before = model.perplexity.value, dense.perplexity.value
         facts.append((f"{role}: perplexity", f"{perplexity:.2f}", f"dense {before:.2f}"))
-        faster = dense["inter_token_latency_ms"] / model["inter_token_latency_ms"]
+        faster = dense.inter_token_latency_ms / model.inter_token_latency_ms
         facts.append((f"{role}: next token", f"{faster:.2f}×", "as fast as dense"))
-    sent = kv["sent"] if rule is None else rule["bytes_sent"]
-    facts.append(("KV sent to decode", f"{sent / kv['dense_sent']:.0%}", f"of {kv['dense_sent'] / 1024:,.0f} KiB"))
+    sent = kv.sent if rule is None else rule.bytes_sent
+    facts.append(("KV sent to decode", f"{sent / kv.dense_sent:.0%}", f"of {kv.dense_sent / 1024:,.0f} KiB"))
     return facts
 
 

@@ -19,7 +19,8 @@ from sqlmodel import Session
 from structlog.contextvars import bound_contextvars
 
 from pdtrim.contract.errors import JobNotFound, ParentDeleted, PDTrimError
-from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.jobs import RESULTS, ErrorInfo, StageName
+from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from service import queue
 from service.db import artifacts, jobs, stages
@@ -76,10 +77,10 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class StageResult:
+class Finished:
     """What a finished stage leaves; the content of its manifest."""
 
-    metrics: dict[str, Any]
+    result: Result
     versions: dict[str, str]
     artifacts: list[NewArtifact]
 
@@ -153,10 +154,11 @@ def _to_an_outcome(worker: Worker, claim: Claim) -> tuple[Outcome, StageName | N
             abandon=worker.abandon,
             stopping=worker.stopping,
         ) as lease:
-            result = _finished_before(worker, claim, lease.check) or _execute(worker, claim, lease.check)
+            finished = _finished_before(worker, claim, lease.check) or _execute(worker, claim, lease.check)
             lease.check()
-            following = _record(worker, claim, result)
-        worker.metrics.artifact_bytes.labels(claim.stage.value).inc(sum(artifact.size for artifact in result.artifacts))
+            following = _record(worker, claim, finished)
+        size = sum(artifact.size for artifact in finished.artifacts)
+        worker.metrics.artifact_bytes.labels(claim.stage.value).inc(size)
         return Outcome.SUCCEEDED, following
     except LeaseLost as error:
         log.warning("stepping back: %s", error)
@@ -214,7 +216,7 @@ def _attempt_prefix(claim: Claim, attempt: int | None = None) -> str:
     return f"{job_prefix(claim.job_id)}/{claim.stage}/{attempt or claim.attempt}"
 
 
-def _finished_before(worker: Worker, claim: Claim, check: Check) -> StageResult | None:
+def _finished_before(worker: Worker, claim: Claim, check: Check) -> Finished | None:
     """The result of an earlier attempt that wrote its manifest but died before it was recorded."""
     store = worker.persistent_store(check)
     for attempt in range(claim.attempt - 1, 0, -1):
@@ -224,11 +226,11 @@ def _finished_before(worker: Worker, claim: Claim, check: Check) -> StageResult 
             continue
         log.info("the stage was finished by attempt %d", attempt)
         found = [NewArtifact(**entry) for entry in manifest["artifacts"]]
-        return StageResult(manifest["metrics"], manifest["versions"], found)
+        return Finished(RESULTS[claim.stage].model_validate(manifest["metrics"]), manifest["versions"], found)
     return None
 
 
-def _execute(worker: Worker, claim: Claim, check: Check) -> StageResult:
+def _execute(worker: Worker, claim: Claim, check: Check) -> Finished:
     assert worker.settings.scratch_dir is not None
     with attempt_folder(worker.settings.scratch_dir, claim) as workdir:
         context = stage_context(worker, claim, workdir, check, _publisher(worker, claim))
@@ -237,8 +239,8 @@ def _execute(worker: Worker, claim: Claim, check: Check) -> StageResult:
             run = TAKEN_OVER[claim.stage]
         elif claim.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
             context.fan_out = FanOut(worker.database, worker.settings, claim, workers=workers, check=check)
-        metrics = run(context)
-        return _push(worker, claim, context.out, metrics, check)
+        result = run(context)
+        return _push(worker, claim, context.out, result, check)
 
 
 def _publisher(worker: Worker, claim: Claim) -> Report:
@@ -297,10 +299,11 @@ def _parent(session: Session, job: JobRow, stage: StageName) -> Parent:
             "over. Cut the export from another job, or submit it as a job of its own."
         ) from error
     found = next(row for row in jobs.stages(session, [job.cut_from])[job.cut_from] if row.name == stage)
-    return Parent(job.cut_from, found.metrics, f"{job_prefix(job.cut_from)}/{stage}/state")
+    result = RESULTS[stage].model_validate(found.metrics)
+    return Parent(job.cut_from, result, f"{job_prefix(job.cut_from)}/{stage}/state")
 
 
-def _push(worker: Worker, claim: Claim, folder: Path, metrics: dict[str, Any], check: Check) -> StageResult:
+def _push(worker: Worker, claim: Claim, folder: Path, result: Result, check: Check) -> Finished:
     """Upload every file below `folder`, then the manifest that makes them count."""
     prefix, store = _attempt_prefix(claim), worker.persistent_store(check)
     pushed = []
@@ -311,21 +314,24 @@ def _push(worker: Worker, claim: Claim, folder: Path, metrics: dict[str, Any], c
         pushed.append(
             NewArtifact(name=name, key=f"{prefix}/{name}", uri=stored.uri, size=stored.size, sha256=stored.sha256)
         )
-    result = StageResult(metrics, {name: version(name) for name in VERSIONED}, pushed)
+    finished = Finished(result, {name: version(name) for name in VERSIONED}, pushed)
     manifest = {
         "format_version": 1,
         "job": claim.job_id,
         "stage": claim.stage,
         "attempt": claim.attempt,
-        **asdict(result),
+        "metrics": result.model_dump(mode="json"),
+        "versions": finished.versions,
+        "artifacts": [asdict(artifact) for artifact in pushed],
     }
     store.put_bytes(f"{prefix}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True).encode())
-    return result
+    return finished
 
 
-def _record(worker: Worker, claim: Claim, result: StageResult) -> StageName | None:
+def _record(worker: Worker, claim: Claim, finished: Finished) -> StageName | None:
+    metrics = finished.result.model_dump(mode="json")
     return worker.transact(
         lambda session: stages.complete(
-            session, claim, artifacts=result.artifacts, metrics=result.metrics, versions=result.versions
+            session, claim, artifacts=finished.artifacts, metrics=metrics, versions=finished.versions
         )
     )

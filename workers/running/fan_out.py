@@ -64,10 +64,15 @@ class FanOut:
         """An engine whose evaluations are shared."""
         return FannedOut(self, engine, recipe)
 
-    def to_json(self) -> dict[str, float]:
-        """How many workers took part, and the share of the losses that came from others."""
-        share = self._measured_by_helpers / max(self._measured, 1)
-        return {"workers": 1 + len(self._seen), "helpers_share": round(share, 4)}
+    @property
+    def workers(self) -> int:
+        """How many workers took part."""
+        return 1 + len(self._seen)
+
+    @property
+    def helpers_share(self) -> float:
+        """The share of the losses that came from others."""
+        return round(self._measured_by_helpers / max(self._measured, 1), 4)
 
     def window_losses(
         self,

@@ -1,15 +1,15 @@
-"""The stages of a job: each reads artifacts, writes artifacts and returns its metrics."""
+"""The stages of a job: each reads artifacts, writes artifacts and returns what it found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import Result
 from workers.stages import cutting, distillation, evaluation, export, removal, scoring
 from workers.stages.context import StageContext
 
-STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
+STAGES: dict[StageName, Callable[[StageContext], Result]] = {
     StageName.SCORING: scoring.run,
     StageName.REMOVAL: removal.run,
     StageName.DISTILLATION: distillation.run,
@@ -17,7 +17,7 @@ STAGES: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
     StageName.EVALUATION: evaluation.run,
 }
 
-TAKEN_OVER: dict[StageName, Callable[[StageContext], dict[str, Any]]] = {
+TAKEN_OVER: dict[StageName, Callable[[StageContext], Result]] = {
     StageName.SCORING: cutting.take_scores,
     StageName.REMOVAL: cutting.cut,
 }

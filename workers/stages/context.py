@@ -10,12 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from service.stopping import Check, interruptible
 from service.storage import ArtifactStore, ObjectNotFound
@@ -26,6 +28,7 @@ from workers.pruning.search.engine import LossEngine, WindowsEngine
 REPORT_INTERVAL_S = 1.0
 READ_BYTES = 1 << 22
 Report = Callable[[float, str, dict[str, Any]], None]
+Content = TypeVar("Content", bound=BaseModel)
 
 
 class SharedSearch(Protocol):
@@ -35,8 +38,14 @@ class SharedSearch(Protocol):
         """An engine whose evaluations are shared."""
         ...
 
-    def to_json(self) -> dict[str, float]:
-        """How many workers took part, and the share of the losses that came from others."""
+    @property
+    def workers(self) -> int:
+        """How many workers took part."""
+        ...
+
+    @property
+    def helpers_share(self) -> float:
+        """The share of the losses that came from others."""
         ...
 
 
@@ -56,7 +65,7 @@ class Parent:
     """
 
     job_id: str
-    metrics: dict[str, Any]
+    result: Result
     state_prefix: str
 
 
@@ -117,9 +126,9 @@ class StageContext:
                 digest.update(piece)
         return digest.hexdigest()
 
-    def input_json(self, stage: StageName, name: str) -> Any:
-        """An earlier stage's JSON artifact. Raises: as `input`."""
-        return json.loads(self.input(stage, name).read_text())
+    def read(self, stage: StageName, name: str, kind: type[Content]) -> Content:
+        """An earlier stage's JSON artifact, which holds one of `kind`. Raises: ValidationError; as `input`."""
+        return kind.model_validate_json(self.input(stage, name).read_bytes())
 
     def input_folder(self, stage: StageName, prefix: str) -> Path:
         """Every artifact of an earlier stage below `prefix`, as a folder. Raises: as `input`."""
@@ -128,10 +137,11 @@ class StageContext:
                 self.input(owner, name)
         return self.workdir / "in" / stage / prefix
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: BaseModel) -> None:
         """Write an output as JSON whose bytes depend on `content` alone."""
         path = self.out / name
-        path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        found = content.model_dump(mode="json")
+        path.write_text(json.dumps(found, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
     def save_state(self, name: str, data: bytes) -> None:
         """Keep what a later attempt needs to go on from here. Raises: StoreUnavailable."""

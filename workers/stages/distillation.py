@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pdtrim.contract.frontier import PLAN
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import PLAN, DistillationResult, FittedMerge, Healing, Plan
+from pdtrim.contract.results.distillation import Kept
 from workers.inputs.models import device, load_model
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.checkpoint import stored_dtype
@@ -41,7 +41,6 @@ from workers.stages.training import settings as training_settings
 from workers.stages.width import StageChannels, narrowed, read_channels
 
 PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
-DISTILLED, UNDISTILLED = "distilled", "undistilled"
 
 
 @dataclass(frozen=True)
@@ -56,23 +55,23 @@ class Data:
         return self.training.shape[1] // 2
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext) -> DistillationResult:
     """Writes the trained tensors of each serving stage, called as in the dense model, in its stored dtype."""
     plans, channels, spec = read_plans(context), read_channels(context), context.spec.distillation
     if not spec.enabled:
         for name in (PREFILL, DECODE):
             save_file({}, context.out / name)
-        return {"enabled": False}
+        return DistillationResult(enabled=False)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     data = Data(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
     teacher = load_model(context.model_dir, context.check)
 
-    merged, merge_metrics = _merged(context)
+    merged, merges = _merged(context)
     prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
-    prefill, prefill_metrics = _distil_prefill(context, plans, channels, merged, prefill_weights, teacher, data)
+    prefill, in_prefill = _distil_prefill(context, plans, channels, merged, prefill_weights, teacher, data)
     context.write_tensors(context.out / PREFILL, prefill)
     if plans.unified:
-        decode, decode_metrics = prefill, prefill_metrics
+        decode, in_decode = prefill, in_prefill
     else:
         dense = load_model(context.model_dir, context.check, dtype=torch.float32)
         inherited = change_width(
@@ -84,12 +83,10 @@ def run(context: StageContext) -> dict[str, Any]:
         weights = narrowed(dense, channels.decode)
         load_tensors(weights, inherited)
         del dense
-        trained, decode_metrics = _distil_decode(
-            context, plans, channels, merged, weights, prefill_weights, teacher, data
-        )
+        trained, in_decode = _distil_decode(context, plans, channels, merged, weights, prefill_weights, teacher, data)
         decode = inherited | trained
     context.write_tensors(context.out / DECODE, decode)
-    return {"enabled": True, "merged": merge_metrics, "prefill": prefill_metrics, "decode": decode_metrics}
+    return DistillationResult(enabled=True, merged=merges, prefill=in_prefill, decode=in_decode)
 
 
 def _block(name: str) -> int:
@@ -98,7 +95,7 @@ def _block(name: str) -> int:
 
 
 def _only_in_decode(plans: Plans) -> dict[int, int]:
-    """Pairs that decode merges and prefill does not."""
+    """Merges of decode that prefill has not: removed block → absorber."""
     return {
         removed: absorber
         for removed, absorber in plans.decode.distilled.items()
@@ -114,24 +111,19 @@ def _memory_saved(context: StageContext, student: PreTrainedModel) -> AbstractCo
     return recomputed_blocks(student) if context.spec.distillation.gradient_checkpointing else nullcontext()
 
 
-def _merged(context: StageContext) -> tuple[Tensors, dict[str, Any]]:
-    """What the removal stage fitted for the pairs that the plan distils, and the held-out loss of each fit."""
+def _merged(context: StageContext) -> tuple[Tensors, dict[int, FittedMerge]]:
+    """The tensors that removal fitted for the plan's merges, and each fit's held-out losses by removed block."""
     if (StageName.REMOVAL, MERGED) not in context.inputs:
         return {}, {}
     tensors = load_file(context.input(StageName.REMOVAL, MERGED))
-    content = context.input_json(StageName.REMOVAL, PLAN)
-    in_prefill, in_decode = content["prefill"]["distilled"].items(), content["decode"]["distilled"].items()
+    plan = context.read(StageName.REMOVAL, PLAN, Plan)
+    in_prefill, in_decode = plan.prefill.distilled.items(), plan.decode.distilled.items()
     chosen = {(removed, absorber, False) for removed, absorber in in_prefill}
     chosen |= {(removed, absorber, True) for removed, absorber in in_decode - in_prefill}
     return tensors, {
-        str(pair["removed"]): {
-            "into": pair["into"],
-            "before": pair["before"],
-            "after": pair["after"],
-            "kept": DISTILLED,
-        }
-        for pair in content["merging"]["pairs"]
-        if (str(pair["removed"]), pair["into"], pair["decode_only"]) in chosen
+        merge.removed: FittedMerge(into=merge.into, before=merge.before, after=merge.after, kept="distilled")
+        for merge in ([] if plan.merging is None else plan.merging.merges)
+        if (merge.removed, merge.into, merge.decode_only) in chosen
     }
 
 
@@ -168,7 +160,7 @@ def _distil_prefill(
     weights: PreTrainedModel,
     teacher: PreTrainedModel,
     data: Data,
-) -> tuple[Tensors, dict[str, Any] | None]:
+) -> tuple[Tensors, Healing | None]:
     """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
     student = drop_blocks(weights, plans.prefill.removed)
     start = {name: t for name, t in merged.items() if _block(name) in plans.prefill.distilled.values()}
@@ -195,7 +187,7 @@ def _distil_decode(
     prefill_weights: PreTrainedModel,
     teacher: PreTrainedModel,
     data: Data,
-) -> tuple[Tensors, dict[str, Any] | None]:
+) -> tuple[Tensors, Healing | None]:
     """`weights` hold what decode inherits of the prefill weights; those are also what it falls back to."""
     only_decode = _only_in_decode(plans).values()
     student = drop_blocks(weights, plans.decode.removed)
@@ -235,7 +227,7 @@ def _distil(
     frozen: set[str],
     data: Data,
     journal: Journal,
-) -> tuple[Tensors, dict[str, Any] | None]:
+) -> tuple[Tensors, Healing | None]:
     """Heal `weights`, which `student` shares, from the merged tensors `start`.
 
     Returns the trained tensors in the stored dtype and the held-out loss of the weights given and of those. Weights
@@ -260,12 +252,12 @@ def _distil(
     load_tensors(weights, trained)
     after = mean_loss(loss, data.held_out, settings.batch_windows)
     kept = _verdict(before, after)
-    if kept == UNDISTILLED:
+    if kept == "undistilled":
         load_tensors(weights, given)
         trained = {}
-    return trained, {"before": before, "after": after, "steps": steps, "kept": kept}
+    return trained, Healing(before=before, after=after, steps=steps, kept=kept)
 
 
-def _verdict(before: float, after: float) -> str:
+def _verdict(before: float, after: float) -> Kept:
     """Which weights are kept, by their held-out loss without and with distillation."""
-    return DISTILLED if after < before else UNDISTILLED
+    return "distilled" if after < before else "undistilled"

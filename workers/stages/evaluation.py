@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pdtrim.contract.frontier import PLAN
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import (
+    PLAN,
+    REPORT,
+    SCORES,
+    SEARCH,
+    BlockScores,
+    EvaluationResult,
+    KvBytes,
+    ModelFigures,
+    PairFigures,
+    Perplexity,
+    Plan,
+    SearchRecord,
+    TaskResult,
+)
 from service.stopping import interruptible
 from workers.inputs.models import device, load_model, load_tokenizer
 from workers.pruning.model.blocks import drop_blocks
@@ -29,14 +43,14 @@ from workers.reporting.figures import draw_all
 from workers.reporting.findings import Findings
 from workers.reporting.page import render
 from workers.stages.context import StageContext
-from workers.stages.evaluation_tasks import TaskResult, load_tasks, measure_tasks
+from workers.stages.evaluation_tasks import load_tasks, measure_tasks
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
-from workers.stages.removal import SEARCH, Plans, read_plans
-from workers.stages.scoring import SCORES, WINDOWS
+from workers.stages.removal import Plans, read_plans
+from workers.stages.scoring import WINDOWS
 from workers.stages.width import narrowed, read_channels
 
-REPORT, PAGE, FIGURES = "report.json", "report.html", "figures"
+PAGE, FIGURES = "report.html", "figures"
 BATCH_WINDOWS = 8
 
 
@@ -54,7 +68,7 @@ class Subject:
         return bool(self.plan.removed) or self.channels is not None
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext) -> EvaluationResult:
     """Writes and returns the report: quality, PD loss, parameters, KV bytes, speed, memory, tasks.
 
     Also writes it as a page with figures, and each checkpoint's model card again, now with its numbers.
@@ -77,28 +91,26 @@ def run(context: StageContext) -> dict[str, Any]:
         repeats=spec.speed_repeats,
     )
     context.report(0.5, "Measuring perplexity.")
-    report: dict[str, Any] = {
-        "models": {
-            name: _describe(context, subject, timed[name], windows, dense) for name, subject in subjects.items()
-        },
-        "pair": _measure_pair(context, subjects, plans, windows),
-    }
-    report["tasks"] = _measure_tasks(context, subjects)
+    report = EvaluationResult(
+        models={name: _describe(context, subject, timed[name], windows, dense) for name, subject in subjects.items()},
+        pair=_measure_pair(context, subjects, plans, windows),
+        tasks=_measure_tasks(context, subjects),
+    )
     context.write_json(REPORT, report)
     context.report(0.99, "Writing the report.")
     _write_report(context, report)
     return report
 
 
-def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
+def _write_report(context: StageContext, report: EvaluationResult) -> None:
     """The report for people, its figures, and the checkpoints' model cards with its numbers."""
     findings = Findings(
         job_id=context.job_id,
         spec=context.spec,
         model_revision=context.model_revision,
-        scores=context.input_json(StageName.SCORING, SCORES),
-        plan=context.input_json(StageName.REMOVAL, PLAN),
-        search=context.input_json(StageName.REMOVAL, SEARCH),
+        scores=context.read(StageName.SCORING, SCORES, BlockScores),
+        plan=context.read(StageName.REMOVAL, PLAN, Plan),
+        search=context.read(StageName.REMOVAL, SEARCH, SearchRecord),
         evaluation=report,
         versions={name: version(name) for name in ("pdtrim", "torch", "transformers")},
     )
@@ -112,7 +124,7 @@ def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
     (context.out / PAGE).write_text(render(findings, drawings), encoding="utf-8")
     inherited = inherited_metadata(context.model_dir)
     for role in findings.roles:
-        pdtrim = context.input_json(StageName.EXPORT, f"{role}/pdtrim.json")
+        pdtrim = json.loads(context.input(StageName.EXPORT, f"{role}/pdtrim.json").read_text())
         card = context.out / role / "README.md"
         card.parent.mkdir(exist_ok=True)
         card.write_text(model_card(pdtrim, inherited, findings.evaluation_sheets()), encoding="utf-8")
@@ -146,24 +158,26 @@ def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> di
 
 def _describe(
     context: StageContext, subject: Subject, speed: Speed, windows: Tensor, dense: PreTrainedModel
-) -> dict[str, Any]:
+) -> ModelFigures:
     context.check()
     undistilled = None
     if subject.pruned:
-        undistilled = asdict(perplexity(_pruned(dense, subject), windows, batch=BATCH_WINDOWS))
+        undistilled = Perplexity(**asdict(perplexity(_pruned(dense, subject), windows, batch=BATCH_WINDOWS)))
     weights = subject.folder.glob("*.safetensors")
-    return {
-        "blocks": len(subject.plan.kept),
-        "kept_blocks": list(subject.plan.kept),
-        "deleted_blocks": sorted(subject.plan.deleted),
-        "distilled_blocks": subject.plan.to_json()["distilled"],
-        "mlp_channels": getattr(subject.model.config, "intermediate_size", None),
-        "parameters": parameters(subject.model),
-        "bytes": sum(path.stat().st_size for path in weights),
+    channels = getattr(subject.model.config, "intermediate_size", None)
+    return ModelFigures(
+        blocks=len(subject.plan.kept),
+        kept_blocks=list(subject.plan.kept),
+        deleted_blocks=sorted(subject.plan.deleted),
+        distilled_blocks=dict(sorted(subject.plan.distilled.items())),
+        # Some configurations list them by block.
+        mlp_channels=channels if isinstance(channels, int) else None,
+        parameters=parameters(subject.model),
+        bytes=sum(path.stat().st_size for path in weights),
         **asdict(quality(subject.model, dense, windows, batch=BATCH_WINDOWS)),
-        "undistilled_perplexity": undistilled,
+        undistilled_perplexity=undistilled,
         **asdict(speed),
-    }
+    )
 
 
 def _pruned(dense: PreTrainedModel, subject: Subject) -> PreTrainedModel:
@@ -171,9 +185,7 @@ def _pruned(dense: PreTrainedModel, subject: Subject) -> PreTrainedModel:
     return drop_blocks(narrowed(dense, subject.channels), subject.plan.removed)
 
 
-def _measure_pair(
-    context: StageContext, subjects: Mapping[str, Subject], plans: Plans, windows: Tensor
-) -> dict[str, Any]:
+def _measure_pair(context: StageContext, subjects: Mapping[str, Subject], plans: Plans, windows: Tensor) -> PairFigures:
     context.report(0.8, "Measuring the prefill/decode pair.")
     dense = subjects["dense"].model
     prefill_subject, decode_subject = (subjects.get(half) or subjects["unified"] for half in ("prefill", "decode"))
@@ -194,19 +206,19 @@ def _measure_pair(
             context.spec.kv_tokens, rule, dense.config, (prefill, decode), layer_map, windows, dtype
         )
     pruned = (_pruned(dense, prefill_subject), _pruned(dense, decode_subject))
-    return {
-        "prompt_tokens": prompt_tokens,
-        "continuation_tokens": tokens - prompt_tokens,
-        "dense_loss": loss(dense, dense, list(range(plans.prefill.num_blocks))),
-        "pruned_loss": loss(*pruned, layer_map),
-        "distilled_loss": loss(prefill, decode, layer_map),
-        "kv_layer_map": layer_map,
-        "kv_tokens": kv_tokens,
-        "kv_bytes_per_request": {
-            "tokens": tokens,
-            "dense": kv_cache_bytes(dense.config, tokens, dtype),
-            "pruned": kv_cache_bytes(decode.config, tokens, dtype),
-            "dense_sent": kv_cache_bytes(dense.config, prompt_tokens, dtype),
-            "sent": kv_cache_bytes(decode.config, prompt_tokens, dtype),
-        },
-    }
+    return PairFigures(
+        prompt_tokens=prompt_tokens,
+        continuation_tokens=tokens - prompt_tokens,
+        dense_loss=loss(dense, dense, list(range(plans.prefill.num_blocks))),
+        pruned_loss=loss(*pruned, layer_map),
+        distilled_loss=loss(prefill, decode, layer_map),
+        kv_layer_map=layer_map,
+        kv_tokens=kv_tokens,
+        kv_bytes_per_request=KvBytes(
+            tokens=tokens,
+            dense=kv_cache_bytes(dense.config, tokens, dtype),
+            pruned=kv_cache_bytes(decode.config, tokens, dtype),
+            dense_sent=kv_cache_bytes(dense.config, prompt_tokens, dtype),
+            sent=kv_cache_bytes(decode.config, prompt_tokens, dtype),
+        ),
+    )

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pdtrim.contract.errors import ExtraNotInstalled, InvalidRequest, SourceUnreadable
 from pdtrim.contract.evaluation_tasks import InlineTask
+from pdtrim.contract.results import TaskMetric, TaskResult
 
 BATCH_SIZE = 8
 BOOTSTRAP_ITERATIONS = 1000
 """Resamples for the standard error of metrics that have no formula for it."""
-TaskResult = dict[str, dict[str, float | None]]
-"""Metric → `value` and `stderr`, its standard error over questions; None where it is unknown or not finite."""
 
 
 def load_tasks(tasks: Sequence[str | InlineTask]) -> Any | None:
@@ -156,7 +155,8 @@ def _metrics(result: Mapping[str, Any]) -> TaskResult:
         name, comma, answers = key.partition(",")
         if comma and not name.endswith("_stderr"):
             shown = name if answers == "none" else key
-            metrics[shown] = {"value": _finite(value), "stderr": _finite(result.get(f"{name}_stderr,{answers}"))}
+            error = result.get(f"{name}_stderr,{answers}")
+            metrics[shown] = TaskMetric(value=_finite(value), stderr=_finite(error))
     return metrics
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import CheckpointProof, ExportResult
 from service.stopping import interruptible
 from workers.inputs.models import Check, device, load_model
 from workers.pruning.model.blocks import drop_blocks
@@ -24,7 +25,7 @@ from workers.pruning.serving.handover import KvTokenRule
 from workers.reporting.card import inherited_metadata, model_card
 from workers.stages import distillation
 from workers.stages.context import StageContext
-from workers.stages.kv_tokens import choose_rule
+from workers.stages.kv_tokens import choose_rule, recorded
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
 from workers.stages.width import StageChannels, narrowed, read_channels
@@ -45,13 +46,13 @@ def roles(plans: Plans) -> dict[str, tuple[BlockPlan, str]]:
     return {"prefill": (plans.prefill, distillation.PREFILL), "decode": (plans.decode, distillation.DECODE)}
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext) -> ExportResult:
     """Writes one folder a checkpoint. Raises: BrokenCheckpoint, ExportMismatch."""
     plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     proof = windows[:1, :PROOF_TOKENS]
     rule = _choose_rule(context, plans, channels, windows)
-    metrics = {}
+    proofs = {}
     for number, (role, (plan, trained)) in enumerate(roles(plans).items()):
         start = 0.4 + 0.3 * number
         context.report(start, f"Writing the {role} checkpoint.")
@@ -74,12 +75,12 @@ def run(context: StageContext) -> dict[str, Any]:
         expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
         difference = _prove(target, expected, proof, context.check)
         files = [path for path in target.iterdir() if path.is_file()]
-        metrics[role] = {
-            "files": len(files),
-            "bytes": sum(path.stat().st_size for path in files),
-            "max_logit_difference": difference,
-        }
-    return {"checkpoints": metrics, "kv_tokens": None if rule is None else rule.to_json()}
+        proofs[role] = CheckpointProof(
+            files=len(files),
+            bytes=sum(path.stat().st_size for path in files),
+            max_logit_difference=difference,
+        )
+    return ExportResult(checkpoints=proofs, kv_tokens=None if rule is None else recorded(rule))
 
 
 def _healed(

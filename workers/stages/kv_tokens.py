@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pdtrim.contract.results import TokenRule, TokenRuleFigures
 from pdtrim.contract.spec import KvTokensSpec
 from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.kv_tokens import (
@@ -60,16 +60,21 @@ def measure_rule(
     layer_map: Sequence[int],
     windows: Tensor,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> TokenRuleFigures:
     """What a rule costs and saves on windows (windows, time) whose first half is prompt, sent in `dtype`."""
     prompt_tokens = windows.shape[1] // 2
     dense_tokens = sent_tokens(dense, EVERY_TOKEN, prompt_tokens)
     tokens = sent_tokens(halves[1].config, rule, prompt_tokens)
-    return {
-        "rule": rule.to_json(),
-        "loss": pd_loss_with_rule(*halves, layer_map, rule, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS),
-        "bytes_sent": sent_bytes(halves[1].config, rule, prompt_tokens, dtype),
-        "ratio": dense_tokens / tokens,
-        "ratio_asked": asked.ratio,
-        "ratio_reached": None if asked.ratio is None else tokens <= dense_tokens / asked.ratio,
-    }
+    return TokenRuleFigures(
+        rule=recorded(rule),
+        loss=pd_loss_with_rule(*halves, layer_map, rule, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS),
+        bytes_sent=sent_bytes(halves[1].config, rule, prompt_tokens, dtype),
+        ratio=dense_tokens / tokens,
+        ratio_asked=asked.ratio,
+        ratio_reached=None if asked.ratio is None else tokens <= dense_tokens / asked.ratio,
+    )
+
+
+def recorded(rule: KvTokenRule) -> TokenRule:
+    """A rule as results show it."""
+    return TokenRule(first=rule.first, last=rule.last, layers=sorted(rule.layers))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pdtrim.contract.results import Merge
 from workers.inputs.models import device
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.plan import Blocks
@@ -69,19 +69,20 @@ class Fits:
         chosen = {*self.units.absorbing(prefill).values(), *self.units.absorbing(decode).values()}
         return {name: tensor for unit in sorted(chosen) for name, tensor in fits[unit].tensors.items()}
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def merges(self) -> list[Merge]:
         """What each fit came to."""
         return [
-            {
-                "removed": self.units.block(unit),
-                "into": self.units.absorber(unit),
-                "decode_only": decode_only,
-                "before": fit.before,
-                "after": fit.after,
-                "offered": fit.offered,
-            }
+            Merge(
+                removed=self.units.block(unit),
+                into=absorber,
+                decode_only=decode_only,
+                before=fit.before,
+                after=fit.after,
+                offered=fit.offered,
+            )
             for decode_only, fits in ((False, self.free), (True, self.frozen))
             for unit, fit in sorted(fits.items())
+            if (absorber := self.units.absorber(unit)) is not None
         ]
 
 

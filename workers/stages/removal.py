@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pdtrim.contract.blocks import limits
-from pdtrim.contract.frontier import PLAN
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import (
+    PLAN,
+    SCORES,
+    SEARCH,
+    BlockScores,
+    Bounds,
+    Frontiers,
+    HalfPlan,
+    Losses,
+    Merging,
+    Plan,
+    RemovalResult,
+    Removed,
+    SearchRecord,
+    Sensitivity,
+    SetsEvaluated,
+)
 from workers.inputs.models import can_train, device, load_for_walks
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
@@ -19,10 +34,9 @@ from workers.pruning.model.units import Units
 from workers.pruning.search.scores import Scores
 from workers.stages.context import StageContext
 from workers.stages.merging import Fits, Fitter
-from workers.stages.scoring import SCORES, WINDOWS
+from workers.stages.scoring import WINDOWS
 from workers.stages.searching import Searcher
 
-SEARCH = "search.json"
 MERGED = "merged.safetensors"
 
 
@@ -42,12 +56,21 @@ class Plans:
 
 def read_plans(context: StageContext) -> Plans:
     """What the removal stage decided."""
-    content = context.input_json(StageName.REMOVAL, PLAN)
+    plan = context.read(StageName.REMOVAL, PLAN, Plan)
     return Plans(
-        BlockPlan.from_json(content["prefill"]),
-        BlockPlan.from_json(content["decode"]),
+        _block_plan(plan.prefill),
+        _block_plan(plan.decode),
         same_width=context.spec.prefill.mlp_width == context.spec.decode.mlp_width,
     )
+
+
+def _block_plan(half: HalfPlan) -> BlockPlan:
+    return BlockPlan(half.num_blocks, frozenset(half.deleted), half.distilled)
+
+
+def read_scores(context: StageContext) -> Scores:
+    """What the scoring stage measured."""
+    return Scores.from_json(dict(context.read(StageName.SCORING, SCORES, BlockScores)))
 
 
 def load(context: StageContext) -> tuple[BlockStack, dict[str, Tensor]]:
@@ -57,16 +80,16 @@ def load(context: StageContext) -> tuple[BlockStack, dict[str, Tensor]]:
     return block_stack(load_for_walks(context.model_dir, context.check)), windows
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext) -> RemovalResult:
     """Writes the plan (a function of model, windows and specification alone), the search's trajectory, and the trained
     tensors of the pairs that the plan distils, where the search weighed that."""
     spec = context.spec
-    scores = Scores.from_json(context.input_json(StageName.SCORING, SCORES))
+    scores = read_scores(context)
     stack, windows = load(context)
     fits, merging = fit(context, stack, windows, scores)
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine, fits)
 
-    for_prefill = searcher.prefill((0.2 if merging else 0.0, 0.3))
+    for_prefill = searcher.prefill((0.0 if merging is None else 0.2, 0.3))
     for_decode = searcher.decode(for_prefill.removed, (0.3, 0.6))
     context.report(0.6, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
@@ -76,23 +99,28 @@ def run(context: StageContext) -> dict[str, Any]:
         context,
         scores,
         Decided(for_prefill.removed, for_decode.removed, fits, merging, searcher.prompt_tokens),
-        {
-            "losses": {
-                "objective": spec.search.objective,
-                "prefill": for_prefill.chosen.loss,
-                "decode": for_decode.chosen.loss,
-                "controls": controls,
-            },
-            "bounds": {"prefill": for_prefill.bound_json(), "decode": for_decode.bound_json()},
-            "sensitivity": sensitivity,
-        },
-        {"prefill": for_prefill.result.frontier_json(), "decode": for_decode.result.frontier_json()},
+        Measured(
+            losses=Losses(
+                objective=spec.search.objective,
+                prefill=for_prefill.chosen.loss,
+                decode=for_decode.chosen.loss,
+                controls=controls,
+            ),
+            bounds=Bounds(prefill=for_prefill.bound_result, decode=for_decode.bound_result),
+            sensitivity=sensitivity,
+        ),
+        Frontiers.model_validate(
+            {"prefill": for_prefill.result.frontier_json(), "decode": for_decode.result.frontier_json()}
+        ),
     )
-    trajectories = (for_prefill.result.trajectory_json(), for_decode.result.trajectory_json())
-    context.write_json(SEARCH, {"prefill": trajectories[0], "decode": trajectories[1]})
-    evaluated = {"prefill": len(for_prefill.result.trajectory), "decode": len(for_decode.result.trajectory)}
-    workers = {"workers": 1, "helpers_share": 0.0} if context.fan_out is None else context.fan_out.to_json()
-    return {**found, "evaluated": evaluated, **workers}
+    trajectories = {"prefill": for_prefill.result.trajectory_json(), "decode": for_decode.result.trajectory_json()}
+    context.write_json(SEARCH, SearchRecord.model_validate(trajectories))
+    return RemovalResult(
+        **dict(found),
+        evaluated=SetsEvaluated(prefill=len(trajectories["prefill"]), decode=len(trajectories["decode"])),
+        workers=1 if context.fan_out is None else context.fan_out.workers,
+        helpers_share=0.0 if context.fan_out is None else context.fan_out.helpers_share,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,19 +130,28 @@ class Decided:
     prefill: Blocks
     decode: Blocks
     fits: Fits
-    merging: dict[str, Any]
+    merging: Merging | None
     prompt_tokens: int
 
     @property
     def weighed(self) -> bool:
         """Whether the search chose between deleting and distilling; else the threshold does."""
-        return bool(self.merging.get("weighed"))
+        return self.merging is not None and self.merging.weighed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What it costs, by the search's losses."""
+
+    losses: Losses
+    bounds: Bounds
+    sensitivity: Sensitivity
 
 
 def write_plan(
-    context: StageContext, scores: Scores, decided: Decided, measured: dict[str, Any], frontier: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the plan, and the trained tensors of its pairs; returns what goes into the metrics, too."""
+    context: StageContext, scores: Scores, decided: Decided, measured: Measured, frontier: Frontiers
+) -> Removed:
+    """Write the plan, and the trained tensors of its merges; returns what goes into the result, too."""
     if decided.weighed:
         units = decided.fits.units
         prefill, decode = units.plan(decided.prefill), units.plan(decided.decode)
@@ -122,42 +159,46 @@ def write_plan(
     else:
         prefill = _plan(context, scores, decided.prefill)
         decode = _plan(context, scores, decided.decode, prefill)
-    found = {
-        "prefill": prefill.to_json(),
-        "decode": decode.to_json(),
-        **measured,
-        **({"merging": decided.merging} if decided.merging else {}),
-    }
-    context.write_json(
-        PLAN,
-        {
-            "format_version": 1,
-            "seed": context.spec.seed,
-            "prompt_tokens": decided.prompt_tokens,
-            "distillation_threshold": context.spec.distillation.threshold,
-            "kv_layer_map": kv_layer_map(prefill, decode),
-            "frontier": frontier,
-            **found,
-        },
+    found = Removed(
+        prefill=_half_plan(prefill),
+        decode=_half_plan(decode),
+        losses=measured.losses,
+        bounds=measured.bounds,
+        sensitivity=measured.sensitivity,
+        merging=decided.merging,
     )
+    plan = Plan(
+        **dict(found),
+        seed=context.spec.seed,
+        prompt_tokens=decided.prompt_tokens,
+        distillation_threshold=context.spec.distillation.threshold,
+        kv_layer_map=kv_layer_map(prefill, decode),
+        frontier=frontier,
+    )
+    context.write_json(PLAN, plan)
     return found
+
+
+def _half_plan(plan: BlockPlan) -> HalfPlan:
+    distilled = dict(sorted(plan.distilled.items()))
+    return HalfPlan(num_blocks=plan.num_blocks, deleted=sorted(plan.deleted), distilled=distilled)
 
 
 def fit(
     context: StageContext, stack: BlockStack, windows: Mapping[str, Tensor], scores: Scores
-) -> tuple[Fits, dict[str, Any]]:
+) -> tuple[Fits, Merging | None]:
     """What the search may distil, and what the plan says about it: nothing where the job asks for no merging."""
     none = Fits(Units(len(stack.blocks)))
     fitter = Fitter(context, stack, windows)
     if not context.spec.distillation.enabled or fitter.training.steps == 0:
-        return none, {}
+        return none, None
     if not can_train(stack.model):
-        return none, {"weighed": False, "reason": "the model's weights do not fit one device"}
+        return none, Merging(weighed=False, reason="the model's weights do not fit one device")
     most = limits(context.spec, len(stack.blocks))
     may_differ = most[0] < most[1] or context.spec.prefill.max_perplexity_increase is not None
     free = most[0] > len(context.spec.search.force)
     fits = fitter.fits(scores.cosine, free=free, frozen=may_differ, span=(0.0, 0.2))
-    return fits, {"weighed": True, "pairs": fits.to_json()}
+    return fits, Merging(weighed=True, merges=fits.merges())
 
 
 def _plan(context: StageContext, scores: Scores, removed: frozenset[int], fixed: BlockPlan | None = None) -> BlockPlan:

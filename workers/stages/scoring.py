@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from pdtrim.contract.architectures import is_tested
 from pdtrim.contract.blocks import check_blocks
 from pdtrim.contract.errors import ModelUnsupported
+from pdtrim.contract.results import SCORES, BlockScores, ScoringResult, WindowCounts
 from service.stopping import interruptible
 from workers.inputs.models import device, load_for_walks, load_tokenizer, windows_at_once
 from workers.inputs.windows import token_windows
@@ -21,10 +21,9 @@ from workers.stages.evaluation_tasks import load_tasks
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
-SCORES = "scores.json"
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext) -> ScoringResult:
     """Writes the windows that every later stage reads, each block's scores, and the MLP channels that stay.
 
     Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable; as `load_tasks`.
@@ -48,14 +47,14 @@ def run(context: StageContext) -> dict[str, Any]:
     calibration = windows["calibration"].to(device())
     chunk_windows = windows_at_once(stack.model, calibration.shape[1])
     scores = block_scores(stack, calibration, chunk_windows=chunk_windows)
-    context.write_json(SCORES, scores.to_json())
+    context.write_json(SCORES, BlockScores.model_validate(scores.to_json()))
     context.report(0.9, "Scoring MLP channels.")
     choose_channels(context, stack, calibration, chunk_windows=chunk_windows)
-    return {
-        "blocks": num_blocks,
-        "cosine": [round(value, 6) for value in scores.cosine],
-        "windows": {split: len(part) for split, part in windows.items()},
-    }
+    return ScoringResult(
+        blocks=num_blocks,
+        cosine=[round(value, 6) for value in scores.cosine],
+        windows=WindowCounts(**{split: len(part) for split, part in windows.items()}),
+    )
 
 
 def _windows(context: StageContext) -> dict[str, Tensor]:

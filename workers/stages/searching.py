@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from pdtrim.contract.blocks import limits
+from pdtrim.contract.results import BlockWorth, Bound, Controls, DenseLoss, Sensitivity
 from pdtrim.contract.spec import StageTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
@@ -90,10 +90,11 @@ class HalfFound:
         """The chosen units, one for each block that goes."""
         return self.chosen.removed
 
-    def bound_json(self) -> dict[str, Any] | None:
+    @property
+    def bound_result(self) -> Bound | None:
         """What came of the bound on perplexity, if the job set one."""
         frontier = [found for _, found in sorted(self.result.frontier.items())]
-        return None if self.bound is None else self.bound.to_json(self.chosen, frontier)
+        return None if self.bound is None else Bound.model_validate(self.bound.to_json(self.chosen, frontier))
 
 
 class Searcher:
@@ -135,7 +136,7 @@ class Searcher:
         pairs = sorted(self._fits.for_decode(prefill))
         return self._half("decode", memo, prefill, self._decode_limit, bound, span, pairs)
 
-    def sensitivity(self) -> dict[str, Any]:
+    def sensitivity(self) -> Sensitivity:
         """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
 
         Protected blocks are left out: that they cannot go may be why they are protected.
@@ -144,12 +145,12 @@ class Searcher:
         alone = {block: frozenset({block}) for block in blocks}
         both = self._memo("prefill", self._engine())([NOTHING, *alone.values()])
         decode = self._memo("decode only", self._pair(NOTHING))([NOTHING, *alone.values()])
-        return {
-            "dense": {"both": both[NOTHING], "decode_only": decode[NOTHING]},
-            "blocks": [{"block": b, "both": both[one], "decode_only": decode[one]} for b, one in alone.items()],
-        }
+        return Sensitivity(
+            dense=DenseLoss(both=both[NOTHING], decode_only=decode[NOTHING]),
+            blocks=[BlockWorth(block=b, both=both[one], decode_only=decode[one]) for b, one in alone.items()],
+        )
 
-    def controls(self, prefill: Blocks, decode: Found, span: Span) -> dict[str, Any]:
+    def controls(self, prefill: Blocks, decode: Found, span: Span) -> Controls:
         """Losses on continuations to hold the nested pair's against.
 
         `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing, and pairs without a
@@ -159,20 +160,18 @@ class Searcher:
         """
         self._context.report(span[0], "Measuring the controls.")
         free = self._non_nested(prefill, decode, span)
-        return {
-            **self.simple_controls(prefill, decode.removed),
-            "non_nested": free.loss,
-            "non_nested_removed": sorted(self._units.blocks(free.removed)),
-        }
+        simple = self.simple_controls(prefill, decode.removed)
+        removed = sorted(self._units.blocks(free.removed))
+        return simple.model_copy(update={"non_nested": free.loss, "non_nested_removed": removed})
 
-    def simple_controls(self, prefill: Blocks, removed: Blocks) -> dict[str, float]:
+    def simple_controls(self, prefill: Blocks, removed: Blocks) -> Controls:
         """Of the controls, those that take no search; decode gives up `removed`."""
         fits = self._fits.for_decode(prefill)
         in_both = self._memo(f"decode after {sorted(removed)}", self._pair(removed, fits))([removed])
         fitted = removed.intersection(self._fits.for_decode(NOTHING))
         in_decode = fitted | self._units.blocks(removed - fitted)
         alone = self._memo("decode only", self._pair(NOTHING))([in_decode])
-        return {"decode_set_in_both": in_both[removed], "decode_only": alone[in_decode]}
+        return Controls(decode_set_in_both=in_both[removed], decode_only=alone[in_decode])
 
     def losses(self, prefill: Blocks, decode: Blocks) -> tuple[float, float]:
         """The loss of the prefill half on whole windows, and that of the pair on continuations."""

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pdtrim.contract.jobs import Job, StageName
+from pdtrim.contract.jobs import Job
+from pdtrim.contract.results import EvaluationResult, RemovalResult
 from service.db.tables import ArtifactRow
 from service.settings import Settings
 from service.upkeep.publishing.record import Record
@@ -91,10 +92,12 @@ def _log_figures(client: MlflowClient, run: Run, job: Job) -> None:
 
 def figures(job: Job) -> dict[str, float]:
     """Every number that evaluation and removal recorded, under its path: `decode.perplexity.value`."""
-    recorded = {stage.name: stage.metrics for stage in job.stages}
-    evaluation, removal = recorded[StageName.EVALUATION], recorded[StageName.REMOVAL]
-    chosen = {**evaluation.get("models", {}), "pair": evaluation.get("pair", {}), "tasks": evaluation.get("tasks", {})}
-    chosen["search"] = {key: removal[key] for key in ("losses", "evaluated") if key in removal}
+    chosen: dict[str, Any] = {}
+    if evaluation := job.result(EvaluationResult):
+        found = evaluation.model_dump(mode="json")
+        chosen |= {**found["models"], "pair": found["pair"], "tasks": found["tasks"]}
+    if removal := job.result(RemovalResult):
+        chosen["search"] = removal.model_dump(mode="json", include={"losses", "evaluated"})
     return {
         UNFIT.sub("_", key): float(value)
         for key, value in _leaves(chosen)

@@ -16,10 +16,12 @@ from sqlalchemy import text
 
 from pdtrim.contract.errors import ModelUnsupported
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import Result
 from service.app import create_app
 from service.observing import redaction
 from service.settings import Settings
 from service.storage import StoreUnavailable
+from tests.found import RESULTS
 from tests.gateway import write_model
 from tests.observing import lines, logged
 from tests.running import run_stage
@@ -130,7 +132,7 @@ def without_secrets(shown: str) -> bool:
     ],
 )
 def test_what_a_stage_raises(error: Exception, event: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stage(context: StageContext) -> dict[str, Any]:
+    def stage(context: StageContext) -> Result:
         context.publish(0.5, EVERYTHING, {"note": EVERYTHING, "password": OTHER_PASSWORD, "loss": 1.5})
         raise error
 
@@ -184,10 +186,10 @@ def test_what_a_request_brings_and_a_route_raises(scene: Scene) -> None:
 
 
 def test_what_a_database_quotes_when_it_refuses(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stage(context: StageContext) -> dict[str, Any]:
+    def stage(context: StageContext) -> Result:
         with scene.worker.database.connect() as connection:
             connection.execute(text("SELECT * FROM nowhere WHERE a = :a"), {"a": EVERYTHING})
-        return {}
+        return RESULTS[StageName.SCORING]
 
     monkeypatch.setitem(STAGES, StageName.SCORING, stage)
     job_id = scene.create()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import pytest
 from pdtrim.client import AsyncClient, AsyncClientJob, Client, ClientJob, ServiceError, UnsafeName
 from pdtrim.contract.jobs import JobStatus, StageName
 from service.settings import Settings
+from tests.found import plan
 from tests.gateway import model
 from tests.live_gateway import LiveGateway, live, relay
-from tests.plans import plan
 
 __all__ = ["model"]
 
@@ -30,7 +29,7 @@ def gateway(tmp_path: Path, model: Path) -> Iterator[LiveGateway]:
 def play(gateway: LiveGateway, job_id: str) -> None:
     """Play the worker to the job's end."""
     for stage in StageName:
-        left = {StageName.REMOVAL: {"plan.json": json.dumps(plan()).encode()}}
+        left = {StageName.REMOVAL: {"plan.json": plan().model_dump_json().encode()}}
         left |= {StageName.EXPORT: {"decode/config.json": b"{}", "prefill/config.json": b"[]"}}
         gateway.played.store(job_id, stage, left.get(stage, {}))
 

@@ -12,12 +12,12 @@ from typer.testing import CliRunner, Result
 
 from pdtrim.command import app
 from pdtrim.command.connection import console
-from pdtrim.contract.jobs import Job, Stage, StageName, StageStatus
+from pdtrim.contract.jobs import EvaluationStage, Job, StageName, StageStatus
 from pdtrim.display.comparison import figures
 from service.settings import Settings
+from tests.found import evaluation, model_figures, plan
 from tests.gateway import model
 from tests.live_gateway import LiveGateway, live
-from tests.plans import plan
 
 __all__ = ["model"]
 
@@ -41,7 +41,7 @@ def pdtrim(gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch) -> Pdtrim:
 def searched(gateway: LiveGateway) -> str:
     job_id = gateway.played.create()
     gateway.played.store(job_id, StageName.SCORING, {})
-    gateway.played.store(job_id, StageName.REMOVAL, {"plan.json": json.dumps(plan()).encode()})
+    gateway.played.store(job_id, StageName.REMOVAL, {"plan.json": plan().model_dump_json().encode()})
     return job_id
 
 
@@ -93,16 +93,10 @@ def test_two_jobs_are_put_side_by_side(gateway: LiveGateway, pdtrim: Pdtrim) -> 
 
 
 def test_the_figures_of_a_job_name_what_its_evaluation_measured() -> None:
-    model = {"blocks": 4, "perplexity": {"value": 9.5, "standard_error": 1}, "undistilled_perplexity": None}
-    kv = {"pruned": 3, "sent": 4}
-    pair = {"dense_loss": 1.0, "pruned_loss": 2.0, "distilled_loss": 1.5, "kv_bytes_per_request": kv}
-    tasks = {"sums": {"decode": {"acc": {"value": 0.5, "stderr": 0.1}}}}
-    evaluation = Stage(
-        name=StageName.EVALUATION,
-        status=StageStatus.SUCCEEDED,
-        progress=1,
-        attempt=1,
-        metrics={"models": {"decode": model}, "pair": pair, "tasks": tasks},
+    model = model_figures(perplexity={"value": 9.5, "standard_error": 1})
+    found = evaluation(models={"decode": model}, tasks={"sums": {"decode": {"acc": {"value": 0.5, "stderr": 0.1}}}})
+    stage = EvaluationStage(
+        name=StageName.EVALUATION, status=StageStatus.SUCCEEDED, progress=1, attempt=1, metrics=found
     )
     spec = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
     job = Job.model_validate(
@@ -111,16 +105,17 @@ def test_the_figures_of_a_job_name_what_its_evaluation_measured() -> None:
             "status": "succeeded",
             "spec": spec,
             "metadata": {},
-            "stages": [evaluation],
+            "stages": [stage],
             "created_at": datetime.now(UTC),
         }
     )
 
-    found = figures(job)
+    shown = figures(job)
 
-    assert found["decode: perplexity"] == 9.5
-    assert "decode: perplexity before distillation" not in found
-    assert (found["PD loss, distilled"], found["decode: sums acc"], found["KV bytes sent to decode"]) == (1.5, 0.5, 4)
+    assert shown["decode: perplexity"] == 9.5
+    assert "decode: perplexity before distillation" not in shown
+    named = ("PD loss, distilled", "decode: sums acc", "KV bytes sent to decode")
+    assert [shown[name] for name in named] == [3.2, 0.5, 2048]
 
 
 def test_a_shell_completes_commands_and_the_ids_of_jobs(gateway: LiveGateway, searched: str) -> None:

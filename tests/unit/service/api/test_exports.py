@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from pdtrim.contract.frontier import Frontier
 from pdtrim.contract.jobs import JobStatus, StageName
+from tests.found import plan
 from tests.gateway import Gateway, problem_of
-from tests.plans import plan
 
 
 @pytest.fixture
@@ -16,7 +15,7 @@ def searched(gateway: Gateway) -> str:
     """A job whose search has ended; nothing else has."""
     job_id = gateway.create(metadata={"team": "serving"}, priority="high")
     gateway.store(job_id, StageName.SCORING, {})
-    gateway.store(job_id, StageName.REMOVAL, {"plan.json": json.dumps(plan()).encode()})
+    gateway.store(job_id, StageName.REMOVAL, {"plan.json": plan().model_dump_json().encode()})
     return job_id
 
 
@@ -37,7 +36,7 @@ def test_the_frontier_has_the_best_set_of_every_count(gateway: Gateway, searched
     assert frontier.unified == frontier.prefill
     assert [point.perplexity_increase for point in frontier.prefill] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert frontier.chosen.prefill.removed == [1, 4]
-    assert frontier.chosen.prefill.distilled == {"4": 3}
+    assert frontier.chosen.prefill.distilled == {4: 3}
 
 
 def test_an_export_is_a_job_of_other_counts_cut_from_it(gateway: Gateway, searched: str) -> None:
@@ -66,10 +65,10 @@ def test_what_is_not_on_the_frontier_is_refused(gateway: Gateway, searched: str)
 
 def test_sets_that_are_not_nested_are_refused(gateway: Gateway) -> None:
     found = plan()
-    found["frontier"]["decode"][1]["removed"] = [3, 4, 5]
+    found.frontier.decode[1].removed[:] = [3, 4, 5]
     job_id = gateway.create()
     gateway.store(job_id, StageName.SCORING, {})
-    gateway.store(job_id, StageName.REMOVAL, {"plan.json": json.dumps(found).encode()})
+    gateway.store(job_id, StageName.REMOVAL, {"plan.json": found.model_dump_json().encode()})
 
     problem = problem_of(export(gateway, job_id, 1, 3), 422, "sets_not_nested")
 

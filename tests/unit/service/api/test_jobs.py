@@ -13,6 +13,7 @@ from service.db.session import transaction
 from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
 from service.settings import Settings
 from service.upkeep.reconciler import purge
+from tests.found import RESULTS
 from tests.gateway import Gateway, problem_of, serve
 
 
@@ -221,7 +222,9 @@ def test_succeeded_job_shows_metrics_and_versions(gateway: Gateway) -> None:
 
     assert job["status"] == "succeeded"
     assert job["versions"] == {"torch": "2"}
-    assert all(stage["metrics"] == {"windows": 4} for stage in job["stages"])
+    assert {s["name"]: s["metrics"] for s in job["stages"]} == {
+        n: r.model_dump(mode="json") for n, r in RESULTS.items()
+    }
     assert job["finished_at"] >= started.isoformat()[:19]
     assert job["estimated_finish"] is None
 

@@ -7,7 +7,7 @@ import pytest
 
 from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.frontier import ExportSpec, Frontier
-from pdtrim.contract.jobs import Artifact, Event, Job, Page
+from pdtrim.contract.jobs import Artifact, Event, Job, Page, StageName
 from pdtrim.contract.publications import Publication
 from pdtrim.contract.spec import JobSpec
 from pdtrim.contract.webhooks import Delivery, NewSecret, Webhook, WebhookChange, WebhookSpec
@@ -145,6 +145,21 @@ def test_response_examples_are_what_the_models_give() -> None:
         if "data" in given:
             given["data"] = [{key: value for key, value in one.items() if key != "spec"} for one in given["data"]]
         assert shown == given
+
+
+def test_a_client_can_be_generated_that_has_a_type_for_the_result_of_each_stage(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    titles = [schema["title"] for schema in schemas.values()]
+    assert len(set(titles)) == len(titles)
+    stages = schemas["Job"]["properties"]["stages"]["items"]
+    named = {name: ref.rpartition("/")[2] for name, ref in stages["discriminator"]["mapping"].items()}
+    assert set(named) == set(StageName)
+    for name, stage in named.items():
+        assert schemas[stage]["properties"]["name"]["const"] == name
+        result, nothing = schemas[stage]["properties"]["metrics"]["anyOf"]
+        assert nothing == {"type": "null"}
+        found = schemas[result["$ref"].rpartition("/")[2]]
+        assert set(found["required"]) == set(found["properties"])
 
 
 def test_documentation_page_is_there(gateway: Gateway) -> None:

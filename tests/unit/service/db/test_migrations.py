@@ -10,18 +10,20 @@ import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
-from pdtrim.contract.jobs import JobStatus, StageName
+from pdtrim.contract.jobs import RESULTS, JobStatus, StageName
 from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import MIGRATIONS, connect, migrate, schema_is_current, transaction
 from service.settings import Settings
+from tests.earlier import EARLIER
 from tests.gateway import serve, write_model
 
 DONE, WAITING = "job_" + "1" * 32, "job_" + "2" * 32
 ARTIFACT = "art_" + "3" * 32
+FOUND = EARLIER["pair"]["metrics"]
 SPEC = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 AT = "2026-01-02 03:04:05+00:00"
-EARLIER = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()][:0:-1]
+REVISIONS = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()][:0:-1]
 """Every revision but the newest, oldest first."""
 
 
@@ -50,7 +52,7 @@ def _rows() -> Iterator[tuple[str, dict[str, object]]]:
                 {
                     "job_id": job_id, "name": name.value, "position": position, "status": stage,
                     "attempt": int(done), "sends": 1, "progress": float(done), "message": "",
-                    "metrics": json.dumps({"blocks": 12} if done else {}),
+                    "metrics": json.dumps(FOUND[name] if done else {}),
                 },
             )  # fmt: skip
     yield (
@@ -78,7 +80,7 @@ def _fill(engine: Engine, revision: str) -> None:
             connection.execute(text(f"INSERT INTO {table} ({columns}) VALUES ({values})"), row)
 
 
-@pytest.mark.parametrize("revision", EARLIER)
+@pytest.mark.parametrize("revision", REVISIONS)
 def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
     database_url: str, revision: str, tmp_path: Path
 ) -> None:
@@ -92,6 +94,7 @@ def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
         done = gateway.client.get(f"/v1/jobs/{DONE}").json()
         events = gateway.client.get(f"/v1/jobs/{DONE}/events").json()
         artifacts = gateway.client.get(f"/v1/jobs/{DONE}/artifacts").json()
+        page = gateway.client.get(f"/ui/jobs/{DONE}").text
         gateway.run(WAITING)
         waiting = gateway.client.get(f"/v1/jobs/{WAITING}").json()
 
@@ -99,7 +102,9 @@ def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
     assert [job["id"] for job in listed["data"]] == [WAITING, DONE]
     assert (done["status"], done["versions"]) == (JobStatus.SUCCEEDED, {"torch": "2.13.0"})
     assert JobSpec.model_validate(done["spec"]) == JobSpec.model_validate(SPEC)
-    assert [(stage["name"], stage["metrics"]) for stage in done["stages"]] == [(n, {"blocks": 12}) for n in StageName]
+    for stage in done["stages"]:
+        assert stage["metrics"] == RESULTS[stage["name"]].model_validate(FOUND[stage["name"]]).model_dump(mode="json")
+    assert "Prefill/decode controls" in page
     assert [event["type"] for event in events["data"]] == ["job.created"]
     assert [artifact["id"] for artifact in artifacts["data"]] == [ARTIFACT]
     assert waiting["status"] == JobStatus.SUCCEEDED

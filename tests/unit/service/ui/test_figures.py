@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdtrim.contract.frontier import Frontier
+from pdtrim.contract.results import HalfPlan, Halves
 from service.ui import charts, figures
 from service.ui.charts import Axis, Point, Series
 from service.ui.views import export_link
@@ -52,15 +53,15 @@ def test_the_block_map_says_what_becomes_of_each_block_and_whose_cache_decode_re
 
 
 def test_a_deep_model_has_its_block_map_in_rows() -> None:
-    plan = {"num_blocks": 50, "deleted": [49], "distilled": {}}
-    rows = figures.block_map({"prefill": plan, "decode": plan}).rows
+    plan = HalfPlan(num_blocks=50, deleted=[49], distilled={})
+    rows = figures.block_map(Halves(prefill=plan, decode=plan)).rows
     assert [len(row.blocks) for row in rows] == [24, 24, 2]
     assert rows[2].halves["decode"][1].action == "deleted"
     assert rows[2].kv_from == ["48", ""]
 
 
 def test_scores_far_below_the_others_do_not_squeeze_them() -> None:
-    figure = figures.scores(COSINE, 0.95, {"prefill": [2], "decode": [2, 3, 4]})
+    figure = figures.scores(COSINE, 0.95, REMOVAL)
     assert figure.chart is not None
     marks = {mark.point.x: mark for drawn in figure.chart.drawn for mark in drawn.marks}
     assert [block for block, mark in marks.items() if mark.below] == [0]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from base64 import urlsafe_b64decode
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -18,10 +16,12 @@ from starlette.datastructures import Headers
 
 from pdtrim.contract.access import Scope
 from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.results import Result
 from service.api.sessions import Session, Sessions
 from service.db import keys, stages
 from service.db.session import transaction
 from service.settings import Settings
+from tests.found import RESULTS
 from tests.gateway import Gateway, serve
 from tests.unit.service.ui.found import COSINE, PLAN, REMOVAL, SEARCH
 
@@ -209,8 +209,8 @@ def test_the_form_submits_once_and_says_at_the_field_what_is_wrong(unlocked: Gat
 
 def test_a_jobs_page_shows_what_was_found_and_what_an_export_would_give_up(unlocked: Gateway) -> None:
     job = unlocked.create(decode={"remove_blocks": 3})
-    play(unlocked, job, StageName.SCORING, {"blocks": 6, "cosine": COSINE, "windows": {}})
-    files = {"plan.json": json.dumps(PLAN).encode(), "search.json": json.dumps(SEARCH).encode()}
+    play(unlocked, job, StageName.SCORING, RESULTS[StageName.SCORING].model_copy(update={"cosine": COSINE}))
+    files = {"plan.json": PLAN.model_dump_json().encode(), "search.json": SEARCH.model_dump_json().encode()}
     play(unlocked, job, StageName.REMOVAL, REMOVAL, files)
     browser = Browser(unlocked)
     page = browser.get(f"/ui/jobs/{job}").text
@@ -250,10 +250,9 @@ def test_a_failed_job_says_why_and_what_to_do_and_a_refusal_is_shown_on_its_page
     assert unlocked.client.get(f"/v1/jobs/{job}").json()["status"] == "queued"
 
 
-def play(
-    gateway: Gateway, job: str, stage: StageName, metrics: dict[str, Any], files: dict[str, bytes] | None = None
-) -> None:
-    """Play a queued stage with these metrics and files."""
+def play(gateway: Gateway, job: str, stage: StageName, result: Result, files: dict[str, bytes] | None = None) -> None:
+    """Play a queued stage that finds this and leaves these files."""
+    metrics = result.model_dump(mode="json")
     claim, recorded = gateway.claim(job, stage), []
     for name, content in (files or {}).items():
         key = f"jobs/{job}/{stage.value}/1/{name}"

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pdtrim.contract.results import BlockScores, ModelFigures, SearchRecord
 from pdtrim.contract.spec import JobSpec
+from tests.found import evaluation, model_figures, pair_figures, plan, token_rule_figures
 from workers.reporting.card import inherited_metadata, model_card
 from workers.reporting.figures import DARK, INK, PLOTS, Palette, draw_all
 from workers.reporting.findings import Findings
@@ -21,8 +23,8 @@ BLOCKS = 70
 VOID = {"img", "meta"}
 
 
-def measured(blocks: int, perplexity: float, **changes: Any) -> dict[str, Any]:
-    return {
+def measured(blocks: int, perplexity: float, **changes: Any) -> ModelFigures:
+    figures = {
         "blocks": blocks,
         "kept_blocks": list(range(blocks)),
         "deleted_blocks": [3],
@@ -35,44 +37,38 @@ def measured(blocks: int, perplexity: float, **changes: Any) -> dict[str, Any]:
         "bytes": blocks * 2000,
         "time_to_first_token_ms": 0.5 * blocks,
         "inter_token_latency_ms": 0.25 * blocks,
-        "decode_tokens_per_second": 100.0,
-        "peak_memory_bytes": None,
-        **changes,
     }
+    return model_figures(**figures | changes)
 
 
 @pytest.fixture
 def findings() -> Findings:
     """A deep model that prefill leaves as it is, so that nothing was searched for it, and that has what few jobs ask
     for."""
-    decode = {"num_blocks": BLOCKS, "deleted": [3, 40], "distilled": {"5": 6, "8": 7}}
     losses = {"decode_set_in_both": 0.75, "decode_only": 0.25, "non_nested": 0.4, "non_nested_removed": [1, 2, 4, 9]}
-    bound = {"max_perplexity_increase": 0.1, "perplexity_increase": 0.2, "met": False}
-    plan = {
-        "prefill": {"num_blocks": BLOCKS, "deleted": [], "distilled": {}},
-        "decode": decode,
-        "losses": {"objective": "kl", "prefill": 0.0, "decode": 0.5, "controls": losses},
-        "bounds": {"prefill": None, "decode": bound},
-        "sensitivity": {
+    bound = {
+        "max_perplexity_increase": 0.1, "perplexity_increase": 0.2, "met": False, "dense_perplexity": 12.0,
+        "frontier": [],
+    }  # fmt: skip
+    chosen = plan(
+        prefill={"num_blocks": BLOCKS, "deleted": [], "distilled": {}},
+        decode={"num_blocks": BLOCKS, "deleted": [3, 40], "distilled": {"5": 6, "8": 7}},
+        losses={"objective": "kl", "prefill": 0.0, "decode": 0.5, "controls": losses},
+        bounds={"decode": bound},
+        sensitivity={
             "dense": {"both": 0.0, "decode_only": 0.0},
             "blocks": [{"block": block, "both": 0.5, "decode_only": 0.25} for block in range(BLOCKS)],
         },
-        "distillation_threshold": 1.0,
-        "kv_layer_map": [0, 1, 2, 4],
-        "frontier": {
+        kv_layer_map=[0, 1, 2, 4],
+        frontier={
             "prefill": [{"remove_blocks": 0, "removed": [], "loss": 0.0}],
             "decode": [{"remove_blocks": 4, "removed": [3, 5, 8, 40], "loss": 0.5}],
         },
-    }  # fmt: skip
+    )
     search = {
         "prefill": [{"removed": [], "loss": 0.0}],
         "decode": [{"removed": [3, 5, 8, 41], "loss": 0.9}, {"removed": [3, 5, 8, 40], "loss": 0.5}],
     }
-    pair = {
-        "prompt_tokens": 128, "continuation_tokens": 128, "dense_loss": 3.0, "pruned_loss": 3.5, "distilled_loss": 3.2,
-        "kv_bytes_per_request": {"tokens": 256, "dense": 8192, "pruned": 4096, "dense_sent": 4096, "sent": 2048},
-        "kv_tokens": {"loss": 3.25, "bytes_sent": 1024, "ratio": 4.0, "ratio_asked": 4.0, "ratio_reached": True},
-    }  # fmt: skip
     models = {"decode": measured(66, 14.0), "dense": measured(70, 12.0, undistilled_perplexity=None),
               "prefill": measured(70, 12.0, undistilled_perplexity=None)}  # fmt: skip
     tasks = {"sums": {name: {"acc": {"value": 0.625, "stderr": 0.01}} for name in models}}
@@ -81,10 +77,10 @@ def findings() -> Findings:
         job_id="job_1",
         spec=JobSpec.model_validate({**spec, "metadata": {"note": "<script>alert(1)</script>"}}),
         model_revision="0123456789abcdef",
-        scores={"cosine": [1.0, -0.1, *[0.9] * (BLOCKS - 2)]},
-        plan=plan,
-        search=search,
-        evaluation={"models": models, "pair": pair, "tasks": tasks},
+        scores=BlockScores(cosine=[1.0, -0.1, *[0.9] * (BLOCKS - 2)], merge_errors=[]),
+        plan=chosen,
+        search=SearchRecord.model_validate(search),
+        evaluation=evaluation(models=models, pair=pair_figures(kv_tokens=token_rule_figures()), tasks=tasks),
         versions={"torch": "2"},
     )
 
@@ -136,8 +132,7 @@ def test_the_report_holds_every_figure_and_number_and_asks_for_nothing_else(find
 
 def test_the_same_findings_give_the_same_bytes(findings: Findings) -> None:
     unified = {name: measured(66, 14.0) for name in ("dense", "unified")}
-    pair = {**findings.evaluation["pair"], "kv_tokens": None}
-    job = replace(findings, evaluation={"models": unified, "pair": pair, "tasks": {}})
+    job = replace(findings, evaluation=evaluation(models=unified))
 
     drawings = list(draw_all(job))
     assert drawings == list(draw_all(job))

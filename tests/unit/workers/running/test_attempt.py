@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from pdtrim.display.jobs import job_page
 from service.db import artifacts, events, jobs, stages, views
@@ -39,6 +40,7 @@ from service.db.session import connect, migrate, transaction
 from service.db.tables import ArtifactRow, StageRow, now
 from service.settings import Settings
 from service.storage import StoreRefused, open_store
+from tests.found import RESULTS
 from tests.running import run_stage
 from tests.tiny_job import tiny_spec, write_tiny_model
 from tests.unit.workers.pruning.models import loaded_whole
@@ -265,7 +267,7 @@ def test_the_search_weighs_distilling_and_what_it_chose_is_healed_and_exported(w
 
 def offered(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The fits that the search could choose."""
-    return [pair for pair in plan["merging"]["pairs"] if pair["offered"]]
+    return [merge for merge in plan["merging"]["merges"] if merge["offered"]]
 
 
 def test_a_model_that_is_read_from_disk_is_not_fitted_and_the_plan_says_so(
@@ -275,7 +277,7 @@ def test_a_model_that_is_read_from_disk_is_not_fitted_and_the_plan_says_so(
     job_id = create(worker, tiny_spec(model))
     run_through(worker, job_id, StageName.REMOVAL)
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
-    assert plan["merging"] == {"weighed": False, "reason": "the model's weights do not fit one device"}
+    assert plan["merging"] == {"weighed": False, "reason": "the model's weights do not fit one device", "merges": []}
     assert plan["prefill"]["distilled"]
     assert stage_row(worker, job_id, StageName.REMOVAL).metrics["merging"] == plan["merging"]
 
@@ -286,7 +288,7 @@ def test_without_merge_tokens_no_pair_is_fitted_and_the_threshold_decides(worker
     job_id = create(worker, spec)
     run_through(worker, job_id, StageName.DISTILLATION)
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
-    assert "merging" not in plan
+    assert plan["merging"] is None
     assert plan["prefill"]["distilled"]
     assert set(recorded(worker, job_id, StageName.REMOVAL)) == {"plan.json", "search.json"}
     assert stage_row(worker, job_id, StageName.DISTILLATION).metrics["merged"] == {}
@@ -403,8 +405,8 @@ def test_distillation_that_does_not_help_is_left_out_and_said_so(threshold: floa
     assert found["merged"] == {}  # no fit was better than its start, so that none was offered
     merging = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))["merging"]
     assert merging["weighed"]
-    assert bool(merging["pairs"]) == (threshold == 1.0)
-    assert not any(pair["offered"] for pair in merging["pairs"])
+    assert bool(merging["merges"]) == (threshold == 1.0)
+    assert not any(merge["offered"] for merge in merging["merges"])
     models = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]
     for half in ("prefill", "decode"):
         assert models[half]["perplexity"] == models[half]["undistilled_perplexity"]
@@ -730,9 +732,15 @@ def test_every_stage_can_be_stopped_before_each_block_it_runs(worker: Worker, mo
             nonlocal checks
             checks += 1
 
-        result = pipeline._execute(worker, claim, count)
+        finished = pipeline._execute(worker, claim, count)
         with transaction(worker.database) as session:
-            stages.complete(session, claim, artifacts=result.artifacts, metrics=result.metrics, versions={})
+            stages.complete(
+                session,
+                claim,
+                artifacts=finished.artifacts,
+                metrics=finished.result.model_dump(mode="json"),
+                versions={},
+            )
         assert checks >= 15, stage  # without those of blocks: 5 or fewer in scoring
 
 
@@ -776,10 +784,10 @@ def test_a_store_that_is_closed_to_us_fails_the_job_at_once(
 
 
 def test_a_full_disk_costs_an_attempt_not_the_job(worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(context: StageContext) -> dict[str, Any]:
+    def fill(context: StageContext) -> Result:
         with Path("/dev/full").open("wb", buffering=0) as disk:
             disk.write(b"x")
-        return {}
+        return RESULTS[StageName.SCORING]
 
     job_id = create(worker, tiny_spec(model))
     with monkeypatch.context() as patch:
@@ -812,7 +820,7 @@ def test_a_worker_that_comes_back_to_a_stage_taken_over_leaves_the_other_its_fol
     job_id = create(worker, tiny_spec(model))
     succeeded = STAGES[StageName.SCORING]
 
-    def be_overtaken(context: StageContext) -> dict[str, Any]:
+    def be_overtaken(context: StageContext) -> Result:
         """What a process does that was stopped for longer than its lease, and its successor meanwhile."""
         monkeypatch.setitem(STAGES, StageName.SCORING, let_the_other_go_first)
         with transaction(worker.database) as session:
@@ -822,7 +830,7 @@ def test_a_worker_that_comes_back_to_a_stage_taken_over_leaves_the_other_its_fol
         assert working.wait(60)
         raise ValueError("the first worker goes on, and stumbles")
 
-    def let_the_other_go_first(context: StageContext) -> dict[str, Any]:
+    def let_the_other_go_first(context: StageContext) -> Result:
         (context.out / "early").write_text("x")
         working.set()
         stumbled.wait(60)
@@ -859,11 +867,11 @@ def test_a_process_whose_stage_hangs_after_it_was_lost_is_given_up(
     monkeypatch.setattr("workers.running.lease.STUCK_S", 0.1)
     given_up = Event()
 
-    def hang(context: StageContext) -> dict[str, Any]:
+    def hang(context: StageContext) -> Result:
         with transaction(worker.database) as session:
             stages.time_out(session, job_id, StageName.SCORING, deadline_seconds=0.001, grace_seconds=0)
         assert given_up.wait(60)
-        return {}
+        return RESULTS[StageName.SCORING]
 
     job_id = create(worker, tiny_spec(model))
     monkeypatch.setitem(STAGES, StageName.SCORING, hang)

@@ -4,18 +4,19 @@ import socket
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from sqlalchemy import text
 
 from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from service.db import artifacts, jobs, stages
 from service.db.session import connect, migrate, transaction
 from service.settings import Settings
 from service.storage import StoreUnavailable, open_store
+from tests.found import RESULTS
 from tests.observing import lines, logged
 from tests.running import run_stage
 from tests.servers import free_ports
@@ -27,7 +28,7 @@ from workers.stages.context import StageContext
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 SECONDS = "pdtrim_worker_stage_duration_seconds"
-Stage = Callable[[StageContext], dict[str, Any]]
+Stage = Callable[[StageContext], Result]
 
 
 @pytest.fixture
@@ -52,13 +53,14 @@ def ended(worker: Worker, outcome: str) -> float:
     return worker.metrics.registry.get_sample_value(f"{SECONDS}_count", labels) or 0.0
 
 
-def writes(context: StageContext) -> dict[str, Any]:
-    context.write_json("a.json", [1, 2, 3])
-    return {}
+def writes(context: StageContext) -> Result:
+    found = RESULTS[StageName.SCORING]
+    context.write_json("a.json", found)
+    return found
 
 
 def raises(error: Exception) -> Stage:
-    def stage(context: StageContext) -> dict[str, Any]:
+    def stage(context: StageContext) -> Result:
         raise error
 
     return stage
@@ -86,7 +88,7 @@ def test_every_attempt_is_counted_by_its_outcome(
 def test_an_outcome_that_cannot_be_recorded_is_none_of_the_others(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose_the_database(context: StageContext) -> dict[str, Any]:
+    def lose_the_database(context: StageContext) -> Result:
         with worker.database.begin() as connection:
             connection.execute(text("ALTER TABLE stages RENAME TO hidden"))
         raise RuntimeError
@@ -117,14 +119,14 @@ def test_a_stages_log_lines_say_whose_they_are(worker: Worker, monkeypatch: pyte
 def test_lines_of_the_thread_that_renews_the_lease_carry_the_ids_too(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wait_for_a_warning(context: StageContext) -> dict[str, Any]:
+    def wait_for_a_warning(context: StageContext) -> Result:
         with worker.database.begin() as connection:
             connection.execute(text("ALTER TABLE stages RENAME TO hidden"))
         while "not renewed" not in stream.getvalue():
             context.check()
         with worker.database.begin() as connection:
             connection.execute(text("ALTER TABLE hidden RENAME TO stages"))
-        return {}
+        return RESULTS[StageName.SCORING]
 
     monkeypatch.setattr("workers.running.lease.HEARTBEAT_S", 0.02)
     with logged(worker.settings) as stream:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pdtrim.contract.frontier import ExportSpec, Frontier
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
+from pdtrim.contract.results import Plan
 from pdtrim.contract.spec import JobSpec
 from service.checking.frontier import read_frontier
 from service.db import artifacts, deletion, jobs
@@ -102,10 +103,10 @@ def test_another_export_takes_over_scores_and_search_and_outlives_the_job_it_was
     assert removal["prefill"] == searched["prefill"]
     assert removal["losses"]["prefill"] == pytest.approx(frontier.chosen.prefill.loss)
     assert removal["losses"]["decode"] == pytest.approx(of_two.loss)
-    assert removal.get("merging", {}).get("pairs") == searched.get("merging", {}).get("pairs")
+    assert removal["merging"] == searched["merging"]
     assert evaluation["models"]["decode"]["blocks"] == 3
     assert loaded_blocks(worker, child, "decode", tmp_path / "decode") == 3
-    plan = json.loads(content(worker, child, StageName.REMOVAL, "plan.json"))
+    plan = Plan.model_validate_json(content(worker, child, StageName.REMOVAL, "plan.json"))
     assert Frontier.from_plan(child, plan).decode == frontier.decode
     grandchild = cut(worker, child, 1, 3)
     again = run(worker, grandchild, StageName.SCORING, StageName.REMOVAL)

@@ -63,12 +63,12 @@ def test_the_harness_finds_the_choice_that_the_model_finds_likeliest(tmp_path: P
         for question in TASK.questions()
     ]
     assert 0 < sum(right) < len(right)
-    assert found["sums"]["acc"]["value"] == sum(right) / len(right)
-    assert found["sums"]["acc"]["stderr"] == pytest.approx(float(torch.tensor(right).float().std()) / len(right) ** 0.5)
+    assert found["sums"]["acc"].value == sum(right) / len(right)
+    assert found["sums"]["acc"].stderr == pytest.approx(float(torch.tensor(right).float().std()) / len(right) ** 0.5)
     assert found["sums"].keys() == {"acc", "acc_norm"}
     assert calls
     first = measure_tasks(model, tokenizer, load_tasks([TASK]), limit=5, seed=0, on_forward=lambda: None)
-    assert first["sums"]["acc"]["value"] == sum(right[:5]) / 5
+    assert first["sums"]["acc"].value == sum(right[:5]) / 5
 
 
 @harness
@@ -112,7 +112,7 @@ def test_the_harness_s_own_tasks_are_asked_by_name(tmp_path: Path, monkeypatch: 
     )
     assert found.keys() == {"arc_easy", "arc_challenge", "sums"}
     assert found["arc_easy"] == found["arc_challenge"]
-    assert 0 <= (found["arc_easy"]["acc"]["value"] or 0) <= 1
+    assert 0 <= (found["arc_easy"]["acc"].value or 0) <= 1
     with pytest.raises(InvalidRequest, match=r"arc_easy is part of evaluation.tasks\[0\] too") as overlapping:
         load_tasks([TASK.model_copy(update={"task": "arc_easy"}), "ai2_arc"])
     assert overlapping.value.param == "evaluation.tasks[1]"

@@ -25,6 +25,7 @@ from service.db.session import transaction
 from service.db.tables import PublicationRow, now
 from service.settings import Settings
 from service.upkeep.publishing import outbox
+from tests.found import RESULTS, evaluation, model_figures
 from tests.gateway import Gateway, problem_of, serve
 from tests.hub import use_hub
 from tests.hub_uploads import UploadHub, serve_upload_hub
@@ -32,12 +33,12 @@ from tests.processes import wait_until
 from tests.servers import free_ports
 from tests.tiny_job import write_tiny_model
 
-EVALUATION: dict[str, Any] = {
-    "models": {name: {"perplexity": {"value": 12.5}, "blocks": 5} for name in ("dense", "decode")},
-    "pair": {"distilled_loss": 3.25, "kv_layer_map": [0, 1], "kv_tokens": None},
-    "tasks": {"my task!": {"decode": {"acc": {"value": 0.75, "stderr": None}}}},
-}  # fmt: skip
-REMOVAL = {"losses": {"objective": "kl", "decode": 0.5, "controls": {"decode_only": 0.25}}, "evaluated": {"decode": 9}}
+FOUND = RESULTS | {
+    StageName.EVALUATION: evaluation(
+        models={name: model_figures(perplexity={"value": 12.5, "standard_error": 1}) for name in ("dense", "decode")},
+        tasks={"my task!": {"decode": {"acc": {"value": 0.75, "stderr": None}}}},
+    )
+}
 SHORT = {"calibration": {"window_tokens": 32}}
 TOKEN = "hf_" + "x" * 30
 
@@ -79,7 +80,6 @@ def play(gateway: Gateway, job_id: str, model: Path) -> None:
         StageName.EXPORT: {**files, "decode/README.md": b"# unmeasured"},
         StageName.EVALUATION: {**card, "figures/a.png": b"png"},
     }
-    metrics = {StageName.EVALUATION: EVALUATION, StageName.REMOVAL: REMOVAL}
     for stage in StageName:
         claim = gateway.claim(job_id, stage)
         recorded = []
@@ -88,8 +88,9 @@ def play(gateway: Gateway, job_id: str, model: Path) -> None:
             recorded.append(
                 stages.NewArtifact(name=name, key=key, **vars(gateway.app.state.store.put_bytes(key, content)))
             )
+        metrics = FOUND[stage].model_dump(mode="json")
         with transaction(gateway.engine) as session:
-            stages.complete(session, claim, artifacts=recorded, metrics=metrics.get(stage, {}), versions={"torch": "2"})
+            stages.complete(session, claim, artifacts=recorded, metrics=metrics, versions={"torch": "2"})
 
 
 def publish(gateway: Gateway) -> int:
@@ -143,7 +144,7 @@ def test_a_job_becomes_one_run_with_its_files_and_a_model_that_loads_however_oft
     assert (run.data.tags["pdtrim.job"], run.data.tags["pdtrim.metadata.team"]) == (job_id, "serving")
     assert run.data.params["search.algorithm"] == "annealing"
     assert run.data.params["decode.remove_blocks"] == "2"
-    wanted = {"decode.perplexity.value": 12.5, "pair.distilled_loss": 3.25, "search.losses.controls.decode_only": 0.25}
+    wanted = {"decode.perplexity.value": 12.5, "pair.distilled_loss": 3.2, "search.losses.controls.decode_only": 0.3}
     assert wanted.items() <= run.data.metrics.items()
     assert run.data.metrics["tasks.my task_.decode.acc.value"] == 0.75
     assert len(client.get_metric_history(run.info.run_id, "decode.perplexity.value")) == 1

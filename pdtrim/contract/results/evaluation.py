@@ -1,0 +1,100 @@
+"""What evaluation finds: what the checkpoints are worth and what they cost, beside the dense model."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pdtrim.contract.results.base import Result
+from pdtrim.contract.results.export import TokenRule
+
+REPORT = "report.json"
+"""The evaluation stage's artifact that holds the `EvaluationResult`."""
+
+
+class Perplexity(Result):
+    """Perplexity on validation windows, with its standard error over windows."""
+
+    value: float
+    standard_error: float
+
+
+class ModelFigures(Result):
+    """A checkpoint, or the dense model: what it gave up, what it is worth and what it costs."""
+
+    blocks: int
+    kept_blocks: list[int]
+    deleted_blocks: list[int]
+    distilled_blocks: dict[int, int] = Field(description="Block that went → the kept block that stands for both.")
+    mlp_channels: int | None = Field(default=None, description="Null where they differ between blocks.")
+    parameters: int
+    bytes: int = Field(description="Of its weights.")
+    perplexity: Perplexity
+    kl_to_dense: float = Field(description="KL(dense ‖ model) in nats a token.")
+    top1_agreement: float = Field(
+        description="Share of tokens for which the dense model finds the same next token most likely."
+    )
+    undistilled_perplexity: Perplexity | None = Field(description="Before distillation; null where nothing went.")
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    time_to_first_token_ms: float
+    inter_token_latency_ms: float
+    peak_memory_bytes: int | None = Field(default=None, description="Null where the device does not count it.")
+
+
+class KvBytes(Result):
+    """Bytes of keys and values of one request."""
+
+    tokens: int = Field(description="Of the request.")
+    dense: int
+    pruned: int
+    dense_sent: int = Field(description="What prefill would send to decode for the prompt, dense.")
+    sent: int = Field(description="What it sends.")
+
+
+class TokenRuleFigures(Result):
+    """What a token rule costs and saves."""
+
+    rule: TokenRule
+    loss: float = Field(description="The PD loss with it.")
+    bytes_sent: int
+    ratio: float = Field(description="Tokens that the dense model would send for one that is sent.")
+    ratio_asked: float | None = None
+    ratio_reached: bool | None = Field(default=None, description="Null where the job asked for no ratio.")
+
+
+class PairFigures(Result):
+    """What the two halves make of a request together. Losses are in nats a token of the continuation."""
+
+    prompt_tokens: int
+    continuation_tokens: int
+    dense_loss: float
+    pruned_loss: float = Field(description="Before distillation.")
+    distilled_loss: float
+    kv_layer_map: list[int] = Field(
+        description="For each layer of decode, the layer of prefill whose KV cache it reads."
+    )
+    kv_tokens: TokenRuleFigures | None = Field(default=None, description="Null where the job asked for none.")
+    kv_bytes_per_request: KvBytes
+
+
+class TaskMetric(Result):
+    """A metric of an evaluation task, and its standard error over questions; null where unknown or not finite."""
+
+    value: float | None
+    stderr: float | None
+
+
+TaskResult = dict[str, TaskMetric]
+"""By the metric's name."""
+
+
+class EvaluationResult(Result):
+    """What the evaluation stage found; also the content of `report.json`."""
+
+    models: dict[str, ModelFigures] = Field(
+        description="`dense`, and each checkpoint by role: `unified`, or `prefill` and `decode`."
+    )
+    pair: PairFigures
+    tasks: dict[str, dict[str, TaskResult]] = Field(
+        default_factory=dict, description="Task → model → metric, where the job names tasks."
+    )

@@ -1,0 +1,129 @@
+"""What removal finds: the units that each half gives up, what that costs, and what it is held against."""
+
+from __future__ import annotations
+
+from pydantic import AliasChoices, Field
+
+from pdtrim.contract.results.base import Halves, Result
+
+
+class HalfPlan(Result):
+    """What one half gives up. Blocks are named by their index in the dense model."""
+
+    num_blocks: int = Field(description="Blocks of the dense model.")
+    deleted: list[int] = Field(description="Blocks that go outright.")
+    distilled: dict[int, int] = Field(description="Block that goes → the kept neighbour that stands for both.")
+
+    @property
+    def removed(self) -> list[int]:
+        """Every block that goes, deleted or distilled."""
+        return sorted([*self.deleted, *self.distilled])
+
+
+class Controls(Result):
+    """Losses to hold the nested pair's against, on continuations."""
+
+    decode_set_in_both: float = Field(description="Where prefill gives up what decode does.")
+    decode_only: float = Field(description="Where prefill gives up nothing.")
+    non_nested: float | None = Field(
+        default=None,
+        description="Where decode need not give up what prefill does. Null where the job was cut from another, which "
+        "searches nothing.",
+    )
+    non_nested_removed: list[int] | None = Field(default=None, description="What decode gives up then.")
+
+
+class Losses(Result):
+    """Losses of the search's objective on the calibration windows, before distillation."""
+
+    objective: str = Field(examples=["kl"])
+    prefill: float = Field(description="Of the prefill half, on whole windows.")
+    decode: float = Field(description="Of the pair, on continuations.")
+    controls: Controls
+
+
+class BoundIncrease(Result):
+    """The increase of perplexity at a count that the search came by."""
+
+    remove_blocks: int
+    perplexity_increase: float
+
+
+class Bound(Result):
+    """What came of a bound on perplexity. Increases are fractions of the dense model's perplexity."""
+
+    max_perplexity_increase: float
+    perplexity_increase: float
+    met: bool = Field(description="Whether the chosen set keeps the bound.")
+    dense_perplexity: float
+    frontier: list[BoundIncrease]
+
+
+class Bounds(Halves[Bound | None]):
+    """The bound of each half; null where the job set none."""
+
+    prefill: Bound | None = None
+    decode: Bound | None = None
+
+
+class DenseLoss(Result):
+    """The dense model's losses, which those of `BlockWorth` are above."""
+
+    both: float
+    decode_only: float
+
+
+class BlockWorth(Result):
+    """The loss without one block alone."""
+
+    block: int
+    both: float = Field(description="Given up in both halves, on whole windows.")
+    decode_only: float = Field(description="Given up in decode alone, on continuations.")
+
+
+class Sensitivity(Result):
+    """What each block alone is worth; protected ones are left out."""
+
+    dense: DenseLoss
+    blocks: list[BlockWorth]
+
+
+class Merge(Result):
+    """A block fitted to stand for a removed one and for itself, and the held-out loss before and after the fit."""
+
+    removed: int
+    into: int = Field(description="The kept neighbour in whose place it runs.")
+    decode_only: bool = Field(description="Whether the fit leaves alone what makes keys and values.")
+    before: float
+    after: float
+    offered: bool = Field(description="Whether the search might choose it: the fit has to lower the loss.")
+
+
+class Merging(Result):
+    """Whether the search weighed merges against deletions, and the merges that it had."""
+
+    weighed: bool
+    reason: str | None = Field(default=None, description="Why it did not.")
+    # Earlier versions called them pairs.
+    merges: list[Merge] = Field(default_factory=list, validation_alias=AliasChoices("merges", "pairs"))
+
+
+class Removed(Halves[HalfPlan]):
+    """What each half gives up, and the losses that go with it."""
+
+    losses: Losses
+    bounds: Bounds = Field(default=Bounds())
+    sensitivity: Sensitivity | None = Field(default=None, description="Null in jobs of versions that measured none.")
+    merging: Merging | None = Field(default=None, description="Null where the job asked for no merging.")
+
+
+class SetsEvaluated(Halves[int]):
+    """How many sets of units the search evaluated for each half."""
+
+
+class RemovalResult(Removed):
+    """What the removal stage found."""
+
+    evaluated: SetsEvaluated | None = Field(default=None, description="Null where the job was cut from another.")
+    workers: int | None = Field(default=None, description="How many workers took part in the search.")
+    helpers_share: float | None = Field(default=None, description="The share of the losses that helpers measured.")

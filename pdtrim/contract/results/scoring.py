@@ -1,0 +1,36 @@
+"""What scoring finds: how redundant each block is."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pdtrim.contract.results.base import Result
+
+SCORES = "scores.json"
+"""The artifact that holds `BlockScores`."""
+
+
+class WindowCounts(Result):
+    """How many token windows the text was cut into, by what they are for."""
+
+    train: int
+    calibration: int
+    validation: int
+
+
+class ScoringResult(Result):
+    """What the scoring stage found."""
+
+    blocks: int = Field(description="Blocks of the dense model.")
+    cosine: list[float] = Field(
+        description="For each block the mean cosine of what enters and leaves it: the higher, the more redundant it is."
+    )
+    windows: WindowCounts
+
+
+class BlockScores(Result):
+    """The content of `scores.json`."""
+
+    cosine: list[float]
+    merge_errors: list[tuple[int, int, float]]
+    """Removed block, neighbour, and the error at which the neighbour starts to stand for both."""
