@@ -13,6 +13,7 @@ from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import transaction
 from service.db.tables import EventRow, JobRow, StageRow
+from tests.stored_jobs import store_job
 
 ID = "'job_' || lpad(to_hex(n), 32, '0')"
 """Older than every id that is made today."""
@@ -23,7 +24,7 @@ QUEUED_EVERY = 1000
 def _template(engine: Engine, spec: JobSpec) -> str:
     """A job that succeeded, with ten events."""
     with transaction(engine) as session:
-        job_id = jobs.create(session, spec, project="template").id
+        job_id = store_job(session, spec, project="template").id
     for stage in StageName:
         with transaction(engine) as session:
             claim = stages.claim(session, job_id, stage, worker="w", lease_seconds=60)

@@ -31,6 +31,7 @@ from service.db.session import connect, migrate, transaction
 from service.observing import logs
 from service.settings import Settings
 from tests import servers
+from tests.stored_jobs import store_job
 
 NOTHING = "/v1/nothing"
 SPEC = {
@@ -118,7 +119,7 @@ def serve() -> None:
     app = create_app(settings)
     engine = connect(settings.database_url)
     with transaction(engine) as session:
-        row = jobs.create(session, JobSpec.model_validate(SPEC), project="nothing")
+        row = store_job(session, JobSpec.model_validate(SPEC), project="nothing")
         shown = views.job(row, jobs.stages(session, [row.id])[row.id])
         session.rollback()
     engine.dispose()

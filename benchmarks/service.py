@@ -33,6 +33,7 @@ from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import transaction
 from tests import servers
+from tests.stored_jobs import store_job
 
 FEW = 40
 PATIENCE_S = 120.0
@@ -183,7 +184,7 @@ def filtered(count: int) -> list[tuple[str, str]]:
 def streaming(load: Load, target: Target, *, streams: int, reports: int, a_second: float) -> None:
     """Print what `streams` streams of one job receive, and what they cost."""
     with transaction(target.engine) as session:
-        job_id = jobs.create(session, JobSpec.model_validate(SPEC), project=DEFAULT_PROJECT).id
+        job_id = store_job(session, JobSpec.model_validate(SPEC), project=DEFAULT_PROJECT).id
     before, events = target.resident_bytes(), reports + REPORT_EVENTS
     load.begin(target, "streams", path=f"/v1/jobs/{job_id}/events", connections=streams, events=events)
     assert load.result() == "open"

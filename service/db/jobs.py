@@ -11,7 +11,7 @@ from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 from uuid_utils import uuid7
 
-from pdtrim.contract.access import DEFAULT_PROJECT, Quotas
+from pdtrim.contract.access import Quotas
 from pdtrim.contract.errors import (
     CursorNotFound,
     DeadlineExceeded,
@@ -23,7 +23,6 @@ from pdtrim.contract.errors import (
 )
 from pdtrim.contract.jobs import Action, JobStatus, Stage, StageName, StageStatus
 from pdtrim.contract.publications import PublicationTarget
-from pdtrim.contract.queues import DEFAULT_QUEUE
 from pdtrim.contract.spec import JobSpec
 from service.db import events, publications, quotas
 from service.db.tables import JobRow, StageRow, now
@@ -31,31 +30,6 @@ from service.observing import tracing
 
 EXISTS = col(JobRow.deleted_at).is_(None)
 LOOKED_THROUGH = 100
-
-
-def create(
-    session: Session,
-    spec: JobSpec,
-    *,
-    project: str = DEFAULT_PROJECT,
-    api_key: str | None = None,
-    limits: Quotas = quotas.NONE,
-    model_revision: str | None = None,
-    cut_from: str | None = None,
-    default_queue: str = DEFAULT_QUEUE,
-) -> JobRow:
-    """As `insert_new`; returns the row, to go on with it in the session."""
-    row, _, _ = insert_new(
-        session,
-        spec,
-        project=project,
-        api_key=api_key,
-        limits=limits,
-        model_revision=model_revision,
-        cut_from=cut_from,
-        default_queue=default_queue,
-    )
-    return session.get_one(JobRow, row.id)
 
 
 def insert_new(

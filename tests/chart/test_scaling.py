@@ -10,10 +10,10 @@ from sqlmodel import Session
 
 from pdtrim.contract.jobs import StageName, StageStatus
 from pdtrim.contract.spec import JobSpec
-from service.db import jobs
 from service.db.session import connect, transaction
 from service.db.tables import StageRow, now
 from tests.chart.rendering import KEDA, of_kind, render
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -27,7 +27,7 @@ def engine(postgres_database_url: str) -> Iterator[Engine]:
 
 def submit(session: Session, status: StageStatus, queue: str | None = None, *, held: bool = False) -> None:
     """A job whose first stage is in a state, or is held back until others end."""
-    job_id = jobs.create(session, SPEC.model_copy(update={"queue": queue})).id
+    job_id = store_job(session, SPEC.model_copy(update={"queue": queue})).id
     row = session.get_one(StageRow, (job_id, StageName.SCORING))
     row.status, row.sent_at = status, None if held else now()
 

@@ -20,6 +20,7 @@ from service.db.tables import StageRow
 from service.settings import Settings
 from tests import servers
 from tests.processes import running, wait_until
+from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 
 STAGE = StageName.DISTILLATION
@@ -49,7 +50,7 @@ def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
     engine = connect(postgres_database_url)
     spec = tiny_spec(write_tiny_model(tmp_path / "model"), distillation=LONG_HEALING)
     with transaction(engine) as session:
-        job_id = jobs.create(session, JobSpec.model_validate(spec)).id
+        job_id = store_job(session, JobSpec.model_validate(spec)).id
     settings = Settings(data_dir=tmp_path / "data", broker_url=empty_redis_url)
     queue.send(settings, queue.WakeUp(job_id, StageName.SCORING))
 

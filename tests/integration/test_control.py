@@ -32,6 +32,7 @@ from tests.hub import COMMIT, REPOSITORY, arriving_bytes, serve_hub, use_hub
 from tests.processes import wait_until
 from tests.running import run_stage
 from tests.servers import S3Server
+from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.running.attempt import Worker
 from workers.stages import STAGES
@@ -72,7 +73,7 @@ def worker(
 
 def create(worker: Worker, spec: dict[str, Any], revision: str | None = None) -> str:
     with transaction(worker.database) as session:
-        return jobs.create(session, JobSpec.model_validate(spec), model_revision=revision).id
+        return store_job(session, JobSpec.model_validate(spec), model_revision=revision).id
 
 
 def stage_row(worker: Worker, job_id: str, stage: StageName) -> StageRow:

@@ -17,6 +17,7 @@ from service.db import deletion, events, jobs
 from service.db.events import News
 from service.db.session import transaction
 from service.db.tables import EventRow
+from tests.stored_jobs import store_job
 from tests.unit.service.db.conftest import engine
 
 __all__ = ["engine"]
@@ -39,7 +40,7 @@ def found(*numbers: int, last: int, final: bool = False) -> News:
 
 def new_job(engine: Engine) -> str:
     with transaction(engine) as session:
-        return jobs.create(session, SPEC).id
+        return store_job(session, SPEC).id
 
 
 def append(engine: Engine, job_id: str, type_: str = "stage.progress") -> None:

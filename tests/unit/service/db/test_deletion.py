@@ -14,13 +14,14 @@ from service.db import deletion, jobs, stages
 from service.db.session import transaction
 from service.db.stages import LeaseLost
 from service.db.tables import JobRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
 def create_paused(engine: Engine) -> str:
     with transaction(engine) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
         jobs.request_pause(session, job_id)
     return job_id
 
@@ -69,7 +70,7 @@ def test_a_marked_job_cannot_be_changed_or_worked_on(engine: Engine) -> None:
 
 def test_a_worker_that_comes_back_to_a_deleted_job_steps_back(engine: Engine) -> None:
     with transaction(engine) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
         claim = stages.claim(session, job_id, StageName.SCORING, worker="asleep", lease_seconds=-1)
         assert claim is not None
         jobs.request_pause(session, job_id)
@@ -84,7 +85,7 @@ def test_a_worker_that_comes_back_to_a_deleted_job_steps_back(engine: Engine) ->
 
 def test_a_job_at_work_is_not_deleted_and_a_failed_one_is(engine: Engine) -> None:
     with transaction(engine) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
         claim = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=60)
         assert claim is not None
         jobs.request_pause(session, job_id)
@@ -97,7 +98,7 @@ def test_a_job_at_work_is_not_deleted_and_a_failed_one_is(engine: Engine) -> Non
 
 def test_only_jobs_that_finished_before_a_time_are_marked_by_it_and_once(engine: Engine) -> None:
     with transaction(engine) as session:
-        finished, unfinished = (jobs.create(session, SPEC).id for _ in range(2))
+        finished, unfinished = (store_job(session, SPEC).id for _ in range(2))
         jobs.request_cancel(session, finished)
     for seconds, expected in ((-60, []), (60, [finished]), (60, [])):
         with transaction(engine) as session:
@@ -109,7 +110,7 @@ def test_only_jobs_that_finished_before_a_time_are_marked_by_it_and_once(engine:
 
 def test_those_that_finished_first_are_marked_first(engine: Engine) -> None:
     with transaction(engine) as session:
-        third, first, second = (jobs.create(session, SPEC).id for _ in range(3))
+        third, first, second = (store_job(session, SPEC).id for _ in range(3))
         for job_id in (first, second, third):
             jobs.request_cancel(session, job_id)
     before = now() + timedelta(seconds=60)

@@ -30,6 +30,7 @@ from service.db import deliveries, events, jobs, stages, webhooks
 from service.db.deliveries import DeliveryClaim
 from service.db.session import transaction
 from service.db.tables import DeliveryRow, EventRow, WebhookRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate(
     {
@@ -51,7 +52,7 @@ def new_hook(engine: Engine, *wanted: WebhookEvent, project: str = "default") ->
 
 def new_job(engine: Engine, project: str = "default") -> str:
     with transaction(engine) as session:
-        return jobs.create(session, SPEC, project=project).id
+        return store_job(session, SPEC, project=project).id
 
 
 def written(engine: Engine, webhook_id: str) -> list[DeliveryRow]:

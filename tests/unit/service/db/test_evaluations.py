@@ -17,6 +17,7 @@ from service.db.evaluations import Answer
 from service.db.session import transaction
 from service.db.stages import Claim, LeaseLost
 from service.db.tables import EvaluationRow, HelperRow, JobRow, StageRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate(
     {
@@ -33,7 +34,7 @@ LOSSES = [[0.1, 1 / 3], [2.5e-17, 1e300]]
 def held(engine: Engine) -> Claim:
     """The removal stage of a job, as its worker holds it."""
     with transaction(engine) as session:
-        job = jobs.create(session, SPEC)
+        job = store_job(session, SPEC)
         for row in jobs.stages(session, [job.id])[job.id]:
             row.status = StageStatus.QUEUED if row.name == StageName.REMOVAL else StageStatus.SUCCEEDED
     return take(engine, job.id)
@@ -252,7 +253,7 @@ def test_nothing_is_left_of_a_search_that_is_over_or_whose_job_is_deleted(engine
 
 def test_only_a_stage_that_waits_for_longer_than_a_worker_takes_counts_as_waiting(engine: Engine) -> None:
     with transaction(engine) as session:
-        job = jobs.create(session, SPEC)
+        job = store_job(session, SPEC)
         row = session.get_one(StageRow, (job.id, StageName.SCORING))
 
         def waits(*queues: str) -> bool:

@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from pdtrim.contract.spec import JobSpec
 from service.db import deletion, events, jobs, notices
 from service.db.session import connect, transaction
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -18,7 +19,7 @@ SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks"
 def new_job(engine: Engine, count: int = 1) -> str:
     """A job with so many events."""
     with transaction(engine) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
         for number in range(2, count + 1):
             events.append(session, job_id, "stage.progress", f"{number}")
     return job_id

@@ -16,6 +16,7 @@ from service.db import idempotency, jobs
 from service.db.idempotency import Answered, KeyClaim
 from service.db.session import transaction
 from service.db.tables import IdempotencyRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -33,7 +34,7 @@ def taken(engine: Engine, **changes: str) -> KeyClaim:
 
 def create(engine: Engine, claim: KeyClaim) -> str:
     with transaction(engine) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
         idempotency.settle(session, claim, job_id, {"id": job_id})
     return job_id
 

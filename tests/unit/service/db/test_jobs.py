@@ -11,12 +11,13 @@ from pdtrim.contract.jobs import ErrorInfo, JobStatus, StageName, StageStatus
 from pdtrim.contract.spec import JobSpec
 from service.db import jobs, stages
 from service.db.session import migrate, schema_is_current, transaction
+from tests.stored_jobs import store_job
 
 
 def create_job(engine: Engine, **metadata: str) -> str:
     spec = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}, "metadata": metadata}
     with transaction(engine) as session:
-        return jobs.create(session, JobSpec.model_validate(spec)).id
+        return store_job(session, JobSpec.model_validate(spec)).id
 
 
 def test_migrating_twice_changes_nothing(engine: Engine) -> None:

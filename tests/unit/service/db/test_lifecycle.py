@@ -40,6 +40,7 @@ from service.db import deletion, jobs, stages
 from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 STAGES = list(StageName)
@@ -147,7 +148,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def create_job(self, finished: int) -> str:
         with transaction(self.engine) as session:
-            job_id = jobs.create(session, SPEC).id
+            job_id = store_job(session, SPEC).id
         self.expected[job_id], self.claims[job_id] = Expected(), []
         for position in range(finished):
             self.take(job_id, position, alive=True)

@@ -18,6 +18,7 @@ from service.db import deletion, jobs, keys, quotas, stages
 from service.db.session import transaction
 from service.db.stages import Claim, NewArtifact
 from service.db.tables import JobRow, StageRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 RESEND = 30.0
@@ -37,7 +38,7 @@ def create(
 ) -> str:  # fmt: skip
     limits = Quotas(max_queued_jobs=queued, max_running_jobs=running, max_artifact_bytes=kept)
     with transaction(engine) as session:
-        return jobs.create(session, SPEC, project=project, api_key=api_key, limits=limits).id
+        return store_job(session, SPEC, project=project, api_key=api_key, limits=limits).id
 
 
 def take(

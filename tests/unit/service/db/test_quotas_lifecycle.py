@@ -32,6 +32,7 @@ from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim, LeaseLost
 from service.db.tables import JobRow, now
 from service.db.urgency import most_urgent
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 LIMITS = Quotas(max_running_jobs=2, max_queued_jobs=3)
@@ -75,7 +76,7 @@ class Life(RuleBasedStateMachine):
         spec = SPEC.model_copy(update={"queue": self.queues[queue], "priority": priority})
         try:
             with transaction(self.engine) as session:
-                job_id = jobs.create(session, spec, project=self.project, limits=LIMITS).id
+                job_id = store_job(session, spec, project=self.project, limits=LIMITS).id
                 self.send(session, job_id)
                 self.jobs.append(job_id)
         except QueueQuotaExceeded:

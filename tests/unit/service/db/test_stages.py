@@ -16,13 +16,14 @@ from service.db import artifacts, events, jobs, stages
 from service.db.session import connect, transaction
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.db.tables import JobRow, StageRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
 def create_job(engine: Engine, *, deadline_seconds: float | None = None) -> str:
     with transaction(engine) as session:
-        return jobs.create(session, SPEC.model_copy(update={"deadline_seconds": deadline_seconds})).id
+        return store_job(session, SPEC.model_copy(update={"deadline_seconds": deadline_seconds})).id
 
 
 def begun_long_ago(engine: Engine, job_id: str, *, seconds: float) -> None:
@@ -477,7 +478,7 @@ def test_a_job_that_was_to_stop_stops_when_its_worker_is_asked_to_end(
 def test_what_is_due_is_sent_in_portions_oldest_job_first(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "DUE_AT_ONCE", 2)
     with transaction(engine) as session:
-        job_ids = [jobs.create(session, SPEC).id for _ in range(3)]
+        job_ids = [store_job(session, SPEC).id for _ in range(3)]
     portions = []
     for _ in range(3):
         with transaction(engine) as session:

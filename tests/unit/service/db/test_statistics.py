@@ -14,13 +14,14 @@ from service.db import deletion, jobs, stages
 from service.db import statistics as figures
 from service.db.session import connect, migrate, transaction
 from service.db.tables import EventRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
 def create(engine: Engine) -> str:
     with transaction(engine) as session:
-        return jobs.create(session, SPEC).id
+        return store_job(session, SPEC).id
 
 
 def take(engine: Engine, job_id: str, stage: StageName) -> stages.Claim:

@@ -20,6 +20,7 @@ from service.db import jobs, quotas, stages, urgency
 from service.db.session import connect, migrate, transaction
 from service.db.stages import Claim
 from service.db.tables import JobRow, StageRow, now
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 HIGH, NORMAL, LOW = Priority
@@ -31,7 +32,7 @@ def create(
 ) -> str:  # fmt: skip
     spec = SPEC.model_copy(update={"priority": priority, "queue": queue})
     with transaction(engine) as session:
-        return jobs.create(session, spec, project=project, limits=Quotas(max_running_jobs=running)).id
+        return store_job(session, spec, project=project, limits=Quotas(max_running_jobs=running)).id
 
 
 def take(engine: Engine, *queues: str, running: int | None = None) -> Claim | None:

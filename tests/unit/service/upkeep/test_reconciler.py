@@ -27,6 +27,7 @@ from service.storage import ArtifactStore, StoreUnavailable, open_store
 from service.upkeep.reconciler import _repeat, purge, sweep
 from tests.processes import wait_until
 from tests.servers import free_ports
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -52,7 +53,7 @@ def store(settings: Settings) -> ArtifactStore:
 def deleted(engine: Engine, store: ArtifactStore, files: int = 3) -> str:
     """A job that is marked as deleted, with files."""
     with transaction(engine) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
         jobs.request_cancel(session, job_id)
         deletion.mark(session, job_id)
     for number in range(files):
@@ -72,7 +73,7 @@ def test_a_job_whose_worker_died_before_it_stopped_is_stopped(
     ask: Callable[[Session, str], JobRow], ended: JobStatus, engine: Engine, settings: Settings
 ) -> None:
     with transaction(engine) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
         stages.claim(session, job_id, StageName.SCORING, worker="dead", lease_seconds=0.0)
         assert ask(session, job_id).status != ended
 
@@ -153,7 +154,7 @@ def test_finished_jobs_go_when_they_are_older_than_the_retention(
 ) -> None:
     long_ago = now() - timedelta(days=3)
     with transaction(engine) as session:
-        old, resumed, young, paused = (jobs.create(session, SPEC) for _ in range(4))
+        old, resumed, young, paused = (store_job(session, SPEC) for _ in range(4))
         for job in (old, resumed, young):
             jobs.request_cancel(session, job.id)
         jobs.request_pause(session, paused.id)
@@ -175,7 +176,7 @@ def test_finished_jobs_go_in_their_order_while_more_is_kept_than_the_retention(
     engine: Engine, store: ArtifactStore, settings: Settings
 ) -> None:
     with transaction(engine) as session:
-        found = [jobs.create(session, SPEC) for _ in range(5)]
+        found = [store_job(session, SPEC) for _ in range(5)]
         paused, *finished = found
         jobs.request_pause(session, paused.id)
         for hours, job in enumerate(finished):
@@ -235,7 +236,7 @@ def test_what_a_broker_that_is_away_did_not_take_is_sent_as_soon_as_it_is_back(
 ) -> None:
     with transaction(engine) as session:
         for _ in range(2):
-            jobs.create(session, SPEC)
+            store_job(session, SPEC)
         for row in session.exec(select(StageRow)):
             row.sent_at = None
 

@@ -28,7 +28,7 @@ from pdtrim.contract.webhooks import (
     WebhookSpec,
 )
 from service.app import create_app
-from service.db import deliveries, jobs, webhooks
+from service.db import deliveries, webhooks
 from service.db.session import connect, migrate, transaction
 from service.db.tables import DeliveryRow, WebhookRow, now
 from service.settings import Settings
@@ -37,6 +37,7 @@ from service.upkeep.outbound import Outbound
 from service.upkeep.reconciler import deliver
 from service.upkeep.webhooks import DELAYS, JITTER, LONGEST_DELAY, MAX_TRIES, policy
 from tests.receiver import Received, Reply, receiving
+from tests.stored_jobs import store_job
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -62,7 +63,7 @@ def new_hook(engine: Engine, url: str, *wanted: WebhookEvent, format_: MessageFo
 
 def new_job(engine: Engine) -> str:
     with transaction(engine) as session:
-        return jobs.create(session, SPEC).id
+        return store_job(session, SPEC).id
 
 
 def hook_of(engine: Engine, webhook_id: str) -> WebhookRow:

@@ -42,6 +42,7 @@ from service.settings import Settings
 from service.storage import StoreRefused, open_store
 from tests.found import RESULTS
 from tests.running import run_stage
+from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 from tests.unit.workers.pruning.models import loaded_whole
 from workers.pruning.model.blocks import block_stack
@@ -76,7 +77,7 @@ def model(tmp_path: Path) -> Path:
 
 def create(worker: Worker, spec: dict[str, Any]) -> str:
     with transaction(worker.database) as session:
-        return jobs.create(session, JobSpec.model_validate(spec)).id
+        return store_job(session, JobSpec.model_validate(spec)).id
 
 
 def retire(worker: Worker, job_id: str, stage: StageName) -> None:

@@ -27,6 +27,7 @@ from service.settings import Settings
 from service.storage import open_store
 from tests.processes import wait_until
 from tests.running import run_stage
+from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.inputs.models import numerics
 from workers.pruning.search.batches import Evaluation
@@ -77,7 +78,7 @@ def worker(tmp_path: Path, model: Path) -> Worker:
 def scored(worker: Worker, spec: dict[str, Any], **search: Any) -> str:
     spec = {**spec, "search": {**spec["search"], **search}}
     with transaction(worker.database) as session:
-        job_id = jobs.create(session, JobSpec.model_validate(spec)).id
+        job_id = store_job(session, JobSpec.model_validate(spec)).id
     run_stage(worker, job_id, StageName.SCORING)
     return job_id
 
@@ -283,7 +284,7 @@ def test_a_helper_makes_room_for_a_stage_that_waits_and_leaves_when_nothing_come
     with helping_worker(worker, job_id, "a") as thread:
         wait_until(lambda: bool(helpers(worker)))
         with transaction(worker.database) as session:
-            other = jobs.create(session, JobSpec.model_validate(spec)).id
+            other = store_job(session, JobSpec.model_validate(spec)).id
         thread.join(10)
         assert not thread.is_alive()
     with helping_worker(worker, job_id, "b"):

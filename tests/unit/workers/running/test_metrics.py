@@ -12,7 +12,7 @@ from sqlalchemy import text
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
-from service.db import artifacts, jobs, stages
+from service.db import artifacts, stages
 from service.db.session import connect, migrate, transaction
 from service.settings import Settings
 from service.storage import StoreUnavailable, open_store
@@ -20,6 +20,7 @@ from tests.found import RESULTS
 from tests.observing import lines, logged
 from tests.running import run_stage
 from tests.servers import free_ports
+from tests.stored_jobs import store_job
 from workers.running.attempt import Worker
 from workers.running.lease import StopRequested
 from workers.running.metrics import WorkerMetrics
@@ -43,7 +44,7 @@ def run(worker: Worker, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a new job's first stage with another content; returns the job's id."""
     monkeypatch.setitem(STAGES, StageName.SCORING, stage)
     with transaction(worker.database) as session:
-        job_id = jobs.create(session, SPEC).id
+        job_id = store_job(session, SPEC).id
     run_stage(worker, job_id, StageName.SCORING)
     return job_id
 

@@ -24,6 +24,7 @@ from service.settings import Settings
 from service.storage import open_store
 from tests.processes import wait_until
 from tests.running import small, working
+from tests.stored_jobs import store_job
 from workers.running.attempt import Worker, run_most_urgent
 from workers.stages import STAGES
 
@@ -50,7 +51,7 @@ def engine(settings: Settings) -> Iterator[Engine]:
 
 
 def create(session: Session, priority: Priority = Priority.NORMAL, queue: str = "default") -> str:
-    return jobs.create(session, SPEC.model_copy(update={"priority": priority, "queue": queue})).id
+    return store_job(session, SPEC.model_copy(update={"priority": priority, "queue": queue})).id
 
 
 def submit(engine: Engine, settings: Settings, **wanted: Priority | str) -> str:

@@ -20,6 +20,7 @@ from service.db.tables import JobRow, StageRow
 from service.settings import Settings
 from service.storage import job_prefix, open_store
 from tests.running import run_stage
+from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.running.attempt import Worker
 
@@ -35,7 +36,7 @@ def worker(tmp_path: Path) -> Worker:
 
 def create(worker: Worker, spec: JobSpec, cut_from: str | None = None) -> str:
     with transaction(worker.database) as session:
-        return jobs.create(session, spec, cut_from=cut_from).id
+        return store_job(session, spec, cut_from=cut_from).id
 
 
 def cut(worker: Worker, parent: str, prefill: int, decode: int) -> str:
