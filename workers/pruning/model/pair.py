@@ -92,19 +92,3 @@ def pd_loss(
         targets = ids[:, prompt_tokens:]
         total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
     return total / windows[:, prompt_tokens:].numel()
-
-
-@torch.no_grad()
-def generate_pair(
-    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, *, new_tokens: int
-) -> Tensor:
-    """Greedy continuation (batch, new_tokens) of prompts `ids` (batch, time); prefill gives the first token."""
-    prompt = prefill(
-        input_ids=ids, past_key_values=DynamicCache(config=prefill.config), use_cache=True, logits_to_keep=1
-    )
-    cache = handover(prompt.past_key_values, layer_map, decode.config)
-    tokens = [prompt.logits[:, -1].argmax(-1, keepdim=True)]
-    for _ in range(new_tokens - 1):
-        step = decode(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-        tokens.append(step.logits[:, -1].argmax(-1, keepdim=True))
-    return torch.cat(tokens, dim=1)

@@ -254,26 +254,6 @@ def heal(
     return train_on(sequence_loss(student, teacher, kept, losses), parameters, windows, held_out, settings, journal)
 
 
-def heal_decode(
-    prefill: PreTrainedModel,
-    student: PreTrainedModel,
-    layer_map: Sequence[int],
-    teacher: PreTrainedModel,
-    kept: Sequence[int],
-    parameters: Mapping[str, nn.Parameter],
-    *,
-    prompt_tokens: int,
-    losses: LossWeights = HEALING,
-    windows: Tensor,
-    held_out: Tensor,
-    settings: TrainingSettings,
-    journal: Journal,
-) -> TrainingResult:
-    """Train `parameters` of the decode `student` as `continuation_loss` says."""
-    loss_of = continuation_loss(prefill, student, layer_map, teacher, kept, losses, prompt_tokens=prompt_tokens)
-    return train_on(loss_of, parameters, windows, held_out, settings, journal)
-
-
 def train_on(
     loss_of: Loss,
     parameters: Mapping[str, nn.Parameter],

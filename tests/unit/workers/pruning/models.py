@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -32,6 +33,7 @@ from transformers import (
 
 import workers
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.pair import handover
 
 FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-mixed", "qwen3")
 """For what the same code does to every family."""
@@ -164,3 +166,17 @@ def reference_windows(split: Split, count: int, tokens: int) -> torch.Tensor:
     """Windows (count, tokens) of the standard library's source; do not change them."""
     stream = token_stream(stdlib_documents(split), reference_tokenizer(), at_least=2 * count * tokens)
     return cut_windows(stream, count=count, tokens=tokens, seed=0)
+
+
+@torch.no_grad()
+def continued_by_pair(
+    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: torch.Tensor, *, new_tokens: int
+) -> torch.Tensor:
+    """Greedy continuation (batch, new_tokens) of prompts `ids` (batch, time) with caches of transformers alone."""
+    prompt = prefill(input_ids=ids, past_key_values=DynamicCache(config=prefill.config), use_cache=True)
+    cache = handover(prompt.past_key_values, layer_map, decode.config)
+    tokens = [prompt.logits[:, -1].argmax(-1, keepdim=True)]
+    for _ in range(new_tokens - 1):
+        step = decode(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+        tokens.append(step.logits[:, -1].argmax(-1, keepdim=True))
+    return torch.cat(tokens, dim=1)

@@ -19,6 +19,7 @@ from tests.unit.workers.pruning.models import (
     REFERENCE,
     TOLERANCE,
     continued,
+    continued_by_pair,
     random_ids,
     reference_model,
     reference_windows,
@@ -26,7 +27,7 @@ from tests.unit.workers.pruning.models import (
 )
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
-from workers.pruning.model.pair import generate_pair, handover, kv_cache_bytes, pair_logits, pd_loss
+from workers.pruning.model.pair import handover, kv_cache_bytes, pair_logits, pd_loss
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.repair.distill import load_tensors
 
@@ -48,13 +49,13 @@ def test_the_dense_pair_generates_what_the_dense_model_generates(family: str) ->
     model, ids = tiny_model(family), random_ids(2, 12)
     model.generation_config.eos_token_id = None
     expected = continued(model, ids, 9)
-    assert torch.equal(generate_pair(model, model, ALL, ids, new_tokens=9), expected[:, 12:])
+    assert torch.equal(continued_by_pair(model, model, ALL, ids, new_tokens=9), expected[:, 12:])
 
 
 def test_the_prefill_cache_is_not_changed_by_decoding() -> None:
     model, ids = tiny_model("llama"), random_ids(1, 12)
-    one = generate_pair(model, drop_blocks(model, {2}), [0, 1, 3, 4], ids, new_tokens=6)
-    again = generate_pair(model, drop_blocks(model, {2}), [0, 1, 3, 4], ids, new_tokens=6)
+    one = continued_by_pair(model, drop_blocks(model, {2}), [0, 1, 3, 4], ids, new_tokens=6)
+    again = continued_by_pair(model, drop_blocks(model, {2}), [0, 1, 3, 4], ids, new_tokens=6)
     assert torch.equal(one, again)
 
 

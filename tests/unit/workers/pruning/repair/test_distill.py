@@ -16,7 +16,16 @@ from tests.unit.workers.pruning.models import (
 )
 from workers.pruning.model.blocks import block_stack, capture_calls, drop_blocks
 from workers.pruning.model.measure import perplexity
-from workers.pruning.repair.distill import heal, heal_decode, kv_tensor_names, load_tensors, merge, trainable
+from workers.pruning.repair.distill import (
+    HEALING,
+    continuation_loss,
+    heal,
+    kv_tensor_names,
+    load_tensors,
+    merge,
+    train_on,
+    trainable,
+)
 from workers.pruning.repair.training import Journal, TrainingSettings
 
 FAST = TrainingSettings(steps=6, batch_windows=4, learning_rate=5e-4, seed=0)
@@ -91,14 +100,9 @@ def test_healing_decode_trains_decode_alone_and_keeps_what_is_frozen() -> None:
         for name in frozen & dict(weights.named_parameters()).keys()
     }
     ids = random_ids(8, 16)
-    result = heal_decode(
-        prefill,
-        student,
-        [0, 1, 3],
-        teacher,
-        [0, 2, 4],
+    result = train_on(
+        continuation_loss(prefill, student, [0, 1, 3], teacher, [0, 2, 4], HEALING, prompt_tokens=8),
         trainable(weights, [0, 2, 4], frozen=frozen),
-        prompt_tokens=8,
         windows=ids,
         held_out=ids,
         settings=TrainingSettings(steps=10, batch_windows=4, learning_rate=5e-3, seed=0),

@@ -20,7 +20,7 @@ from tests.unit.workers.pruning.models import (
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.model.measure import perplexity
-from workers.pruning.repair.distill import heal, heal_decode, kv_tensor_names
+from workers.pruning.repair.distill import HEALING, continuation_loss, heal, kv_tensor_names, train_on
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.training import Journal, TrainingSettings
 
@@ -96,14 +96,9 @@ def test_a_block_distilled_for_decode_alone_has_no_adapter_where_it_makes_keys_a
     }
     sent = prefill(input_ids=IDS, use_cache=True).past_key_values.layers[2]
     with lora_adapters(student, healed, rank=4, alpha=8.0, seed=0) as adapters:
-        result = heal_decode(
-            prefill,
-            student,
-            [0, 2, 4],
-            teacher,
-            [0, 2, 4],
+        result = train_on(
+            continuation_loss(prefill, student, [0, 2, 4], teacher, [0, 2, 4], HEALING, prompt_tokens=8),
             adapters,
-            prompt_tokens=8,
             windows=IDS,
             held_out=IDS,
             settings=FAST,

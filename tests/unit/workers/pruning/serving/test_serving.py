@@ -15,10 +15,18 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from tests.unit.workers.pruning.models import FAMILIES, OTHERS, REFERENCE, random_ids, reference_windows, tiny_model
+from tests.unit.workers.pruning.models import (
+    FAMILIES,
+    OTHERS,
+    REFERENCE,
+    continued_by_pair,
+    random_ids,
+    reference_windows,
+    tiny_model,
+)
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
-from workers.pruning.model.pair import generate_pair, kv_cache_bytes
+from workers.pruning.model.pair import kv_cache_bytes
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving.handover import (
     EVERY_TOKEN,
@@ -62,7 +70,7 @@ def export(folder: Path, removed: dict[str, set[int]], **pdtrim: object) -> None
 @pytest.mark.parametrize("family", FAMILIES + OTHERS)
 def test_a_pair_continues_as_plain_transformers_caches_do(family: str) -> None:
     pair, ids = tiny_pair(family), random_ids(2, 12)
-    expected = generate_pair(pair.prefill_half.model, pair.decode_half.model, LAYER_MAP, ids, new_tokens=12)
+    expected = continued_by_pair(pair.prefill_half.model, pair.decode_half.model, LAYER_MAP, ids, new_tokens=12)
     assert torch.equal(pair.decode(pair.prefill(ids), 12), expected)
 
 
@@ -188,7 +196,7 @@ def test_checkpoints_that_hold_no_rule_send_every_token(tmp_path: Path) -> None:
     pair = PrefillDecodePair.load(tmp_path / "prefill", tmp_path / "decode", dtype=torch.float32)
     ids = reference_windows("validation", 2, 48)
     prefill, decode = pair.prefill_half, pair.decode_half
-    expected = generate_pair(prefill.model, decode.model, prefill.layer_map, ids, new_tokens=NEW_TOKENS)
+    expected = continued_by_pair(prefill.model, decode.model, prefill.layer_map, ids, new_tokens=NEW_TOKENS)
     assert pair.prefill_half.layer_map == (0, 1, 2, 4, 5, 6, 8, 9)
     assert torch.equal(pair.decode(pair.prefill(ids), NEW_TOKENS), expected)
 
