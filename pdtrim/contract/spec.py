@@ -131,11 +131,9 @@ class CalibrationSpec(SpecModel):
 class SearchSpec(SpecModel):
     """The search over sets of removed blocks."""
 
-    algorithm: Literal["annealing", "greedy", "lazy_greedy", "exhaustive"] = Field(
+    algorithm: Literal["annealing", "greedy", "exhaustive"] = Field(
         default="annealing",
-        description="`annealing` starts from greedy's result, so it is never worse than greedy. `lazy_greedy` takes a "
-        "fraction of greedy's evaluations; it equals greedy where removing a block costs no less the more others are "
-        "gone (a submodular objective), which no model promises.",
+        description="`annealing` starts from greedy's result, so it is never worse than greedy.",
     )
     objective: Literal["kl", "cross_entropy", "hidden"] = Field(
         default="kl",

@@ -18,7 +18,6 @@ from pdtrim.contract.errors import (
 )
 from pdtrim.contract.frontier import ExportSpec, Frontier
 from pdtrim.contract.jobs import Job
-from pdtrim.contract.spec import JobSpec
 from service.api import examples
 from service.api.auth import declared
 from service.api.deps import EngineDep, JobId, SettingsDep, StoreDep, json_only
@@ -28,6 +27,7 @@ from service.checking import preflight
 from service.checking.frontier import read_frontier
 from service.db import jobs
 from service.db.session import transaction
+from service.db.specs import spec_of
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[declared])
 
@@ -82,7 +82,7 @@ def create_export(
         )
         with transaction(engine) as session:
             parent = jobs.get(session, job_id)
-        spec = wanted.job(JobSpec.model_validate(parent.spec))
+        spec = wanted.job(spec_of(parent))
         # The scores are of that commit.
         pinned = spec.model.model_copy(update={"revision": parent.model_revision})
         preflight.check(spec.model_copy(update={"model": pinned}), settings)

@@ -14,7 +14,6 @@ from pdtrim.contract.errors import (
 )
 from pdtrim.contract.jobs import Page
 from pdtrim.contract.publications import Publication
-from pdtrim.contract.spec import JobSpec
 from service.api import examples
 from service.api.auth import declared
 from service.api.deps import EngineDep, JobId, SettingsDep
@@ -22,6 +21,7 @@ from service.api.problems import documented
 from service.checking.targets import check_push, targets
 from service.db import jobs, publications, views
 from service.db.session import transaction
+from service.db.specs import spec_of
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/publications", tags=["publications"], dependencies=[declared])
 
@@ -56,7 +56,7 @@ def list_publications(job_id: JobId, engine: EngineDep) -> Page[Publication]:
 def publish_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Page[Publication]:
     """Hand the job on to all that the service has now, in seconds, or when it succeeds. What a target has, it keeps."""
     with transaction(engine) as session:
-        spec = JobSpec.model_validate(jobs.get(session, job_id).spec)
+        spec = spec_of(jobs.get(session, job_id))
         check_push(spec, settings)
         wanted = targets(spec, settings)
         if not wanted:

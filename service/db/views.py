@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 
 from pdtrim.contract.jobs import AnyStage, Artifact, ErrorInfo, Event, Job, JobStatus, Page, Stage, StageStatus
 from pdtrim.contract.publications import Publication
-from pdtrim.contract.spec import JobSpec
 from pdtrim.contract.webhooks import Delivery, Webhook
+from service.db.specs import spec_of
 from service.db.tables import ArtifactRow, DeliveryRow, EventRow, JobRow, PublicationRow, StageRow, WebhookRow, now
 
 STAGES: TypeAdapter[list[AnyStage]] = TypeAdapter(list[AnyStage])
@@ -22,7 +22,7 @@ def job(row: JobRow, stages: Sequence[StageRow | Stage]) -> Job:
     return Job(
         id=row.id,
         status=JobStatus(row.status),
-        spec=JobSpec.model_validate(row.spec),
+        spec=spec_of(row),
         queue=row.queue,
         metadata=row.labels,
         stages=STAGES.validate_python(list(stages)),

@@ -21,10 +21,10 @@ from structlog.contextvars import bound_contextvars
 from pdtrim.contract.errors import JobNotFound, ParentDeleted, PDTrimError
 from pdtrim.contract.jobs import RESULTS, ErrorInfo, StageName
 from pdtrim.contract.results import Result
-from pdtrim.contract.spec import JobSpec
 from service import queue
 from service.db import artifacts, jobs, stages
 from service.db.session import DATABASE_FAULTS, transaction
+from service.db.specs import spec_of
 from service.db.stages import Claim, LeaseLost, NewArtifact
 from service.db.tables import ArtifactRow, JobRow
 from service.db.urgency import most_urgent
@@ -270,7 +270,7 @@ def stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, pub
         )
 
     job, recorded, parent = worker.transact(read)
-    spec = JobSpec.model_validate(job.spec)
+    spec = spec_of(job)
     publish(0.0, "Loading the model.", {})
     return StageContext(
         job_id=claim.job_id,

@@ -1,20 +1,16 @@
-"""Search of the set of blocks whose removal costs least: annealing, greedy, lazy greedy, exhaustive.
+"""Search of the set of blocks whose removal costs least: annealing, greedy, exhaustive.
 
 Blocks are deleted, or distilled where there are fitted pairs: sets are of units (`workers/pruning/model/units.py`),
-one for each block that goes. Every algorithm walks the removed counts upwards. Simulated
-annealing lets greedy walk them all
-first, so that it soon has a set for every count and never ends above greedy; then it moves by swapping removed blocks
-with kept ones, or one way to give up a block with another, and accepts by Metropolis under geometric cooling. Lazy
-greedy (Minoux 1978) evaluates again only the blocks whose cost at an earlier count is still the lowest: it equals
-greedy where a block's removal costs no less the more others are gone (where the negated loss is submodular), which a
-neural network does not promise. All are functions of the losses, the constraints and the seed alone: repeated with the
-losses it already knows, a search arrives at the same place. Only a limit of time breaks that. Where the memo races,
-greedy's steps are races; the frontier's losses are exact even so.
+one for each block that goes. Every algorithm walks the removed counts upwards. Simulated annealing lets greedy walk
+them all first, so that it soon has a set for every count and never ends above greedy; then it moves by swapping removed
+blocks with kept ones, or one way to give up a block with another, and accepts by Metropolis under geometric cooling.
+All are functions of the losses, the constraints and the seed alone: repeated with the losses it already knows, a search
+arrives at the same place. Only a limit of time breaks that. Where the memo races, greedy's steps are races; the
+frontier's losses are exact even so.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import random
@@ -27,9 +23,9 @@ from workers.pruning.model.units import Units
 from workers.pruning.search.engine import NOTHING
 from workers.pruning.search.memo import Found, Memo
 
-Algorithm = Literal["annealing", "greedy", "lazy_greedy", "exhaustive"]
+Algorithm = Literal["annealing", "greedy", "exhaustive"]
 PROPOSALS = 4
-"""Sets evaluated together in one step of annealing or lazy greedy; they share a pass over the weights."""
+"""Sets evaluated together in one step of annealing; they share a pass over the weights."""
 COOLING = 0.02
 """Last temperature as a fraction of the first."""
 EXHAUSTIVE_BATCH = 64
@@ -198,8 +194,6 @@ def _walked(walk: _Walk, algorithm: Algorithm, scores: Sequence[float], evaluati
             return _exhaustive(walk)
         case "greedy":
             return _greedy(walk)
-        case "lazy_greedy":
-            return _lazy_greedy(walk)
         case "annealing":
             return _annealing(walk, scores, evaluations, seed)
 
@@ -245,28 +239,6 @@ def _greedy_ahead(walk: _Walk) -> None:
         walk.tell(count, 0.0, walk.memo.best(len(walk.base)))
     walk.memo(path)
     walk.report(walk.counts[-1], 1.0)
-
-
-def _lazy_greedy(walk: _Walk) -> Iterator[int]:
-    removed, loss = walk.base, walk.memo([walk.base])[walk.base]
-    # What giving up a block by each unit costs besides, and the count at which that was found out.
-    costs = [(-math.inf, unit, 0) for unit in walk.offered]
-    for count in walk.counts:
-        extended: dict[int, Blocks] = {}
-        while costs[0][2] != count:
-            batch = len(costs) if costs[0][2] == 0 else min(PROPOSALS, len(costs))
-            lowest = [heapq.heappop(costs)[1] for _ in range(batch)]
-            # What cannot be added now never can: greedy takes nothing back.
-            sets = {unit: added for unit in lowest if (added := walk.add(removed, unit)) is not None}
-            walk.memo.anchor(removed)
-            losses = walk.memo(list(sets.values()))
-            for unit, added in sets.items():
-                heapq.heappush(costs, (losses[added] - loss, unit, count))
-            extended |= sets
-            walk.report(count, 0.0)
-        removed = extended[heapq.heappop(costs)[1]]
-        loss = walk.memo([removed])[removed]
-        yield count
 
 
 def _annealing(walk: _Walk, scores: Sequence[float], evaluations: int, seed: int) -> Iterator[int]:

@@ -25,7 +25,7 @@ def test_the_blank_form_with_the_required_fields_is_the_default_job() -> None:
 def test_fields_know_their_bounds_choices_and_descriptions_from_the_schema() -> None:
     fields = {field.path: field for field in forms.blank(["default", "gpu-80g"]).fields}
     assert (fields["calibration.windows"].minimum, fields["calibration.windows"].maximum) == (1, 4096)
-    assert list(fields["search.algorithm"].options) == ["annealing", "greedy", "lazy_greedy", "exhaustive"]
+    assert list(fields["search.algorithm"].options) == ["annealing", "greedy", "exhaustive"]
     assert list(fields["queue"].options) == ["default", "gpu-80g"]
     assert fields["model.source"].required
     assert all(field.description for field in fields.values())

@@ -305,7 +305,7 @@ def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Pat
 
 
 def test_protected_blocks_stay_and_forced_ones_go_from_both_halves(worker: Worker, model: Path) -> None:
-    search = {"protect": [0, 3], "force": [4], "algorithm": "lazy_greedy"}
+    search = {"protect": [0, 3], "force": [4], "algorithm": "greedy"}
     job_id = create(worker, tiny_spec(model, search=search))
     run_through(worker, job_id, StageName.REMOVAL)
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))

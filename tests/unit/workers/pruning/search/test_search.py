@@ -14,18 +14,12 @@ from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.search import Algorithm, SearchResult, search
 
 NUM_BLOCKS = 9
-ALGORITHMS: tuple[Algorithm, ...] = ("annealing", "greedy", "lazy_greedy", "exhaustive")
+ALGORITHMS: tuple[Algorithm, ...] = ("annealing", "greedy", "exhaustive")
 
 
 def rugged(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
     """Losses without structure but for a cost that grows with the number removed."""
     return {c: len(c) + random.Random(str(sorted(c))).random() for c in candidates}
-
-
-def supermodular(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
-    """Losses to which a removal adds no less the more is gone already: their negation is submodular."""
-    weight = {block: random.Random(block).random() for block in range(NUM_BLOCKS)}
-    return {c: sum(weight[b] for b in c) + 0.05 * len(c) ** 2 + 0.3 * len(c & {1, 4, 6}) ** 2 for c in candidates}
 
 
 def memo_of(
@@ -155,12 +149,6 @@ def test_all_but_the_protected_blocks_can_be_removed(algorithm: Algorithm) -> No
 def test_constraints_that_contradict_are_refused(base: set[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(memo_of(rugged), base=frozenset(base), protect=frozenset({0, 1, 2}), remove=7)
-
-
-def test_lazy_greedy_equals_greedy_with_fewer_evaluations_where_the_negated_loss_is_submodular() -> None:
-    greedy, lazy = (run(memo_of(supermodular), algorithm, remove=8) for algorithm in ("greedy", "lazy_greedy"))
-    assert lazy.frontier == greedy.frontier
-    assert len(lazy.trajectory) < 0.8 * len(greedy.trajectory)
 
 
 def test_a_search_out_of_time_takes_greedys_steps_and_ends() -> None:
