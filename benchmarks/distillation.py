@@ -21,6 +21,7 @@ from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.measure import Perplexity, perplexity
 from workers.pruning.model.plan import assign_actions
+from workers.pruning.model.units import NOTHING
 from workers.pruning.repair.distill import heal, load_tensors, merge, trainable
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import Engine
@@ -69,7 +70,7 @@ def main() -> None:
         algorithm="annealing",
         num_blocks=len(stack.blocks),
         remove=max(args.removed),
-        base=frozenset(),
+        base=NOTHING,
         scores=scores.cosine,
         evaluations=150,
         seed=args.seed,
@@ -91,7 +92,7 @@ def main() -> None:
     for count in track(args.removed, description="distilling"):
         start = time.perf_counter()
         plan = assign_actions(
-            found.frontier[count].removed,
+            found.frontier[count].blocks,
             num_blocks=len(stack.blocks),
             scores=scores.cosine,
             threshold=args.threshold,

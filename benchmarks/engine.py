@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from workers.pruning.model.blocks import block_stack, drop_blocks
-from workers.pruning.model.plan import Blocks
 from workers.pruning.model.streaming import load_streamed
+from workers.pruning.model.units import Units, blocks_of, deleting
 from workers.pruning.search.engine import Engine
 
 CPU = torch.device("cpu")
-Losses = dict[Blocks, float]
+Losses = dict[Units, float]
 
 
 def random_llama(blocks: int, hidden: int) -> PreTrainedModel:
@@ -47,11 +47,11 @@ def random_llama(blocks: int, hidden: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def plain_loop(model: PreTrainedModel, windows: Tensor, candidates: list[Blocks], chunk_windows: int) -> Losses:
+def plain_loop(model: PreTrainedModel, windows: Tensor, candidates: list[Units], chunk_windows: int) -> Losses:
     """Cross-entropy of every candidate by a forward of the whole pruned model."""
     losses = {}
     for removed in candidates:
-        pruned = drop_blocks(model, removed)
+        pruned = drop_blocks(model, blocks_of(removed))
         total = 0.0
         for chunk in windows.split(chunk_windows):
             logits = pruned(input_ids=chunk[:, :-1]).logits.float()
@@ -80,7 +80,7 @@ def main() -> None:
 
     model = random_llama(args.blocks, args.hidden)
     windows = torch.randint(4096, (args.windows, args.window_tokens), generator=torch.Generator().manual_seed(0))
-    candidates = [frozenset({block}) for block in range(args.blocks)]
+    candidates = [deleting({block}) for block in range(args.blocks)]
     engine = Engine(block_stack(model), windows, "cross_entropy", chunk_windows=args.chunk_windows)
     ways: dict[str, Callable[[], Losses]] = {
         "plain loop": lambda: plain_loop(model, windows, candidates, args.chunk_windows),

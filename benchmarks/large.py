@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import INDEX, SourceTensors, write_checkpoint
 from workers.pruning.model.streaming import load_streamed
+from workers.pruning.model.units import deleting
 from workers.pruning.search.engine import Engine
 from workers.pruning.search.scores import block_scores
 
@@ -91,7 +92,7 @@ def greedy_round(source: Path, target: Path) -> None:
     engine = Engine(block_stack(model), windows(), "kl", chunk_windows=WINDOWS)
     before = reader.blocks_read
     num_blocks = model.config.num_hidden_layers
-    engine.losses([frozenset({block}) for block in range(num_blocks)])
+    engine.losses([deleting({block}) for block in range(num_blocks)])
     if reader.blocks_read - before > num_blocks:
         raise AssertionError(f"{reader.blocks_read - before} blocks were read for a round over {num_blocks}")
 

@@ -26,16 +26,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import workers
 from workers.pruning.model.blocks import BlockStack, block_stack, capture_calls
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import NOTHING, Units, deleting
 from workers.pruning.search.anchor import Trail
-from workers.pruning.search.engine import NOTHING, Objective, walk
+from workers.pruning.search.engine import Objective, walk
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 PART = 16
 """Windows measured at a time; the counts asked for are multiples of it, so that no window is measured twice."""
 CHUNK_WINDOWS = 4
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-Losses = Mapping[Blocks, float]
+Losses = Mapping[Units, float]
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -48,11 +48,11 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 @torch.no_grad()
-def measured(stack: BlockStack, part: Tensor, sets: Sequence[Blocks]) -> dict[Objective, Losses]:
+def measured(stack: BlockStack, part: Tensor, sets: Sequence[Units]) -> dict[Objective, Losses]:
     """Every objective of every set on `part` (windows, tokens), by one walk and one head."""
     inputs, targets = part[:, :-1], part[:, 1:].flatten()
     calls = capture_calls(stack, inputs)
-    totals: dict[Objective, dict[Blocks, float]] = {name: dict.fromkeys(sets, 0.0) for name in OBJECTIVES}
+    totals: dict[Objective, dict[Units, float]] = {name: dict.fromkeys(sets, 0.0) for name in OBJECTIVES}
     for ids, wanted in zip(inputs.split(CHUNK_WINDOWS), targets.split(CHUNK_WINDOWS * inputs.shape[1]), strict=True):
         h, _ = walk(stack, calls, Trail.starting(stack.embed(ids)), [NOTHING, *sets], {})
         dense = stack.norm(h[NOTHING].flatten(0, 1))  # (tokens, hidden)
@@ -69,7 +69,7 @@ def measured(stack: BlockStack, part: Tensor, sets: Sequence[Blocks]) -> dict[Ob
     }
 
 
-def mean(parts: Sequence[Mapping[Objective, Losses]], objective: Objective) -> dict[Blocks, float]:
+def mean(parts: Sequence[Mapping[Objective, Losses]], objective: Objective) -> dict[Units, float]:
     """Each set's loss over all `parts`, which have equally many tokens."""
     return {removed: fmean(part[objective][removed] for part in parts) for removed in parts[0][objective]}
 
@@ -108,7 +108,7 @@ def main() -> None:
         for split, count in counts.items()
     }
     removals = range(1, args.removed + 1)
-    sets = [frozenset(chosen) for n in removals for chosen in itertools.combinations(range(len(stack.blocks)), n)]
+    sets = [deleting(chosen) for n in removals for chosen in itertools.combinations(range(len(stack.blocks)), n)]
     parts = {
         split: [measured(stack, part, sets) for part in track(windows[split].split(PART), description=split)]
         for split in counts

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import workers
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.model.plan import Blocks
-from workers.pruning.search.engine import NOTHING, Engine, Objective, PairEngine, WindowsEngine
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
+from workers.pruning.search.engine import Engine, Objective, PairEngine, WindowsEngine
 from workers.pruning.search.memo import Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import search
@@ -38,7 +38,7 @@ class Pairs:
         self._stack = stack
         self._objective = objective
 
-    def engine(self, prefill: Blocks, *, project_skipped: bool = False) -> PairEngine:
+    def engine(self, prefill: Units, *, project_skipped: bool = False) -> PairEngine:
         """With a prefill model that gave up `prefill`."""
         return PairEngine(
             self._stack,
@@ -50,12 +50,12 @@ class Pairs:
             project_skipped=project_skipped,
         )
 
-    def loss(self, prefill: Blocks, decode: Blocks, *, project_skipped: bool = False) -> float:
+    def loss(self, prefill: Units, decode: Units, *, project_skipped: bool = False) -> float:
         """Of continuations by a pair."""
         return self.engine(prefill, project_skipped=project_skipped).losses([decode])[decode]
 
 
-def best(engine: WindowsEngine, scores: Sequence[float], remove: int, base: Blocks, seed: int) -> Blocks:
+def best(engine: WindowsEngine, scores: Sequence[float], remove: int, base: Units, seed: int) -> Units:
     """What the default search removes."""
     return (
         search(
@@ -70,7 +70,7 @@ def best(engine: WindowsEngine, scores: Sequence[float], remove: int, base: Bloc
             on_progress=lambda done, best: None,
         )
         .frontier[remove]
-        .removed
+        .units
     )
 
 
@@ -84,7 +84,7 @@ def sensitivity(pairs: Pairs, num_blocks: int, progress: Progress) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for block in progress.track(range(num_blocks), description="single blocks"):
-        one = frozenset({block})
+        one = deleting({block})
         both, decode = pairs.loss(one, one), pairs.loss(NOTHING, one)
         lines.append(f"| {block} | {both:.4f} | {both - dense:+.4f} | {decode:.4f} | {decode - dense:+.4f} |")
     return lines
@@ -112,8 +112,8 @@ def controls(calibration: Pairs, validation: Pairs, stack: BlockStack, args: arg
     return lines
 
 
-def shown(removed: Blocks) -> str:
-    return ", ".join(map(str, sorted(removed))) or "–"
+def shown(units: Units) -> str:
+    return ", ".join(map(str, sorted(blocks_of(units)))) or "–"
 
 
 def main() -> None:

@@ -28,8 +28,7 @@ from benchmarks.peer_methods import PEERS, PeerPlan
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.measure import perplexity
-from workers.pruning.model.plan import Blocks
-from workers.pruning.model.units import Units
+from workers.pruning.model.units import NOTHING, Unit, deleting, plan_of
 from workers.pruning.repair.distill import HEALING, fit_spans, fitted_block, heal, load_tensors, merge, trainable
 from workers.pruning.repair.losses import LossWeights
 from workers.pruning.repair.training import Journal, TrainingSettings
@@ -70,9 +69,9 @@ def training(tokens: int, args: argparse.Namespace) -> TrainingSettings:
 
 def fitted_pairs(
     stack: BlockStack, windows: Mapping[Split, Tensor], cosine: Sequence[float], args: argparse.Namespace
-) -> dict[int, nn.Module]:
+) -> dict[Unit, nn.Module]:
     """The fitted block of every distillable pair that is better than the absorber alone, by unit."""
-    units, fitted = Units(len(cosine)), {}
+    fitted = {}
     blocks = [block for block, score in enumerate(cosine) if score < args.threshold]
     for side in (-1, 1):
         pairs = {block: block + side for block in blocks if 0 <= block + side < len(cosine)}
@@ -89,7 +88,7 @@ def fitted_pairs(
             if after < before:
                 prefix = f"{stack.prefix}{pairs[removed]}."
                 own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-                fitted[units.pair(removed, pairs[removed])] = fitted_block(stack, pairs[removed], own)
+                fitted[Unit(removed, pairs[removed])] = fitted_block(stack, pairs[removed], own)
     return fitted
 
 
@@ -104,14 +103,14 @@ def pdtrim(stack: BlockStack, windows: Mapping[Split, Tensor], remove: int, args
         algorithm="annealing",
         num_blocks=num_blocks,
         remove=remove,
-        base=frozenset(),
+        base=NOTHING,
         scores=scores.cosine,
-        pairs=sorted(fitted),
+        merges=sorted(fitted),
         evaluations=args.evaluations,
         seed=args.seed,
         on_progress=lambda done, best: None,
     )
-    plan = found.units.plan(found.frontier[remove].removed)
+    plan = plan_of(found.frontier[remove].units, num_blocks)
     block_forwards_of_one_pass = num_blocks * math.ceil(len(calibration) / CHUNK_WINDOWS)
     passes = math.ceil(engine.block_forwards / block_forwards_of_one_pass)
     # Scoring ran every block twice: as itself, and as the stand-in for its neighbour.
@@ -238,9 +237,8 @@ def main() -> None:
     dense = load()
     stack = block_stack(dense)
     cross_entropy = Engine(stack, windows["calibration"], "cross_entropy", chunk_windows=CHUNK_WINDOWS)
-    nothing: Blocks = frozenset()
     lines = [
-        f"Dense: calibration loss {cross_entropy.losses([nothing])[nothing]:.3f}, "
+        f"Dense: calibration loss {cross_entropy.losses([NOTHING])[NOTHING]:.3f}, "
         f"validation perplexity {shown(dense, windows['validation'])}.",
         "",
         "| n | method | removed | trained to stand for | forwards | seconds | calibration loss | pruned | healed by KL "
@@ -252,7 +250,7 @@ def main() -> None:
     for remove, method in track(jobs, description="comparing"):
         row = choose(stack, windows, remove, method, args)
         removed = row.plan.removed
-        loss = cross_entropy.losses([removed])[removed]
+        loss = cross_entropy.losses([deleting(removed)])[deleting(removed)]
         key = (removed, tuple(row.plan.spans.items()))
         if key not in perplexities:
             models = [drop_blocks(dense, removed)]

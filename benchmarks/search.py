@@ -31,8 +31,8 @@ from benchmarks.peer_methods import sleb_rounds
 from workers.inputs.models import ANCHOR_BYTES
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.calibration import cut_windows, stdlib_documents, token_stream
-from workers.pruning.model.plan import Blocks
-from workers.pruning.search.engine import NOTHING, Engine, mean
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
+from workers.pruning.search.engine import Engine, mean
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import OnProgress, SearchResult, search
@@ -62,7 +62,7 @@ def reference_model(copies: int) -> PreTrainedModel:
     model.config.num_hidden_layers = len(model.model.layers)
     if kinds := getattr(model.config, "layer_types", None):
         model.config.layer_types = [kind for kind in kinds for _ in range(copies)]
-    return drop_blocks(model, NOTHING)  # numbers the layers anew
+    return drop_blocks(model, frozenset())  # numbers the layers anew
 
 
 def default_search(
@@ -90,14 +90,14 @@ def optimum(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: a
     """The table of `optimum`."""
     engine = Engine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS)
     blocks = range(len(stack.blocks))
-    sets = [frozenset(s) for n in range(max(args.removed) + 1) for s in itertools.combinations(blocks, n)]
+    sets = [deleting(s) for n in range(max(args.removed) + 1) for s in itertools.combinations(blocks, n)]
     batches = [sets[start : start + BATCH] for start in range(0, len(sets), BATCH)]
-    measured: dict[Blocks, list[float]] = {}
+    measured: dict[Units, list[float]] = {}
     for batch in track(batches, description="every set"):
         measured |= engine.window_losses(batch, range(engine.windows))
     table = mean(measured)
 
-    def looked_up(candidates: Sequence[Blocks], windows: range) -> dict[Blocks, list[float]]:
+    def looked_up(candidates: Sequence[Units], windows: range) -> dict[Units, list[float]]:
         return {candidate: measured[candidate][windows.start : windows.stop] for candidate in candidates}
 
     lines = [
@@ -110,19 +110,19 @@ def optimum(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: a
         best = best_of(table, count)
         memos = [Memo(looked_up, engine.windows, racing=True) for _ in range(args.seeds)]
         ends = [default_search(memo, scores, count, seed).frontier[count] for seed, memo in enumerate(memos)]
-        hits = sum(end.removed == best.removed for end in ends)
+        hits = sum(end.units == best.units for end in ends)
         touched = [len(memo.known) for memo in memos]
-        shown = ", ".join(map(str, sorted(best.removed)))
+        shown = ", ".join(map(str, sorted(best.blocks)))
         lines.append(
             f"| {count} | {shown} | {best.loss:.3f} | {hits} of {args.seeds} | {median(touched):.0f} | {max(touched)} |"
         )
     return lines
 
 
-def best_of(table: Mapping[Blocks, float], count: int) -> Found:
+def best_of(table: Mapping[Units, float], count: int) -> Found:
     """The set of `count` blocks of least loss."""
-    removed = min((removed for removed in table if len(removed) == count), key=lambda removed: table[removed])
-    return Found(removed, table[removed])
+    units = min((units for units in table if len(units) == count), key=table.__getitem__)
+    return Found(units, table[units])
 
 
 def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: argparse.Namespace) -> list[str]:
@@ -135,7 +135,7 @@ def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], arg
     their_seconds = 0.0
     for count in track(range(1, max(args.removed) + 1), description="beside SLEB"):
         started = time.process_time()
-        theirs = next(rounds).removed
+        theirs = deleting(next(rounds).removed)
         their_seconds += time.process_time() - started
         if count not in args.removed:
             continue
@@ -143,8 +143,8 @@ def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], arg
 
         found, seconds = until(stack, windows, scores, count, target, args)
         lines.append(
-            f"| {count} | {', '.join(map(str, sorted(theirs)))} | {target:.3f} | {their_seconds:.1f} "
-            f"| {', '.join(map(str, sorted(found.removed)))} | {found.loss:.3f} | {seconds:.1f} "
+            f"| {count} | {', '.join(map(str, sorted(blocks_of(theirs))))} | {target:.3f} | {their_seconds:.1f} "
+            f"| {', '.join(map(str, sorted(found.blocks)))} | {found.loss:.3f} | {seconds:.1f} "
             f"| {seconds / their_seconds:.2f} |"
         )
     return lines
@@ -157,7 +157,7 @@ def until(
     started = time.process_time()
 
     def stop_when_reached(done: float, best: Found) -> None:
-        if len(best.removed) == count and best.loss <= target + TOLERANCE:
+        if len(best.units) == count and best.loss <= target + TOLERANCE:
             raise Reached
 
     engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS, anchor_bytes=ANCHOR_BYTES)

@@ -22,7 +22,7 @@ from pdtrim.contract.results import SCORES
 from pdtrim.contract.spec import JobSpec
 from service.storage import open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.stages import removal, scoring, searching, training
+from workers.stages import removal, scoring, search_state, training
 from workers.stages.context import StageContext, StoredInput
 
 PRODUCTS = ("plan.json", "search.json", "merged.safetensors")
@@ -97,7 +97,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     # A life killed while it draws leaves the bars' lock, which forks share, locked for ever.
     disable_progress_bar()
-    searching.SAVE_INTERVAL_S = training.SAVE_INTERVAL_S = 0.0
+    search_state.SAVE_INTERVAL_S = training.SAVE_INTERVAL_S = 0.0
     search: dict[str, Any] = {"evaluations": 40}
     calibration = {"windows": 12, "window_tokens": 32}  # enough for races
     model = write_tiny_model(folder / "model", blocks=7)

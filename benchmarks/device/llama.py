@@ -16,7 +16,8 @@ from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.measure import parameters, speeds
 from workers.pruning.model.pair import handover, kv_cache_bytes
 from workers.pruning.model.plan import BlockPlan, Blocks, kv_layer_map
-from workers.pruning.search.engine import NOTHING, Engine
+from workers.pruning.model.units import deleting
+from workers.pruning.search.engine import Engine
 
 BATCHES = (1, 16)
 """Prompts that are answered together."""
@@ -42,7 +43,7 @@ def one_round(bench: Bench) -> Findings:
     """The losses of all single removals: the engine's shared walk beside a plain loop of one forward a candidate."""
     model, windows = bench.shaped, random_tokens(bench, bench.size.shape_windows)
     blocks = len(block_stack(model).blocks)
-    candidates = [frozenset({block}) for block in range(blocks)]
+    candidates = [deleting({block}) for block in range(blocks)]
     engine = Engine(block_stack(model), windows, "cross_entropy", chunk_windows=len(windows))
     models = pruned(model, candidates)
     ways: dict[str, Callable[[], Losses]] = {
@@ -152,7 +153,7 @@ def speed(bench: Bench) -> Findings:
     model, size = bench.shaped, bench.size
     prefill, decode = nested(model.config.num_hidden_layers, *size.shape_remove)
     without = f"prefill −{len(prefill)}, decode −{len(decode)}"
-    pairs = {"dense": Pair.without(model, NOTHING, NOTHING), without: Pair.without(model, prefill, decode)}
+    pairs = {"dense": Pair.without(model, frozenset(), frozenset()), without: Pair.without(model, prefill, decode)}
     findings = Findings()
     table = findings.table(
         f"{described(model)}. Prompts of {size.prompt_tokens} tokens, answers of {size.new_tokens}, median (lowest–"

@@ -14,7 +14,7 @@ from benchmarks.device.findings import Findings
 from benchmarks.device.walks import listed
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
-from workers.pruning.model.units import Units
+from workers.pruning.model.units import Unit
 from workers.pruning.repair.distill import (
     HEALING,
     Loss,
@@ -69,12 +69,11 @@ def merging(bench: Bench) -> Findings:
             "allowed": ".0e",
         },
     )
-    errors_on_cpu: dict[int, tuple[float, float]] = {}
-    on_cpu: dict[int, float] = {}
+    errors_on_cpu: dict[Unit, tuple[float, float]] = {}
+    on_cpu: dict[Unit, float] = {}
     for place in (ON_CPU, bench.of_jobs):
         model = place.load()
         stack = block_stack(model)
-        units = Units(len(stack.blocks))
         held_out = bench.windows["calibration"].to(place.device)
         tensors, errors = merge(
             model,
@@ -88,7 +87,7 @@ def merging(bench: Bench) -> Findings:
         for removed, absorber in MERGED.items():
             prefix = f"{stack.prefix}{absorber}."
             fitted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            unit = units.pair(removed, absorber)
+            unit = Unit(removed, absorber)
             modules = {unit: fitted_block(stack, absorber, fitted)}
             engine = Engine(stack, held_out, "cross_entropy", chunk_windows=BATCH_WINDOWS, modules=modules)
             (loss,) = engine.losses([frozenset({unit})]).values()

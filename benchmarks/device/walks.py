@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,40 +16,41 @@ from benchmarks.device.findings import Findings
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks, prove
 from workers.pruning.model.measure import quality
 from workers.pruning.model.pair import pd_loss
-from workers.pruning.model.plan import BlockPlan, Blocks, kv_layer_map
+from workers.pruning.model.plan import kv_layer_map
 from workers.pruning.model.streaming import load_streamed
-from workers.pruning.search.engine import NOTHING, Engine, PairEngine, WindowsEngine
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, plan_of
+from workers.pruning.search.engine import Engine, PairEngine, WindowsEngine
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import search
 
-GONE_FROM_PREFILL: Blocks = frozenset({4, 9})
+GONE_FROM_PREFILL = deleting({4, 9})
 """What the prefill model goes without whose continuations are measured."""
 ANCHOR_BYTES = 256 * 2**20
-Losses = dict[Blocks, float]
+Losses = dict[Units, float]
 
 
-def pruned(model: PreTrainedModel, candidates: Sequence[Blocks]) -> dict[Blocks, PreTrainedModel]:
+def pruned(model: PreTrainedModel, candidates: Sequence[Units]) -> dict[Units, PreTrainedModel]:
     """The model without each of the sets of blocks; all share its weights."""
-    return {removed: drop_blocks(model, removed) for removed in candidates}
+    return {units: drop_blocks(model, blocks_of(units)) for units in candidates}
 
 
 @torch.no_grad()
-def plain_losses(models: Mapping[Blocks, PreTrainedModel], windows: Tensor) -> Losses:
+def plain_losses(models: Mapping[Units, PreTrainedModel], windows: Tensor) -> Losses:
     """Cross-entropy of whole models, each by forwards of its own, on windows (windows, time)."""
     losses = {}
-    for removed, model in models.items():
+    for units, model in models.items():
         total = 0.0
         for ids in windows.split(BATCH_WINDOWS):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
             total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-        losses[removed] = total / windows[:, 1:].numel()
+        losses[units] = total / windows[:, 1:].numel()
     return losses
 
 
 def largest_difference(one: Losses, other: Losses) -> float:
     """Of the losses of the same candidates; not a number where one of them is none."""
-    differences = [abs(one[removed] - other[removed]) for removed in one]
+    differences = [abs(one[units] - other[units]) for units in one]
     return max(differences, key=lambda difference: (difference != difference, difference))
 
 
@@ -59,32 +60,30 @@ def single_removals(
     """Kinds of losses on windows (windows, time): by an engine, and by whole models."""
     stack = block_stack(model)
     blocks = range(len(stack.blocks))
-    singles = [NOTHING, *(frozenset({block}) for block in blocks)]
+    singles = [NOTHING, *(deleting({block}) for block in blocks)]
     models = pruned(model, singles)
     engine = Engine(stack, windows, "cross_entropy", chunk_windows=BATCH_WINDOWS)
     yield "cross-entropy", engine.losses(singles), plain_losses(models, windows)
 
-    by_model = {
-        removed: quality(one, model, windows, batch=BATCH_WINDOWS).kl_to_dense for removed, one in models.items()
-    }
+    by_model = {units: quality(one, model, windows, batch=BATCH_WINDOWS).kl_to_dense for units, one in models.items()}
     yield "KL to dense", engine.losses(singles, "kl"), by_model
 
     gone = GONE_FROM_PREFILL
-    sets = [gone, *(gone | {block} for block in blocks if block not in gone)]
+    sets = [gone, *(gone | deleting({block}) for block in blocks if block not in blocks_of(gone))]
     pair_engine = PairEngine(
         stack, windows, "cross_entropy", prefill=gone, prompt_tokens=prompt_tokens, chunk_windows=BATCH_WINDOWS
     )
     models = pruned(model, sets)
     by_model = {
-        removed: pd_loss(
+        units: pd_loss(
             models[gone],
             decode,
-            kv_layer_map(BlockPlan(len(blocks), gone), BlockPlan(len(blocks), removed)),
+            kv_layer_map(plan_of(gone, len(blocks)), plan_of(units, len(blocks))),
             windows,
             prompt_tokens=prompt_tokens,
             batch=BATCH_WINDOWS,
         )
-        for removed, decode in models.items()
+        for units, decode in models.items()
     }
     yield "cross-entropy of continuations", pair_engine.losses(sets), by_model
 
@@ -142,7 +141,7 @@ class Searcher:
         """How redundant each block is."""
         return block_scores(self.stack, self.windows, chunk_windows=self.chunk_windows).cosine
 
-    def engine(self, prefill: Blocks | None) -> WindowsEngine:
+    def engine(self, prefill: Units | None) -> WindowsEngine:
         """On whole windows, or on continuations of prompts that a prefill model without these blocks processed."""
         if prefill is None:
             return Engine(self.stack, self.windows, "kl", chunk_windows=self.chunk_windows, anchor_bytes=ANCHOR_BYTES)
@@ -156,7 +155,7 @@ class Searcher:
             anchor_bytes=ANCHOR_BYTES,
         )
 
-    def search(self, engine: WindowsEngine, remove: int, base: Blocks) -> Mapping[int, Found]:
+    def search(self, engine: WindowsEngine, remove: int, base: Units) -> Mapping[int, Found]:
         """The best set of every count by the search of a job that says nothing about it."""
         return search(
             Memo(engine.window_losses, engine.windows, racing=True, anchor=engine.anchor),
@@ -194,10 +193,10 @@ def searching(bench: Bench) -> Findings:
         Searcher(place, block_stack(place.load()), bench.windows["calibration"].to(place.device), bench.prompt_tokens)
         for place in (ON_CPU, bench.float32, bench.bfloat16)
     ]
-    prefill: Blocks | None = None
+    prefill: Units | None = None
     for stage, remove in zip(("prefill", "decode"), bench.size.remove, strict=True):
         base = prefill or NOTHING
-        cpu_sets: dict[int, Blocks] = {}
+        cpu_sets: dict[int, Units] = {}
         engines = [searcher.engine(prefill) for searcher in searchers]
         for searcher, engine in zip(searchers, engines, strict=True):
             place = searcher.place
@@ -206,18 +205,18 @@ def searching(bench: Bench) -> Findings:
             seconds = bench.now() - start
             for count in range(len(base) + 1, remove + 1):
                 found = frontier[count]
-                cpu_set = cpu_sets.setdefault(count, found.removed)
-                by_cpu = engines[0].losses([found.removed, cpu_set])
-                worse = by_cpu[found.removed] - by_cpu[cpu_set]
+                cpu_set = cpu_sets.setdefault(count, found.units)
+                by_cpu = engines[0].losses([found.units, cpu_set])
+                worse = by_cpu[found.units] - by_cpu[cpu_set]
                 # Both sets' losses may be off by the tolerance.
                 allowed = 2 * place.tolerance
                 of_cpu_set = engine.losses([cpu_set])[cpu_set]
-                table.add(stage, place.name, seconds, listed(found.removed), found.loss, of_cpu_set, worse, allowed)
+                table.add(stage, place.name, seconds, listed(found.blocks), found.loss, of_cpu_set, worse, allowed)
                 findings.judge(f"{place.name}, {stage}, loss of the {count} blocks found", worse, allowed)
         prefill = cpu_sets[remove]
     return findings
 
 
-def listed(blocks: Blocks) -> str:
+def listed(blocks: Iterable[int]) -> str:
     """The numbers of blocks, ascending."""
     return ", ".join(map(str, sorted(blocks)))

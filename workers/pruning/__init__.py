@@ -6,7 +6,7 @@ after it; `repair` and `serving` do not know each other. To be read in this orde
 model/      the model as the method sees it
   blocks            where a model's blocks are; run one on a hidden state; drop some and renumber the rest
   plan              what a half gives up, and how; nesting; the KV layer map
-  units             the ways to give up a block, numbered: what a search chooses among
+  units             what can be given up, one at a time: what a search chooses among
   calibration       text to fixed token windows
   pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
   measure           perplexity, likeness to the dense model, size, speed

@@ -20,7 +20,7 @@ from service.db.session import DATABASE_FAULTS, transaction
 from service.db.stages import Claim
 from service.settings import Settings
 from workers.inputs.models import numerics
-from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import Units
 from workers.pruning.search.batches import Evaluation, Piece, Recipe, joined, split
 from workers.pruning.search.engine import Objective, WindowsEngine, mean
 
@@ -79,10 +79,10 @@ class FanOut:
         engine: WindowsEngine,
         recipe: Recipe,
         objective: Objective,
-        candidates: Sequence[Blocks],
+        candidates: Sequence[Units],
         windows: range,
-        anchor: Blocks | None,
-    ) -> dict[Blocks, list[float]]:
+        anchor: Units | None,
+    ) -> dict[Units, list[float]]:
         """As of the engine, bit for bit on the CPU. Raises: what the engine, and `check`, raise; LeaseLost."""
         self._measured += len(candidates) * len(windows)
         enough_for = len(candidates) * len(windows) * self._loss_s / LEAST_SHARE_S
@@ -184,20 +184,20 @@ class FannedOut:
         self._fan_out = fan_out
         self._engine = engine
         self._recipe = recipe
-        self._anchor: Blocks | None = None
+        self._anchor: Units | None = None
 
-    def anchor(self, removed: Blocks) -> None:
+    def anchor(self, units: Units) -> None:
         """As of the engine; helpers are told with what they are offered."""
-        self._engine.anchor(removed)
-        self._anchor = removed
+        self._engine.anchor(units)
+        self._anchor = units
 
     def window_losses(
-        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
-    ) -> dict[Blocks, list[float]]:
+        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+    ) -> dict[Units, list[float]]:
         """As of the engine. Raises: what the engine raises; StopRequested, LeaseLost."""
         objective = objective or self._recipe.objective
         return self._fan_out.window_losses(self._engine, self._recipe, objective, candidates, windows, self._anchor)
 
-    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+    def losses(self, candidates: Sequence[Units], objective: Objective | None = None) -> dict[Units, float]:
         """As of the engine. Raises: as `window_losses`."""
         return mean(self.window_losses(candidates, range(self.windows), objective))

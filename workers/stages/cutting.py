@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pdtrim.contract.frontier import Frontier, FrontierPoint
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import PLAN, SEARCH, Bounds, Losses, Plan, RemovalResult, ScoringResult
-from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import Unit, Units, blocks_of
 from workers.stages.context import Parent, StageContext
-from workers.stages.merging import Fit, Fits
+from workers.stages.merging import Fit
 from workers.stages.removal import Decided, Measured, fit, load, read_scores, write_plan
 from workers.stages.searching import Searcher
 
@@ -47,11 +47,11 @@ def cut(context: StageContext) -> RemovalResult:
     stack, windows = load(context)
     fits, merging = fit(context, stack, windows, scores)
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine, fits)
-    prefill = _units(points.prefill, fits, fits.for_prefill)
+    prefill = _units(points.prefill, fits.for_prefill)
     # What prefill distils, decode inherits.
-    given_up = fits.units.blocks(prefill)
-    beyond = _units(points.decode, fits, fits.for_decode(prefill))
-    decode = prefill | {unit for unit in beyond if fits.units.block(unit) not in given_up}
+    given_up = blocks_of(prefill)
+    beyond = _units(points.decode, fits.for_decode(prefill))
+    decode = prefill | {unit for unit in beyond if unit.block not in given_up}
     context.report(0.5, "Measuring the pair.")
     losses = searcher.losses(prefill, decode)
     context.report(0.7, "Measuring the controls.")
@@ -67,10 +67,10 @@ def cut(context: StageContext) -> RemovalResult:
     return RemovalResult(**dict(write_plan(context, scores, decided, measured, plan.frontier)))
 
 
-def _units(point: FrontierPoint, fits: Fits, offered: Mapping[int, Fit]) -> Blocks:
-    """The units of a point: a merge where there is a fit of it, else a deletion."""
-    merges = {removed: fits.units.pair(removed, into) for removed, into in point.distilled.items()}
-    return frozenset(merges[block] if merges.get(block) in offered else block for block in point.removed)
+def _units(point: FrontierPoint, offered: Mapping[Unit, Fit]) -> Units:
+    """The units of a point: a block is merged where there is a fit for it, else deleted."""
+    merges = frozenset(Unit(block, into) for block, into in point.distilled.items()).intersection(offered)
+    return merges | {Unit(block) for block in point.removed if block not in blocks_of(merges)}
 
 
 def _parent(context: StageContext) -> Parent:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pdtrim.contract.results import Merge
 from workers.inputs.models import device
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.plan import Blocks
-from workers.pruning.model.units import Units
+from workers.pruning.model.units import Unit, Units, by_absorber
 from workers.pruning.repair.distill import fitted_block, kv_tensor_names, merge
 from workers.pruning.repair.training import TrainingSettings
 from workers.stages.context import StageContext
@@ -49,32 +48,31 @@ class Fit:
 class Fits:
     """Every fit by its unit."""
 
-    units: Units
-    free: Mapping[int, Fit] = field(default_factory=dict)
-    frozen: Mapping[int, Fit] = field(default_factory=dict)
+    free: Mapping[Unit, Fit] = field(default_factory=dict)
+    frozen: Mapping[Unit, Fit] = field(default_factory=dict)
 
     @property
-    def for_prefill(self) -> dict[int, Fit]:
+    def for_prefill(self) -> dict[Unit, Fit]:
         """What the search for prefill may choose from."""
         return {unit: fit for unit, fit in self.free.items() if fit.offered}
 
-    def for_decode(self, prefill: Blocks) -> dict[int, Fit]:
+    def for_decode(self, prefill: Units) -> dict[Unit, Fit]:
         """The same for decode; the pairs that prefill distilled stay as they are."""
         own = {unit: fit for unit, fit in self.frozen.items() if fit.offered}
         return own | {unit: self.free[unit] for unit in prefill if unit in self.free}
 
-    def tensors(self, prefill: Blocks, decode: Blocks) -> Tensors:
+    def tensors(self, prefill: Units, decode: Units) -> Tensors:
         """The trained tensors of all pairs that the two sets distil."""
         fits = self.for_decode(prefill)
-        chosen = {*self.units.absorbing(prefill).values(), *self.units.absorbing(decode).values()}
+        chosen = {*by_absorber(prefill).values(), *by_absorber(decode).values()}
         return {name: tensor for unit in sorted(chosen) for name, tensor in fits[unit].tensors.items()}
 
     def merges(self) -> list[Merge]:
         """What each fit came to."""
         return [
             Merge(
-                removed=self.units.block(unit),
-                into=absorber,
+                removed=unit.block,
+                into=unit.absorber,
                 decode_only=decode_only,
                 before=fit.before,
                 after=fit.after,
@@ -82,11 +80,11 @@ class Fits:
             )
             for decode_only, fits in ((False, self.free), (True, self.frozen))
             for unit, fit in sorted(fits.items())
-            if (absorber := self.units.absorber(unit)) is not None
+            if unit.absorber is not None
         ]
 
 
-def modules(fits: Mapping[int, Fit]) -> dict[int, nn.Module]:
+def modules(fits: Mapping[Unit, Fit]) -> dict[Unit, nn.Module]:
     """The fitted blocks by unit."""
     return {unit: fit.block for unit, fit in fits.items()}
 
@@ -116,17 +114,16 @@ class Fitter:
 
     def fits(self, cosine: list[float], *, free: bool, frozen: bool, span: Span) -> Fits:
         """The kinds that are asked for, of all distillable pairs. Raises: what training raises."""
-        units = Units(len(self.stack.blocks))
         pairs = distillable(self.context, cosine)
         kinds = [kind for kind, asked in (("free", free), ("frozen", frozen)) if asked]
         groups = [(kind, group) for kind in kinds for group in self._groups(pairs)]
-        found: dict[str, dict[int, Fit]] = {"free": {}, "frozen": {}}
+        found: dict[str, dict[Unit, Fit]] = {"free": {}, "frozen": {}}
         start, end = span
         for number, (kind, group) in enumerate(groups):
             share = (end - start) / len(groups)
             part = (start + number * share, start + (number + 1) * share)
-            found[kind] |= self._group(f"pairs-{kind}-{number}", group, units, frozen=kind == "frozen", span=part)
-        return Fits(units, found["free"], found["frozen"])
+            found[kind] |= self._group(f"pairs-{kind}-{number}", group, frozen=kind == "frozen", span=part)
+        return Fits(found["free"], found["frozen"])
 
     @property
     def training(self) -> TrainingSettings:
@@ -140,7 +137,7 @@ class Fitter:
         sides = [[pair for pair in pairs if pair[1] - pair[0] == side] for side in (-1, 1)]
         return [dict(side[i : i + at_once]) for side in sides for i in range(0, len(side), at_once)]
 
-    def _group(self, name: str, pairs: dict[int, int], units: Units, *, frozen: bool, span: Span) -> dict[int, Fit]:
+    def _group(self, name: str, pairs: dict[int, int], *, frozen: bool, span: Span) -> dict[Unit, Fit]:
         state = self.context.load_tensors(f"{name}-fitted.safetensors")
         if state is None:
             state = self._train(name, pairs, frozen=frozen, span=span)
@@ -151,7 +148,7 @@ class Fitter:
             tensors = {tensor: state[tensor] for tensor in state if tensor.startswith(prefix)}
             before, after = state[f"losses.{removed}"].tolist()
             block = fitted_block(self.stack, absorber, tensors)
-            fits[units.pair(removed, absorber)] = Fit(before, after, tensors, block)
+            fits[Unit(removed, absorber)] = Fit(before, after, tensors, block)
         return fits
 
     def _train(self, name: str, pairs: dict[int, int], *, frozen: bool, span: Span) -> Tensors:

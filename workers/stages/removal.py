@@ -30,7 +30,7 @@ from pdtrim.contract.results import (
 from workers.inputs.models import can_train, device, load_for_walks
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
-from workers.pruning.model.units import Units
+from workers.pruning.model.units import Units, blocks_of, plan_of
 from workers.pruning.search.scores import Scores
 from workers.stages.context import StageContext
 from workers.stages.merging import Fits, Fitter
@@ -90,15 +90,15 @@ def run(context: StageContext) -> RemovalResult:
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine, fits)
 
     for_prefill = searcher.prefill((0.0 if merging is None else 0.2, 0.3))
-    for_decode = searcher.decode(for_prefill.removed, (0.3, 0.6))
+    for_decode = searcher.decode(for_prefill.units, (0.3, 0.6))
     context.report(0.6, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
-    controls = searcher.controls(for_prefill.removed, for_decode.chosen, (0.65, 1.0))
+    controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.65, 1.0))
 
     found = write_plan(
         context,
         scores,
-        Decided(for_prefill.removed, for_decode.removed, fits, merging, searcher.prompt_tokens),
+        Decided(for_prefill.units, for_decode.units, fits, merging, searcher.prompt_tokens),
         Measured(
             losses=Losses(
                 objective=spec.search.objective,
@@ -127,8 +127,8 @@ def run(context: StageContext) -> RemovalResult:
 class Decided:
     """The units that each half gives up, the fits they are of, and what the plan says about those."""
 
-    prefill: Blocks
-    decode: Blocks
+    prefill: Units
+    decode: Units
     fits: Fits
     merging: Merging | None
     prompt_tokens: int
@@ -153,12 +153,12 @@ def write_plan(
 ) -> Removed:
     """Write the plan, and the trained tensors of its merges; returns what goes into the result, too."""
     if decided.weighed:
-        units = decided.fits.units
-        prefill, decode = units.plan(decided.prefill), units.plan(decided.decode)
+        num_blocks = len(scores.cosine)
+        prefill, decode = plan_of(decided.prefill, num_blocks), plan_of(decided.decode, num_blocks)
         context.write_tensors(context.out / MERGED, decided.fits.tensors(decided.prefill, decided.decode))
     else:
-        prefill = _plan(context, scores, decided.prefill)
-        decode = _plan(context, scores, decided.decode, prefill)
+        prefill = _plan(context, scores, blocks_of(decided.prefill))
+        decode = _plan(context, scores, blocks_of(decided.decode), prefill)
     found = Removed(
         prefill=_half_plan(prefill),
         decode=_half_plan(decode),
@@ -188,7 +188,7 @@ def fit(
     context: StageContext, stack: BlockStack, windows: Mapping[str, Tensor], scores: Scores
 ) -> tuple[Fits, Merging | None]:
     """What the search may distil, and what the plan says about it: nothing where the job asks for no merging."""
-    none = Fits(Units(len(stack.blocks)))
+    none = Fits()
     fitter = Fitter(context, stack, windows)
     if not context.spec.distillation.enabled or fitter.training.steps == 0:
         return none, None
@@ -201,7 +201,7 @@ def fit(
     return fits, Merging(weighed=True, merges=fits.merges())
 
 
-def _plan(context: StageContext, scores: Scores, removed: frozenset[int], fixed: BlockPlan | None = None) -> BlockPlan:
+def _plan(context: StageContext, scores: Scores, removed: Blocks, fixed: BlockPlan | None = None) -> BlockPlan:
     return assign_actions(
         removed,
         num_blocks=len(scores.cosine),

@@ -1,15 +1,9 @@
-"""The searches of the removal stage: what prefill gives up, what decode does besides, and what to hold them against.
-
-Losses are kept in the store as they are found, so that a later attempt goes on where this one stopped.
-"""
+"""The searches of the removal stage: what prefill gives up, what decode does besides, and what to hold them against."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import Tensor
 
@@ -18,63 +12,20 @@ from pdtrim.contract.results import BlockWorth, Bound, Controls, DenseLoss, Sens
 from pdtrim.contract.spec import StageTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import NOTHING, Unit, Units, blocks_of, deleting
 from workers.pruning.search.batches import Recipe
-from workers.pruning.search.engine import NOTHING, LossEngine, Objective
+from workers.pruning.search.engine import LossEngine
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.search.search import Algorithm, SearchResult, search
 from workers.stages.context import StageContext
 from workers.stages.merging import Fit, Fits, modules
+from workers.stages.search_state import Phase, SearchName, SearchState
 
-STATE = "search-state.json"
-SAVE_INTERVAL_S = 10.0
 Span = tuple[float, float]
-
-
-class Evaluated:
-    """Losses of the sets evaluated so far, kept in the store so that a later attempt need not repeat them."""
-
-    def __init__(self, context: StageContext) -> None:
-        self._context = context
-        self._saved_at = time.monotonic()
-        kept = json.loads(context.load_state(STATE) or b'{"losses": {}, "seconds": {}}')
-        self._losses: dict[str, dict[Blocks, list[float]]] = {
-            phase: {frozenset(removed): by_window for removed, by_window in entries}
-            for phase, entries in kept["losses"].items()
-        }
-        self._seconds: dict[str, float] = kept["seconds"]
-        """What earlier attempts spent on each phase."""
-
-    def memo(self, phase: str, engine: LossEngine, *, objective: Objective | None = None, racing: bool = False) -> Memo:
-        """The engine's losses with what this phase already knows; saved as it grows.
-
-        Evaluating raises Cancelled, LeaseLost.
-        """
-
-        def after_batch() -> None:
-            if time.monotonic() - self._saved_at >= SAVE_INTERVAL_S:
-                self._saved_at = time.monotonic()
-                self._save()
-            self._context.check()
-
-        losses = partial(engine.window_losses, objective=objective)
-        known = self._losses.setdefault(phase, {})
-        return Memo(losses, engine.windows, known, after_batch, racing, engine.anchor)
-
-    def out_of_time(self, phase: str, limit_s: float | None) -> Callable[[], bool]:
-        """Whether this phase has run for `limit_s` seconds, all attempts together."""
-        started, before = time.monotonic(), self._seconds.get(phase, 0.0)
-
-        def spent() -> bool:
-            self._seconds[phase] = before + time.monotonic() - started
-            return limit_s is not None and self._seconds[phase] >= limit_s
-
-        return spent
-
-    def _save(self) -> None:
-        losses = {phase: [[sorted(r), found] for r, found in known.items()] for phase, known in self._losses.items()}
-        self._context.save_state(STATE, json.dumps({"losses": losses, "seconds": self._seconds}).encode())
+"""The part of the stage's progress that something takes: where it begins and ends, of 1."""
+SOUGHT: Mapping[SearchName, str] = {"prefill": "prefill", "decode": "decode", "control": "decode without nesting"}
+"""Whose units a search looks for, in messages."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +37,9 @@ class HalfFound:
     bound: PerplexityBound | None
 
     @property
-    def removed(self) -> Blocks:
+    def units(self) -> Units:
         """The chosen units, one for each block that goes."""
-        return self.chosen.removed
+        return self.chosen.units
 
     @property
     def bound_result(self) -> Bound | None:
@@ -110,31 +61,29 @@ class Searcher:
         self._windows = windows
         self._cosine = cosine
         self._fits = fits
-        self._units = fits.units
         chunk_windows = windows_at_once(stack.model, windows.shape[1])
         self._recipe = Recipe(self._spec.search.objective, chunk_windows, self.prompt_tokens)
-        self._evaluated = Evaluated(context)
+        self._state = SearchState(context)
         # Every heat of a race would read streamed weights once more.
         self._racing = self._spec.search.racing and not is_streamed(stack.model)
-        self._forced = frozenset(self._spec.search.force)
+        self._forced = deleting(self._spec.search.force)
         self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
     def prefill(self, span: Span) -> HalfFound:
-        """The blocks that prefill gives up: the least loss on whole windows."""
+        """The units that prefill gives up: the least loss on whole windows."""
         engine = self._engine()
-        bound = self._bound(self._spec.prefill, "prefill", engine, dense=engine)
-        memo = self._memo("prefill", engine)
-        pairs = sorted(self._fits.for_prefill)
-        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span, pairs)
+        bound = self._bound(self._spec.prefill, None, engine, dense=engine)
+        memo = self._memo(self._phase(), engine)
+        merges = sorted(self._fits.for_prefill)
+        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span, merges)
 
-    def decode(self, prefill: Blocks, span: Span) -> HalfFound:
-        """The blocks that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
+    def decode(self, prefill: Units, span: Span) -> HalfFound:
+        """The units that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
         engine = self._pair(prefill)
-        phase = f"decode after {sorted(prefill)}"
-        bound = self._bound(self._spec.decode, phase, engine, dense=self._pair(NOTHING))
-        memo = self._memo(phase, engine)
-        pairs = sorted(self._fits.for_decode(prefill))
-        return self._half("decode", memo, prefill, self._decode_limit, bound, span, pairs)
+        bound = self._bound(self._spec.decode, prefill, engine, dense=self._pair(NOTHING))
+        memo = self._memo(self._phase(prefill), engine)
+        merges = sorted(self._fits.for_decode(prefill))
+        return self._half("decode", memo, prefill, self._decode_limit, bound, span, merges)
 
     def sensitivity(self) -> Sensitivity:
         """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
@@ -142,15 +91,15 @@ class Searcher:
         Protected blocks are left out: that they cannot go may be why they are protected.
         """
         blocks = [block for block in range(len(self._stack.blocks)) if block not in self._spec.search.protect]
-        alone = {block: frozenset({block}) for block in blocks}
-        both = self._memo("prefill", self._engine())([NOTHING, *alone.values()])
-        decode = self._memo("decode only", self._pair(NOTHING))([NOTHING, *alone.values()])
+        alone = {block: deleting([block]) for block in blocks}
+        both = self._memo(self._phase(), self._engine())([NOTHING, *alone.values()])
+        decode = self._memo(self._phase(NOTHING), self._pair(NOTHING))([NOTHING, *alone.values()])
         return Sensitivity(
             dense=DenseLoss(both=both[NOTHING], decode_only=decode[NOTHING]),
             blocks=[BlockWorth(block=b, both=both[one], decode_only=decode[one]) for b, one in alone.items()],
         )
 
-    def controls(self, prefill: Blocks, decode: Found, span: Span) -> Controls:
+    def controls(self, prefill: Units, decode: Found, span: Span) -> Controls:
         """Losses on continuations to hold the nested pair's against.
 
         `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing, and pairs without a
@@ -160,65 +109,64 @@ class Searcher:
         """
         self._context.report(span[0], "Measuring the controls.")
         free = self._non_nested(prefill, decode, span)
-        simple = self.simple_controls(prefill, decode.removed)
-        removed = sorted(self._units.blocks(free.removed))
+        simple = self.simple_controls(prefill, decode.units)
+        removed = sorted(free.blocks)
         return simple.model_copy(update={"non_nested": free.loss, "non_nested_removed": removed})
 
-    def simple_controls(self, prefill: Blocks, removed: Blocks) -> Controls:
-        """Of the controls, those that take no search; decode gives up `removed`."""
+    def simple_controls(self, prefill: Units, decode: Units) -> Controls:
+        """Of the controls, those that take no search."""
         fits = self._fits.for_decode(prefill)
-        in_both = self._memo(f"decode after {sorted(removed)}", self._pair(removed, fits))([removed])
-        fitted = removed.intersection(self._fits.for_decode(NOTHING))
-        in_decode = fitted | self._units.blocks(removed - fitted)
-        alone = self._memo("decode only", self._pair(NOTHING))([in_decode])
-        return Controls(decode_set_in_both=in_both[removed], decode_only=alone[in_decode])
+        in_both = self._memo(self._phase(decode), self._pair(decode, fits))([decode])
+        fitted = decode.intersection(self._fits.for_decode(NOTHING))
+        in_decode = fitted | deleting(blocks_of(decode - fitted))
+        alone = self._memo(self._phase(NOTHING), self._pair(NOTHING))([in_decode])
+        return Controls(decode_set_in_both=in_both[decode], decode_only=alone[in_decode])
 
-    def losses(self, prefill: Blocks, decode: Blocks) -> tuple[float, float]:
+    def losses(self, prefill: Units, decode: Units) -> tuple[float, float]:
         """The loss of the prefill half on whole windows, and that of the pair on continuations."""
-        of_prefill = self._memo("prefill", self._engine())([prefill])[prefill]
-        of_pair = self._memo(f"decode after {sorted(prefill)}", self._pair(prefill))([decode])[decode]
+        of_prefill = self._memo(self._phase(), self._engine())([prefill])[prefill]
+        of_pair = self._memo(self._phase(prefill), self._pair(prefill))([decode])[decode]
         return of_prefill, of_pair
 
-    def _non_nested(self, prefill: Blocks, decode: Found, span: Span) -> Found:
+    def _non_nested(self, prefill: Units, decode: Found, span: Span) -> Found:
         if prefill == self._forced:
             return decode  # Nesting asked for nothing.
-        phase = f"non-nested beside {sorted(prefill)}"
+        phase = Phase(self._spec.search.objective, prefill, nested=False)
         memo = self._memo(phase, self._pair(prefill, project_skipped=True))
-        memo([decode.removed])
+        memo([decode.units])
         algorithm = self._spec.search.algorithm
         # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
         algorithm = "annealing" if algorithm == "exhaustive" else algorithm
-        name = "decode without nesting"
-        pairs, count = sorted(self._fits.for_decode(prefill)), len(decode.removed)
-        result = self._search(memo, name, self._forced, count, span, pairs, algorithm=algorithm)
+        merges, count = sorted(self._fits.for_decode(prefill)), len(decode.units)
+        result = self._search("control", memo, self._forced, count, span, merges, algorithm=algorithm)
         return result.frontier[count]
 
     def _half(
         self,
-        name: str,
+        name: SearchName,
         memo: Memo,
-        base: Blocks,
+        base: Units,
         limit: int,
         bound: PerplexityBound | None,
         span: Span,
-        pairs: Sequence[int],
+        merges: Sequence[Unit],
     ) -> HalfFound:
         algorithm = self._spec.search.algorithm
         if bound is None:
-            result = self._search(memo, name, base, limit, span, pairs, algorithm=algorithm)
+            result = self._search(name, memo, base, limit, span, merges, algorithm=algorithm)
             return HalfFound(result.frontier[limit], result, None)
         bound.increase(base)
-        result = self._search(memo, name, base, limit, span, pairs, algorithm=algorithm, acceptable=bound.holds)
+        result = self._search(name, memo, base, limit, span, merges, algorithm=algorithm, acceptable=bound.holds)
         return HalfFound(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
 
     def _search(
         self,
+        name: SearchName,
         memo: Memo,
-        name: str,
-        base: Blocks,
+        base: Units,
         remove: int,
         span: Span,
-        pairs: Sequence[int],
+        merges: Sequence[Unit],
         *,
         algorithm: Algorithm,
         acceptable: Callable[[Found], bool] | None = None,
@@ -229,10 +177,10 @@ class Searcher:
         def on_progress(done: float, best: Found) -> None:
             self._context.report(
                 start + (end - start) * done,
-                f"Searching what {name} gives up.",
+                f"Searching what {SOUGHT[name]} gives up.",
                 evaluated=len(memo.visited),
                 loss=round(best.loss, 5),
-                removed=sorted(self._units.blocks(best.removed)),
+                removed=sorted(best.blocks),
             )
 
         return search(
@@ -242,40 +190,42 @@ class Searcher:
             remove=remove,
             base=base,
             protect=frozenset(spec.protect),
-            pairs=pairs,
+            merges=merges,
             scores=self._cosine,
             evaluations=spec.evaluations,
-            out_of_time=self._evaluated.out_of_time(name, spec.seconds),
+            out_of_time=self._state.out_of_time(name, spec.seconds),
             seed=self._spec.seed,
             on_progress=on_progress,
             acceptable=acceptable,
         )
 
     def _bound(
-        self, target: StageTarget, phase: str, engine: LossEngine, *, dense: LossEngine
+        self, target: StageTarget, prefill: Units | None, engine: LossEngine, *, dense: LossEngine
     ) -> PerplexityBound | None:
         if target.max_perplexity_increase is None:
             return None
-        # A phase of its own unless the search's losses are cross-entropies already.
-        known = phase if self._spec.search.objective == "cross_entropy" else f"{phase}, cross-entropy"
-        memo = self._memo(known, engine, "cross_entropy")
+        memo = self._memo(Phase("cross_entropy", prefill), engine)
         of_dense = dense.losses([NOTHING], "cross_entropy")[NOTHING]
         return PerplexityBound(memo, of_dense, target.max_perplexity_increase)
 
-    def _memo(self, phase: str, engine: LossEngine, objective: Objective | None = None) -> Memo:
-        return self._evaluated.memo(phase, engine, objective=objective, racing=self._racing)
+    def _phase(self, prefill: Units | None = None) -> Phase:
+        """The losses that a search goes by: on whole windows, or beside a prefill half."""
+        return Phase(self._spec.search.objective, prefill)
+
+    def _memo(self, phase: Phase, engine: LossEngine) -> Memo:
+        return self._state.memo(phase, engine, racing=self._racing)
 
     def _engine(self) -> LossEngine:
         return self._built(self._recipe, self._fits.for_prefill)
 
     def _pair(
-        self, prefill: Blocks, fits: Mapping[int, Fit] | None = None, *, project_skipped: bool = False
+        self, prefill: Units, fits: Mapping[Unit, Fit] | None = None, *, project_skipped: bool = False
     ) -> LossEngine:
         """With the fits that decode has beside `prefill`, unless given others."""
         recipe = replace(self._recipe, prefill=prefill, project_skipped=project_skipped)
         return self._built(recipe, self._fits.for_decode(prefill) if fits is None else fits)
 
-    def _built(self, recipe: Recipe, fits: Mapping[int, Fit]) -> LossEngine:
+    def _built(self, recipe: Recipe, fits: Mapping[Unit, Fit]) -> LossEngine:
         engine = recipe.build(
             self._stack, self._windows, anchor_bytes=anchor_bytes(self._stack.model), modules=modules(fits)
         )

@@ -20,6 +20,7 @@ from benchmarks.device.findings import Findings, Spread, Table
 from benchmarks.device.llama import nested, one_round
 from benchmarks.device.walks import largest_difference, walk
 from tests.unit.workers.pruning.devices import FIRST, accelerators
+from workers.pruning.model.units import deleting
 
 SCRIPT = Path(gpu.__file__)
 MISSING = ["alembic", "boto3", "celery", "datasets", "fastapi", "matplotlib", "pydantic", "redis", "rich", "service"]
@@ -96,7 +97,7 @@ def test_no_part_mixes_tensors_of_the_device_with_those_of_the_cpu(part: str) ->
 
 
 def test_a_difference_that_is_not_a_number_is_a_failure() -> None:
-    one, two = frozenset({1}), frozenset({2})
+    one, two = deleting({1}), deleting({2})
     difference = largest_difference({one: math.nan, two: 2.0}, {one: 1.0, two: 1.0})
     findings = Findings()
     findings.judge("losses", difference, 3.0)

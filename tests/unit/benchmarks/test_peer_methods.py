@@ -23,6 +23,7 @@ from tests.unit.workers.pruning.models import random_ids, reference_model, refer
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.measure import perplexity
 from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import NOTHING, deleting
 from workers.pruning.repair.distill import fit_spans, load_tensors
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import Engine
@@ -113,14 +114,14 @@ def test_sleb_takes_greedys_steps_with_one_full_forward_a_candidate() -> None:
         algorithm="greedy",
         num_blocks=NUM_BLOCKS,
         remove=3,
-        base=frozenset(),
+        base=NOTHING,
         scores=[0.0] * NUM_BLOCKS,
         evaluations=0,
         seed=0,
         on_progress=lambda done, best: None,
     )
     plan = sleb(stack, IDS, 3, chunk_windows=3)
-    assert plan.removed == greedy.frontier[3].removed
+    assert plan.removed == greedy.frontier[3].blocks
     assert plan.forwards == 9 + 8 + 7
 
 
@@ -197,8 +198,8 @@ def test_on_the_reference_model_searching_by_the_loss_beats_what_never_sees_it()
     model = reference_model()
     stack, windows = block_stack(model), reference_windows("calibration", 4, 64)
     names = ("ShortGPT", "angular span", "SLEB", "Shortened LLaMA Taylor+", "LLM-Streamline")
-    removed = {name: PEERS[name](stack, windows, 2, chunk_windows=4).removed for name in names}
+    removed = {name: deleting(PEERS[name](stack, windows, 2, chunk_windows=4).removed) for name in names}
     losses = Engine(stack, windows, "cross_entropy", chunk_windows=4).losses(list(removed.values()))
-    loss = {name: losses[blocks] for name, blocks in removed.items()}
+    loss = {name: losses[units] for name, units in removed.items()}
     assert loss["SLEB"] == min(loss.values())
     assert loss["SLEB"] < min(loss["angular span"], loss["Shortened LLaMA Taylor+"], loss["LLM-Streamline"])

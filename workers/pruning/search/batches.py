@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import Unit, Units, blocks_of, units_from_json, units_json
 from workers.pruning.search.engine import NO_MODULES, Engine, Objective, PairEngine, WindowsEngine
 
 PIECES_A_WORKER = 4
@@ -30,13 +30,13 @@ class Recipe:
     objective: Objective
     chunk_windows: int
     prompt_tokens: int
-    prefill: Blocks | None = None
+    prefill: Units | None = None
     project_skipped: bool = False
 
     def build(
-        self, stack: BlockStack, windows: Tensor, *, anchor_bytes: int, modules: Mapping[int, nn.Module] = NO_MODULES
+        self, stack: BlockStack, windows: Tensor, *, anchor_bytes: int, modules: Mapping[Unit, nn.Module] = NO_MODULES
     ) -> WindowsEngine:
-        """The engine for windows (windows, tokens); `modules` are fitted blocks by their units."""
+        """The engine for windows (windows, tokens); `modules` are the fitted blocks of units that merge."""
         if self.prefill is None:
             return Engine(
                 stack,
@@ -63,7 +63,7 @@ class Recipe:
 class Piece:
     """Sets to be measured on a range of windows."""
 
-    candidates: tuple[Blocks, ...]
+    candidates: tuple[Units, ...]
     windows: range
 
 
@@ -74,7 +74,7 @@ class Evaluation:
     recipe: Recipe
     objective: Objective
     piece: Piece
-    anchor: Blocks | None = None
+    anchor: Units | None = None
     """The set that the candidates are near, if the search has one."""
 
     def losses(self, engine: WindowsEngine) -> list[list[float]]:
@@ -87,31 +87,31 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """As JSON, of a few bytes a block."""
         return {
-            "recipe": asdict(self.recipe) | {"prefill": _listed(self.recipe.prefill)},
+            "recipe": asdict(self.recipe) | {"prefill": _optional_json(self.recipe.prefill)},
             "objective": self.objective,
-            "candidates": [sorted(candidate) for candidate in self.piece.candidates],
+            "candidates": [units_json(candidate) for candidate in self.piece.candidates],
             "windows": [self.piece.windows.start, self.piece.windows.stop],
-            "anchor": _listed(self.anchor),
+            "anchor": _optional_json(self.anchor),
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Evaluation:
         """What `to_json` wrote."""
-        recipe = Recipe(**content["recipe"] | {"prefill": _blocks(content["recipe"]["prefill"])})
-        piece = Piece(tuple(map(frozenset, content["candidates"])), range(*content["windows"]))
-        return cls(recipe, content["objective"], piece, _blocks(content["anchor"]))
+        recipe = Recipe(**content["recipe"] | {"prefill": _optional_units(content["recipe"]["prefill"])})
+        piece = Piece(tuple(map(units_from_json, content["candidates"])), range(*content["windows"]))
+        return cls(recipe, content["objective"], piece, _optional_units(content["anchor"]))
 
 
-def _listed(blocks: Blocks | None) -> list[int] | None:
-    return None if blocks is None else sorted(blocks)
+def _optional_json(units: Units | None) -> list[list[int]] | None:
+    return None if units is None else units_json(units)
 
 
-def _blocks(listed: Sequence[int] | None) -> Blocks | None:
-    return None if listed is None else frozenset(listed)
+def _optional_units(content: Sequence[Sequence[int]] | None) -> Units | None:
+    return None if content is None else units_from_json(content)
 
 
 def split(
-    candidates: Sequence[Blocks], windows: range, *, chunk_windows: int, num_blocks: int, workers: int
+    candidates: Sequence[Units], windows: range, *, chunk_windows: int, num_blocks: int, workers: int
 ) -> list[Piece]:
     """Pieces of much the same work, one for each of `workers` at least where there is enough of it."""
     starts = range(windows.start, windows.stop, chunk_windows)
@@ -124,24 +124,24 @@ def split(
     ]
 
 
-def _groups(candidates: Sequence[Blocks], count: int, num_blocks: int) -> list[list[Blocks]]:
+def _groups(candidates: Sequence[Units], count: int, num_blocks: int) -> list[list[Units]]:
     """At most `count` groups of neighbours in the walk's trie, of much the same number of block-forwards."""
-    ordered = sorted(candidates, key=lambda removed: [*sorted(removed), math.inf])
+    ordered = sorted(candidates, key=lambda units: [*sorted(blocks_of(units)), math.inf])
     costs = [num_blocks]
-    for before, removed in pairwise(ordered):
+    for before, units in pairwise(ordered):
         # A set runs apart from the one before it from the first block on which they differ.
-        costs.append(max(1, num_blocks - min(before ^ removed, default=0)))
+        costs.append(max(1, num_blocks - min(blocks_of(before ^ units), default=0)))
     total, so_far = sum(costs), 0
-    groups: list[list[Blocks]] = [[] for _ in range(count)]
-    for removed, cost in zip(ordered, costs, strict=True):
-        groups[so_far * count // total].append(removed)
+    groups: list[list[Units]] = [[] for _ in range(count)]
+    for units, cost in zip(ordered, costs, strict=True):
+        groups[so_far * count // total].append(units)
         so_far += cost
     return [group for group in groups if group]
 
 
-def joined(candidates: Sequence[Blocks], parts: Mapping[Piece, Sequence[Sequence[float]]]) -> dict[Blocks, list[float]]:
+def joined(candidates: Sequence[Units], parts: Mapping[Piece, Sequence[Sequence[float]]]) -> dict[Units, list[float]]:
     """The losses of every candidate on all windows, from those of the pieces that `split` made."""
-    losses: dict[Blocks, list[float]] = {candidate: [] for candidate in candidates}
+    losses: dict[Units, list[float]] = {candidate: [] for candidate in candidates}
     for piece in sorted(parts, key=lambda piece: piece.windows.start):
         for candidate, by_window in zip(piece.candidates, parts[piece], strict=True):
             losses[candidate] += by_window

@@ -1,9 +1,12 @@
-"""The loss of many candidate sets of removed blocks in one pass over the weights.
+"""The loss of many candidate sets of units in one pass over the weights.
 
-A candidate equals every other one until the first block on which they differ, so the walk carries one hidden state for
-each distinct way *so far* (a trie over the blocks that ran, were skipped, or had another fitted to a pair in their
-place) and runs each block once for each of those.
-Candidates near a set that was walked before, the anchor, begin where they first differ from it.
+Two candidates have the same hidden states up to the first block at which their ways through the model differ. So a pass
+goes through the blocks in order and carries one hidden state for each distinct way *so far*: where five candidates
+begin alike, their common blocks run once. Candidates that are near a set which was walked before, the anchor, begin
+where they first differ from it, from hidden states that were held on its way.
+
+An engine belongs to one model, one set of windows and one objective. `Engine` takes whole windows; `PairEngine` the
+continuations of prompts that a prefill half processed, which is what a decode half is compared by.
 """
 
 from __future__ import annotations
@@ -21,14 +24,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
-from workers.pruning.model.plan import Blocks, check_nested
-from workers.pruning.model.units import SKIPPED, Units, Way
+from workers.pruning.model.units import NOTHING, Unit, Units, Way, blocks_of, check_nested, way_through
 from workers.pruning.search.anchor import Anchor, Trail
 
 Objective = Literal["kl", "cross_entropy", "hidden"]
-NOTHING: Blocks = frozenset()
-NO_MODULES: Mapping[int, nn.Module] = MappingProxyType({})
-WindowLosses = Callable[[Sequence[Blocks], range], dict[Blocks, list[float]]]
+NO_MODULES: Mapping[Unit, nn.Module] = MappingProxyType({})
+WindowLosses = Callable[[Sequence[Units], range], dict[Units, list[float]]]
 """Mean loss a token of each candidate set on each window of a range: what engines offer and searches use."""
 HEAD_ELEMENTS = 2**24
 """Logits computed at a time; bounds the memory of a large vocabulary (64 MiB in float32)."""
@@ -76,51 +77,56 @@ def walk(
     stack: BlockStack,
     calls: BlockCalls,
     trail: Trail,
-    candidates: Sequence[Blocks],
-    caches: Mapping[int, Any],
-    modules: Mapping[int, nn.Module] = NO_MODULES,
-) -> tuple[dict[Blocks, Tensor], int]:
-    """h_L (batch, time, hidden) of every candidate, and how many block-forwards that took.
+    candidates: Sequence[Units],
+    caches: Mapping[int | Unit, Any],
+    modules: Mapping[Unit, nn.Module] = NO_MODULES,
+) -> tuple[dict[Units, Tensor], int]:
+    """The last hidden states h_L (batch, time, hidden) of every candidate, and how many block-forwards that took.
 
-    `modules` are the fitted blocks of the candidates' pairs, by unit. `caches` are by block, or by unit where a fitted
-    block has one of its own. A candidate begins at the last state of `trail` that is on its way; the trail keeps more
-    of its own as they pass.
+    `trail` has hidden states on one way through the blocks. A candidate begins at the last of them that lies on its own
+    way, too; states that the walk passes on that way are left in the trail. `modules` are the fitted blocks of units
+    that merge. `caches` are the KV caches to read, by block, or by unit where a fitted block has a cache of its own.
     """
-    units = Units(len(stack.blocks))
-    ways = {candidate: units.way(candidate) for candidate in candidates}
+    # Where each candidate begins.
+    ways = {candidate: way_through(candidate, len(stack.blocks)) for candidate in candidates}
     begins = {way: trail.begin(way) for way in ways.values()}
-    streams: dict[Way, Tensor] = {}  # by what ran so far
+
+    # Before a block, `states` has the hidden state that enters it for each distinct way so far.
+    states: dict[Way, Tensor] = {}
     forwards = 0
     for block in range(min(begins.values(), default=len(stack.blocks)), len(stack.blocks)):
+        # Candidates that begin here share the trail's state; else the trail takes what the walk found on its way.
         passed = trail.way[:block]
         if block in begins.values():
-            streams[passed] = trail.states[block]
-        elif passed in streams:
-            trail.keep(block, streams[passed])
+            states[passed] = trail.states[block]
+        elif passed in states:
+            trail.keep(block, states[passed])
+
+        # One step for each distinct way up to and with this block, in the order of the candidates.
         following: dict[Way, Tensor] = {}
         for way in {way[: block + 1]: None for way, begin in begins.items() if begin <= block}:
-            before, runs = streams[way[:block]], way[block]
-            if runs == SKIPPED:
+            before, step = states[way[:block]], way[block]
+            if step == "skip":
                 following[way] = before
-            else:
-                cache = caches.get(runs, caches.get(block))
-                module = stack.blocks[block] if runs == block else modules[runs]
-                following[way] = run_block(module, before, calls.kwargs[block], cache)
-                forwards += 1
-        streams = following
-    return {candidate: streams[way] for candidate, way in ways.items()}, forwards
+                continue
+            module = stack.blocks[block] if step == "run" else modules[step]
+            cache = caches.get(block) if step == "run" else caches.get(step, caches.get(block))
+            following[way] = run_block(module, before, calls.kwargs[block], cache)
+            forwards += 1
+        states = following
+    return {candidate: states[way] for candidate, way in ways.items()}, forwards
 
 
 def mean_losses(
-    stack: BlockStack, objective: Objective, h: Mapping[Blocks, Tensor], dense: Tensor | None, targets: Tensor
-) -> dict[Blocks, list[float]]:
+    stack: BlockStack, objective: Objective, h: Mapping[Units, Tensor], dense: Tensor | None, targets: Tensor
+) -> dict[Units, list[float]]:
     """Mean loss a token in nats, of each window of each candidate's last hidden states (batch, time, hidden).
 
     `kl` is KL(dense ‖ candidate) of the next-token distributions, `cross_entropy` is −log p(target), and `hidden` is
     ‖h − h_dense‖² / ‖h_dense‖² after the final norm, which has no unit. `dense` holds the dense model's last hidden
     states, which cross-entropy does not need; `targets` is (batch, time).
     """
-    by_token: dict[Blocks, list[Tensor]] = {candidate: [] for candidate in h}
+    by_token: dict[Units, list[Tensor]] = {candidate: [] for candidate in h}
     flat_targets = targets.flatten()
     rows = max(1, HEAD_ELEMENTS // stack.model.config.vocab_size)
     if targets.device.type == "cpu":
@@ -165,16 +171,16 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
-def check_finite(losses: Mapping[Blocks, Sequence[float]], first_window: int, units: Units) -> None:
+def check_finite(losses: Mapping[Units, Sequence[float]], first_window: int) -> None:
     """Raises: NonFiniteLoss naming candidate and window."""
     for candidate, by_window in losses.items():
         for window, loss in enumerate(by_window, start=first_window):
             if not math.isfinite(loss):
-                removed = sorted(units.blocks(candidate))
+                removed = sorted(blocks_of(candidate))
                 raise NonFiniteLoss(f"removing blocks {removed} gives the loss {loss} on window {window}")
 
 
-def mean(losses: Mapping[Blocks, Sequence[float]]) -> dict[Blocks, float]:
+def mean(losses: Mapping[Units, Sequence[float]]) -> dict[Units, float]:
     """Mean over windows, which are all of one length."""
     return {candidate: math.fsum(by_window) / len(by_window) for candidate, by_window in losses.items()}
 
@@ -185,22 +191,22 @@ class LossEngine(Protocol):
     windows: int
 
     def window_losses(
-        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
-    ) -> dict[Blocks, list[float]]:
+        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+    ) -> dict[Units, list[float]]:
         """Mean loss a token of each candidate on each of `windows`."""
 
-    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+    def losses(self, candidates: Sequence[Units], objective: Objective | None = None) -> dict[Units, float]:
         """Mean loss a token of each candidate on all windows."""
 
-    def anchor(self, removed: Blocks) -> None:
-        """Say that coming candidates are near `removed`."""
+    def anchor(self, units: Units) -> None:
+        """Say that coming candidates are near `units`."""
 
 
 class WindowsEngine(ABC):
     """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
 
-    `modules` are the fitted blocks of the pairs that candidates may have, by unit. Once told an anchor, it holds hidden
-    states of that set in at most `anchor_bytes`. That changes no loss.
+    `modules` are the fitted blocks of the units that merge. Once told an anchor, it holds hidden states of that set in
+    at most `anchor_bytes`. That changes no loss.
     """
 
     def __init__(
@@ -212,7 +218,7 @@ class WindowsEngine(ABC):
         *,
         walked_tokens: int,
         anchor_bytes: int,
-        modules: Mapping[int, nn.Module],
+        modules: Mapping[Unit, nn.Module],
     ) -> None:
         self.block_forwards = 0
         self.windows = len(windows)
@@ -221,16 +227,15 @@ class WindowsEngine(ABC):
         self._ids = windows
         self._objective = objective
         self._chunk_windows = chunk_windows
-        self._units = Units(len(stack.blocks))
         self._modules = modules
         numbers = len(windows) * walked_tokens * stack.model.config.hidden_size
         self._anchor = Anchor(len(stack.blocks), anchor_bytes, numbers * stack.model.dtype.itemsize)
 
-    def anchor(self, removed: Blocks) -> None:
-        """Say that coming candidates are near `removed`: their walks begin where they first differ from it."""
-        self._anchor.move(self._units.way(removed))
+    def anchor(self, units: Units) -> None:
+        """Say that coming candidates are near `units`: their walks begin where they first differ from that set."""
+        self._anchor.move(way_through(units, self.num_blocks))
 
-    def losses(self, candidates: Sequence[Blocks], objective: Objective | None = None) -> dict[Blocks, float]:
+    def losses(self, candidates: Sequence[Units], objective: Objective | None = None) -> dict[Units, float]:
         """Mean loss a token of each candidate on all windows, by the engine's objective unless another is given.
 
         Raises: what `window_losses` raises.
@@ -239,13 +244,13 @@ class WindowsEngine(ABC):
 
     @torch.no_grad()
     def window_losses(
-        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
-    ) -> dict[Blocks, list[float]]:
+        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+    ) -> dict[Units, list[float]]:
         """Mean loss a token of each candidate on each of `windows`.
 
         Raises: NonFiniteLoss; OutOfMemoryError when one window does not fit.
         """
-        losses: dict[Blocks, list[float]] = {candidate: [] for candidate in candidates}
+        losses: dict[Units, list[float]] = {candidate: [] for candidate in candidates}
         start = windows.start
         while start < windows.stop:
             chunk = range(start, min(start + self._chunk_windows, windows.stop))
@@ -255,7 +260,7 @@ class WindowsEngine(ABC):
                 if not self._anchor.give_up():
                     self._shrink(halved(self._chunk_windows, len(candidates) + 1, error))
                 continue
-            check_finite(found, start, self._units)
+            check_finite(found, start)
             for candidate, by_window in found.items():
                 losses[candidate] += by_window
             start = chunk.stop
@@ -265,8 +270,8 @@ class WindowsEngine(ABC):
         self._chunk_windows = chunk_windows
 
     def _walk(
-        self, calls: BlockCalls, chunk: range, h: Tensor, candidates: Sequence[Blocks], caches: Mapping[int, Any]
-    ) -> dict[Blocks, Tensor]:
+        self, calls: BlockCalls, chunk: range, h: Tensor, candidates: Sequence[Units], caches: Mapping[int | Unit, Any]
+    ) -> dict[Units, Tensor]:
         """h_0 (batch, time, hidden) of a chunk of windows → h_L of every candidate."""
         trail = self._anchor.trail(chunk, h)
         last, forwards = walk(self._stack, calls, trail, candidates, caches, self._modules)
@@ -276,8 +281,8 @@ class WindowsEngine(ABC):
 
     @abstractmethod
     def _chunk_losses(
-        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
-    ) -> dict[Blocks, list[float]]: ...
+        self, candidates: Sequence[Units], chunk: range, objective: Objective
+    ) -> dict[Units, list[float]]: ...
 
 
 class Engine(WindowsEngine):
@@ -294,7 +299,7 @@ class Engine(WindowsEngine):
         *,
         chunk_windows: int,
         anchor_bytes: int = 0,
-        modules: Mapping[int, nn.Module] = NO_MODULES,
+        modules: Mapping[Unit, nn.Module] = NO_MODULES,
     ) -> None:
         super().__init__(
             stack,
@@ -313,8 +318,8 @@ class Engine(WindowsEngine):
         self._dense.clear()
 
     def _chunk_losses(
-        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
-    ) -> dict[Blocks, list[float]]:
+        self, candidates: Sequence[Units], chunk: range, objective: Objective
+    ) -> dict[Units, list[float]]:
         ids = self._ids[chunk.start : chunk.stop]
         wanted = set(candidates)
         if objective != "cross_entropy":
@@ -334,7 +339,7 @@ class Engine(WindowsEngine):
 class _Prompt:
     """What the prefill model leaves behind for one chunk of windows."""
 
-    caches: Mapping[int, Prefix]
+    caches: Mapping[int | Unit, Prefix]
     last: Tensor  # (batch, 1, hidden): h_L at the last prompt token, which predicts the first continued one
     dense: Tensor  # (batch, continuation, hidden): the dense model's h_L for the same predictions
 
@@ -352,12 +357,12 @@ class PairEngine(WindowsEngine):
         windows: Tensor,
         objective: Objective,
         *,
-        prefill: Blocks,
+        prefill: Units,
         prompt_tokens: int,
         chunk_windows: int,
         project_skipped: bool = False,
         anchor_bytes: int = 0,
-        modules: Mapping[int, nn.Module] = NO_MODULES,
+        modules: Mapping[Unit, nn.Module] = NO_MODULES,
     ) -> None:
         """With `project_skipped`, prefill projects keys and values also for the blocks that it skips or has another run
         for, from the hidden state there (as POP does), and decode may keep them: the bound to what nesting costs.
@@ -385,17 +390,17 @@ class PairEngine(WindowsEngine):
         stack, prompt = self._stack, chunk[:, : self._prompt_tokens]
         dense_cache, fitted_cache = (DynamicCache(config=stack.model.config) for _ in range(2))
         calls, h = capture_calls(stack, prompt), stack.embed(prompt)
-        caches: dict[int, Prefix] = {}
-        for block, runs in enumerate(self._units.way(self._prefill)):
+        caches: dict[int | Unit, Prefix] = {}
+        for block, step in enumerate(way_through(self._prefill, self.num_blocks)):
             after = h
-            if runs == block or self._project_skipped:
+            if step == "run" or self._project_skipped:
                 after = calls.run(stack, block, h, dense_cache)
                 caches[block] = Prefix.of(dense_cache, block)
-            if runs not in (block, SKIPPED):
-                after = run_block(self._modules[runs], h, calls.kwargs[block], fitted_cache)
-                caches[runs] = Prefix.of(fitted_cache, block)
+            if isinstance(step, Unit):
+                after = run_block(self._modules[step], h, calls.kwargs[block], fitted_cache)
+                caches[step] = Prefix.of(fitted_cache, block)
             # A skipped block leaves its keys and values behind; what it gives is not used.
-            h = h if runs == SKIPPED else after
+            h = h if step == "skip" else after
         whole = chunk[:, :-1]
         dense, dense_forwards = walk(
             stack, capture_calls(stack, whole), Trail.starting(stack.embed(whole)), [NOTHING], {}
@@ -404,11 +409,11 @@ class PairEngine(WindowsEngine):
         return _Prompt(caches, h[:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
 
     def window_losses(
-        self, candidates: Sequence[Blocks], windows: range, objective: Objective | None = None
-    ) -> dict[Blocks, list[float]]:
+        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+    ) -> dict[Units, list[float]]:
         """Mean loss a continued token of each candidate on each of `windows`.
 
-        Raises: NonFiniteLoss; OutOfMemoryError; ValueError when a candidate keeps what prefill removed.
+        Raises: NonFiniteLoss; OutOfMemoryError; ValueError when a candidate does not give up what prefill does.
         """
         if not self._project_skipped:
             for candidate in candidates:
@@ -420,8 +425,8 @@ class PairEngine(WindowsEngine):
         self._prompts.clear()
 
     def _chunk_losses(
-        self, candidates: Sequence[Blocks], chunk: range, objective: Objective
-    ) -> dict[Blocks, list[float]]:
+        self, candidates: Sequence[Units], chunk: range, objective: Objective
+    ) -> dict[Units, list[float]]:
         ids = self._ids[chunk.start : chunk.stop]
         if chunk not in self._prompts:
             self._prompts[chunk] = self._process_prompt(ids)

@@ -1,4 +1,4 @@
-"""What is known of sets of removed blocks, window by window, and races between sets on ever more of the windows."""
+"""What is known of sets of units, window by window, and races between sets on ever more of the windows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property
 from statistics import fmean, stdev
 
 from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import Units, blocks_of
 from workers.pruning.search.engine import WindowLosses, mean
 
 HEAT_WINDOWS = 4
@@ -19,10 +20,15 @@ DROPPED_AT = 3.0
 
 @dataclass(frozen=True)
 class Found:
-    """A set of removed blocks and its calibration loss."""
+    """A set of units and its calibration loss."""
 
-    removed: Blocks
+    units: Units
     loss: float
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks that go."""
+        return blocks_of(self.units)
 
 
 def heats(windows: int) -> list[int]:
@@ -34,7 +40,7 @@ def heats(windows: int) -> list[int]:
     return stops
 
 
-def survivors(losses: Mapping[Blocks, Sequence[float]], windows: int) -> list[Blocks]:
+def survivors(losses: Mapping[Units, Sequence[float]], windows: int) -> list[Units]:
     """The sets that may still be best on all `windows`, given their losses on the first few, the same for each.
 
     A paired test: a set leaves when it is behind the leader by `DROPPED_AT` standard errors of the mean difference. The
@@ -42,18 +48,18 @@ def survivors(losses: Mapping[Blocks, Sequence[float]], windows: int) -> list[Bl
     only sets as good as the leader stay.
     """
     means = mean(losses)
-    leader = min(losses, key=lambda removed: (means[removed], sorted(removed)))
+    leader = min(losses, key=lambda units: (means[units], sorted(units)))
     seen = len(losses[leader])
     if seen == windows:
-        return [removed for removed in losses if means[removed] <= means[leader]]
+        return [units for units in losses if means[units] <= means[leader]]
     if seen < 2:
         return list(losses)
 
-    def stays(removed: Blocks) -> bool:
-        behind = [loss - best for loss, best in zip(losses[removed], losses[leader], strict=True)]
+    def stays(units: Units) -> bool:
+        behind = [loss - best for loss, best in zip(losses[units], losses[leader], strict=True)]
         return fmean(behind) <= DROPPED_AT * stdev(behind) * math.sqrt(1 / seen - 1 / windows)
 
-    return [removed for removed in losses if stays(removed)]
+    return [units for units in losses if stays(units)]
 
 
 @dataclass
@@ -66,32 +72,32 @@ class Memo:
 
     losses: WindowLosses
     windows: int
-    known: dict[Blocks, list[float]] = field(default_factory=dict)
+    known: dict[Units, list[float]] = field(default_factory=dict)
     on_new: Callable[[], None] = lambda: None
     racing: bool = False
-    anchor: Callable[[Blocks], None] = lambda removed: None
+    anchor: Callable[[Units], None] = lambda units: None
     """Told which set the coming candidates are near, so that what gives the losses may hold on to its way there."""
-    visited: dict[Blocks, float] = field(default_factory=dict, init=False)
+    visited: dict[Units, float] = field(default_factory=dict, init=False)
     """Mean loss on all windows of the sets that were asked for it, in the order in which they first were."""
-    asked: set[Blocks] = field(default_factory=set, init=False)
+    asked: set[Units] = field(default_factory=set, init=False)
     """What was visited, and what took part in a race: never what only an earlier run measured."""
     _best: dict[int, Found] = field(default_factory=dict, init=False)
 
-    def __call__(self, candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+    def __call__(self, candidates: Sequence[Units]) -> dict[Units, float]:
         """Mean loss of every candidate on all windows."""
         self.asked.update(candidates)
         for stop in self._heats:
             self._measure(candidates, stop)
         found = mean({candidate: self.known[candidate] for candidate in candidates})
-        for removed, loss in found.items():
-            if removed not in self.visited:
-                self.visited[removed] = loss
-                best = self._best.get(len(removed))
-                if best is None or (loss, sorted(removed)) < (best.loss, sorted(best.removed)):
-                    self._best[len(removed)] = Found(removed, loss)
+        for units, loss in found.items():
+            if units not in self.visited:
+                self.visited[units] = loss
+                best = self._best.get(len(units))
+                if best is None or (loss, sorted(units)) < (best.loss, sorted(best.units)):
+                    self._best[len(units)] = Found(units, loss)
         return found
 
-    def first(self, candidates: Sequence[Blocks]) -> Blocks:
+    def first(self, candidates: Sequence[Units]) -> Units:
         """The candidate of least loss. With `racing`, none is measured on more windows than the race takes."""
         self.asked.update(candidates)
         left = list(candidates)
@@ -104,7 +110,7 @@ class Memo:
                 break
         return min(left, key=sorted)
 
-    def knows(self, candidate: Blocks) -> bool:
+    def knows(self, candidate: Units) -> bool:
         """Whether the candidate's loss takes no more measuring."""
         return len(self.known.get(candidate, ())) == self.windows
 
@@ -116,7 +122,7 @@ class Memo:
     def _heats(self) -> list[int]:
         return heats(self.windows) if self.racing else [self.windows]
 
-    def _measure(self, candidates: Sequence[Blocks], stop: int) -> None:
+    def _measure(self, candidates: Sequence[Units], stop: int) -> None:
         """Know every candidate on the windows before `stop`."""
         seen = {candidate: len(self.known.get(candidate, ())) for candidate in candidates}
         for start in sorted({count for count in seen.values() if count < stop}):

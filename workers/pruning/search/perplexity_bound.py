@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import Units
 from workers.pruning.search.memo import Found, Memo
 
 MAX_EXPONENT = 700.0
@@ -24,32 +24,32 @@ class PerplexityBound:
     """The dense model's, on the same tokens."""
     max_increase: float
 
-    def increase(self, removed: Blocks) -> float:
+    def increase(self, units: Units) -> float:
         """Perplexity without the blocks over the dense model's, less one."""
-        return math.expm1(min(self.cross_entropy([removed])[removed] - self.dense, MAX_EXPONENT))
+        return math.expm1(min(self.cross_entropy([units])[units] - self.dense, MAX_EXPONENT))
 
     def holds(self, found: Found) -> bool:
         """Whether a set is within the bound."""
-        return self.increase(found.removed) <= self.max_increase
+        return self.increase(found.units) <= self.max_increase
 
     def largest(self, memo: Memo, smallest: Found) -> Found:
         """Of the sets that were held against the bound and kept it, the largest; of those, the one of least loss.
 
         `smallest` when there is none: it is what has to go in any case.
         """
-        measured = (Found(removed, memo.visited[removed]) for removed in list(self.cross_entropy.visited))
+        measured = (Found(units, memo.visited[units]) for units in list(self.cross_entropy.visited))
         kept = [found for found in measured if self.holds(found)]
-        return min(kept, key=lambda f: (-len(f.removed), f.loss, sorted(f.removed)), default=smallest)
+        return min(kept, key=lambda f: (-len(f.units), f.loss, sorted(f.units)), default=smallest)
 
     def to_json(self, chosen: Found, frontier: Iterable[Found]) -> dict[str, Any]:
         """The bound, whether and how the chosen set keeps it, and the increase at every count that was walked."""
         return {
             "max_perplexity_increase": self.max_increase,
-            "perplexity_increase": self.increase(chosen.removed),
+            "perplexity_increase": self.increase(chosen.units),
             "met": self.holds(chosen),
             "dense_perplexity": math.exp(min(self.dense, MAX_EXPONENT)),
             "frontier": [
-                {"remove_blocks": len(found.removed), "perplexity_increase": self.increase(found.removed)}
+                {"remove_blocks": len(found.units), "perplexity_increase": self.increase(found.units)}
                 for found in frontier
             ],
         }

@@ -1,12 +1,11 @@
 """Search of the set of blocks whose removal costs least: annealing, greedy, exhaustive.
 
-Blocks are deleted, or distilled where there are fitted pairs: sets are of units (`workers/pruning/model/units.py`),
-one for each block that goes. Every algorithm walks the removed counts upwards. Simulated annealing lets greedy walk
-them all first, so that it soon has a set for every count and never ends above greedy; then it moves by swapping removed
-blocks with kept ones, or one way to give up a block with another, and accepts by Metropolis under geometric cooling.
-All are functions of the losses, the constraints and the seed alone: repeated with the losses it already knows, a search
-arrives at the same place. Only a limit of time breaks that. Where the memo races, greedy's steps are races; the
-frontier's losses are exact even so.
+Sets are of units (`workers/pruning/model/units.py`), one for each block that goes. Every algorithm walks the removed
+counts upwards. Simulated annealing lets greedy walk them all first, so that it soon has a set for every count and never
+ends above greedy; then it moves by swapping removed blocks with kept ones, or one way to give up a block with another,
+and accepts by Metropolis under geometric cooling. All are functions of the losses, the constraints and the seed alone:
+repeated with the losses it already knows, a search arrives at the same place. Only a limit of time breaks that. Where
+the memo races, greedy's steps are races; the frontier's losses are exact even so.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workers.pruning.model.plan import Blocks
-from workers.pruning.model.units import Units
-from workers.pruning.search.engine import NOTHING
+from workers.pruning.model.units import Unit, Units, blocks_of, removed_json, with_unit
 from workers.pruning.search.memo import Found, Memo
 
 Algorithm = Literal["annealing", "greedy", "exhaustive"]
@@ -45,18 +43,17 @@ class SearchResult:
 
     frontier: Mapping[int, Found]
     trajectory: Sequence[Found]
-    units: Units
 
     def frontier_json(self) -> list[dict[str, Any]]:
         """The frontier by count, as JSON whose bytes depend on it alone."""
         return [
-            {"remove_blocks": count, **self.units.to_json(found.removed), "loss": found.loss}
+            {"remove_blocks": count, **removed_json(found.units), "loss": found.loss}
             for count, found in sorted(self.frontier.items())
         ]
 
     def trajectory_json(self) -> list[dict[str, Any]]:
         """Every set that was evaluated, in order, as such JSON."""
-        return [{**self.units.to_json(found.removed), "loss": found.loss} for found in self.trajectory]
+        return [{**removed_json(found.units), "loss": found.loss} for found in self.trajectory]
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ class _Walk:
     """What every algorithm is given: where it starts, how far it goes, and whom it tells."""
 
     memo: Memo
-    units: Units
-    base: Blocks
+    merges: Sequence[Unit]  # offered besides every block's deletion
+    base: Units
     free: Sequence[int]  # the blocks that may be removed besides the base, ascending
     remove: int
     on_progress: OnProgress
@@ -77,34 +74,34 @@ class _Walk:
         return range(len(self.base) + 1, self.remove + 1)
 
     @property
-    def offered(self) -> list[int]:
-        """The ways to give up a block that is free, deletions first."""
-        return [*self.free, *(pair for pair in self.units.pairs if self.units.block(pair) in self.free)]
+    def offered(self) -> list[Unit]:
+        """The units that give up a free block, deletions first."""
+        return [*map(Unit, self.free), *(unit for unit in self.merges if unit.block in self.free)]
 
-    def add(self, removed: Blocks, unit: int) -> Blocks | None:
-        """The set with one block more gone by `unit`, where that can be."""
-        return self.units.add(removed, unit, base=self.base)
+    def add(self, units: Units, unit: Unit) -> Units | None:
+        """The set with one unit more, where that can be."""
+        return with_unit(units, unit, base=self.base)
 
-    def extensions(self, removed: Blocks) -> list[Blocks]:
+    def extensions(self, units: Units) -> list[Units]:
         """The sets with one block more."""
-        return list(filter(None, (self.add(removed, unit) for unit in self.offered)))
+        return list(filter(None, (self.add(units, unit) for unit in self.offered)))
 
-    def swaps(self, removed: Blocks) -> list[Blocks]:
+    def swaps(self, units: Units) -> list[Units]:
         """The sets that swap a unit beyond the base with another."""
         offered = self.offered
         return [
             swapped
-            for out in sorted(removed - self.base)
+            for out in sorted(units - self.base)
             for into in offered
-            if into != out and (swapped := self.add(removed - {out}, into)) is not None
+            if into != out and (swapped := self.add(units - {out}, into)) is not None
         ]
 
-    def other_actions(self, removed: Blocks) -> list[Blocks]:
+    def other_actions(self, units: Units) -> list[Units]:
         """Of these, the ones that remove the same blocks."""
-        blocks = self.units.blocks(removed)
-        return [swapped for swapped in self.swaps(removed) if self.units.blocks(swapped) == blocks]
+        blocks = blocks_of(units)
+        return [swapped for swapped in self.swaps(units) if blocks_of(swapped) == blocks]
 
-    def affords(self, candidates: Sequence[Blocks]) -> bool:
+    def affords(self, candidates: Sequence[Units]) -> bool:
         """Whether there is time for these sets. What is known takes none, so a resumed search gets where it was."""
         return not self.out_of_time() or all(map(self.memo.knows, candidates))
 
@@ -137,19 +134,19 @@ def search(
     algorithm: Algorithm,
     num_blocks: int,
     remove: int,
-    base: Blocks,
+    base: Units,
     scores: Sequence[float],
     evaluations: int,
     seed: int,
     on_progress: OnProgress,
-    protect: Blocks = NOTHING,
-    pairs: Sequence[int] = (),
+    protect: Blocks = frozenset(),
+    merges: Sequence[Unit] = (),
     out_of_time: Callable[[], bool] = lambda: False,
     acceptable: Acceptable | None = None,
 ) -> SearchResult:
     """The best sets that contain `base` and nothing of `protect`, for every count up to `remove` blocks.
 
-    `pairs` are the units that distil which are offered besides every block's deletion. Exhaustive search tries every
+    `merges` are the units that merge which are offered besides every block's deletion. Exhaustive search tries every
     set of deletions, and then, on the best of each count, one other action after the other.
 
     `scores` are the blocks' cosine scores, highest most redundant; annealing tries the most redundant set of each
@@ -162,8 +159,7 @@ def search(
 
     Raises: ValueError when `remove`, or the base beside the protected blocks, is impossible.
     """
-    units = Units(num_blocks, pairs)
-    given_up = units.blocks(base)
+    given_up = blocks_of(base)
     if both := given_up & protect:
         raise ValueError(f"block {min(both)} is both protected and removed from the start")
     if not len(base) <= remove < num_blocks:
@@ -171,7 +167,7 @@ def search(
     if remove > num_blocks - len(protect):
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks, of which {len(protect)} are protected")
     free = [block for block in range(num_blocks) if block not in given_up | protect]
-    walk = _Walk(memo, units, base, free, remove, on_progress, out_of_time)
+    walk = _Walk(memo, merges, base, free, remove, on_progress, out_of_time)
     memo([base])
     if algorithm == "annealing" or (algorithm == "exhaustive" and acceptable is not None):
         ahead = replace(walk, span=(0.0, GREEDY_SHARE))
@@ -184,7 +180,7 @@ def search(
         )
     last = walk.through(_walked(walk, algorithm, scores, evaluations, seed), acceptable)
     frontier = {count: memo.best(count) for count in range(len(base), last + 1)}
-    return SearchResult(frontier, [Found(removed, loss) for removed, loss in memo.visited.items()], units)
+    return SearchResult(frontier, [Found(units, loss) for units, loss in memo.visited.items()])
 
 
 def _walked(walk: _Walk, algorithm: Algorithm, scores: Sequence[float], evaluations: int, seed: int) -> Iterator[int]:
@@ -202,7 +198,7 @@ def _exhaustive(walk: _Walk) -> Iterator[int]:
     for count in walk.counts:
         more = count - len(walk.base)
         total = math.comb(len(walk.free), more)
-        sets = (walk.base.union(chosen) for chosen in itertools.combinations(walk.free, more))
+        sets = (walk.base.union(map(Unit, chosen)) for chosen in itertools.combinations(walk.free, more))
         done = 0
         while batch := list(itertools.islice(sets, EXHAUSTIVE_BATCH)):
             walk.memo(batch)
@@ -215,9 +211,9 @@ def _exhaustive(walk: _Walk) -> Iterator[int]:
 def _weigh_actions(walk: _Walk, count: int) -> None:
     """Change how a block of the best set of `count` goes, one at a time, while that lowers the loss."""
     before = None
-    while walk.units.pairs and before != (best := walk.memo.best(count)):
+    while walk.merges and before != (best := walk.memo.best(count)):
         before = best
-        walk.memo(walk.other_actions(best.removed))
+        walk.memo(walk.other_actions(best.units))
 
 
 def _greedy(walk: _Walk) -> Iterator[int]:
@@ -246,8 +242,8 @@ def _annealing(walk: _Walk, scores: Sequence[float], evaluations: int, seed: int
     memo, base = walk.memo, walk.base
     ranked = sorted(walk.free, key=lambda block: -scores[block])
     for count in walk.counts:
-        redundant = base.union(ranked[: count - len(base)])
-        starts = [redundant, *walk.extensions(memo.best(count - 1).removed)]
+        redundant = base.union(map(Unit, ranked[: count - len(base)]))
+        starts = [redundant, *walk.extensions(memo.best(count - 1).units)]
         if walk.affords(starts):
             memo(starts)
             walk.report(count, 0.0)
@@ -262,7 +258,7 @@ def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random) -> No
     """Swap blocks of the best set of `count` until `evaluations` more sets were measured or no neighbour is new."""
     memo = walk.memo
     current = memo.best(count)
-    same_count = sorted(loss for removed, loss in memo.visited.items() if len(removed) == count)
+    same_count = sorted(loss for units, loss in memo.visited.items() if len(units) == count)
     # The typical gap between a good set and the next: hot enough to leave a local minimum, no hotter.
     first = max(same_count[len(same_count) // 4] - same_count[0], 1e-9)
     last_asked = len(memo.asked) + evaluations
@@ -278,16 +274,16 @@ def _anneal(walk: _Walk, count: int, evaluations: int, rng: random.Random) -> No
             continue
         if not walk.affords(proposals):
             return
-        memo.anchor(current.removed)
+        memo.anchor(current.units)
         losses = memo(proposals)
         walk.report(count, 1 - remaining / evaluations)
-        best_proposal = min(proposals, key=lambda removed: (losses[removed], sorted(removed)))
+        best_proposal = min(proposals, key=lambda units: (losses[units], sorted(units)))
         change = losses[best_proposal] - current.loss
         if change <= 0 or rng.random() < math.exp(-change / temperature):
             current = Found(best_proposal, losses[best_proposal])
 
 
-def _swaps(walk: _Walk, current: Found, limit: int, rng: random.Random) -> list[Blocks]:
+def _swaps(walk: _Walk, current: Found, limit: int, rng: random.Random) -> list[Units]:
     """Up to `limit` sets not yet visited that are one swap away from `current`."""
-    unseen = [removed for removed in walk.swaps(current.removed) if removed not in walk.memo.visited]
+    unseen = [units for units in walk.swaps(current.units) if units not in walk.memo.visited]
     return rng.sample(unseen, min(limit, len(unseen)))

@@ -628,7 +628,7 @@ def test_a_stage_finished_by_a_worker_that_died_before_recording_is_not_run_agai
 def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
     stage: StageName, trainable: str, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.stages.searching.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.search_state.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr("workers.stages.training.SAVE_INTERVAL_S", 0.0)
     spec = tiny_spec(model)
     spec["distillation"] |= {
@@ -684,7 +684,7 @@ def test_a_paused_stage_stops_within_seconds_and_ends_as_one_that_was_never_paus
     stage: StageName, worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.running.lease.HEARTBEAT_S", 0.02)
-    monkeypatch.setattr("workers.stages.searching.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.search_state.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr("workers.stages.training.SAVE_INTERVAL_S", 0.0)
     spec = tiny_spec(model, prefill={"remove_blocks": 2}, decode={"remove_blocks": 3})
     spec["search"] = {"algorithm": "exhaustive"}

@@ -264,7 +264,7 @@ OFFERED = {
     "recipe": {
         "objective": "kl", "chunk_windows": 4, "prompt_tokens": 16, "prefill": None, "project_skipped": False,
     },
-    "objective": "kl", "candidates": [[1]], "windows": [0, 4], "anchor": None,
+    "objective": "kl", "candidates": [[[1]]], "windows": [0, 4], "anchor": None,
 }  # fmt: skip
 
 

@@ -13,12 +13,13 @@ from tests.unit.workers.pruning.devices import FIRST, SECOND, accelerators
 from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, TOLERANCE, random_ids, tiny_model
 from workers.pruning.model.blocks import BlockStack, block_stack, prove
 from workers.pruning.model.sharding import Placement, load_sharded, placement
+from workers.pruning.model.units import deleting
 from workers.pruning.model.width import channel_scores
 from workers.pruning.search.engine import Engine, Objective, PairEngine
 from workers.pruning.search.scores import block_scores
 
 FLOAT = torch.float32
-SETS = [frozenset(s) for s in ((1, 3), (1, 4), (2, 3, 4))]
+SETS = [deleting(s) for s in ((1, 3), (1, 4), (2, 3, 4))]
 
 
 @pytest.fixture
@@ -53,9 +54,9 @@ def losses(stack: BlockStack, ids: Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {objective: whole.losses(SETS, objective) for objective in objectives}
     whole.anchor(SETS[0])
     found["anchored"] = [whole.losses(SETS), whole.losses(SETS)]
-    pair = PairEngine(stack, ids, "kl", prefill=frozenset({4}), prompt_tokens=5, chunk_windows=2, project_skipped=True)
+    pair = PairEngine(stack, ids, "kl", prefill=deleting({4}), prompt_tokens=5, chunk_windows=2, project_skipped=True)
     # The first keeps block 4, the second gives up all of the other device but one: their last states lie apart.
-    found["pair"] = [pair.losses([frozenset({1}), frozenset({2, 3, 4})], objective) for objective in objectives]
+    found["pair"] = [pair.losses([deleting({1}), deleting({2, 3, 4})], objective) for objective in objectives]
     return found
 
 

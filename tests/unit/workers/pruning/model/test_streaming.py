@@ -8,11 +8,12 @@ import torch
 from tests.unit.workers.pruning.models import FAMILIES, OTHERS, random_ids, tiny_model
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.streaming import load_streamed
+from workers.pruning.model.units import deleting
 from workers.pruning.search.engine import Engine, PairEngine
 from workers.pruning.search.scores import block_scores
 
 CPU = torch.device("cpu")
-SINGLES = [frozenset({block}) for block in range(5)]
+SINGLES = [deleting({block}) for block in range(5)]
 
 
 @pytest.mark.parametrize("family", FAMILIES + OTHERS)
@@ -27,10 +28,10 @@ def test_streamed_weights_give_what_resident_ones_give_bit_for_bit(family: str, 
     losses = [Engine(stack, ids, "kl", chunk_windows=4).losses(SINGLES) for stack in stacks]
     assert losses[0] == losses[1]
     pairs = [
-        PairEngine(stack, ids, "cross_entropy", prefill=frozenset({1}), prompt_tokens=6, chunk_windows=4)
+        PairEngine(stack, ids, "cross_entropy", prefill=deleting({1}), prompt_tokens=6, chunk_windows=4)
         for stack in stacks
     ]
-    candidates = [frozenset({1, other}) for other in (0, 2, 3)]
+    candidates = [deleting({1, other}) for other in (0, 2, 3)]
     assert pairs[0].losses(candidates) == pairs[1].losses(candidates)
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from tests.unit.workers.pruning.models import random_ids, tiny_model
 from workers.pruning.model.blocks import BlockStack, block_stack
-from workers.pruning.model.plan import Blocks
 from workers.pruning.model.streaming import load_streamed
-from workers.pruning.model.units import Units
+from workers.pruning.model.units import NOTHING, Unit, Units, deleting, way_through
 from workers.pruning.search.anchor import Anchor, Trail
 from workers.pruning.search.engine import Engine, PairEngine, WindowsEngine
 from workers.pruning.search.memo import Memo
@@ -20,9 +19,9 @@ from workers.pruning.search.search import SearchResult, search
 
 BLOCKS, WINDOWS, TOKENS = 8, 5, 12
 AMPLE = 2**20
-CURRENT = frozenset({1, 3, 6})
-SWAPS = [CURRENT - {out} | {into} for out in (3, 6) for into in (4, 5, 7)]
-PREFILL = frozenset({1})
+CURRENT = deleting({1, 3, 6})
+SWAPS = [CURRENT - {Unit(out)} | {Unit(into)} for out in (3, 6) for into in (4, 5, 7)]
+PREFILL = deleting({1})
 
 
 def tiny_stack() -> BlockStack:
@@ -45,7 +44,7 @@ def pair(stack: BlockStack, anchor_bytes: int) -> WindowsEngine:
     )
 
 
-def forwards(engine: WindowsEngine, candidates: Sequence[Blocks]) -> int:
+def forwards(engine: WindowsEngine, candidates: Sequence[Units]) -> int:
     """Block-forwards that the losses of these take, over all chunks."""
     before = engine.block_forwards
     engine.losses(candidates)
@@ -78,9 +77,9 @@ def test_swaps_near_an_anchor_cost_fewer_block_forwards_and_the_same_losses(
 def test_losses_stay_bit_equal_wherever_the_anchor_moves_and_however_little_is_held(anchor_bytes: int) -> None:
     stack = tiny_stack()
     plain, anchored = whole(stack, 0), whole(stack, anchor_bytes)
-    for near, other in pairwise([CURRENT, *SWAPS, frozenset(), CURRENT]):
+    for near, other in pairwise([CURRENT, *SWAPS, NOTHING, CURRENT]):
         anchored.anchor(near)
-        candidates = [near, other, near | {0}, other - {6} | {2}]
+        candidates = [near, other, near | deleting({0}), other - deleting({6}) | deleting({2})]
         assert anchored.losses(candidates) == plain.losses(candidates)
         assert held_bytes(anchored) <= anchor_bytes
     assert anchored.block_forwards <= plain.block_forwards
@@ -89,7 +88,7 @@ def test_losses_stay_bit_equal_wherever_the_anchor_moves_and_however_little_is_h
 
 def test_with_little_memory_states_are_held_before_every_few_blocks() -> None:
     anchor = Anchor(num_blocks=32, budget_bytes=1000, state_bytes=100)
-    anchor.move(Units(32).way(frozenset({7})))
+    anchor.move(way_through(deleting({7}), 32))
     trail = anchor.trail(range(2), torch.zeros(1))
     for block in range(1, 32):
         trail.keep(block, torch.zeros(1))
@@ -99,10 +98,9 @@ def test_with_little_memory_states_are_held_before_every_few_blocks() -> None:
 
 def test_a_move_of_the_anchor_keeps_what_enters_the_blocks_up_to_the_first_difference() -> None:
     anchor = Anchor(num_blocks=4, budget_bytes=AMPLE, state_bytes=4)
-    units = Units(4)
-    anchor.move(units.way(frozenset({1})))
-    anchor.hold(range(1), Trail(units.way(frozenset({1})), {block: torch.zeros(1) for block in range(4)}, 1))
-    anchor.move(units.way(frozenset({1, 2})))
+    anchor.move(way_through(deleting({1}), 4))
+    anchor.hold(range(1), Trail(way_through(deleting({1}), 4), {block: torch.zeros(1) for block in range(4)}, 1))
+    anchor.move(way_through(deleting({1, 2}), 4))
     assert sorted(anchor.trail(range(1), torch.zeros(1)).states) == [0, 1, 2]
 
 
@@ -157,7 +155,7 @@ def test_annealing_near_its_current_set_finds_the_same_in_fewer_block_forwards()
             algorithm="annealing",
             num_blocks=BLOCKS,
             remove=4,
-            base=frozenset(),
+            base=NOTHING,
             scores=[0.0] * BLOCKS,
             evaluations=80,
             seed=0,

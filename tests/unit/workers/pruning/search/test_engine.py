@@ -18,10 +18,11 @@ from tests.unit.workers.pruning.models import (
 )
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.pair import pd_loss
-from workers.pruning.model.plan import BlockPlan, Blocks, kv_layer_map
-from workers.pruning.search.engine import NOTHING, Engine, NonFiniteLoss, Objective, PairEngine, windows_in
+from workers.pruning.model.plan import kv_layer_map
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, plan_of
+from workers.pruning.search.engine import Engine, NonFiniteLoss, Objective, PairEngine, windows_in
 
-SETS = [frozenset(s) for s in ((), (0,), (2,), (1, 3), (1, 4), (0, 1, 2), (4,))]
+SETS = [deleting(s) for s in ((), (0,), (2,), (1, 3), (1, 4), (0, 1, 2), (4,))]
 
 
 def plain_loss(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, objective: Objective) -> float:
@@ -42,21 +43,21 @@ def test_losses_equal_those_of_the_pruned_models_run_on_their_own(family: str, o
     model, ids = tiny_model(family), random_ids(5, 18)
     engine = Engine(block_stack(model), ids, objective, chunk_windows=2)
     found = engine.losses(SETS)
-    expected = {s: plain_loss(drop_blocks(model, s), model, ids, objective) for s in SETS}
+    expected = {s: plain_loss(drop_blocks(model, blocks_of(s)), model, ids, objective) for s in SETS}
     assert found == pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family: str) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
-    prefill = frozenset({1})
+    prefill = deleting({1})
     engine = PairEngine(block_stack(model), ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2)
-    sets = [prefill, prefill | {3}, prefill | {0, 4}]
+    sets = [prefill, prefill | deleting({3}), prefill | deleting({0, 4})]
     expected = {
         s: pd_loss(
-            drop_blocks(model, prefill),
-            drop_blocks(model, s),
-            kv_layer_map(BlockPlan(5, prefill), BlockPlan(5, s)),
+            drop_blocks(model, blocks_of(prefill)),
+            drop_blocks(model, blocks_of(s)),
+            kv_layer_map(plan_of(prefill, 5), plan_of(s, 5)),
             ids,
             prompt_tokens=9,
             batch=3,
@@ -69,20 +70,21 @@ def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(family: str) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
-    stack, prefill, prompt_tokens = block_stack(model), frozenset({1, 3}), 9
+    stack, prefill, prompt_tokens = block_stack(model), deleting({1, 3}), 9
     engine = PairEngine(
         stack, ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2, project_skipped=True
     )
     nested = PairEngine(stack, ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2)
-    assert engine.losses([prefill | {4}]) == nested.losses([prefill | {4}])
+    assert engine.losses([deleting({1, 3, 4})]) == nested.losses([deleting({1, 3, 4})])
 
-    def loss(decode: Blocks) -> float:
+    def loss(decode: Units) -> float:
         """By forwards of the whole model, in which hooks let the removed blocks' inputs pass."""
         cache = DynamicCache(config=model.config)
         outputs = []
         for gone, part in ((prefill, ids[:, :prompt_tokens]), (decode, ids[:, prompt_tokens:-1])):
             hooks = [
-                stack.blocks[block].register_forward_hook(lambda module, args, out: args[0]) for block in sorted(gone)
+                stack.blocks[block].register_forward_hook(lambda module, args, out: args[0])
+                for block in sorted(blocks_of(gone))
             ]
             outputs.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
             for hook in hooks:
@@ -90,7 +92,7 @@ def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(fam
         logits = torch.cat([outputs[0][:, -1:], outputs[1]], dim=1)
         return float(F.cross_entropy(logits.flatten(0, 1), ids[:, prompt_tokens:].flatten()))
 
-    sets = [frozenset(s) for s in ((), (1,), (0, 3), (2, 4))]
+    sets = [deleting(s) for s in ((), (1,), (0, 3), (2, 4))]
     assert engine.losses(sets) == pytest.approx({s: loss(s) for s in sets}, abs=TOLERANCE)
 
 
@@ -120,7 +122,7 @@ def test_with_nothing_removed_every_loss_is_the_dense_models() -> None:
 
 def test_candidates_share_the_blocks_before_they_differ() -> None:
     engine = Engine(block_stack(tiny_model("llama")), random_ids(2, 8), "kl", chunk_windows=2)
-    engine.losses([frozenset({block}) for block in range(5)])
+    engine.losses([deleting({block}) for block in range(5)])
     # The dense walk takes 5; a candidate that removes block i then runs the 4 − i blocks after it on its own.
     assert engine.block_forwards == 5 + (4 + 3 + 2 + 1 + 0)
 
@@ -130,14 +132,14 @@ def test_a_loss_that_is_not_finite_names_candidate_and_windows() -> None:
     model.model.layers[3].mlp.down_proj.weight.fill_(torch.inf)
     engine = Engine(block_stack(model), random_ids(3, 8), "cross_entropy", chunk_windows=2)
     with pytest.raises(NonFiniteLoss, match=r"removing blocks \[1\] gives the loss nan on window 0"):
-        engine.losses([frozenset({1})])
+        engine.losses([deleting({1})])
 
 
 def test_a_decode_set_that_keeps_what_prefill_removed_is_refused() -> None:
     stack = block_stack(tiny_model("llama"))
-    engine = PairEngine(stack, random_ids(1, 8), "kl", prefill=frozenset({2}), prompt_tokens=4, chunk_windows=1)
+    engine = PairEngine(stack, random_ids(1, 8), "kl", prefill=deleting({2}), prompt_tokens=4, chunk_windows=1)
     with pytest.raises(ValueError, match="decode keeps block 2"):
-        engine.losses([frozenset({1})])
+        engine.losses([deleting({1})])
 
 
 def test_a_prompt_that_fills_the_window_is_refused() -> None:
@@ -164,14 +166,14 @@ def short_of_memory(model: PreTrainedModel, windows: int) -> None:
 
 
 def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
-    ids, candidates = random_ids(8, 12), [frozenset({1}), frozenset({1, 3})]
+    ids, candidates = random_ids(8, 12), [deleting({1}), deleting({1, 3})]
     short = block_stack(tiny_model("llama"))
     short_of_memory(short.model, windows=2)
     plain = block_stack(tiny_model("llama"))
     whole = [Engine(stack, ids, "kl", chunk_windows=8).losses(candidates) for stack in (short, plain)]
     assert whole[0] == pytest.approx(whole[1], abs=TOLERANCE)
     pair = [
-        PairEngine(stack, ids, "kl", prefill=frozenset({1}), prompt_tokens=6, chunk_windows=8).losses(candidates)
+        PairEngine(stack, ids, "kl", prefill=deleting({1}), prompt_tokens=6, chunk_windows=8).losses(candidates)
         for stack in (short, plain)
     ]
     assert pair[0] == pytest.approx(pair[1], abs=TOLERANCE)
@@ -182,12 +184,12 @@ def test_a_window_that_does_not_fit_alone_is_reported_with_its_numbers() -> None
     engine = Engine(block_stack(model), random_ids(2, 12), "kl", chunk_windows=2)
     short_of_memory(model, windows=0)
     with pytest.raises(torch.OutOfMemoryError, match=r"one window in 2 streams .*: the allocator has no more"):
-        engine.losses([frozenset({1})])
+        engine.losses([deleting({1})])
 
 
 def test_the_dense_model_is_walked_once_for_all_rounds() -> None:
     engine = Engine(block_stack(tiny_model("llama")), random_ids(4, 8), "kl", chunk_windows=2)
-    first, second = engine.losses([NOTHING, frozenset({1})]), engine.losses([NOTHING, frozenset({1})])
+    first, second = engine.losses([NOTHING, deleting({1})]), engine.losses([NOTHING, deleting({1})])
     assert first == second
     # Two chunks: the dense model's 5 blocks and the 3 after the gap; later the one before the gap and those 3.
     assert engine.block_forwards == 2 * (5 + 3) + 2 * (1 + 3)

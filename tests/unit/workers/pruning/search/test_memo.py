@@ -6,25 +6,27 @@ from collections.abc import Sequence
 import pytest
 
 from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.memo import Memo, heats, survivors
 from workers.pruning.search.search import search
 
 NUM_BLOCKS, WINDOWS = 12, 64
-SINGLES = [frozenset({block}) for block in range(NUM_BLOCKS)]
+SINGLES = [deleting({block}) for block in range(NUM_BLOCKS)]
 
 
 class Table:
     """Losses that differ by set, by window, and by both; counts what was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Blocks, int]] = []
+        self.asked: list[tuple[Units, int]] = []
 
-    def __call__(self, candidates: Sequence[Blocks], windows: range) -> dict[Blocks, list[float]]:
+    def __call__(self, candidates: Sequence[Units], windows: range) -> dict[Units, list[float]]:
         self.asked += [(candidate, window) for candidate in candidates for window in windows]
         return {candidate: [self.loss(candidate, window) for window in windows] for candidate in candidates}
 
     @staticmethod
-    def loss(removed: Blocks, window: int) -> float:
+    def loss(units: Units, window: int) -> float:
+        removed = blocks_of(units)
         cost = sum(0.02 * (5 * block % NUM_BLOCKS) for block in removed) + 0.1 * len(removed) ** 2
         noise = random.Random(f"{sorted(removed)} {window}").gauss(0.0, 0.02)
         return random.Random(window).gauss(3.0, 1.0) + cost + noise
@@ -75,13 +77,13 @@ def test_what_was_visited_is_exact_though_greedy_raced() -> None:
             algorithm="greedy",
             num_blocks=NUM_BLOCKS,
             remove=5,
-            base=frozenset(),
+            base=NOTHING,
             scores=[0.0] * NUM_BLOCKS,
             evaluations=1,
             seed=0,
             on_progress=lambda done, best: None,
         )
-        return {count: found.removed for count, found in result.frontier.items()}
+        return {count: found.blocks for count, found in result.frontier.items()}
 
     racing, table = Memo(Table(), WINDOWS, racing=True), Table()
     exact = Memo(table, WINDOWS)
@@ -91,7 +93,7 @@ def test_what_was_visited_is_exact_though_greedy_raced() -> None:
 
 
 def test_a_race_goes_on_from_what_an_earlier_run_measured() -> None:
-    saved: list[dict[Blocks, list[float]]] = []
+    saved: list[dict[Units, list[float]]] = []
     memo = Memo(Table(), WINDOWS, racing=True)
     memo.on_new = lambda: saved.append(dict(memo.known))
     winner = memo.first(SINGLES)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import blocks_of, deleting
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
 
@@ -13,15 +13,15 @@ LOSS = {(): 0.0, (1,): 0.1, (2,): 0.3, (1, 2): 0.4, (1, 3): 0.5, (1, 2, 3): 0.7}
 
 
 def losses_of(values: dict[tuple[int, ...], float]) -> Memo:
-    return Memo(lambda candidates, windows: {c: [values[tuple(sorted(c))]] for c in candidates}, windows=1)
+    return Memo(lambda candidates, windows: {c: [values[tuple(sorted(blocks_of(c)))]] for c in candidates}, windows=1)
 
 
 def bound(max_increase: float) -> tuple[PerplexityBound, Memo]:
     cross_entropy = losses_of({removed: math.log(value) for removed, value in PERPLEXITY.items()})
     found = losses_of(LOSS)
     for removed in LOSS:
-        found([frozenset(removed)])
-        cross_entropy([frozenset(removed)])
+        found([deleting(removed)])
+        cross_entropy([deleting(removed)])
     return PerplexityBound(cross_entropy, math.log(10.0), max_increase), found
 
 
@@ -33,13 +33,13 @@ def test_the_largest_set_within_the_bound_is_chosen_and_of_those_the_one_of_leas
     max_increase: float, removed: set[int]
 ) -> None:
     limit, memo = bound(max_increase)
-    chosen = limit.largest(memo, smallest=Found(frozenset({9}), 1.0))
-    assert chosen.removed == removed
+    chosen = limit.largest(memo, smallest=Found(deleting({9}), 1.0))
+    assert chosen.blocks == removed
     assert limit.to_json(chosen, [chosen])["met"] is True
 
 
 def test_the_smallest_set_is_chosen_when_none_is_within_the_bound_and_that_is_said() -> None:
-    everything: Blocks = frozenset({0, 1})
+    everything = deleting({0, 1})
     memo = Memo(lambda candidates, windows: {c: [2.0] for c in candidates}, windows=1)
     memo([everything])
     limit = PerplexityBound(Memo(lambda candidates, windows: {c: [800.0] for c in candidates}, windows=1), 1.0, 0.5)

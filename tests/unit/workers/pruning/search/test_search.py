@@ -9,6 +9,7 @@ import pytest
 from tests.unit.workers.pruning.models import reference_model, reference_windows
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.plan import Blocks
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.engine import Engine
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.search import Algorithm, SearchResult, search
@@ -17,13 +18,13 @@ NUM_BLOCKS = 9
 ALGORITHMS: tuple[Algorithm, ...] = ("annealing", "greedy", "exhaustive")
 
 
-def rugged(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+def rugged(candidates: Sequence[Units]) -> dict[Units, float]:
     """Losses without structure but for a cost that grows with the number removed."""
-    return {c: len(c) + random.Random(str(sorted(c))).random() for c in candidates}
+    return {c: len(c) + random.Random(str(sorted(blocks_of(c)))).random() for c in candidates}
 
 
 def memo_of(
-    losses: Callable[[Sequence[Blocks]], dict[Blocks, float]], known: dict[Blocks, list[float]] | None = None
+    losses: Callable[[Sequence[Units]], dict[Units, float]], known: dict[Units, list[float]] | None = None
 ) -> Memo:
     """What is known of losses on a single window."""
     return Memo(
@@ -36,7 +37,7 @@ def run(
     algorithm: Algorithm = "annealing",
     *,
     remove: int = 4,
-    base: Blocks = frozenset(),
+    base: Units = NOTHING,
     protect: Blocks = frozenset(),
     evaluations: int = 80,
     seed: int = 0,
@@ -63,7 +64,7 @@ def run(
 def test_exhaustive_visits_every_set_and_finds_the_best_of_every_count() -> None:
     result = run(memo_of(rugged), "exhaustive")
     for count, found in result.frontier.items():
-        sets = [frozenset(c) for c in itertools.combinations(range(NUM_BLOCKS), count)]
+        sets = [deleting(c) for c in itertools.combinations(range(NUM_BLOCKS), count)]
         assert found.loss == min(rugged(sets).values())
     assert len(result.trajectory) == 1 + 9 + 36 + 84 + 126
 
@@ -92,9 +93,9 @@ def test_one_seed_gives_one_trajectory_and_another_seed_another() -> None:
 
 
 def test_no_set_is_evaluated_twice() -> None:
-    asked: list[Blocks] = []
+    asked: list[Units] = []
 
-    def counting(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+    def counting(candidates: Sequence[Units]) -> dict[Units, float]:
         asked.extend(candidates)
         return rugged(candidates)
 
@@ -103,7 +104,7 @@ def test_no_set_is_evaluated_twice() -> None:
 
 
 def test_a_search_resumed_at_any_point_arrives_at_the_same_result() -> None:
-    saved: list[dict[Blocks, list[float]]] = []
+    saved: list[dict[Units, list[float]]] = []
     memo = memo_of(rugged)
     memo.on_new = lambda: saved.append(dict(memo.known))
     unbroken = run(memo)
@@ -112,35 +113,35 @@ def test_a_search_resumed_at_any_point_arrives_at_the_same_result() -> None:
 
 
 def test_the_base_is_part_of_every_set() -> None:
-    base = frozenset({3, 5})
+    base = deleting({3, 5})
     result = run(memo_of(rugged), base=base, remove=5)
-    assert all(base <= found.removed for found in result.trajectory)
+    assert all(base <= found.units for found in result.trajectory)
     assert sorted(result.frontier) == [2, 3, 4, 5]
 
 
 def test_removing_no_block_is_a_search_of_one_set() -> None:
     result = run(memo_of(rugged), remove=0)
-    assert [found.removed for found in result.trajectory] == [frozenset()]
+    assert [found.units for found in result.trajectory] == [NOTHING]
 
 
-@pytest.mark.parametrize(("remove", "base"), [(9, frozenset()), (1, frozenset({1, 2}))])
-def test_an_impossible_count_is_refused(remove: int, base: Blocks) -> None:
+@pytest.mark.parametrize(("remove", "base"), [(9, NOTHING), (1, deleting({1, 2}))])
+def test_an_impossible_count_is_refused(remove: int, base: Units) -> None:
     with pytest.raises(ValueError, match=f"cannot remove {remove} of 9 blocks"):
         run(memo_of(rugged), remove=remove, base=base)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_protected_blocks_are_in_no_set_and_forced_ones_in_every(algorithm: Algorithm) -> None:
-    protect, forced = frozenset({0, 8}), frozenset({4})
+    protect, forced = frozenset({0, 8}), deleting({4})
     result = run(memo_of(rugged), algorithm, base=forced, protect=protect, remove=5)
     assert sorted(result.frontier) == [1, 2, 3, 4, 5]
-    assert all(forced <= found.removed and not found.removed & protect for found in result.trajectory)
+    assert all(forced <= found.units and not found.blocks & protect for found in result.trajectory)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_all_but_the_protected_blocks_can_be_removed(algorithm: Algorithm) -> None:
     result = run(memo_of(rugged), algorithm, protect=frozenset({2, 5, 7}), remove=6)
-    assert result.frontier[6].removed == {0, 1, 3, 4, 6, 8}
+    assert result.frontier[6].blocks == {0, 1, 3, 4, 6, 8}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_all_but_the_protected_blocks_can_be_removed(algorithm: Algorithm) -> No
 )
 def test_constraints_that_contradict_are_refused(base: set[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run(memo_of(rugged), base=frozenset(base), protect=frozenset({0, 1, 2}), remove=7)
+        run(memo_of(rugged), base=deleting(base), protect=frozenset({0, 1, 2}), remove=7)
 
 
 def test_a_search_out_of_time_takes_greedys_steps_and_ends() -> None:
@@ -171,7 +172,7 @@ def test_a_search_out_of_time_takes_greedys_steps_and_ends() -> None:
 def test_progress_is_told_after_every_batch_and_never_falls(algorithm: Algorithm) -> None:
     batches, told = 0, []
 
-    def counting(candidates: Sequence[Blocks]) -> dict[Blocks, float]:
+    def counting(candidates: Sequence[Units]) -> dict[Units, float]:
         nonlocal batches
         batches += 1
         return rugged(candidates)
@@ -229,7 +230,7 @@ def test_a_search_for_acceptable_sets_ends_two_counts_after_the_last(algorithm: 
 
 
 def test_one_count_without_an_acceptable_set_does_not_end_a_search() -> None:
-    result = run(memo_of(rugged), remove=8, acceptable=lambda found: len(found.removed) in (1, 3))
+    result = run(memo_of(rugged), remove=8, acceptable=lambda found: len(found.units) in (1, 3))
     assert sorted(result.frontier) == [0, 1, 2, 3, 4, 5]
 
 
@@ -248,7 +249,7 @@ def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_opt
 ) -> None:
     model = reference_model()
     engine = Engine(block_stack(model), reference_windows("calibration", 4, 64), "kl", chunk_windows=4)
-    known: dict[Blocks, list[float]] = {}  # every algorithm asks the same engine; nothing is computed twice
+    known: dict[Units, list[float]] = {}  # every algorithm asks the same engine; nothing is computed twice
 
     def frontier(algorithm: Algorithm) -> SearchResult:
         return search(
@@ -256,7 +257,7 @@ def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_opt
             algorithm=algorithm,
             num_blocks=12,
             remove=3,
-            base=frozenset(),
+            base=NOTHING,
             scores=[0.0] * 12,
             evaluations=150,
             seed=0,
@@ -266,7 +267,7 @@ def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_opt
     found = {algorithm: frontier(algorithm).frontier for algorithm in ("greedy", "annealing", "exhaustive")}
     for count in range(1, 4):
         losses = ", ".join(
-            f"{name} {best[count].loss:.4f} {sorted(best[count].removed)}" for name, best in found.items()
+            f"{name} {best[count].loss:.4f} {sorted(best[count].blocks)}" for name, best in found.items()
         )
         record_property(f"KL to the dense reference model without {count} blocks", losses)
     for count in range(1, 4):
