@@ -23,6 +23,8 @@ from tests.running import run_stage
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.running.attempt import Worker
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Worker:
