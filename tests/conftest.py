@@ -19,7 +19,7 @@ SERVERS = {"postgres_url": "PostgreSQL", "redis_url": "Valkey (Redis)", "s3": "S
 """What runs on a real server, by the fixture that starts it."""
 KINDS = {"postgresql": "postgres_url", "valkey": "redis_url", "s3": "s3"}
 """Parameters for which a fixture asks for a server only while it runs."""
-MARKS = {**dict.fromkeys(SERVERS, "server"), "browser": "browser", "environment": "process"}
+MARKS = {**dict.fromkeys(SERVERS, "server"), "mlflow_url": "server", "browser": "browser", "environment": "process"}
 """What a test is marked with for a fixture that it uses, itself or through others."""
 
 
