@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
@@ -11,12 +14,19 @@ import redis
 from service.db.session import connect, migrate
 from tests import servers
 
+IN_MEMORY, ROOM_BYTES = Path("/dev/shm"), 8 * 2**30
 SERVERS = {"postgres_url": "PostgreSQL", "redis_url": "Valkey (Redis)", "s3": "SeaweedFS (S3)"}
 """What runs on a real server, by the fixture that starts it."""
 KINDS = {"postgresql": "postgres_url", "valkey": "redis_url", "s3": "s3"}
 """Parameters for which a fixture asks for a server only while it runs."""
-MARKS = {**dict.fromkeys(SERVERS, "server"), "browser": "browser", "environment": "process"}
+MARKS = {**dict.fromkeys(SERVERS, "server"), "mlflow_url": "server", "browser": "browser", "environment": "process"}
 """What a test is marked with for a fixture that it uses, itself or through others."""
+
+
+def pytest_configure() -> None:
+    """Tests write to memory where there is room: what they commit need not outlive the machine."""
+    if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > ROOM_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 
 
 @pytest.hookimpl(tryfirst=True)  # Before `-m` chooses by these marks.

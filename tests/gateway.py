@@ -19,13 +19,14 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 
 from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.app import create_app
 from service.db import stages
 from service.db.session import transaction
 from service.settings import Settings
+from tests.databases import write_migrated
 from tests.found import BLOCKS, RESULTS
 
 
@@ -105,6 +106,9 @@ def write_model(folder: Path, **config: Any) -> Path:
 def serve(settings: Settings, model: Path) -> Iterator[Gateway]:
     """A gateway on `settings`, with a job specification that it accepts."""
     spec = {"model": model.as_uri(), "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+    database = make_url(settings.database_url)
+    if database.get_backend_name() == "sqlite" and database.database and not Path(database.database).exists():
+        write_migrated(Path(database.database))
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield Gateway(client, app, settings, app.state.engine, spec)
@@ -140,6 +144,15 @@ def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "models" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def refusing(refusing_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One gateway for all of a module's requests that are refused, which leave nothing behind."""
+    with serve(refusing_settings, write_model(tmp_path_factory.mktemp("models") / "tiny")) as running:
+        yield running
+        assert not running.client.get("/v1/jobs").json()["data"]
+        assert not running.client.get("/v1/webhooks").json()["data"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from service.queue import QUEUE
 from service.settings import Settings
 from service.storage import content_disposition, open_store
 from tests import servers
-from tests.gateway import Gateway, gateway, model, problem_of, serve
+from tests.gateway import Gateway, gateway, model, problem_of, refusing, serve
 from tests.unit.service.api.test_access import *  # noqa: F403
 from tests.unit.service.api.test_artifacts import *  # noqa: F403
 from tests.unit.service.api.test_event_stream import *  # noqa: F403
@@ -24,16 +25,40 @@ from tests.unit.service.api.test_idempotency import *  # noqa: F403
 from tests.unit.service.api.test_jobs import *  # noqa: F403
 from tests.unit.service.api.test_webhooks import *  # noqa: F403
 
-__all__ = ["gateway", "model"]
+__all__ = ["gateway", "model", "refusing"]
 
 # What a scope opens is no matter of the servers, and what the rest refuse does not get as far as them.
 del test_a_key_opens_what_its_scope_allows  # noqa: F821
-del test_a_url_that_leads_inside_is_refused_at_creation_and_on_change  # noqa: F821
+del test_a_url_that_leads_inside_is_refused  # noqa: F821
 del test_an_invalid_field_of_a_webhook_is_named  # noqa: F821
 del test_invalid_field_is_named  # noqa: F821
 del test_what_cannot_be_a_key_is_refused  # noqa: F821
 # A table that is missing looks like an outage on SQLite alone; real ones are part of the fault run.
 del test_a_stream_waits_for_a_database_that_is_away  # noqa: F821
+
+
+@pytest.fixture(scope="module")
+def refusing_settings(
+    tmp_path_factory: pytest.TempPathFactory,
+    postgres_url: str,
+    migrated_database: str,
+    redis_url: str,
+    s3: servers.S3Server,
+) -> Iterator[Settings]:
+    with (
+        servers.postgres_database(postgres_url, template=migrated_database) as database_url,
+        pytest.MonkeyPatch.context() as monkeypatch,
+    ):
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        yield Settings(
+            data_dir=tmp_path_factory.mktemp("refusing"),
+            database_url=database_url,
+            broker_url=redis_url,
+            artifacts_url=f"s3://{s3.bucket}/refusing",
+            s3_endpoint_url=s3.endpoint_url,
+            reconcile_seconds=3600.0,
+        )
 
 
 @pytest.fixture

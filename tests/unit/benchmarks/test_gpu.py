@@ -22,6 +22,8 @@ from benchmarks.device.walks import largest_difference, walk
 from tests.unit.workers.pruning.devices import FIRST, accelerators
 from workers.pruning.model.units import deleting
 
+pytestmark = pytest.mark.training
+
 SCRIPT = Path(gpu.__file__)
 MISSING = ["alembic", "boto3", "celery", "datasets", "fastapi", "matplotlib", "pydantic", "redis", "rich", "service"]
 MISSING += ["sqlalchemy", "sqlmodel", "structlog", "tenacity", "typer", "uvicorn"]

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.training
 def test_a_search_killed_at_random_moments_ends_with_the_plan_of_the_unbroken_run(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

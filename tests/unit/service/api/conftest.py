@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from service.settings import Settings
-from tests.gateway import gateway, model
+from tests.gateway import gateway, model, refusing
 
-__all__ = ["gateway", "gateway_settings", "model"]
+__all__ = ["gateway", "gateway_settings", "model", "refusing", "refusing_settings"]
 
 
 @pytest.fixture
@@ -16,3 +16,10 @@ def gateway_settings(tmp_path: Path) -> Settings:
     return Settings(
         data_dir=tmp_path / "data", allowed_sources=["reference", "builtin:", (tmp_path / "models").as_uri()]
     )
+
+
+@pytest.fixture(scope="module")
+def refusing_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """As for any gateway here, but that its reconciler sleeps: there is nothing to do."""
+    folder = tmp_path_factory.mktemp("refusing")
+    return Settings(data_dir=folder / "data", allowed_sources=["reference", "builtin:"], reconcile_seconds=3600.0)

@@ -8,14 +8,16 @@ import pytest
 from pydantic import SecretStr
 
 from service.settings import Settings
-from tests.gateway import Gateway, problem_of, serve
+from tests.gateway import Gateway, problem_of, serve, write_model
 
 KEY = "pdt_schlüssel"
 
 
-@pytest.fixture
-def locked(gateway_settings: Settings, model: Path) -> Iterator[Gateway]:
-    with serve(gateway_settings.model_copy(update={"api_key": SecretStr(KEY)}), model) as running:
+@pytest.fixture(scope="module")
+def locked(refusing_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    changes = {"api_key": SecretStr(KEY), "failed_auth_limit": "none"}
+    model = write_model(tmp_path_factory.mktemp("models") / "tiny")
+    with serve(refusing_settings.model_copy(update=changes), model) as running:
         yield running
 
 

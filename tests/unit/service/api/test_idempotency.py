@@ -81,18 +81,18 @@ def test_a_refused_request_frees_its_key(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("key", ["", '""', '"', '"a', "a b", "a,b", "é", "a" * 129, '"' + "a" * 129 + '"'])
-def test_what_cannot_be_a_key_is_refused(gateway: Gateway, key: str) -> None:
+def test_what_cannot_be_a_key_is_refused(refusing: Gateway, key: str) -> None:
     headers = {b"idempotency-key": key.encode()}
 
-    refused = gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=headers)
+    refused = refusing.client.post("/v1/jobs", json=dict(refusing.spec), headers=headers)
 
     assert problem_of(refused, 400, "invalid_idempotency_key")["param"] == "Idempotency-Key"
 
 
-def test_two_keys_at_once_are_refused(gateway: Gateway) -> None:
+def test_two_keys_at_once_are_refused(refusing: Gateway) -> None:
     headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
 
-    refused = gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=headers)
+    refused = refusing.client.post("/v1/jobs", json=dict(refusing.spec), headers=headers)
 
     problem_of(refused, 400, "invalid_idempotency_key")
 

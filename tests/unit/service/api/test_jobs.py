@@ -75,9 +75,9 @@ def test_specification_is_shown_with_its_defaults(gateway: Gateway) -> None:
         ({"kv_tokens": {"attention": {"threshold": 0.5, "first": 0, "last": 0}}}, "kv_tokens.attention"),
     ],
 )
-def test_invalid_field_is_named(gateway: Gateway, changes: dict[str, Any], param: str) -> None:
-    response = gateway.client.post(
-        "/v1/jobs", content=json.dumps({**gateway.spec, **changes}), headers={"content-type": "application/json"}
+def test_invalid_field_is_named(refusing: Gateway, changes: dict[str, Any], param: str) -> None:
+    response = refusing.client.post(
+        "/v1/jobs", content=json.dumps({**refusing.spec, **changes}), headers={"content-type": "application/json"}
     )
 
     body = problem_of(response, 422, "invalid_request")
@@ -102,26 +102,26 @@ def test_a_job_waits_in_the_queue_that_it_names_or_in_the_first(gateway_settings
     assert queues == {named: "gpu-80g", unnamed: "gpu-24g"}
 
 
-def test_every_invalid_field_is_told_at_once(gateway: Gateway) -> None:
-    response = gateway.client.post("/v1/jobs", json={"prefill": {"remove_blocks": -1}})
+def test_every_invalid_field_is_told_at_once(refusing: Gateway) -> None:
+    response = refusing.client.post("/v1/jobs", json={"prefill": {"remove_blocks": -1}})
 
     detail = problem_of(response, 422, "invalid_request")["detail"]
     assert "model: Field required" in detail
     assert "prefill.remove_blocks: Input should be greater than or equal to 0 (given: -1)" in detail
 
 
-def test_the_detail_of_many_errors_is_bounded(gateway: Gateway) -> None:
-    response = gateway.client.post("/v1/jobs", json={**gateway.spec, **{f"x{n}": 1 for n in range(500)}})
+def test_the_detail_of_many_errors_is_bounded(refusing: Gateway) -> None:
+    response = refusing.client.post("/v1/jobs", json={**refusing.spec, **{f"x{n}": 1 for n in range(500)}})
 
     detail = problem_of(response, 422, "invalid_request")["detail"]
     assert detail.endswith("and 495 more errors")
     assert len(detail) < 1000
 
 
-def test_unknown_job_is_not_found(gateway: Gateway) -> None:
+def test_unknown_job_is_not_found(refusing: Gateway) -> None:
     unknown = "job_" + "0" * 32
 
-    body = problem_of(gateway.client.get(f"/v1/jobs/{unknown}"), 404, "job_not_found")
+    body = problem_of(refusing.client.get(f"/v1/jobs/{unknown}"), 404, "job_not_found")
 
     assert unknown in body["detail"]
 
@@ -131,8 +131,8 @@ def test_unknown_job_is_not_found(gateway: Gateway) -> None:
     ("method", "path"),
     [("GET", ""), ("POST", "/cancel"), ("POST", "/resume"), ("DELETE", ""), ("GET", "/events"), ("GET", "/artifacts")],
 )
-def test_what_cannot_be_an_id_is_not_found(gateway: Gateway, method: str, path: str, job_id: str) -> None:
-    problem_of(gateway.client.request(method, f"/v1/jobs/{job_id}{path}"), 404, "job_not_found")
+def test_what_cannot_be_an_id_is_not_found(refusing: Gateway, method: str, path: str, job_id: str) -> None:
+    problem_of(refusing.client.request(method, f"/v1/jobs/{job_id}{path}"), 404, "job_not_found")
 
 
 def test_jobs_are_listed_newest_first_in_pages(gateway: Gateway) -> None:
@@ -149,8 +149,8 @@ def test_jobs_are_listed_newest_first_in_pages(gateway: Gateway) -> None:
     assert len(first["data"][0]["stages"]) == 5
 
 
-def test_an_empty_list_has_no_ids(gateway: Gateway) -> None:
-    page = gateway.client.get("/v1/jobs").json()
+def test_an_empty_list_has_no_ids(refusing: Gateway) -> None:
+    page = refusing.client.get("/v1/jobs").json()
 
     assert page == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
 
@@ -193,8 +193,8 @@ def test_jobs_are_filtered_by_every_given_label(gateway: Gateway) -> None:
         ("&".join(f"metadata[k{n}]=v" for n in range(17)), "invalid_request", "metadata"),
     ],
 )
-def test_invalid_query_is_named(gateway: Gateway, query: str, code: str, param: str) -> None:
-    body = problem_of(gateway.client.get(f"/v1/jobs?{query}"), 422, code)
+def test_invalid_query_is_named(refusing: Gateway, query: str, code: str, param: str) -> None:
+    body = problem_of(refusing.client.get(f"/v1/jobs?{query}"), 422, code)
 
     assert body["param"] == param
 

@@ -22,50 +22,50 @@ JSON = {"content-type": "application/json"}
     "body",
     [b"{", b"{'a': 1}", b"\xff\xfe", b'{"seed": ' + b"9" * 5000 + b"}", b"[" * 100_000],
 )
-def test_unreadable_body_is_400(gateway: Gateway, body: bytes) -> None:
-    problem_of(gateway.client.post("/v1/jobs", content=body, headers=JSON), 400, "malformed_body")
+def test_unreadable_body_is_400(refusing: Gateway, body: bytes) -> None:
+    problem_of(refusing.client.post("/v1/jobs", content=body, headers=JSON), 400, "malformed_body")
 
 
 @pytest.mark.parametrize(
     "body",
     [b"null", b"[]", b'"text"', b"7", b'{"\\ud800": 1}', b'{"model": "\xed\xa0\x80"}', b'{"a": {"a": {"a": []}}}', b""],
 )
-def test_json_that_is_no_specification_is_422(gateway: Gateway, body: bytes) -> None:
-    problem_of(gateway.client.post("/v1/jobs", content=body, headers=JSON), 422, "invalid_request")
+def test_json_that_is_no_specification_is_422(refusing: Gateway, body: bytes) -> None:
+    problem_of(refusing.client.post("/v1/jobs", content=body, headers=JSON), 422, "invalid_request")
 
 
-def test_deep_nesting_within_the_parser_s_limit_is_422(gateway: Gateway) -> None:
+def test_deep_nesting_within_the_parser_s_limit_is_422(refusing: Gateway) -> None:
     deep = b'{"model": ' + b"[" * 400 + b"]" * 400 + b"}"
 
-    problem_of(gateway.client.post("/v1/jobs", content=deep, headers=JSON), 422, "invalid_request")
+    problem_of(refusing.client.post("/v1/jobs", content=deep, headers=JSON), 422, "invalid_request")
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json", ""])
-def test_body_that_is_not_json_is_415(gateway: Gateway, kind: str) -> None:
-    response = gateway.client.post("/v1/jobs", content=b"{}", headers={"content-type": kind})
+def test_body_that_is_not_json_is_415(refusing: Gateway, kind: str) -> None:
+    response = refusing.client.post("/v1/jobs", content=b"{}", headers={"content-type": kind})
 
     problem_of(response, 415, "unsupported_media_type")
 
 
-def test_json_media_types_with_parameters_or_a_suffix_are_taken(gateway: Gateway) -> None:
+def test_json_media_types_with_parameters_or_a_suffix_are_taken(refusing: Gateway) -> None:
     for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.pdtrim+json"):
-        response = gateway.client.post("/v1/jobs", content=b"{}", headers={"content-type": kind})
+        response = refusing.client.post("/v1/jobs", content=b"{}", headers={"content-type": kind})
         problem_of(response, 422, "invalid_request")
 
 
-def test_too_large_a_body_is_413_declared_or_not(gateway: Gateway) -> None:
-    size = gateway.settings.max_body_bytes + 1
+def test_too_large_a_body_is_413_declared_or_not(refusing: Gateway) -> None:
+    size = refusing.settings.max_body_bytes + 1
 
-    declared = gateway.client.post("/v1/jobs", content=b" " * size, headers=JSON)
-    chunked = gateway.client.post("/v1/jobs", content=(b" " * 1000 for _ in range(size // 1000 + 1)), headers=JSON)
+    declared = refusing.client.post("/v1/jobs", content=b" " * size, headers=JSON)
+    chunked = refusing.client.post("/v1/jobs", content=(b" " * 1000 for _ in range(size // 1000 + 1)), headers=JSON)
 
     for response in (declared, chunked):
-        assert str(gateway.settings.max_body_bytes) in problem_of(response, 413, "body_too_large")["detail"]
+        assert str(refusing.settings.max_body_bytes) in problem_of(response, 413, "body_too_large")["detail"]
 
 
-def test_unknown_path_is_404(gateway: Gateway) -> None:
+def test_unknown_path_is_404(refusing: Gateway) -> None:
     for path in ("/", "/v1", "/v1/jobs/", "/v2/jobs", "/%00", "/v1/jobs/a/b"):
-        problem_of(gateway.client.get(path), 404, "not_found")
+        problem_of(refusing.client.get(path), 404, "not_found")
 
 
 def test_wrong_method_is_405_and_names_the_right_ones(gateway: Gateway) -> None:
@@ -82,11 +82,11 @@ def test_wrong_method_is_405_and_names_the_right_ones(gateway: Gateway) -> None:
         assert response.headers["allow"] == allowed
 
 
-def test_a_request_id_is_made_or_taken_over(gateway: Gateway) -> None:
-    made = gateway.client.get("/healthz").headers["x-request-id"]
-    taken = gateway.client.get("/healthz", headers={"x-request-id": "trace-1.a:b"}).headers["x-request-id"]
-    refused = gateway.client.get("/healthz", headers={"x-request-id": "a b\t<script>"}).headers["x-request-id"]
-    long = gateway.client.get("/healthz", headers={"x-request-id": "a" * 129}).headers["x-request-id"]
+def test_a_request_id_is_made_or_taken_over(refusing: Gateway) -> None:
+    made = refusing.client.get("/healthz").headers["x-request-id"]
+    taken = refusing.client.get("/healthz", headers={"x-request-id": "trace-1.a:b"}).headers["x-request-id"]
+    refused = refusing.client.get("/healthz", headers={"x-request-id": "a b\t<script>"}).headers["x-request-id"]
+    long = refusing.client.get("/healthz", headers={"x-request-id": "a" * 129}).headers["x-request-id"]
 
     assert taken == "trace-1.a:b"
     assert len({made, refused, long}) == 3
@@ -143,5 +143,5 @@ def test_unreachable_broker_does_not_keep_a_job_from_being_accepted(gateway_sett
         assert gateway.client.get(f"/v1/jobs/{job_id}").json()["status"] == "queued"
 
 
-def test_strange_host_header_harms_nothing(gateway: Gateway) -> None:
-    problem_of(gateway.client.get("/v1/nothing", headers={"host": "["}), 404, "not_found")
+def test_strange_host_header_harms_nothing(refusing: Gateway) -> None:
+    problem_of(refusing.client.get("/v1/nothing", headers={"host": "["}), 404, "not_found")

@@ -67,8 +67,8 @@ def test_a_created_webhook_shows_its_secret_once(quiet: Gateway) -> None:
         ({"secret": "whsec_mine"}, "secret"),
     ],
 )
-def test_an_invalid_field_of_a_webhook_is_named(quiet: Gateway, changes: dict[str, Any], param: str) -> None:
-    body = problem_of(quiet.client.post("/v1/webhooks", json={**SPEC, **changes}), 422, "invalid_request")
+def test_an_invalid_field_of_a_webhook_is_named(refusing: Gateway, changes: dict[str, Any], param: str) -> None:
+    body = problem_of(refusing.client.post("/v1/webhooks", json={**SPEC, **changes}), 422, "invalid_request")
 
     assert body["param"] == param
 
@@ -81,15 +81,19 @@ def test_an_invalid_field_of_a_webhook_is_named(quiet: Gateway, changes: dict[st
         "https://2130706433/", "https://0x7f.1/", "https://user:password@hooks.example.com/",
     ],
 )  # fmt: skip
-def test_a_url_that_leads_inside_is_refused_at_creation_and_on_change(quiet: Gateway, url: str) -> None:
+def test_a_url_that_leads_inside_is_refused(refusing: Gateway, url: str) -> None:
+    answer = refusing.client.post("/v1/webhooks", json={**SPEC, "url": url})
+
+    assert problem_of(answer, 422, "url_not_allowed")["param"] == "url"
+    assert "password" not in answer.text or "neither user nor password" in answer.text
+
+
+def test_a_url_that_leads_inside_is_refused_on_change(quiet: Gateway) -> None:
     path = f"/v1/webhooks/{new_hook(quiet)['id']}"
 
-    for answer in (
-        quiet.client.post("/v1/webhooks", json={**SPEC, "url": url}),
-        quiet.client.patch(path, json={"url": url}),
-    ):
-        assert problem_of(answer, 422, "url_not_allowed")["param"] == "url"
-        assert "password" not in answer.text or "neither user nor password" in answer.text
+    refused = quiet.client.patch(path, json={"url": "https://127.0.0.1/"})
+
+    assert problem_of(refused, 422, "url_not_allowed")["param"] == "url"
     assert quiet.client.get(path).json()["url"] == SPEC["url"]
 
 
@@ -156,8 +160,8 @@ def test_a_deleted_webhook_is_gone(quiet: Gateway) -> None:
 
 
 @pytest.mark.parametrize("webhook_id", ["wh_1", "wh_" + "Z" * 32, "job_" + "0" * 32, "%00"])
-def test_what_cannot_be_a_webhook_is_not_looked_for(quiet: Gateway, webhook_id: str) -> None:
-    problem_of(quiet.client.get(f"/v1/webhooks/{webhook_id}"), 404, "webhook_not_found")
+def test_what_cannot_be_a_webhook_is_not_looked_for(refusing: Gateway, webhook_id: str) -> None:
+    problem_of(refusing.client.get(f"/v1/webhooks/{webhook_id}"), 404, "webhook_not_found")
 
 
 def test_a_secret_is_rotated(quiet: Gateway) -> None:

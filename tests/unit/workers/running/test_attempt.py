@@ -56,6 +56,8 @@ from workers.running.attempt import Worker
 from workers.stages import STAGES
 from workers.stages.context import StageContext
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Worker:

@@ -38,6 +38,8 @@ from workers.running.attempt import Worker
 from workers.running.helper import help_search
 from workers.running.lease import StopRequested
 
+pytestmark = pytest.mark.training
+
 PRODUCTS = ("plan.json", "search.json")
 
 

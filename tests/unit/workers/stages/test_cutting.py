@@ -24,6 +24,8 @@ from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.running.attempt import Worker
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Worker:

@@ -124,6 +124,7 @@ def exported_pair(source: Path, folder: Path, dense: list[PreTrainedModel], ids:
     return pd_loss(prefill, decode, layer_map, ids, prompt_tokens=ids.shape[1] // 2, batch=4)
 
 
+@pytest.mark.training
 def test_the_exported_files_alone_give_the_reported_loss(tmp_path: Path) -> None:
     reported = {}
     for family in FAMILIES:

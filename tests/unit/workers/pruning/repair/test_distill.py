@@ -68,6 +68,7 @@ def test_a_block_merged_for_decode_alone_makes_the_same_keys_and_values(family: 
     assert not torch.equal(merged_cache.layers[2].keys, dense_cache.layers[2].keys)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("removed", [{2, 5}, {2, 5, 7}, {2, 4, 5, 9}])
 def test_healing_lowers_perplexity_on_text_it_never_saw(removed: set[int]) -> None:
     teacher, weights = reference_model(), reference_model()

@@ -63,6 +63,7 @@ def test_the_exported_checkpoint_computes_what_the_model_with_adapters_computes(
     assert not any(parameter.requires_grad for parameter in (*student.parameters(), *weights.parameters()))
 
 
+@pytest.mark.training
 def test_adapters_lower_perplexity_on_text_they_never_saw() -> None:
     teacher, weights = reference_model(), reference_model()
     student = drop_blocks(weights, {2, 5})

@@ -244,6 +244,7 @@ def test_annealing_for_acceptable_sets_is_never_above_greedy() -> None:
     assert all(annealed[count].loss <= greedy[count].loss for count in greedy)
 
 
+@pytest.mark.training
 def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_optimum(
     record_property: Callable[[str, object], None],
 ) -> None:

@@ -161,6 +161,7 @@ def payload_bytes(frame: bytes) -> int:
     return len(frame) - LENGTH_BYTES - int.from_bytes(frame[:LENGTH_BYTES], "little")
 
 
+@pytest.mark.process
 def test_two_processes_over_a_socket_give_the_tokens_of_one(tmp_path: Path) -> None:
     export(tmp_path, {"prefill": {2, 5}, "decode": {2, 4, 5, 9}}, kv_tokens={"first": 8, "last": 16, "layers": [1, 4]})
     windows = reference_windows("validation", 20, 128)
