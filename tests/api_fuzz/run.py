@@ -26,6 +26,8 @@ from tests.live_gateway import LiveGateway, live
 HOOKS = Path(__file__).with_name("hooks.py")
 PROGRAM = Path(sysconfig.get_path("scripts")) / "schemathesis"
 KEY = "a-key-of-the-operator"
+PHASES = "examples,coverage,fuzzing,stateful"
+"""All that Schemathesis has."""
 UNAUTHENTICATED_EVERY = 4
 """One round in so many is sent without a key, where there is one answer to everything."""
 
@@ -96,13 +98,14 @@ def target(settings: Settings, folder: Path) -> Iterator[Target]:
         yield Target(gateway, done, [artifact["id"] for artifact in artifacts])
 
 
-def run(target: Target, *, seed: int, examples: int, key: str | None = KEY) -> Round:
-    """One run over all operations, with `examples` for each in every phase."""
+def run(target: Target, *, seed: int, examples: int, key: str | None = KEY, phases: str = PHASES) -> Round:
+    """One run over all operations, with `examples` for each in every one of `phases`, but for those of coverage."""
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(target.configuration())
         file.flush()
         command = [str(PROGRAM), "--config-file", file.name, "--no-color", "run", f"{target.gateway.url}/openapi.json"]
         command += ["--checks", "all", "--max-examples", str(examples), "--seed", str(seed), "--request-timeout", "20"]
+        command += ["--phases", phases]
         command += ["--generation-database", "none", "--continue-on-failure"]
         command += ["--header", f"Authorization:Bearer {key}"] if key is not None else []
         before = target.gateway.requests

@@ -192,7 +192,7 @@ def test_removing_nothing_keeps_every_loss_and_every_bit_of_the_dense_model(work
 
 def test_equal_counts_give_one_unified_checkpoint(worker: Worker, model: Path) -> None:
     job_id = create(worker, tiny_spec(model, prefill={"remove_blocks": 2}))
-    run_through(worker, job_id)
+    run_through(worker, job_id, StageName.EXPORT)
     names = recorded(worker, job_id, StageName.EXPORT)
     assert {name.split("/")[0] for name in names} == {"unified"}
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
@@ -251,7 +251,7 @@ def test_the_search_weighs_distilling_and_what_it_chose_is_healed_and_exported(w
     spec = tiny_spec(model)
     spec["distillation"] |= {"heal_tokens": 0}
     job_id = create(worker, spec)
-    run_through(worker, job_id)
+    run_through(worker, job_id, StageName.EXPORT)
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
     singles = json.loads(content(worker, job_id, StageName.REMOVAL, "search.json"))["prefill"]
     tried = [(found["removed"], found.get("distilled")) for found in singles if len(found["removed"]) == 1]
