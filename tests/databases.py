@@ -6,13 +6,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from sqlalchemy import make_url
+
 from service.db.session import connect, migrate
 
 
-def write_migrated(path: Path) -> None:
-    """A database file for `connect`, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_migrated())
+def provide(url: str) -> None:
+    """Make sure that there is a database at `url`, where that is a file of SQLite's."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database and not (path := Path(parsed.database)).exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_migrated())
 
 
 @cache

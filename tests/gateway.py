@@ -19,14 +19,14 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine
 
 from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.app import create_app
 from service.db import stages
 from service.db.session import transaction
 from service.settings import Settings
-from tests.databases import write_migrated
+from tests import databases
 from tests.found import BLOCKS, RESULTS
 
 
@@ -106,9 +106,7 @@ def write_model(folder: Path, **config: Any) -> Path:
 def serve(settings: Settings, model: Path) -> Iterator[Gateway]:
     """A gateway on `settings`, with a job specification that it accepts."""
     spec = {"model": model.as_uri(), "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
-    database = make_url(settings.database_url)
-    if database.get_backend_name() == "sqlite" and database.database and not Path(database.database).exists():
-        write_migrated(Path(database.database))
+    databases.provide(settings.database_url)
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield Gateway(client, app, settings, app.state.engine, spec)

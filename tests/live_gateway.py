@@ -15,6 +15,7 @@ from service.app import create_app
 from service.db.session import connect, migrate
 from service.settings import Settings
 from service.storage import open_store
+from tests import databases
 from tests.gateway import Gateway
 from tests.servers import free_ports
 
@@ -25,6 +26,7 @@ class LiveGateway:
     def __init__(self, settings: Settings, model: Path) -> None:
         self.settings = settings
         self.url = f"http://127.0.0.1:{settings.port}"
+        databases.provide(settings.database_url)
         engine = connect(settings.database_url)
         migrate(engine)
         app = create_app(settings)

@@ -124,11 +124,12 @@ def test_a_key_opens_what_its_scope_allows(guarded: Gateway, method: str, path: 
     needed, other = (Scope.READ, Scope.SUBMIT) if method in ("GET", "HEAD") else (Scope.SUBMIT, Scope.READ)
     owner, body = bearer(new_key(guarded, "ours", Scope.ADMIN)), body_of(guarded, method, path)
 
-    def ask(scope: Scope) -> Any:
-        url, key = path.format(**owned(guarded, owner)), new_key(guarded, "ours", scope)
+    def ask(scope: Scope, ids: dict[str, str]) -> Any:
+        url, key = path.format(**ids), new_key(guarded, "ours", scope)
         return guarded.client.request(method, url, json=body, headers=bearer(key), follow_redirects=False)
 
-    refused, opened = ask(other), [ask(needed), ask(Scope.ADMIN)]
+    first, second = owned(guarded, owner), owned(guarded, owner)
+    refused, opened = ask(other, first), [ask(needed, first), ask(Scope.ADMIN, second)]
 
     assert refused.status_code == 403
     assert refused.headers["www-authenticate"] == f'Bearer error="insufficient_scope", scope="{needed}"'

@@ -7,16 +7,17 @@ import pytest
 from sqlalchemy import Engine
 
 from service.db.session import connect
-from tests.databases import write_migrated
+from tests import databases
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """A migrated, empty database of each kind that is supported."""
     if request.param == "sqlite":
-        write_migrated(tmp_path / "jobs.db")
-        engine = connect(f"sqlite:///{tmp_path}/jobs.db")
+        url = f"sqlite:///{tmp_path}/jobs.db"
+        databases.provide(url)
     else:
-        engine = connect(request.getfixturevalue("postgres_database_url"))
+        url = request.getfixturevalue("postgres_database_url")
+    engine = connect(url)
     yield engine
     engine.dispose()
