@@ -24,7 +24,7 @@ from pdtrim.command.connection import (
 )
 from pdtrim.command.jobs import Watch, read_spec, submitted
 from pdtrim.display.comparison import comparison, figures
-from pdtrim.display.rendering import estimate_report, frontier_report
+from pdtrim.display.rendering import estimate_report, frontier_report, rendered
 
 
 def estimate(
@@ -109,4 +109,4 @@ def compare(
     if as_json:
         sys.stdout.write(json.dumps({one.id: figures(one) for one in (first, second)}, indent=2) + "\n")
     else:
-        console.print(comparison(first, second))
+        console.print(rendered(comparison(first, second)))

@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -228,8 +229,14 @@ class Event(Shown):
     type: str = Field(examples=["stage.progress"])
     stage: StageName | None = None
     message: str
-    data: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, JsonValue] = Field(default_factory=dict)
     created_at: datetime
+
+    @property
+    def progress(self) -> float | None:
+        """How much of its stage was done then, from 0 to 1, where the event says so."""
+        done = self.data.get("progress")
+        return float(done) if isinstance(done, int | float) else None
 
 
 class Artifact(Shown):

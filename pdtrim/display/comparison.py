@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from pdtrim.contract.jobs import Job
-from pdtrim.contract.results import EvaluationResult, Perplexity, RemovalResult
+from pdtrim.contract.results import EvaluationResult, RemovalResult
+from pdtrim.display.model_figures import FIGURES
+from pdtrim.display.quantities import listed
+from pdtrim.display.series import kv_amounts
+from pdtrim.display.tables import Table
 
 Value = float | int | str
-OF_CHECKPOINT = {
-    "blocks": "blocks",
-    "perplexity": "perplexity",
-    "undistilled_perplexity": "perplexity before distillation",
-    "kl_to_dense": "KL to dense, nats",
-    "top1_agreement": "same top token",
-    "parameters": "parameters",
-    "bytes": "bytes of weights",
-    "time_to_first_token_ms": "first token, ms",
-    "inter_token_latency_ms": "each next token, ms",
-}
-OF_PAIR = {"dense_loss": "dense", "pruned_loss": "pruned", "distilled_loss": "distilled"}
-OF_KV = {"pruned": "KV bytes of a request", "sent": "KV bytes sent to decode"}
 
 
 def figures(job: Job) -> dict[str, Value]:
@@ -32,7 +19,7 @@ def figures(job: Job) -> dict[str, Value]:
     found: dict[str, Value] = {"status": job.status.value, "model": job.spec.model.source}
     found |= {"prefill asked": str(job.spec.prefill), "decode asked": str(job.spec.decode), "seed": job.spec.seed}
     if removal := job.result(RemovalResult):
-        found |= _of_search(removal)
+        found |= dict(_of_search(removal))
     if evaluation := job.result(EvaluationResult):
         found |= dict(_of_evaluation(evaluation))
     for stage in job.stages:
@@ -41,43 +28,39 @@ def figures(job: Job) -> dict[str, Value]:
     return found
 
 
-def _of_search(removal: RemovalResult) -> dict[str, Value]:
-    gone = {"prefill": removal.prefill.removed, "decode": removal.decode.removed}
+def _of_search(removal: RemovalResult) -> Iterator[tuple[str, Value]]:
+    for half, plan in removal.items():
+        yield f"{half} gives up", listed(plan.removed)
     losses = removal.losses
-    return {
-        **{f"{half} gives up": ", ".join(map(str, blocks)) or "nothing" for half, blocks in gone.items()},
-        f"prefill loss, {losses.objective}": losses.prefill,
-        f"pair loss, {losses.objective}": losses.decode,
-    }
+    yield f"prefill loss, {losses.objective}", losses.prefill
+    yield f"pair loss, {losses.objective}", losses.decode
 
 
 def _of_evaluation(evaluation: EvaluationResult) -> Iterator[tuple[str, Value]]:
     for role, model in evaluation.models.items():
-        for key, name in OF_CHECKPOINT.items():
-            found = getattr(model, key)
-            value = found.value if isinstance(found, Perplexity) else found
-            if value is not None:
-                yield f"{role}: {name}", value
+        for figure in FIGURES:
+            if (value := figure.value(model)) is not None:
+                yield f"{role}: {figure.name}", value
     pair = evaluation.pair
-    yield from ((f"PD loss, {name}", getattr(pair, key)) for key, name in OF_PAIR.items())
-    yield from ((name, getattr(pair.kv_bytes_per_request, key)) for key, name in OF_KV.items())
+    yield "PD loss, dense", pair.dense_loss
+    yield "PD loss, pruned", pair.pruned_loss
+    yield "PD loss, distilled", pair.distilled_loss
+    yield from ((f"KV bytes, {amount.label}", amount.bytes) for amount in kv_amounts(pair))
     for task, by_model in evaluation.tasks.items():
         for role, by_metric in by_model.items():
-            yield from ((f"{role}: {task} {metric}", m.value) for metric, m in by_metric.items() if m.value)
+            for name, metric in by_metric.items():
+                if metric.value is not None:
+                    yield f"{role}: {task} {name}", metric.value
 
 
 def comparison(first: Job, second: Job) -> Table:
     """A line for every figure that one of two jobs has, and by how much the second's differs."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for job in (first, second):
-        table.add_column(job.id, justify="right", overflow="fold")
-    table.add_column("change", justify="right")
     ours, theirs = figures(first), figures(second)
+    rows = []
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         before, after = ours.get(name), theirs.get(name)
-        table.add_row(name, *(Text(_text(value)) for value in (before, after)), _change(before, after))
-    return table
+        rows.append((name, _text(before), _text(after), _change(before, after)))
+    return Table("", ("", first.id, second.id, "change"), (False, True, True, True), rows)
 
 
 def _text(value: Value | None) -> str:

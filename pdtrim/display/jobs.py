@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from rich.console import Group, RenderableType
-from rich.filesize import decimal
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -22,8 +21,9 @@ from pdtrim.contract.results import (
     RemovalResult,
     ScoringResult,
 )
+from pdtrim.display.quantities import duration, size
 from pdtrim.display.remedies import REMEDIES
-from pdtrim.display.rendering import report, search_report
+from pdtrim.display.rendering import evaluation_report, search_report
 
 ID_WIDTH = len("job_") + 32
 COLOURS = {
@@ -58,7 +58,7 @@ def artifact_table(artifacts: Iterable[Artifact]) -> Table:
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for artifact in artifacts:
         table.add_row(
-            artifact.stage, Text(artifact.name), decimal(artifact.size), artifact.sha256[:12], Text(artifact.uri)
+            artifact.stage, Text(artifact.name), size(artifact.size), artifact.sha256[:12], Text(artifact.uri)
         )
     return table
 
@@ -74,7 +74,7 @@ def job_page(job: Job) -> RenderableType:
     if removal := job.result(RemovalResult):
         parts.append(search_report(removal))
     if evaluation := job.result(EvaluationResult):
-        parts.append(report(evaluation))
+        parts.append(evaluation_report(evaluation))
     heading = f"[bold]{job.id}[/]  {escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
     origin = [] if job.cut_from is None else [f"cut from the frontier of {job.cut_from}"]
     return Group(heading, *origin, "", *parts)
@@ -85,7 +85,7 @@ def _stages(stages: Iterable[AnyStage]) -> Table:
     for stage in stages:
         took = ""
         if stage.started_at and stage.finished_at:
-            took = f"{(stage.finished_at - stage.started_at).total_seconds():.1f} s"
+            took = duration((stage.finished_at - stage.started_at).total_seconds())
         status = f"{stage.status} {stage.progress:.0%}" if stage.status == StageStatus.RUNNING else str(stage.status)
         table.add_row(stage.name, status, took, Text(stage.message or _figures(stage)))
     return table
@@ -103,7 +103,7 @@ def _figures(stage: AnyStage) -> str:
         healed = (f"{half} {_healed(healing)}" for half, healing in halves if healing is not None)
         return "; ".join(healed) or "not asked for"
     if isinstance(found, ExportResult):
-        return "; ".join(f"{role} {proof.bytes / (1 << 20):.1f} MiB" for role, proof in found.checkpoints.items())
+        return "; ".join(f"{role} {size(proof.bytes)}" for role, proof in found.checkpoints.items())
     return ""
 
 

@@ -65,13 +65,13 @@ class LiveProgress:
             self._move_bar(event, event.stage)
 
     def _print_line(self, event: Event) -> None:
-        share = f" {event.data['progress']:.0%}" if "progress" in event.data else ""
+        share = "" if event.progress is None else f" {event.progress:.0%}"
         line = f"{when(event.created_at)} {event.stage or 'job'}{share}: {event.message}{_figures(event)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _move_bar(self, event: Event, stage: StageName) -> None:
         begun = self._begun.setdefault(stage, event.created_at)
-        done = 1.0 if event.type == "stage.succeeded" else event.data.get("progress")
+        done = 1.0 if event.type == "stage.succeeded" else event.progress
         text = "" if event.type == "stage.succeeded" else event.message + _figures(event)
         ended = event.created_at if event.type in ("stage.succeeded", "stage.failed") else None
         self._progress.update(self._bars[stage], completed=done, description=text, begun=begun, ended=ended)

@@ -1,29 +1,37 @@
-"""A job's search and evaluation as sheets of text, which terminal, report and model card all show."""
+"""A job's results, frontier and estimate as tables of text, which terminal, notebook, dashboard, report and model card
+show each in its own way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
+from pdtrim.contract.estimate import Estimate
+from pdtrim.contract.frontier import Frontier, FrontierPoint
 from pdtrim.contract.results import (
     Bound,
+    EvaluatedSet,
     EvaluationResult,
+    Half,
     ModelFigures,
     PairFigures,
-    Perplexity,
     Removed,
     Sensitivity,
     TaskMetric,
     TaskResult,
 )
+from pdtrim.display.captions import objective_name
+from pdtrim.display.model_figures import FIGURES
+from pdtrim.display.quantities import NOTHING, UNKNOWN, counted, duration, increase, listed, size
+from pdtrim.display.series import best_so_far, controls
 
-MIB = 1 << 20
 SENSITIVITY_COLUMNS = 3
+"""Blocks a line, where blocks stand beside each other."""
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """A table of ready cells; those of `numeric` columns stand to the right."""
 
     title: str
@@ -32,146 +40,185 @@ class Sheet:
     rows: Sequence[Sequence[str]]
 
 
-def _sheet(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Sheet:
+def _figures(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """The first column says what a row is about, all others are numbers."""
-    return Sheet(title, columns, [bool(place) for place in range(len(columns))], list(rows))
+    return Table(title, columns, [bool(place) for place in range(len(columns))], list(rows))
 
 
-def evaluation_sheets(evaluation: EvaluationResult) -> list[Sheet]:
-    """What each checkpoint gave up, what it is worth and what it costs."""
-    sheets = [models_sheet(evaluation.models), pair_sheet(evaluation.pair)]
-    if evaluation.tasks:
-        sheets.append(_tasks(evaluation.tasks, list(evaluation.models)))
-    return sheets
+# What removal found.
 
 
-def controls_sheet(removal: Removed) -> Sheet:
-    """The nested pair beside its controls."""
-    rows = [
-        (label, listed(prefill), listed(decode), f"{loss:.4f}") for label, prefill, decode, loss in controls(removal)
-    ]
-    title = f"Before distillation: {removal.losses.objective} on continuations of the calibration windows"
-    return Sheet(title, ("", "prefill gives up", "decode gives up", "loss"), (False, False, False, True), rows)
-
-
-def controls(removal: Removed) -> list[tuple[str, list[int], list[int], float]]:
-    """The nested pair and its controls: a label, what prefill and decode give up, and the PD loss."""
-    measured = removal.losses.controls
-    prefill, decode = removal.prefill.removed, removal.decode.removed
-    found: list[tuple[str, list[int], list[int], float]] = [
-        ("the pair", prefill, decode, removal.losses.decode),
-        ("decode's set in both", decode, decode, measured.decode_set_in_both),
-        ("decode only", [], decode, measured.decode_only),
-    ]
-    if measured.non_nested is not None and measured.non_nested_removed is not None:
-        found.append(("not nested (bound)", prefill, measured.non_nested_removed, measured.non_nested))
-    return found
+def controls_table(removal: Removed) -> Table:
+    """The pair beside its controls."""
+    rows = [(one.label, listed(one.prefill), listed(one.decode), f"{one.loss:.4f}") for one in controls(removal)]
+    title = f"{objective_name(removal.losses.objective)}, on continuations, before distillation"
+    return Table(title, ("", "prefill gives up", "decode gives up", "loss"), (False, False, False, True), rows)
 
 
 def bound_lines(removal: Removed) -> list[str]:
     """What became of the bounds on perplexity, where the job has any."""
     return [
-        f"Perplexity without what {half} gives up: {_increase(bound)}"
-        for half, bound in (("prefill", removal.bounds.prefill), ("decode", removal.bounds.decode))
+        f"Perplexity without what {half} gives up: {_kept(bound)}"
+        for half, bound in removal.bounds.items()
         if bound is not None
     ]
 
 
-def _increase(bound: Bound) -> str:
+def _kept(bound: Bound) -> str:
     kept = "" if bound.met else ", not kept by any set"
-    return f"{bound.perplexity_increase:+.1%} (bound {bound.max_perplexity_increase:+.1%}{kept})"
+    return f"{increase(bound.perplexity_increase)} (bound {increase(bound.max_perplexity_increase)}{kept})"
 
 
-def sensitivity_sheet(sensitivity: Sensitivity) -> Sheet:
-    """What each block alone is worth; three blocks a line, so that eighty columns hold a deep model."""
-    dense, blocks = sensitivity.dense, sensitivity.blocks
-    lines = -(-len(blocks) // SENSITIVITY_COLUMNS)
-    rows = []
-    for line in range(lines):
-        cells: list[str] = []
-        for found in blocks[line::lines]:
-            added = (found.both - dense.both, found.decode_only - dense.decode_only)
-            cells += [str(found.block), *(f"{loss:.4f}" for loss in added)]
-        rows.append(cells)
-    columns = ("block", "both", "decode") * SENSITIVITY_COLUMNS
+def sensitivity_table(sensitivity: Sensitivity) -> Table:
+    """What each block alone is worth."""
+    dense = sensitivity.dense
+    rows = [
+        (str(one.block), f"{one.both - dense.both:.4f}", f"{one.decode_only - dense.decode_only:.4f}")
+        for one in sensitivity.blocks
+    ]
     title = "Loss added by giving up one block: in both halves, in decode only"
-    return Sheet(title, columns, [True] * len(columns), rows)
+    return Table(title, ("block", "both", "decode"), (True, True, True), rows)
 
 
-def models_sheet(models: Mapping[str, ModelFigures]) -> Sheet:
+def folded(table: Table, times: int) -> Table:
+    """The same in fewer lines, with so many rows beside each other: eighty columns then hold a deep model."""
+    lines = -(-len(table.rows) // times)
+    rows = [[cell for row in table.rows[line::lines] for cell in row] for line in range(lines)]
+    return Table(table.title, [*table.columns] * times, [*table.numeric] * times, rows)
+
+
+def search_table(half: Half, sets: Sequence[EvaluatedSet], count: int) -> Table:
+    """The sets of `count` blocks that were better than all before."""
+    rows = [(str(number), f"{loss:.4f}", listed(sets[number - 1].removed)) for number, loss in best_so_far(sets, count)]
+    title = f"{half.capitalize()}: sets of {counted(count)} that were the best so far"
+    return Table(title, ("set", "loss", "gives up"), (True, True, False), rows)
+
+
+def frontier_tables(frontier: Frontier) -> list[Table]:
+    """For prefill and for decode, a line for every count: the best set and its loss. An arrow marks what was chosen."""
+    searched = listed(frontier.decode[0].removed)
+    name, chosen = objective_name(frontier.objective), frontier.chosen
+    return [
+        _frontier(f"Prefill, or both halves: {name}", frontier.prefill, chosen.prefill),
+        _frontier(f"Decode, where prefill gives up {searched}: {name}", frontier.decode, chosen.decode),
+    ]
+
+
+def _frontier(title: str, points: Sequence[FrontierPoint], chosen: FrontierPoint) -> Table:
+    bounded = any(point.perplexity_increase is not None for point in points)
+    rows = []
+    for point in points:
+        mark = "→ " if point.remove_blocks == chosen.remove_blocks else ""
+        cells = [f"{mark}{point.remove_blocks}", f"{point.loss:.4f}"]
+        if bounded:
+            cells.append("" if point.perplexity_increase is None else increase(point.perplexity_increase))
+        rows.append([*cells, listed(_given_up(point))])
+    columns = ["blocks", "loss", *(["perplexity"] if bounded else []), "gives up"]
+    return Table(title, columns, [column != "gives up" for column in columns], rows)
+
+
+def _given_up(point: FrontierPoint) -> list[str]:
+    """The blocks that go; with an arrow to the block that stands for both, where there is one."""
+    return [f"{b}→{point.distilled[b]}" if b in point.distilled else str(b) for b in point.removed]
+
+
+# What evaluation found.
+
+
+def evaluation_tables(evaluation: EvaluationResult) -> list[Table]:
+    """What each checkpoint gave up, what it is worth and what it costs."""
+    tables = [models_table(evaluation.models), pair_table(evaluation.pair)]
+    if evaluation.tasks:
+        tables.append(_tasks(evaluation.tasks, list(evaluation.models)))
+    return tables
+
+
+def models_table(models: Mapping[str, ModelFigures]) -> Table:
     """The checkpoints beside the dense model."""
-    dense = models["dense"]
-    rows: tuple[tuple[str, Callable[[ModelFigures], str]], ...] = (
-        ("blocks", lambda m: str(m.blocks)),
-        ("deleted blocks", lambda m: listed(m.deleted_blocks)),
-        ("distilled blocks", lambda m: listed(f"{r}→{a}" for r, a in m.distilled_blocks.items())),
-        ("perplexity pruned", lambda m: _perplexity(m.undistilled_perplexity)),
-        ("perplexity distilled", lambda m: _perplexity(m.perplexity)),
-        ("KL to dense, nats", lambda m: "" if m is dense else f"{m.kl_to_dense:.4f}"),
-        ("same top token", lambda m: "" if m is dense else f"{m.top1_agreement:.1%}"),
-        ("parameters", lambda m: f"{m.parameters:,} ({m.parameters / dense.parameters:.0%})"),
-        ("weights MiB", lambda m: f"{m.bytes / MIB:.1f}"),
-        ("first token ms", lambda m: _latency(m, dense, "time_to_first_token_ms")),
-        ("each next token ms", lambda m: _latency(m, dense, "inter_token_latency_ms")),
-        ("decode tokens/s", lambda m: f"{m.decode_tokens_per_second:,.0f}"),
-    )
-    if len({model.mlp_channels for model in models.values()}) > 1:
-        rows = (rows[0], ("MLP channels", lambda m: "" if m.mlp_channels is None else f"{m.mlp_channels:,}"), *rows[1:])
-    if dense.peak_memory_bytes is not None:
-        rows = (
-            *rows,
-            ("peak memory MiB", lambda m: f"{(m.peak_memory_bytes or 0) / MIB:.1f}"),
-        )
-    cells = [(label, *(cell(model) for model in models.values())) for label, cell in rows]
-    return _sheet("Checkpoints", ("", *models), cells)
+    dense, found = models["dense"], list(models.values())
+    rows = [
+        (figure.label, *(figure.cell(model, dense) for model in found))
+        for figure in FIGURES
+        if figure.tells([figure.value(model) for model in found])
+    ]
+    given_up = [
+        ("deleted blocks", *(listed(model.deleted_blocks) for model in found)),
+        ("distilled blocks", *(listed(f"{r}→{a}" for r, a in model.distilled_blocks.items()) for model in found)),
+    ]
+    return _figures("Checkpoints", ("", *models), [rows[0], *given_up, *rows[1:]])
 
 
-def pair_sheet(pair: PairFigures) -> Sheet:
+def pair_table(pair: PairFigures) -> Table:
     """What the two halves make of a request together."""
     kv = pair.kv_bytes_per_request
     losses = (pair.dense_loss, pair.pruned_loss, pair.distilled_loss)
     label = f"PD loss in nats, prompt {pair.prompt_tokens} + {pair.continuation_tokens}"
     rows = [(label, *(f"{loss:.4f}" for loss in losses))]
-    ratio = f"{kv.pruned / 1024:.0f} KiB ({kv.pruned / kv.dense:.0%})"
-    rows.append((f"KV cache, {kv.tokens}-token request", f"{kv.dense / 1024:.0f} KiB", ratio, ratio))
-    sent = f"{kv.sent / 1024:.0f} KiB"
-    rows.append(("KV sent to decode a request", f"{kv.dense_sent / 1024:.0f} KiB", sent, sent))
+    share = f"{size(kv.pruned)} ({kv.pruned / kv.dense:.0%})"
+    rows.append((f"KV cache, {kv.tokens}-token request", size(kv.dense), share, share))
+    rows.append(("KV sent to decode a request", size(kv.dense_sent), size(kv.sent), size(kv.sent)))
     if rule := pair.kv_tokens:
         asked = f"; {rule.ratio_asked:g}× asked for" if rule.ratio_reached is False else ""
-        less = f"{rule.bytes_sent / 1024:.0f} KiB ({rule.ratio:.2f}× less{asked})"
-        rows.append(("KV sent with the token rule", f"{kv.dense_sent / 1024:.0f} KiB", "", less))
+        less = f"{size(rule.bytes_sent)} ({rule.ratio:.2f}× less{asked})"
+        rows.append(("KV sent with the token rule", size(kv.dense_sent), "", less))
         rows.append(("PD loss with the token rule", "", "", f"{rule.loss:.4f}"))
-    return _sheet("As a prefill/decode pair", ("", "dense", "pruned", "distilled"), rows)
+    return _figures("As a prefill/decode pair", ("", "dense", "pruned", "distilled"), rows)
 
 
-def _tasks(tasks: Mapping[str, Mapping[str, TaskResult]], models: Sequence[str]) -> Sheet:
+def _tasks(tasks: Mapping[str, Mapping[str, TaskResult]], models: Sequence[str]) -> Table:
     rows = [
         (f"{task} {metric}", *(_metric(found[name][metric]) for name in models))
         for task, found in tasks.items()
         for metric in found["dense"]
     ]
-    return _sheet("Tasks", ("", *models), rows)
+    return _figures("Tasks", ("", *models), rows)
 
 
 def _metric(found: TaskMetric) -> str:
     if found.value is None:
-        return "none"
+        return NOTHING
     error = "" if found.stderr is None else f" ± {found.stderr:.3f}"
     return f"{found.value:.3f}{error}"
 
 
-def listed(items: Iterable[Any]) -> str:
-    """As one cell shows several things."""
-    return ", ".join(str(item) for item in items) or "none"
+# What a job would make and take.
 
 
-def _perplexity(found: Perplexity | None) -> str:
-    return "" if found is None else f"{found.value:.2f} ± {found.standard_error:.2f}"
+def estimate_table(estimate: Estimate) -> Table:
+    """The checkpoints that it would make, beside the dense model."""
+    rows = [
+        (
+            one.role,
+            str(one.blocks),
+            UNKNOWN if one.parameters is None else f"{one.parameters:,}",
+            _known(one.bytes),
+            _known(one.kv_bytes_per_token),
+        )
+        for one in (estimate.dense, *estimate.checkpoints)
+    ]
+    columns = ("", "blocks", "parameters", "weights", "KV cache a token")
+    return _figures(f"{estimate.architecture}, estimated", columns, rows)
 
 
-def _latency(
-    model: ModelFigures, dense: ModelFigures, kind: Literal["time_to_first_token_ms", "inter_token_latency_ms"]
-) -> str:
-    took, of_dense = getattr(model, kind), getattr(dense, kind)
-    faster = "" if model is dense else f" ({of_dense / took:.2f}×)"
-    return f"{took:.1f}{faster}"
+def estimate_facts(estimate: Estimate) -> dict[str, str]:
+    """The rest, by its name."""
+    sets, memory = estimate.evaluations, estimate.memory_bytes
+    # What the search takes is known wherever parameters are; then nothing is known of a training that there is not.
+    trained = NOTHING if memory.distillation is None and memory.search is not None else _known(memory.distillation)
+    counts = f"prefill {sets.prefill:,}, decode {sets.decode:,}, control {sets.control:,}"
+    return {
+        **({"Revision": estimate.model_revision} if estimate.model_revision else {}),
+        "Sets to evaluate, at most about": counts,
+        "Memory for the search, at least": _known(memory.search),
+        "Memory for distillation, at least": trained,
+    }
+
+
+def took(estimate: Estimate) -> str:
+    """What the stages of an earlier job on the same model took."""
+    seconds = {} if estimate.earlier is None else estimate.earlier.seconds
+    return ", ".join(f"{stage} {duration(spent)}" for stage, spent in seconds.items())
+
+
+def _known(number: int | None) -> str:
+    return UNKNOWN if number is None else size(number)

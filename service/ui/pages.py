@@ -18,10 +18,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pdtrim.contract.access import Scope
+from pdtrim.display import captions
+from pdtrim.display.quantities import size
 from service.api.auth import Caller, Refused
 from service.api.problems import problem
 from service.api.sessions import COOKIE, Session, Sessions, is_https
-from service.ui.figures import size
 from service.ui.visits import CameFromElsewhere, LoginNeeded
 
 STATIC = Path(__file__).parent / "static"
@@ -139,4 +140,5 @@ PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+PAGES.globals["captions"] = captions
 PAGES.filters |= {"code": _code, "moment": _moment, "size": size}

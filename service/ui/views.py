@@ -8,13 +8,33 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pdtrim.contract.estimate import CheckpointEstimate, Estimate
+from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.frontier import Cut, Frontier
 from pdtrim.contract.jobs import Artifact, Event, Job, Stage, StageName, StageStatus
-from pdtrim.contract.results import EvaluationResult, HalfPlan, Halves, RemovalResult, ScoringResult, SearchRecord
+from pdtrim.contract.results import (
+    EvaluationResult,
+    Half,
+    HalfPlan,
+    Halves,
+    PairFigures,
+    RemovalResult,
+    ScoringResult,
+    SearchRecord,
+)
+from pdtrim.display import captions
+from pdtrim.display.quantities import counted, duration
 from pdtrim.display.remedies import REMEDIES
+from pdtrim.display.tables import (
+    Table,
+    bound_lines,
+    controls_table,
+    estimate_facts,
+    estimate_table,
+    evaluation_tables,
+    took,
+)
 from service.ui import figures
-from service.ui.figures import Bar, BlockMap, Figure, Grid, size
+from service.ui.figures import Bar, BlockMap, Figure
 
 FRAGMENT = "text/vnd.pdtrim.fragment+html"
 """What a script accepts that wants a part of a page."""
@@ -76,12 +96,11 @@ class JobPage:
     searches: Sequence[Figure]
     sensitivity: Figure | None
     controls: Sequence[Bar]
-    control_table: Grid | None
-    objective: str
+    control_table: Table | None
     bounds: Sequence[str]
     kv: Sequence[Bar]
     kv_note: str
-    tables: Sequence[Grid]
+    tables: Sequence[Table]
     artifacts: Mapping[StageName, Sequence[Artifact]]
     commands: Sequence[Command]
     events: Sequence[Event]
@@ -106,9 +125,9 @@ class EstimateView:
     """An estimate as tables."""
 
     facts: Mapping[str, str]
-    checkpoints: Grid
+    checkpoints: Table
     earlier: str | None
-    earlier_seconds: Mapping[str, str]
+    took: str
     warnings: Sequence[str]
 
 
@@ -137,7 +156,6 @@ def job_page(
 ) -> JobPage:
     """Everything about a job. `address` is the service's, for commands."""
     scored, removal, evaluation = job.result(ScoringResult), job.result(RemovalResult), job.result(EvaluationResult)
-    objective = job.spec.search.objective
     worth = removal.sensitivity if removal else None
     pair = evaluation.pair if evaluation else None
     return JobPage(
@@ -149,15 +167,14 @@ def job_page(
         map=figures.block_map(removal) if removal else None,
         frontier=figures.frontier(frontier, export_link(job.id, frontier)) if frontier else None,
         scores=figures.scores(scored.cosine, job.spec.distillation.threshold, removal) if scored else None,
-        searches=figures.trajectory(search, objective) if search else [],
-        sensitivity=figures.sensitivity(worth, objective) if worth else None,
+        searches=figures.trajectory(search, removal) if search and removal else [],
+        sensitivity=figures.sensitivity(worth, job.spec.search.objective) if worth else None,
         controls=figures.controls(removal) if removal else [],
-        control_table=figures.control_table(removal) if removal else None,
-        objective=figures.OBJECTIVES.get(objective, objective),
-        bounds=figures.bounds(removal) if removal else [],
+        control_table=controls_table(removal) if removal else None,
+        bounds=bound_lines(removal) if removal else [],
         kv=figures.kv_bytes(pair) if pair else [],
-        kv_note=f"For a prompt of {pair.prompt_tokens} tokens, from prefill to decode." if pair else "",
-        tables=figures.evaluation_tables(evaluation) if evaluation else [],
+        kv_note=_kv_note(pair) if pair else "",
+        tables=evaluation_tables(evaluation) if evaluation else [],
         artifacts={stage: mine for stage in StageName if (mine := [one for one in artifacts if one.stage == stage])},
         commands=_commands(job, artifacts, address),
         events=list(reversed(events)),
@@ -165,13 +182,13 @@ def job_page(
     )
 
 
-def export_link(job_id: str, frontier: Frontier) -> Callable[[str, int], str]:
+def export_link(job_id: str, frontier: Frontier) -> Callable[[Half, int], str]:
     """Where a point leads: to the job's own counts, a decode point beside the prefill half that it was searched with,
     a prefill point as one checkpoint for both halves."""
     chosen, searched = frontier.chosen, frontier.decode[0].remove_blocks
     own = {"prefill": chosen.prefill.remove_blocks, "decode": chosen.decode.remove_blocks}
 
-    def link(half: str, count: int) -> str:
+    def link(half: Half, count: int) -> str:
         if count == own[half]:
             prefill, decode = own["prefill"], own["decode"]
         else:
@@ -209,46 +226,18 @@ def estimate(found: Estimate | None) -> EstimateView | None:
     """An estimate for people."""
     if found is None:
         return None
-    memory, sets = found.memory_bytes, found.evaluations
     return EstimateView(
-        facts={
-            "Architecture": found.architecture,
-            **({"Revision": found.model_revision} if found.model_revision else {}),
-            "Sets to evaluate, at most": f"prefill {sets.prefill:,}, decode {sets.decode:,}, control {sets.control:,}",
-            "Memory for the search, at least": _known_size(memory.search),
-            "Memory for distillation, at least": _known_size(memory.distillation),
-        },
-        checkpoints=Grid(
-            "Checkpoints",
-            ("", "blocks", "weights", "size", "KV/token"),
-            [_checkpoint(one) for one in (found.dense, *found.checkpoints)],
-        ),
+        facts=estimate_facts(found),
+        checkpoints=estimate_table(found),
         earlier=found.earlier.job_id if found.earlier else None,
-        earlier_seconds={
-            name: duration(seconds) for name, seconds in (found.earlier.seconds if found.earlier else {}).items()
-        },
+        took=took(found),
         warnings=[warning.message for warning in found.warnings],
     )
 
 
-def _checkpoint(one: CheckpointEstimate) -> Sequence[str]:
-    return (
-        one.role,
-        str(one.blocks),
-        _parameters(one.parameters),
-        _known_size(one.bytes),
-        _known_size(one.kv_bytes_per_token),
-    )
-
-
-def _parameters(number: int | None) -> str:
-    if number is None:
-        return "unknown"
-    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.1f} M"
-
-
-def _known_size(number: int | None) -> str:
-    return "unknown" if number is None else size(number)
+def _kv_note(pair: PairFigures) -> str:
+    tokens = pair.kv_bytes_per_request.tokens
+    return f"{captions.KV_BYTES.text} The request has {tokens} tokens, of which {pair.prompt_tokens} are the prompt."
 
 
 def _facts(job: Job) -> dict[str, str]:
@@ -268,7 +257,7 @@ def _facts(job: Job) -> dict[str, str]:
 
 def _target(target: Any) -> str:
     bounded = target.max_perplexity_increase is not None
-    blocks = f"blocks {target}" if bounded else figures.counted(target.remove_blocks)
+    blocks = f"blocks {target}" if bounded else counted(target.remove_blocks)
     return blocks if target.mlp_width == 1 else f"{blocks}, keeps {target.mlp_width:g} of MLP channels"
 
 
@@ -293,12 +282,3 @@ def _commands(job: Job, artifacts: Sequence[Artifact], address: str) -> list[Com
 
 def _between(start: datetime | None, end: datetime | None) -> str:
     return "" if start is None or end is None else duration((end - start).total_seconds())
-
-
-def duration(seconds: float) -> str:
-    """A time span for people."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -10,6 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from pdtrim.display import captions
 from tests.processes import pdtrim_up
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -108,7 +109,7 @@ def submit(page: Page) -> None:
     expect(page.locator("#summary")).to_be_focused()
     check_accessible(page)
     field.fill("1")
-    expect(page.locator("#estimate").get_by_role("row", name=re.compile("^prefill 11 5.1 M"))).to_be_visible()
+    expect(page.locator("#estimate").get_by_role("row", name=re.compile("^prefill 11 5,1"))).to_be_visible()
     page.get_by_role("button", name="Submit job").click()
 
 
@@ -120,10 +121,16 @@ def watch(page: Page) -> None:
     expect(page.locator('[data-stage="removal"] .badge')).to_have_text("succeeded", timeout=JOB_MS)
     expect(page.locator("h1 .badge")).to_have_text("succeeded", timeout=JOB_MS)
     assert page.evaluate("window.kept") is True
-    for heading in ("Blocks", "Loss frontier", "Prefill/decode controls", "Cosine scores", "Search for decode"):
+    for heading in (
+        captions.BLOCK_MAP.title,
+        captions.FRONTIER.title,
+        captions.CONTROLS.title,
+        captions.SCORES.title,
+        "The search for decode",
+    ):
         expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
     expect(page.locator("table.blocks tr.decode td.kept")).to_have_count(10)
-    expect(page.get_by_text("with the token rule", exact=True)).to_be_visible()
+    expect(page.get_by_text("sent with the token rule", exact=True)).to_be_visible()
     expect(page.locator("#download-decode")).to_contain_text("pdtrim download job_")
     with page.expect_download() as download:
         page.get_by_text("Files of evaluation (").click()

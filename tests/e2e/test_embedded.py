@@ -35,7 +35,7 @@ def test_a_worker_killed_in_the_middle_costs_neither_the_job_nor_a_finished_stag
         to_kill = [StageName.REMOVAL, StageName.DISTILLATION]
         for event in client.events(job_id):
             events.append(event)
-            if event.stage in to_kill and event.data.get("progress", 0) > 0:
+            if event.stage in to_kill and event.progress:
                 to_kill.remove(event.stage)
                 for process in processes_of("celery", data_dir):
                     process.kill()

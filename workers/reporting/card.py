@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from pdtrim.display.tables import Sheet
+from pdtrim.display.tables import Table
 
 INHERITED = ("license", "license_name", "license_link", "language")
 """What a pruned model has from its source."""
@@ -44,7 +44,7 @@ def _is_plain(value: Any) -> bool:
     return bool(items) and all(isinstance(item, str) and 0 < len(item) <= MAX_VALUE for item in items)
 
 
-def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured: Sequence[Sheet] = ()) -> str:
+def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured: Sequence[Table] = ()) -> str:
     """The card of the checkpoint with this `pdtrim.json`, and what was `measured` of it."""
     role, source = pdtrim["role"], pdtrim["source"]["uri"]
     kept, blocks = pdtrim["kept_blocks"], pdtrim["num_source_blocks"]
@@ -72,7 +72,7 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
             f"Of each prompt, layers {', '.join(map(str, sorted(rule['layers'])))} of the decode checkpoint are sent "
             f"the keys and values\nof the first {rule['first']} and the last {rule['last']} tokens only (`kv_tokens`)."
         )
-    parts += [f"## {sheet.title}\n\n{_table(sheet)}" for sheet in measured]
+    parts += [f"## {table.title}\n\n{_markdown(table)}" for table in measured]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,7 +91,7 @@ def _given_up(pdtrim: Mapping[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _table(sheet: Sheet) -> str:
-    rule = ["---:" if numeric else "---" for numeric in sheet.numeric]
-    rows = [sheet.columns, rule, *([cell.replace("|", "\\|") for cell in row] for row in sheet.rows)]
+def _markdown(table: Table) -> str:
+    rule = ["---:" if numeric else "---" for numeric in table.numeric]
+    rows = [table.columns, rule, *([cell.replace("|", "\\|") for cell in row] for row in table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

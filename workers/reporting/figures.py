@@ -21,7 +21,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pdtrim.contract.results import HalfPlan, ModelFigures
-from pdtrim.display.tables import controls
+from pdtrim.display import captions
+from pdtrim.display.captions import Caption, objective_name
+from pdtrim.display.quantities import listed, size
+from pdtrim.display.series import FATES, Fate, best_so_far, controls, fates, kv_amounts
 from workers.reporting.findings import HALVES, Findings
 
 WIDTH_IN = 8.0
@@ -31,13 +34,6 @@ ROW_BLOCKS = 32
 COSINE_TICKS = (-1.0, 0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999)
 MOST_ALIKE = 1e-5
 """What a block that changes nothing is drawn at, on a scale that has no end."""
-
-
-OBJECTIVES = {
-    "kl": "KL to dense, nats",
-    "cross_entropy": "cross-entropy, nats",
-    "hidden": "distance of last hidden state",
-}
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,10 @@ class Drawing:
 @dataclass(frozen=True)
 class _Plot:
     name: str
-    title: str
-    caption: str
+    caption: Caption
     draw: Callable[[Findings], tuple[Figure, str]]
+    drawn: str = ""
+    """What the caption needs besides, since it is drawn so."""
 
 
 def draw_all(findings: Findings) -> Iterator[Drawing]:
@@ -122,7 +119,8 @@ def draw_all(findings: Findings) -> Iterator[Drawing]:
             # Find once where everything goes, for both files.
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
-            yield Drawing(plot.name, plot.title, plot.caption, alt, _png(figure), _svg(figure))
+            text = f"{plot.caption.text} {plot.drawn}".strip()
+            yield Drawing(plot.name, plot.caption.title, text, alt, _png(figure), _svg(figure))
 
 
 def _png(figure: Figure) -> bytes:
@@ -176,7 +174,7 @@ def _block_map(findings: Findings) -> tuple[Figure, str]:
         Patch(facecolor=INK.distilled, label="distilled into a neighbour"),
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=4)
-    told = (f"{half} gives up {_words(findings.removed(half))} of {blocks} blocks" for half in HALVES)
+    told = (f"{half} gives up {listed(findings.removed(half))} of {blocks} blocks" for half in HALVES)
     return figure, "; ".join(told) + "."
 
 
@@ -224,16 +222,20 @@ def _scores(findings: Findings) -> tuple[Figure, str]:
     )
 
 
+MARKS: dict[Fate, tuple[str, str]] = {
+    "kept": ("o", INK.dense),
+    "decode": ("v", INK.decode),
+    "prefill": ("X", INK.prefill),
+}
+"""Marker and colour."""
+
+
 def _fates(findings: Findings) -> Iterator[tuple[str, str, str, list[int]]]:
     """Label, marker, colour and blocks, for what becomes of them in the end."""
-    prefill, decode = (set(findings.removed(half)) for half in HALVES)
-    everything = range(findings.num_blocks)
-    groups = (
-        ("kept by both", "o", INK.dense, [b for b in everything if b not in decode]),
-        ("given up by decode", "v", INK.decode, sorted(decode - prefill)),
-        ("given up by both", "X", INK.prefill, sorted(prefill)),
-    )
-    return ((label, marker, colour, members) for label, marker, colour, members in groups if members)
+    found = fates(findings.num_blocks, findings.plan)
+    for fate, (marker, colour) in MARKS.items():
+        if members := [block for block, of_block in enumerate(found) if of_block == fate]:
+            yield FATES[fate], marker, colour, members
 
 
 def _trajectory(findings: Findings) -> tuple[Figure, str]:
@@ -243,10 +245,9 @@ def _trajectory(findings: Findings) -> tuple[Figure, str]:
         found = findings.search.of(half)
         target = len(findings.removed(half))
         shown = [(n, s.loss) for n, s in enumerate(found, 1) if s.loss > 0.0]
-        fitting = [(n, s.loss) for n, s in enumerate(found, 1) if len(s.removed) == target]
         places, losses = [place for place, _ in shown], [loss for _, loss in shown]
         axes.scatter(places, losses, 12, INK.dense, alpha=0.6, linewidths=0, label="a set of blocks")
-        best = _running_best(fitting)
+        best = best_so_far(found, target)
         if best:
             steps, values = zip(*best, (len(found), best[-1][1]), strict=True)
             colour, label = HALF_COLOURS[half], f"best without {target} so far"
@@ -265,14 +266,6 @@ def _trajectory(findings: Findings) -> tuple[Figure, str]:
     return figure, "; ".join(told) + "."
 
 
-def _running_best(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    best: list[tuple[int, float]] = []
-    for place, loss in points:
-        if not best or loss < best[-1][1]:
-            best.append((place, loss))
-    return best
-
-
 def _frontier(findings: Findings) -> tuple[Figure, str]:
     figure = _figure(3.0)
     axes = figure.subplots()
@@ -286,7 +279,7 @@ def _frontier(findings: Findings) -> tuple[Figure, str]:
             if count == chosen:
                 axes.scatter([count], [loss], 160, facecolors="none", edgecolors=INK.ink, linewidths=1.4, zorder=3)
         told.append(f"{half}: " + ", ".join(f"{count} blocks {loss:.4f}" for count, loss in points))
-    axes.scatter([], [], 160, facecolors="none", edgecolors=INK.ink, linewidths=1.4, label="taken")
+    axes.scatter([], [], 160, facecolors="none", edgecolors=INK.ink, linewidths=1.4, label="this job")
     axes.set(xlabel="blocks given up", ylabel=_objective(findings))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left")
@@ -295,18 +288,20 @@ def _frontier(findings: Findings) -> tuple[Figure, str]:
 
 def _controls(findings: Findings) -> tuple[Figure, str]:
     found = controls(findings.plan)
-    labels, losses = [label for label, *_ in found], [loss for *_, loss in found]
+    labels, losses = [one.label for one in found], [one.loss for one in found]
     figure = _figure(2.2)
     axes = figure.subplots()
     colours = [INK.prefill, *[INK.dense] * (len(found) - 1)]
-    _bars(axes, labels, losses, colours, "{:.4f}")
+    _bars(axes, labels, losses, colours, [f"{loss:.4f}" for loss in losses])
     axes.set_xlabel(f"{_objective(findings)}, on continuations, before distillation")
-    return figure, "; ".join(f"{label}: {loss:.4f}" for label, loss in zip(labels, losses, strict=True)) + "."
+    return figure, "; ".join(f"{one.label}: {one.loss:.4f}" for one in found) + "."
 
 
-def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], form: str) -> None:
+def _bars(
+    axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], told: Sequence[str]
+) -> None:
     bars = axes.barh(labels, values, color=colours, height=0.62)
-    axes.bar_label(bars, [form.format(value) for value in values], padding=4, color=INK.ink)
+    axes.bar_label(bars, told, padding=4, color=INK.ink)
     axes.invert_yaxis()
     axes.margins(x=0.16)
     axes.grid(visible=False, axis="y")
@@ -315,22 +310,15 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], colours: S
 
 def _kv_bytes(findings: Findings) -> tuple[Figure, str]:
     pair = findings.evaluation.pair
-    kv, rule = pair.kv_bytes_per_request, pair.kv_tokens
-    found = [
-        ("whole request, dense", kv.dense, INK.dense),
-        ("whole request, pruned", kv.pruned, INK.decode),
-        ("sent to decode, dense", kv.dense_sent, INK.dense),
-        ("sent to decode, pruned", kv.sent, INK.decode),
-    ]
-    if rule is not None:
-        found.append(("sent with the token rule", rule.bytes_sent, INK.distilled))
-    labels, sizes, colours = zip(*found, strict=True)
+    found = kv_amounts(pair)
+    colours = {"dense": INK.dense, "pruned": INK.decode, "rule": INK.distilled}
     figure = _figure(0.9 + 0.34 * len(found))
     axes = figure.subplots()
-    _bars(axes, labels, [size / 1024 for size in sizes], colours, "{:,.0f} KiB")
-    axes.set_xlabel(f"KiB of keys and values, request of {kv.tokens} tokens, prompt of {pair.prompt_tokens}")
-    told = (f"{label}: {size / 1024:,.0f} KiB" for label, size in zip(labels, sizes, strict=True))
-    return figure, "; ".join(told) + "."
+    labels, sizes = [amount.label for amount in found], [size(amount.bytes) for amount in found]
+    _bars(axes, labels, [amount.bytes / 1024 for amount in found], [colours[amount.of] for amount in found], sizes)
+    tokens = pair.kv_bytes_per_request.tokens
+    axes.set_xlabel(f"KiB of keys and values, request of {tokens} tokens, prompt of {pair.prompt_tokens}")
+    return figure, "; ".join(f"{label}: {told}" for label, told in zip(labels, sizes, strict=True)) + "."
 
 
 def _against_dense(findings: Findings) -> tuple[Figure, str]:
@@ -384,53 +372,20 @@ def _perplexities(axes: Axes, models: Mapping[str, ModelFigures]) -> None:
 
 
 def _objective(findings: Findings) -> str:
-    return OBJECTIVES[findings.plan.losses.objective]
-
-
-def _words(blocks: Sequence[int]) -> str:
-    return ", ".join(map(str, blocks)) or "none"
+    return objective_name(findings.plan.losses.objective)
 
 
 PLOTS = (
     _Plot(
         "block-map",
-        "What each half keeps",
-        "The dense model's blocks in their order. Hatched ones are deleted; an arrow points to the kept neighbour that "
-        "was trained to stand for both.",
+        captions.BLOCK_MAP,
         _block_map,
+        "Hatched ones are deleted; an arrow points to the kept neighbour that was trained to stand for both.",
     ),
-    _Plot(
-        "scores",
-        "Cosine score of each block",
-        "The mean cosine of the hidden states that enter and leave a block: near 1, it changes little. The scale "
-        "widens towards 1.",
-        _scores,
-    ),
-    _Plot(
-        "search",
-        "The search",
-        "Every set of removed blocks in the order in which it was evaluated, of all counts on the way.",
-        _trajectory,
-    ),
-    _Plot(
-        "frontier",
-        "Loss for every number of blocks",
-        "The best set found for each count. Prefill is measured on whole sequences, decode on continuations by the "
-        "pair: compare each with itself.",
-        _frontier,
-    ),
-    _Plot(
-        "controls",
-        "The pair beside its controls",
-        "The same loss if both halves gave up decode's set, if decode alone did, and, as a bound, if decode's set "
-        "need not hold prefill's.",
-        _controls,
-    ),
-    _Plot("kv-bytes", "Keys and values of a request", "What a request's KV cache takes, and what is sent.", _kv_bytes),
-    _Plot(
-        "dense-pruned",
-        "Dense beside pruned",
-        "Perplexity on validation windows that neither search nor training saw, and what the checkpoints cost.",
-        _against_dense,
-    ),
+    _Plot("scores", captions.SCORES, _scores, "The scale widens towards 1."),
+    _Plot("search", captions.SEARCH, _trajectory),
+    _Plot("frontier", captions.FRONTIER, _frontier),
+    _Plot("controls", captions.CONTROLS, _controls),
+    _Plot("kv-bytes", captions.KV_BYTES, _kv_bytes),
+    _Plot("dense-pruned", captions.AGAINST_DENSE, _against_dense),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdtrim.contract.results import BlockScores, EvaluationResult, Half, ModelFigures, Plan, SearchRecord
 from pdtrim.contract.spec import JobSpec
-from pdtrim.display.tables import Sheet, evaluation_sheets
+from pdtrim.display.tables import Table, evaluation_tables
 
 HALVES: tuple[Half, ...] = ("prefill", "decode")
 ROLES = (*HALVES, "unified")
@@ -40,9 +40,9 @@ class Findings:
         """What was measured of the dense model and of every checkpoint, in the order in which readers want them."""
         return {name: self.evaluation.models[name] for name in ("dense", *self.roles)}
 
-    def evaluation_sheets(self) -> list[Sheet]:
+    def evaluation_tables(self) -> list[Table]:
         """What was measured, as tables."""
-        return evaluation_sheets(self.evaluation.model_copy(update={"models": self.models}))
+        return evaluation_tables(self.evaluation.model_copy(update={"models": self.models}))
 
     def removed(self, half: Half) -> list[int]:
         """The blocks that a half gives up, deleted or distilled."""

@@ -9,7 +9,9 @@ from functools import cache
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from pdtrim.display.tables import bound_lines, controls_sheet, sensitivity_sheet
+from pdtrim.contract.results import Plan
+from pdtrim.display.quantities import size
+from pdtrim.display.tables import SENSITIVITY_COLUMNS, Table, bound_lines, controls_table, folded, sensitivity_table
 from workers.reporting.figures import DARK, INK, Drawing
 from workers.reporting.findings import Findings
 
@@ -21,14 +23,20 @@ def render(findings: Findings, drawings: Iterable[Drawing]) -> str:
         findings=findings,
         spec=yaml.safe_dump(findings.spec.model_dump(mode="json", exclude_unset=True), sort_keys=False),
         facts=_facts(findings),
-        evaluation=findings.evaluation_sheets(),
-        search=[controls_sheet(plan), *([] if plan.sensitivity is None else [sensitivity_sheet(plan.sensitivity)])],
+        evaluation=findings.evaluation_tables(),
+        search=_search_tables(plan),
         bounds=bound_lines(plan),
         drawings={drawing.name: drawing for drawing in drawings},
         layer_map=plan.kv_layer_map,
         light=vars(INK),
         dark=vars(DARK),
     )
+
+
+def _search_tables(plan: Plan) -> list[Table]:
+    worth = plan.sensitivity
+    of_blocks = [] if worth is None else [folded(sensitivity_table(worth), SENSITIVITY_COLUMNS)]
+    return [controls_table(plan), *of_blocks]
 
 
 def _facts(findings: Findings) -> list[tuple[str, str, str]]:
@@ -45,7 +53,7 @@ def _facts(findings: Findings) -> list[tuple[str, str, str]]:
         faster = dense.inter_token_latency_ms / model.inter_token_latency_ms
         facts.append((f"{role}: next token", f"{faster:.2f}×", "as fast as dense"))
     sent = kv.sent if rule is None else rule.bytes_sent
-    facts.append(("KV sent to decode", f"{sent / kv.dense_sent:.0%}", f"of {kv.dense_sent / 1024:,.0f} KiB"))
+    facts.append(("KV sent to decode", f"{sent / kv.dense_sent:.0%}", f"of {size(kv.dense_sent)}"))
     return facts
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from sqlalchemy import Engine as Database
@@ -40,7 +40,7 @@ from workers.running.lease import Lease, StopRequested, WorkerStopping
 from workers.running.metrics import Outcome, WorkerMetrics
 from workers.running.scratch import attempt_folder
 from workers.stages import STAGES, TAKEN_OVER
-from workers.stages.context import Parent, Report, StageContext, StoredInput
+from workers.stages.context import Figure, Parent, Report, StageContext, StoredInput
 
 MANIFEST = "manifest.json"
 VERSIONED = ("pdtrim", "torch", "transformers", "tokenizers", "safetensors")
@@ -244,7 +244,7 @@ def _execute(worker: Worker, claim: Claim, check: Check) -> Finished:
 
 
 def _publisher(worker: Worker, claim: Claim) -> Report:
-    def publish(progress: float, message: str, figures: dict[str, Any]) -> None:
+    def publish(progress: float, message: str, figures: Mapping[str, Figure]) -> None:
         try:
             with transaction(worker.database) as session:
                 stages.report(session, claim, progress=progress, message=message, data=figures)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,8 @@ from workers.pruning.search.engine import LossEngine, WindowsEngine
 
 REPORT_INTERVAL_S = 1.0
 READ_BYTES = 1 << 22
-Report = Callable[[float, str, dict[str, Any]], None]
+Figure = float | str | list[int]
+Report = Callable[[float, str, Mapping[str, Figure]], None]
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -98,7 +99,7 @@ class StageContext:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def report(self, progress: float, message: str, **figures: Any) -> None:
+    def report(self, progress: float, message: str, **figures: Figure) -> None:
         """Announce progress (0…1), at most once a second. Raises: StopRequested, LeaseLost."""
         self.check()
         if time.monotonic() - self._reported_at >= REPORT_INTERVAL_S:

@@ -127,7 +127,7 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         pdtrim = json.loads(context.input(StageName.EXPORT, f"{role}/pdtrim.json").read_text())
         card = context.out / role / "README.md"
         card.parent.mkdir(exist_ok=True)
-        card.write_text(model_card(pdtrim, inherited, findings.evaluation_sheets()), encoding="utf-8")
+        card.write_text(model_card(pdtrim, inherited, findings.evaluation_tables()), encoding="utf-8")
 
 
 def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> dict[str, dict[str, TaskResult]]:

@@ -92,7 +92,7 @@ def _log_figures(client: MlflowClient, run: Run, job: Job) -> None:
 
 def figures(job: Job) -> dict[str, float]:
     """Every number that evaluation and removal recorded, under its path: `decode.perplexity.value`."""
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, object] = {}
     if evaluation := job.result(EvaluationResult):
         found = evaluation.model_dump(mode="json")
         chosen |= {**found["models"], "pair": found["pair"], "tasks": found["tasks"]}

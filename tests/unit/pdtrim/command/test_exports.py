@@ -114,7 +114,7 @@ def test_the_figures_of_a_job_name_what_its_evaluation_measured() -> None:
 
     assert shown["decode: perplexity"] == 9.5
     assert "decode: perplexity before distillation" not in shown
-    named = ("PD loss, distilled", "decode: sums acc", "KV bytes sent to decode")
+    named = ("PD loss, distilled", "decode: sums acc", "KV bytes, sent to decode, pruned")
     assert [shown[name] for name in named] == [3.2, 0.5, 2048]
 
 

@@ -5,7 +5,7 @@ from io import StringIO
 from rich.console import Console
 
 from pdtrim.contract.results import Bounds, ModelFigures, PairFigures
-from pdtrim.display.rendering import report, search_report
+from pdtrim.display.rendering import evaluation_report, search_report
 from tests.found import evaluation, model_figures, pair_figures, removal, token_rule_figures
 
 DENSE = model_figures(blocks=12)
@@ -69,7 +69,7 @@ def test_a_search_without_bounds_shows_none() -> None:
 def shown(models: dict[str, ModelFigures], pair: PairFigures) -> dict[str, str]:
     """Each row's cells by its label, as a terminal shows them."""
     page = StringIO()
-    Console(width=160, file=page).print(report(evaluation(models=models, pair=pair)))
+    Console(width=160, file=page).print(evaluation_report(evaluation(models=models, pair=pair)))
     lines = [line.strip().split("  ", 1) for line in page.getvalue().splitlines()]
     return {line[0]: " ".join(line[1].split()) for line in lines if len(line) == 2}
 
@@ -78,8 +78,8 @@ def test_likeness_and_latency_are_shown_beside_the_dense_model() -> None:
     rows = shown({"dense": DENSE, "decode": DECODE}, PAIR)
     assert rows["KL to dense, nats"] == "0.1250"
     assert rows["same top token"] == "87.5%"
-    assert rows["first token ms"] == "30.0 20.0 (1.50×)"
-    assert rows["each next token ms"] == "6.0 4.0 (1.50×)"
+    assert rows["first token, ms"] == "30.0 20.0 (1.50×)"
+    assert rows["each next token, ms"] == "6.0 4.0 (1.50×)"
 
 
 def test_peak_memory_is_shown_where_it_was_measured() -> None:
@@ -87,8 +87,8 @@ def test_peak_memory_is_shown_where_it_was_measured() -> None:
         name: model.model_copy(update={"peak_memory_bytes": 3 << 20})
         for name, model in (("dense", DENSE), ("decode", DECODE))
     }
-    assert "peak memory MiB" not in shown({"dense": DENSE, "decode": DECODE}, PAIR)
-    assert shown(measured, PAIR)["peak memory MiB"] == "3.0 3.0"
+    assert "peak memory" not in shown({"dense": DENSE, "decode": DECODE}, PAIR)
+    assert shown(measured, PAIR)["peak memory"] == "3 MiB 3 MiB"
 
 
 def test_a_token_rule_is_shown_with_what_it_saves_and_costs() -> None:
@@ -118,9 +118,9 @@ def test_tasks_are_shown_with_their_standard_errors() -> None:
     }
     page = StringIO()
     models = {"dense": DENSE, "decode": DECODE}
-    Console(width=80, file=page).print(report(evaluation(models=models)))
+    Console(width=80, file=page).print(evaluation_report(evaluation(models=models)))
     assert "Tasks" not in page.getvalue()
-    Console(width=80, file=page).print(report(evaluation(models=models, tasks=tasks)))
+    Console(width=80, file=page).print(evaluation_report(evaluation(models=models, tasks=tasks)))
     lines = [" ".join(line.split()) for line in page.getvalue().splitlines()]
     assert "sums acc 0.750 ± 0.013 0.500 ± 0.025" in lines or "sums acc 0.750 ± 0.012 0.500 ± 0.025" in lines
     assert "sums f1 0.500 none" in lines

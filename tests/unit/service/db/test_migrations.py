@@ -104,7 +104,7 @@ def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
     assert JobSpec.model_validate(done["spec"]) == JobSpec.model_validate(SPEC)
     for stage in done["stages"]:
         assert stage["metrics"] == RESULTS[stage["name"]].model_validate(FOUND[stage["name"]]).model_dump(mode="json")
-    assert "Prefill/decode controls" in page
+    assert "The pair beside its controls" in page
     assert [event["type"] for event in events["data"]] == ["job.created"]
     assert [artifact["id"] for artifact in artifacts["data"]] == [ARTIFACT]
     assert waiting["status"] == JobStatus.SUCCEEDED

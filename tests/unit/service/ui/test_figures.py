@@ -66,8 +66,9 @@ def test_scores_far_below_the_others_do_not_squeeze_them() -> None:
     marks = {mark.point.x: mark for drawn in figure.chart.drawn for mark in drawn.marks}
     assert [block for block, mark in marks.items() if mark.below] == [0]
     assert marks[5].y - marks[2].y > 100
-    assert figure.grid.rows[0] == ("0", "-0.0500", "nobody")
-    assert [row[2] for row in figure.grid.rows] == ["nobody", "nobody", "both", "decode", "decode", "nobody"]
+    assert figure.tables[0].rows[0] == ("0", "-0.0500", "kept by both")
+    given_up = [row[2].removeprefix("given up by ") for row in figure.tables[0].rows]
+    assert given_up == ["kept by both", "kept by both", "both", "decode", "decode", "kept by both"]
 
 
 def test_every_point_of_the_frontier_leads_to_the_export_that_can_be_cut_there() -> None:
@@ -87,8 +88,8 @@ def test_every_point_of_the_frontier_leads_to_the_export_that_can_be_cut_there()
 
 
 def test_a_trajectory_shows_the_best_so_far() -> None:
-    prefill, decode = figures.trajectory(SEARCH, "kl")
-    assert [row[:2] for row in prefill.grid.rows] == [("1", "5.0000"), ("2", "0.4000"), ("3", "0.1000")]
-    assert decode.grid.rows == [("1", "0.4000", "2, 3, 4")]
+    prefill, decode = figures.trajectory(SEARCH, REMOVAL)
+    assert [row[:2] for row in prefill.tables[0].rows] == [("1", "5.0000"), ("2", "0.4000"), ("3", "0.1000")]
+    assert decode.tables[0].rows == [("1", "0.4000", "2, 3, 4")]
     assert prefill.chart is not None
     assert len(prefill.chart.drawn[0].marks) == 4

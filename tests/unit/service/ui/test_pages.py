@@ -215,7 +215,7 @@ def test_a_jobs_page_shows_what_was_found_and_what_an_export_would_give_up(unloc
     browser = Browser(unlocked)
     page = browser.get(f"/ui/jobs/{job}").text
     assert "block 3 is distilled into block 1" in page
-    for heading in ("Loss frontier", "Cosine scores", "Search for decode", "What each block is worth"):
+    for heading in ("Loss for every number of blocks", "The search for decode", "What each block is worth"):
         assert f"<h3>{heading}</h3>" in page
 
     export = browser.get(f"/ui/jobs/{job}/exports/new?prefill=1&decode=2").text

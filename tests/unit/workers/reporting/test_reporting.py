@@ -174,7 +174,7 @@ def test_a_card_carries_the_source_its_licence_and_the_numbers(tmp_path: Path, f
     (tmp_path / "README.md").write_text(
         "---\nlicense: other\nlicense_name: acme\nlanguage: [en]\ntags: [chat]\nmodel-index: 1\n---\n# Big\n"
     )
-    card = model_card(PDTRIM, inherited_metadata(tmp_path), findings.evaluation_sheets())
+    card = model_card(PDTRIM, inherited_metadata(tmp_path), findings.evaluation_tables())
 
     _, metadata, text = card.split("---\n", 2)
     assert yaml.safe_load(metadata) == {
@@ -187,7 +187,7 @@ def test_a_card_carries_the_source_its_licence_and_the_numbers(tmp_path: Path, f
         "block 1 was distilled into block 0",
         "MLP channels: 0.5 of",
         "first 4 and the last 8 tokens",
-        "| perplexity distilled | 12.00 ± 0.25 | 12.00 ± 0.25 | 14.00 ± 0.25 |",
+        "| perplexity | 12.00 ± 0.25 | 12.00 ± 0.25 | 14.00 ± 0.25 |",
         "| sums acc |",
     ):
         assert told in text

@@ -1,0 +1,98 @@
+"""What is shown of every checkpoint and of the dense model, by one name in tables and in comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pdtrim.contract.results import ModelFigures, Perplexity
+from pdtrim.display.quantities import size
+
+
+@dataclass(frozen=True)
+class ModelFigure:
+    """A number of a model. A bare number needs its `unit` said; a cell, beside the dense model's, has it.
+
+    Where `differs`, it tells something only of models that differ in it.
+    """
+
+    label: str
+    value: Callable[[ModelFigures], float | None]
+    cell: Callable[[ModelFigures, ModelFigures], str]
+    unit: str = ""
+    differs: bool = False
+
+    @property
+    def name(self) -> str:
+        """The label of the bare number."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    def tells(self, values: Sequence[float | None]) -> bool:
+        """Whether these values are worth a line."""
+        return len(set(values)) > 1 if self.differs else any(value is not None for value in values)
+
+
+def _perplexity(found: Perplexity | None) -> str:
+    return "" if found is None else f"{found.value:.2f} ± {found.standard_error:.2f}"
+
+
+def _latency(of: Callable[[ModelFigures], float]) -> Callable[[ModelFigures, ModelFigures], str]:
+    """The cell of a time, with how many times faster than dense it is."""
+
+    def cell(model: ModelFigures, dense: ModelFigures) -> str:
+        faster = "" if model is dense else f" ({of(dense) / of(model):.2f}×)"
+        return f"{of(model):.1f}{faster}"
+
+    return cell
+
+
+FIGURES = (
+    ModelFigure("blocks", lambda m: m.blocks, lambda m, _: str(m.blocks)),
+    ModelFigure(
+        "MLP channels",
+        lambda m: m.mlp_channels,
+        lambda m, _: "" if m.mlp_channels is None else f"{m.mlp_channels:,}",
+        differs=True,
+    ),
+    ModelFigure(
+        "perplexity before distillation",
+        lambda m: m.undistilled_perplexity.value if m.undistilled_perplexity else None,
+        lambda m, _: _perplexity(m.undistilled_perplexity),
+    ),
+    ModelFigure("perplexity", lambda m: m.perplexity.value, lambda m, _: _perplexity(m.perplexity)),
+    ModelFigure(
+        "KL to dense, nats",
+        lambda m: m.kl_to_dense,
+        lambda m, dense: "" if m is dense else f"{m.kl_to_dense:.4f}",
+    ),
+    ModelFigure(
+        "same top token",
+        lambda m: m.top1_agreement,
+        lambda m, dense: "" if m is dense else f"{m.top1_agreement:.1%}",
+    ),
+    ModelFigure(
+        "parameters",
+        lambda m: m.parameters,
+        lambda m, dense: f"{m.parameters:,} ({m.parameters / dense.parameters:.0%})",
+    ),
+    ModelFigure("weights", lambda m: m.bytes, lambda m, _: size(m.bytes), unit="bytes"),
+    ModelFigure(
+        "first token, ms",
+        lambda m: m.time_to_first_token_ms,
+        _latency(lambda m: m.time_to_first_token_ms),
+    ),
+    ModelFigure(
+        "each next token, ms",
+        lambda m: m.inter_token_latency_ms,
+        _latency(lambda m: m.inter_token_latency_ms),
+    ),
+    ModelFigure(
+        "decode, tokens/s", lambda m: m.decode_tokens_per_second, lambda m, _: f"{m.decode_tokens_per_second:,.0f}"
+    ),
+    ModelFigure(
+        "peak memory",
+        lambda m: m.peak_memory_bytes,
+        lambda m, _: "" if m.peak_memory_bytes is None else size(m.peak_memory_bytes),
+        unit="bytes",
+    ),
+)
