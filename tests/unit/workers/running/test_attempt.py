@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
-from pdtrim.contract.results import HalfPlan, Result
+from pdtrim.contract.results import EvaluatedSet, HalfPlan, Result, SearchRecord
 from pdtrim.contract.spec import JobSpec
 from pdtrim.display.jobs import job_page
 from service.db import artifacts, events, jobs, stages, views
@@ -365,11 +365,11 @@ def test_every_block_s_sensitivity_and_three_controls_stand_beside_the_nested_pa
     losses, sensitivity = metrics["losses"], metrics["sensitivity"]
     assert [found["block"] for found in sensitivity["blocks"]] == [0, 1, 2, 3]
     assert sensitivity["dense"]["both"] == pytest.approx(0, abs=1e-5)
-    singles = json.loads(content(worker, job_id, StageName.REMOVAL, "search.json"))["prefill"]
+    searched = SearchRecord.model_validate_json(content(worker, job_id, StageName.REMOVAL, "search.json"))
     for found in sensitivity["blocks"]:
         assert 0 < found["decode_only"] < 20
         if prefill:
-            assert {"removed": [found["block"]], "loss": found["both"]} in singles
+            assert EvaluatedSet(removed=[found["block"]], loss=found["both"]) in searched.prefill
     controls = losses["controls"]
     assert controls["non_nested"] <= losses["decode"]
     assert len(controls["non_nested_removed"]) == 2
