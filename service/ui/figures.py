@@ -139,7 +139,7 @@ def scores(cosine: Sequence[float], threshold: float, plans: Halves[HalfPlan] | 
 
 def _scores_table(cosine: Sequence[float], found: Sequence[Fate]) -> Table:
     rows = [(str(block), f"{value:.4f}", FATES[found[block]]) for block, value in enumerate(cosine)]
-    return Table(captions.SCORES.title, ("block", "cosine", ""), (True, True, False), rows)
+    return Table(captions.SCORES.title, ("block", "cosine", "what becomes of it"), (True, True, False), rows)
 
 
 def trajectory(search: SearchRecord, removal: Removed) -> list[Figure]:

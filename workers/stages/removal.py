@@ -58,13 +58,14 @@ def read_plans(context: StageContext) -> Plans:
     """What the removal stage decided."""
     plan = context.read(StageName.REMOVAL, PLAN, Plan)
     return Plans(
-        _block_plan(plan.prefill),
-        _block_plan(plan.decode),
+        block_plan(plan.prefill),
+        block_plan(plan.decode),
         same_width=context.spec.prefill.mlp_width == context.spec.decode.mlp_width,
     )
 
 
-def _block_plan(half: HalfPlan) -> BlockPlan:
+def block_plan(half: HalfPlan) -> BlockPlan:
+    """The inverse of `half_plan`."""
     return BlockPlan(half.num_blocks, frozenset(half.deleted), half.distilled)
 
 
@@ -160,8 +161,8 @@ def write_plan(
         prefill = _plan(context, scores, blocks_of(decided.prefill))
         decode = _plan(context, scores, blocks_of(decided.decode), prefill)
     found = Removed(
-        prefill=_half_plan(prefill),
-        decode=_half_plan(decode),
+        prefill=half_plan(prefill),
+        decode=half_plan(decode),
         losses=measured.losses,
         bounds=measured.bounds,
         sensitivity=measured.sensitivity,
@@ -179,7 +180,8 @@ def write_plan(
     return found
 
 
-def _half_plan(plan: BlockPlan) -> HalfPlan:
+def half_plan(plan: BlockPlan) -> HalfPlan:
+    """A half's plan as results hold it; its bytes depend on the plan alone."""
     distilled = dict(sorted(plan.distilled.items()))
     return HalfPlan(num_blocks=plan.num_blocks, deleted=sorted(plan.deleted), distilled=distilled)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 Blocks = frozenset[int]
 
@@ -51,20 +50,6 @@ class BlockPlan:
     @property
     def kept(self) -> tuple[int, ...]:
         return tuple(block for block in range(self.num_blocks) if block not in self.removed)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object whose bytes depend on the plan alone."""
-        return {
-            "num_blocks": self.num_blocks,
-            "deleted": sorted(self.deleted),
-            "distilled": {str(block): self.distilled[block] for block in sorted(self.distilled)},
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> BlockPlan:
-        """The inverse of `to_json`."""
-        distilled = {int(block): int(absorber) for block, absorber in content["distilled"].items()}
-        return cls(content["num_blocks"], frozenset(content["deleted"]), distilled)
 
 
 def check_nested(prefill: Blocks, decode: Blocks) -> None:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
-from pdtrim.contract.results import Result
+from pdtrim.contract.results import EvaluatedSet, HalfPlan, Result, SearchRecord
 from pdtrim.contract.spec import JobSpec
 from pdtrim.display.jobs import job_page
 from service.db import artifacts, events, jobs, stages, views
@@ -46,7 +46,6 @@ from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 from tests.unit.workers.pruning.models import loaded_whole
 from workers.pruning.model.blocks import block_stack
-from workers.pruning.model.plan import BlockPlan
 from workers.pruning.model.width import channel_scores, kept_channels
 from workers.pruning.repair.distill import KV_TENSOR
 from workers.pruning.search.perplexity_bound import PerplexityBound
@@ -311,7 +310,7 @@ def test_protected_blocks_stay_and_forced_ones_go_from_both_halves(worker: Worke
     job_id = create(worker, tiny_spec(model, search=search))
     run_through(worker, job_id, StageName.REMOVAL)
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
-    removed = {half: BlockPlan.from_json(plan[half]).removed for half in ("prefill", "decode")}
+    removed = {half: set(HalfPlan.model_validate(plan[half]).removed) for half in ("prefill", "decode")}
     assert removed["prefill"] == {4}
     assert removed["decode"] in ({1, 4}, {2, 4})
 
@@ -322,7 +321,7 @@ def test_as_many_blocks_go_as_keep_perplexity_within_the_bound(algorithm: str, w
     job_id = create(worker, tiny_spec(model, search={"algorithm": algorithm, "evaluations": 40}, **targets))
     run_through(worker, job_id)
     metrics = stage_row(worker, job_id, StageName.REMOVAL).metrics
-    removed = {half: BlockPlan.from_json(metrics[half]).removed for half in ("prefill", "decode")}
+    removed = {half: set(HalfPlan.model_validate(metrics[half]).removed) for half in ("prefill", "decode")}
     assert removed["prefill"] <= removed["decode"]
     for half, target in targets.items():
         bound = metrics["bounds"][half]
@@ -347,7 +346,7 @@ def test_where_no_block_can_go_within_the_bound_only_forced_ones_do_and_that_is_
     run_through(worker, job_id, StageName.REMOVAL)
     metrics = stage_row(worker, job_id, StageName.REMOVAL).metrics
     for half in ("prefill", "decode"):
-        assert BlockPlan.from_json(metrics[half]).removed == set(forced)
+        assert set(HalfPlan.model_validate(metrics[half]).removed) == set(forced)
         assert metrics["bounds"][half]["met"] is met
         assert len(metrics["bounds"][half]["frontier"]) == 3
 
@@ -366,11 +365,11 @@ def test_every_block_s_sensitivity_and_three_controls_stand_beside_the_nested_pa
     losses, sensitivity = metrics["losses"], metrics["sensitivity"]
     assert [found["block"] for found in sensitivity["blocks"]] == [0, 1, 2, 3]
     assert sensitivity["dense"]["both"] == pytest.approx(0, abs=1e-5)
-    singles = json.loads(content(worker, job_id, StageName.REMOVAL, "search.json"))["prefill"]
+    searched = SearchRecord.model_validate_json(content(worker, job_id, StageName.REMOVAL, "search.json"))
     for found in sensitivity["blocks"]:
         assert 0 < found["decode_only"] < 20
         if prefill:
-            assert {"removed": [found["block"]], "loss": found["both"]} in singles
+            assert EvaluatedSet(removed=[found["block"]], loss=found["both"]) in searched.prefill
     controls = losses["controls"]
     assert controls["non_nested"] <= losses["decode"]
     assert len(controls["non_nested_removed"]) == 2

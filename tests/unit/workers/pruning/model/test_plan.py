@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from workers.pruning.model.plan import BlockPlan, assign_actions, check_nested, kv_layer_map
@@ -35,13 +33,6 @@ def test_kept_blocks_are_what_is_neither_deleted_nor_distilled() -> None:
 def test_a_plan_that_contradicts_itself_is_refused(deleted: set[int], distilled: dict[int, int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         BlockPlan(6, frozenset(deleted), distilled)
-
-
-def test_json_keeps_the_plan_and_its_bytes_do_not_depend_on_order() -> None:
-    plan = BlockPlan(9, frozenset({7, 1}), {5: 4, 2: 3})
-    same = BlockPlan(9, frozenset({1, 7}), {2: 3, 5: 4})
-    assert BlockPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    assert json.dumps(plan.to_json()) == json.dumps(same.to_json())
 
 
 def test_decode_refuses_a_set_that_keeps_a_prefill_removed_block() -> None:
