@@ -370,7 +370,7 @@ def test_every_block_s_sensitivity_and_three_controls_stand_beside_the_nested_pa
     for found in sensitivity["blocks"]:
         assert 0 < found["decode_only"] < 20
         if prefill:
-            assert {"removed": [found["block"]], "loss": found["both"]} in singles
+            assert {"removed": [found["block"]], "distilled": {}, "loss": found["both"]} in singles
     controls = losses["controls"]
     assert controls["non_nested"] <= losses["decode"]
     assert len(controls["non_nested_removed"]) == 2
