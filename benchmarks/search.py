@@ -2,12 +2,18 @@
 
     python benchmarks/search.py optimum --removed 5 --seeds 20
     python benchmarks/search.py sleb --removed 2 4 6 --copies 2
+    python benchmarks/search.py parts --copies 2 --removed 4 6 8 --calibration-windows 12 --window-tokens 64
+    python benchmarks/search.py parts --made-up 30 --removed 4 6 9
 
 `optimum` measures every set of up to --removed blocks of the reference model, then lets the search of each seed find
 its way with those losses. `sleb` times SLEB's procedure and, from nothing, the search until its best set of as many
 blocks costs no more by --objective, which the search lowers; SLEB always lowers cross-entropy. With --copies 2 every
 block of the model runs twice, at half strength. Both use the same windows in chunks of the same size, and one thread,
 whose processor time is counted, so that other work on the machine does not count.
+
+`parts` says what greedy and annealing each take, and what annealing adds. With --made-up the losses are no model's, but
+those of a formula in which blocks interact: the counts of sets are what a model of that depth would see, much the same,
+and the losses mean nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ import argparse
 import contextlib
 import copy
 import itertools
+import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,19 +36,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
 from benchmarks.peer_methods import sleb_rounds
+from pdtrim.contract.spec import SearchSpec
 from workers.inputs.models import ANCHOR_BYTES
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.calibration import cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
-from workers.pruning.search.engine import Engine, mean
+from workers.pruning.search.ascent import OnProgress
+from workers.pruning.search.engine import Engine, WindowLosses, mean
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.scores import block_scores
-from workers.pruning.search.search import OnProgress, SearchResult, search
+from workers.pruning.search.search import SearchResult, search
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4
 TOLERANCE = 1e-6
 """Losses so close are equal: the procedures sum in another order."""
+SHARPNESS = 4.0
+"""Of the bend that keeps made-up losses above zero."""
 BATCH = 64
 """Sets that share one walk when all are measured."""
 
@@ -71,8 +83,9 @@ def default_search(
     remove: int,
     seed: int,
     on_progress: OnProgress = lambda done, best: None,
+    evaluations: int | None = None,
 ) -> SearchResult:
-    """The search of a job that says nothing about it."""
+    """The search of a job that says nothing about it, but for annealing's budget where one is given."""
     return search(
         memo,
         algorithm="annealing",
@@ -80,7 +93,7 @@ def default_search(
         remove=remove,
         base=NOTHING,
         scores=scores,
-        evaluations=150,
+        evaluations=SearchSpec(evaluations=evaluations).annealing_budget(len(scores)),
         seed=seed,
         on_progress=on_progress,
     )
@@ -167,27 +180,101 @@ def until(
     return memo.best(count), time.process_time() - started
 
 
+class MadeUp:
+    """Losses without a model: a block's own cost, more where neighbours go with it, other things at random.
+
+    Windows differ in level and, a little, in which sets they like. All is a function of set, window and seed.
+    """
+
+    def __init__(self, blocks: int, seed: int) -> None:
+        rng = random.Random(seed)
+        # The first and the last blocks matter most, as in trained models.
+        ends = [1.0 + 8.0 * math.exp(-min(block, blocks - 1 - block)) for block in range(blocks)]
+        self._own = [end * rng.lognormvariate(0.0, 0.6) / blocks for end in ends]
+        self._between = {
+            (one, other): rng.gauss(0.5, 3.0) * math.exp(-(other - one) / 3) / blocks
+            for one, other in itertools.combinations(range(blocks), 2)
+        }
+        self._seed = seed
+
+    def window_losses(self, candidates: Sequence[Units], windows: range) -> dict[Units, list[float]]:
+        """As an engine's."""
+        return {units: [self._loss(units, window) for window in windows] for units in candidates}
+
+    def _loss(self, units: Units, window: int) -> float:
+        gone = sorted(blocks_of(units))
+        cost = sum(self._own[block] for block in gone)
+        cost += sum(self._between[pair] for pair in itertools.combinations(gone, 2))
+        rng = random.Random(f"{self._seed} {window}")
+        level = rng.uniform(0.7, 1.3)
+        liking = random.Random(f"{self._seed} {window} {gone}").gauss(0.0, 0.1)
+        return level * math.log1p(math.exp(SHARPNESS * cost)) / SHARPNESS * (1.0 + liking)
+
+
+def parts(losses: WindowLosses, windows: int, scores: Sequence[float], args: argparse.Namespace) -> list[str]:
+    """The table of `parts`."""
+    lines = [
+        "| blocks | removed | budget | greedy: sets | whole evaluations | annealing: sets | whole evaluations "
+        "| ended by | loss of greedy's set | of annealing's | lower by |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    known: dict[Units, list[float]] = {}  # every search asks the same model; nothing is computed twice
+    cases = list(itertools.product(args.removed, args.budgets or [None], range(args.seeds)))
+    for count, budget, seed in track(cases, description="parts"):
+        memo = Memo(losses, windows, known, racing=True)
+        greedy = search(
+            Memo(losses, windows, known, racing=True),
+            algorithm="greedy",
+            num_blocks=len(scores),
+            remove=count,
+            base=NOTHING,
+            scores=scores,
+            evaluations=0,
+            seed=seed,
+            on_progress=lambda done, best: None,
+        ).frontier[count]
+        found = default_search(memo, scores, count, seed, evaluations=budget)
+        first, then = found.efforts["greedy"], found.efforts["annealing"]
+        best = found.frontier[count]
+        asked = SearchSpec(evaluations=budget).annealing_budget(len(scores))
+        lines.append(
+            f"| {len(scores)} | {count} | {asked} | {first.sets} | {first.whole:.0f} | {then.sets} | {then.whole:.0f} "
+            f"| {found.ended_by} | {greedy.loss:.4f} | {best.loss:.4f} | {1 - best.loss / greedy.loss:.1%} |"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("table", choices=["optimum", "sleb"])
+    parser.add_argument("table", choices=["optimum", "sleb", "parts"])
     parser.add_argument("--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
     parser.add_argument("--copies", type=int, default=1, help="how often each block runs")
     parser.add_argument(
         "--objective", choices=["kl", "cross_entropy"], default="kl", help="by which sets are held beside SLEB's"
     )
-    parser.add_argument("--seeds", type=int, default=20, help="searches of `optimum`")
+    parser.add_argument("--seeds", type=int, default=20, help="searches of `optimum` and, for each count, of `parts`")
+    parser.add_argument("--budgets", type=int, nargs="+", metavar="N", help="annealing's sets in `parts`")
+    parser.add_argument("--made-up", type=int, metavar="BLOCKS", help="let `parts` search losses of no model")
     parser.add_argument("--seed", type=int, default=0, help="of the windows, and of the search beside SLEB")
     parser.add_argument("--calibration-windows", type=int, default=24)
     parser.add_argument("--window-tokens", type=int, default=256)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
+    if args.made_up is not None:
+        made_up = MadeUp(args.made_up, args.seed)
+        print("\n".join(parts(made_up.window_losses, args.calibration_windows, [0.0] * args.made_up, args)))
+        return
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     stream = token_stream(stdlib_documents("calibration"), tokenizer)
     windows = cut_windows(stream, count=args.calibration_windows, tokens=args.window_tokens, seed=args.seed)
     stack = block_stack(reference_model(args.copies))
     scores = block_scores(stack, windows, chunk_windows=CHUNK_WINDOWS).cosine
-    lines = (optimum if args.table == "optimum" else beside_sleb)(stack, windows, scores, args)
+    if args.table == "parts":
+        engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
+        lines = parts(engine.window_losses, len(windows), scores, args)
+    else:
+        lines = (optimum if args.table == "optimum" else beside_sleb)(stack, windows, scores, args)
     print("\n".join(lines))
 
 

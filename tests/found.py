@@ -95,7 +95,14 @@ def removal(**changes: Any) -> RemovalResult:
             "dense": {"both": 0.0, "decode_only": 0.0},
             "blocks": [{"block": block, "both": 0.1 + block, "decode_only": 0.05} for block in range(BLOCKS)],
         },
-        "evaluated": {"prefill": 12, "decode": 9},
+        "effort": {
+            "prefill": {
+                "greedy": {"sets": 12, "whole_evaluations": 5.5},
+                "annealing": {"sets": 36, "whole_evaluations": 36.0},
+                "ended_by": "budget",
+            },
+            "decode": {"greedy": {"sets": 9, "whole_evaluations": 4.0}},
+        },
     }
     return RemovalResult.model_validate(found | changes)
 

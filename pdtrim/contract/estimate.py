@@ -23,7 +23,10 @@ class CheckpointEstimate(Shown):
 
 
 class SearchEstimate(Shown):
-    """Sets of blocks to evaluate, about, at most; the same set may come up more than once and costs nothing then."""
+    """Sets of blocks to compare, at most: greedy's, and annealing's or those of exhaustive search.
+
+    Greedy's races compare most of its sets on some of the windows alone.
+    """
 
     prefill: int
     decode: int

@@ -128,6 +128,10 @@ class CalibrationSpec(SpecModel):
     window_tokens: int = Field(default=256, ge=8, le=32768, description="Tokens in a window.")
 
 
+SETS_A_BLOCK = 6
+"""Annealing's budget where a job sets none: on the reference model it takes so many to always find the best sets."""
+
+
 class SearchSpec(SpecModel):
     """The search over sets of removed blocks."""
 
@@ -140,11 +144,12 @@ class SearchSpec(SpecModel):
         description="Calibration loss: KL divergence to the dense model's next-token distribution, next-token "
         "cross-entropy, or the distance of the last hidden state to the dense model's.",
     )
-    evaluations: int = Field(
-        default=150,
+    evaluations: int | None = Field(
+        default=None,
         ge=1,
         le=100_000,
-        description="Sets that annealing may evaluate, for each of prefill, decode and the control without nesting.",
+        description="Sets that annealing may evaluate besides greedy's, for each of prefill, decode and the control "
+        f"without nesting. By default {SETS_A_BLOCK} for every block of the model.",
     )
     racing: bool = Field(
         default=True,
@@ -175,6 +180,10 @@ class SearchSpec(SpecModel):
         description="Blocks that both prefill and decode give up in any case; they count as removed blocks.",
         examples=[[24]],
     )
+
+    def annealing_budget(self, num_blocks: int) -> int:
+        """How many sets annealing may evaluate in a search of a model."""
+        return SETS_A_BLOCK * num_blocks if self.evaluations is None else self.evaluations
 
     @model_validator(mode="after")
     def _not_both(self) -> Self:

@@ -15,6 +15,7 @@ from pdtrim.display.tables import (
     Table,
     bound_lines,
     controls_table,
+    effort_lines,
     estimate_facts,
     estimate_table,
     evaluation_tables,
@@ -42,10 +43,10 @@ def evaluation_report(evaluation: EvaluationResult) -> RenderableType:
 
 
 def search_report(removal: RemovalResult) -> RenderableType:
-    """The pair beside its controls, bounds on perplexity, and each block's worth where it was measured."""
+    """The pair beside its controls, what the search took, bounds on perplexity, and each block's worth."""
     parts: list[RenderableType] = [rendered(controls_table(removal))]
-    if bounds := bound_lines(removal):
-        parts += [*bounds, ""]
+    if lines := [*effort_lines(removal), *bound_lines(removal)]:
+        parts += [*lines, ""]
     if removal.sensitivity is not None:
         parts.append(rendered(folded(sensitivity_table(removal.sensitivity), SENSITIVITY_COLUMNS)))
     return Group(*parts)

@@ -16,7 +16,9 @@ from pdtrim.contract.results import (
     Half,
     ModelFigures,
     PairFigures,
+    RemovalResult,
     Removed,
+    SearchEffort,
     Sensitivity,
     TaskMetric,
     TaskResult,
@@ -28,6 +30,7 @@ from pdtrim.display.series import best_so_far, controls
 
 SENSITIVITY_COLUMNS = 3
 """Blocks a line, where blocks stand beside each other."""
+ENDED_BY = {"budget": "its budget", "neighbourhood": "having no new set near the best", "time": "its time"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,20 @@ def bound_lines(removal: Removed) -> list[str]:
 def _kept(bound: Bound) -> str:
     kept = "" if bound.met else ", not kept by any set"
     return f"{increase(bound.perplexity_increase)} (bound {increase(bound.max_perplexity_increase)}{kept})"
+
+
+def effort_lines(removal: RemovalResult) -> list[str]:
+    """What each search took, where that was recorded."""
+    if removal.effort is None:
+        return []
+    searches = [*removal.effort.items(), ("the control", removal.effort.control)]
+    return [f"Search for {what}: {_effort(effort)}" for what, effort in searches if effort is not None]
+
+
+def _effort(effort: SearchEffort) -> str:
+    parts = (("greedy", effort.greedy), ("annealing", effort.annealing), ("exhaustive search", effort.exhaustive))
+    took = [f"{name} {part.sets:,} set{'' if part.sets == 1 else 's'}" for name, part in parts if part is not None]
+    return ", ".join(took) + ("" if effort.ended_by is None else f", ended by {ENDED_BY[effort.ended_by]}")
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> Table:

@@ -69,7 +69,7 @@ REMOVAL: dict[str, Any] = {
     "name": "removal",
     "status": "running",
     "progress": 0.25,
-    "message": "annealing the prefill set, 38 of 150 sets evaluated",
+    "message": "Searching what prefill gives up.",
     "metrics": None,
     "started_at": "2026-01-05T10:00:10Z",
     "finished_at": None,
@@ -205,7 +205,7 @@ ESTIMATE: dict[str, Any] = {
             "kv_bytes_per_token": 2048,
         },
     ],
-    "evaluations": {"prefill": 174, "decode": 170, "control": 193},
+    "evaluations": {"prefill": 79, "decode": 56, "control": 115},
     "memory_bytes": {"search": 11_031_520, "distillation": 92_992_160},
     "earlier": {
         "job_id": JOB_ID,

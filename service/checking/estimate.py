@@ -124,14 +124,18 @@ def _evaluations(spec: JobSpec, blocks: int, prefill: int, decode: int) -> Searc
 
 
 def _sets(spec: JobSpec, blocks: int, base: int, remove: int, algorithm: str) -> int:
-    """Sets that a search from `base` up to `remove` removed blocks evaluates."""
+    """Sets that a search from `base` up to `remove` removed blocks compares, at most."""
     free, counts = blocks - len(spec.search.protect) - base, range(remove - base)
     if algorithm == "exhaustive":
         return min(LARGEST, 1 + sum(math.comb(free, more + 1) for more in counts))
     # A block is deleted, or distilled into either neighbour.
     ways = 3 if _fits_pairs(spec) else 1
     greedy = 1 + sum(ways * (free - more) for more in counts)
-    return greedy + (spec.search.evaluations if algorithm == "annealing" and remove > base else 0)
+    if algorithm == "annealing":
+        # Annealing adds its budget, where there are as many sets.
+        every = 1 + sum(math.comb(free, more + 1) * math.prod([ways] * (more + 1)) for more in counts)
+        return min(greedy + spec.search.annealing_budget(blocks), every)
+    return greedy
 
 
 def _batch_tokens(spec: JobSpec) -> int:

@@ -37,7 +37,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "calibration.window_tokens": "Tokens a window",
         "search.algorithm": "Algorithm",
         "search.objective": "Objective",
-        "search.evaluations": "Evaluations",
+        "search.evaluations": "Sets for annealing",
     },
     "Distillation": {
         "distillation.enabled": "Distil",

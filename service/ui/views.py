@@ -28,6 +28,7 @@ from pdtrim.display.tables import (
     Table,
     bound_lines,
     controls_table,
+    effort_lines,
     estimate_facts,
     estimate_table,
     evaluation_tables,
@@ -98,6 +99,7 @@ class JobPage:
     controls: Sequence[Bar]
     control_table: Table | None
     bounds: Sequence[str]
+    efforts: Sequence[str]
     kv: Sequence[Bar]
     kv_note: str
     tables: Sequence[Table]
@@ -172,6 +174,7 @@ def job_page(
         controls=figures.controls(removal) if removal else [],
         control_table=controls_table(removal) if removal else None,
         bounds=bound_lines(removal) if removal else [],
+        efforts=effort_lines(removal) if removal else [],
         kv=figures.kv_bytes(pair) if pair else [],
         kv_note=_kv_note(pair) if pair else "",
         tables=evaluation_tables(evaluation) if evaluation else [],
@@ -242,11 +245,12 @@ def _kv_note(pair: PairFigures) -> str:
 
 def _facts(job: Job) -> dict[str, str]:
     search = job.spec.search
+    most = "" if search.evaluations is None else f", {search.evaluations} sets for annealing"
     return {
         "Prefill gives up": _target(job.spec.prefill),
         "Decode gives up": _target(job.spec.decode),
         "Text": job.spec.data.origin,
-        "Search": f"{search.algorithm}, {search.objective}, {search.evaluations} evaluations",
+        "Search": f"{search.algorithm}, {search.objective}{most}",
         "Queue": f"{job.queue}, {job.spec.priority} priority",
         "Seed": str(job.spec.seed),
         **({"Revision": job.model_revision} if job.model_revision else {}),

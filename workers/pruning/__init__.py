@@ -20,7 +20,11 @@ search/     what may go
   anchor            hidden states that are held, so that a walk can begin near where the last one went
   engine            the losses of many sets in one pass over the weights
   memo              what is known of sets, window by window, and races between them
-  search            greedy, annealing and the others: which sets are tried, in which order
+  ascent            which sets lie next to one another; going up the counts of removed blocks
+  greedy            one unit more, count by count
+  annealing         swaps of units that go and units that stay
+  exhaustive        every set
+  search            lets these go one after the other
   perplexity_bound  how many blocks a bound on perplexity lets go
   batches           a batch of sets in parts, for several workers
 repair/     making up for what went

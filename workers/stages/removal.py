@@ -23,9 +23,9 @@ from pdtrim.contract.results import (
     Plan,
     RemovalResult,
     Removed,
+    SearchEfforts,
     SearchRecord,
     Sensitivity,
-    SetsEvaluated,
 )
 from workers.inputs.models import can_train, device, load_for_walks
 from workers.pruning.model.blocks import BlockStack, block_stack
@@ -118,7 +118,11 @@ def run(context: StageContext) -> RemovalResult:
     context.write_json(SEARCH, SearchRecord.model_validate(trajectories))
     return RemovalResult(
         **dict(found),
-        evaluated=SetsEvaluated(prefill=len(trajectories["prefill"]), decode=len(trajectories["decode"])),
+        effort=SearchEfforts(
+            prefill=searcher.efforts["prefill"],
+            decode=searcher.efforts["decode"],
+            control=searcher.efforts.get("control"),
+        ),
         workers=1 if context.fan_out is None else context.fan_out.workers,
         helpers_share=0.0 if context.fan_out is None else context.fan_out.helpers_share,
     )

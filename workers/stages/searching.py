@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from pdtrim.contract.blocks import limits
-from pdtrim.contract.results import BlockWorth, Bound, Controls, DenseLoss, Sensitivity
+from pdtrim.contract.results import BlockWorth, Bound, Controls, DenseLoss, SearchEffort, SearchPart, Sensitivity
 from pdtrim.contract.spec import StageTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
@@ -64,6 +64,8 @@ class Searcher:
         chunk_windows = windows_at_once(stack.model, windows.shape[1])
         self._recipe = Recipe(self._spec.search.objective, chunk_windows, self.prompt_tokens)
         self._state = SearchState(context)
+        self.efforts: dict[SearchName, SearchEffort] = {}
+        """What each search that was done took."""
         # Every heat of a race would read streamed weights once more.
         self._racing = self._spec.search.racing and not is_streamed(stack.model)
         self._forced = deleting(self._spec.search.force)
@@ -178,12 +180,12 @@ class Searcher:
             self._context.report(
                 start + (end - start) * done,
                 f"Searching what {SOUGHT[name]} gives up.",
-                evaluated=len(memo.visited),
+                evaluated=len(memo.asked),
                 loss=round(best.loss, 5),
                 removed=sorted(best.blocks),
             )
 
-        return search(
+        result = search(
             memo,
             algorithm=algorithm,
             num_blocks=len(self._cosine),
@@ -192,12 +194,14 @@ class Searcher:
             protect=frozenset(spec.protect),
             merges=merges,
             scores=self._cosine,
-            evaluations=spec.evaluations,
+            evaluations=spec.annealing_budget(len(self._cosine)),
             out_of_time=self._state.out_of_time(name, spec.seconds),
             seed=self._spec.seed,
             on_progress=on_progress,
             acceptable=acceptable,
         )
+        self.efforts[name] = _effort(result)
+        return result
 
     def _bound(
         self, target: StageTarget, prefill: Units | None, engine: LossEngine, *, dense: LossEngine
@@ -231,3 +235,11 @@ class Searcher:
         )
         # Helpers have the model's own blocks alone.
         return engine if self._context.fan_out is None or fits else self._context.fan_out.over(engine, recipe)
+
+
+def _effort(result: SearchResult) -> SearchEffort:
+    parts = {
+        name: SearchPart(sets=effort.sets, whole_evaluations=round(effort.whole, 2))
+        for name, effort in result.efforts.items()
+    }
+    return SearchEffort(**parts, ended_by=result.ended_by)

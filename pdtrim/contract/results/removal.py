@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import AliasChoices, Field
 
 from pdtrim.contract.results.base import Halves, Result
@@ -118,12 +120,43 @@ class Removed(Halves[HalfPlan]):
 
 
 class SetsEvaluated(Halves[int]):
-    """How many sets of units the search evaluated for each half."""
+    """How many sets the search of each half evaluated on all windows."""
+
+
+class SearchPart(Result):
+    """What one algorithm of a search took."""
+
+    sets: int = Field(description="Sets of units that it compared, on some of the windows at least.")
+    whole_evaluations: float = Field(description="As many evaluations on all windows take as many windows.")
+
+
+class SearchEffort(Result):
+    """What a search took: greedy, which goes first, and the algorithm that the job asked for."""
+
+    greedy: SearchPart | None = None
+    annealing: SearchPart | None = None
+    exhaustive: SearchPart | None = None
+    ended_by: Literal["budget", "neighbourhood", "time"] | None = Field(
+        default=None,
+        description="What ended annealing: its sets were spent, no set near the best was new, or its time was up. Null "
+        "where it had nothing to do.",
+    )
+
+
+class SearchEfforts(Halves[SearchEffort]):
+    """What each search of the stage took."""
+
+    control: SearchEffort | None = Field(
+        default=None, description="Of the control without nesting; null where prefill gives up nothing of its own."
+    )
 
 
 class RemovalResult(Removed):
     """What the removal stage found."""
 
-    evaluated: SetsEvaluated | None = Field(default=None, description="Null where the job was cut from another.")
+    effort: SearchEfforts | None = Field(
+        default=None, description="What the search took. Null where the job was cut from another, and in older jobs."
+    )
+    evaluated: SetsEvaluated | None = Field(default=None, description="Of versions that recorded no effort.")
     workers: int | None = Field(default=None, description="How many workers took part in the search.")
     helpers_share: float | None = Field(default=None, description="The share of the losses that helpers measured.")

@@ -97,7 +97,7 @@ def figures(job: Job) -> dict[str, float]:
         found = evaluation.model_dump(mode="json")
         chosen |= {**found["models"], "pair": found["pair"], "tasks": found["tasks"]}
     if removal := job.result(RemovalResult):
-        chosen["search"] = removal.model_dump(mode="json", include={"losses", "evaluated"})
+        chosen["search"] = removal.model_dump(mode="json", include={"losses", "effort"})
     return {
         UNFIT.sub("_", key): float(value)
         for key, value in _leaves(chosen)

@@ -31,6 +31,30 @@ class Found:
         return blocks_of(self.units)
 
 
+@dataclass(frozen=True)
+class Race:
+    """The set that a race ended on, and how far behind the leader every set was when it left, the winner at 0."""
+
+    winner: Units
+    behind: Mapping[Units, float]
+
+    @property
+    def typical_gap(self) -> float:
+        """How far a good set is behind the best: the lower quartile."""
+        return sorted(self.behind.values())[len(self.behind) // 4]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many sets were compared, and how many evaluations on all windows would have taken as many windows."""
+
+    sets: int
+    whole: float
+
+    def __sub__(self, before: Effort) -> Effort:
+        return Effort(self.sets - before.sets, self.whole - before.whole)
+
+
 def heats(windows: int) -> list[int]:
     """After how many windows a race is judged, ascending; the last time after all `windows`."""
     stops = [min(HEAT_WINDOWS, windows)]
@@ -66,26 +90,27 @@ def survivors(losses: Mapping[Units, Sequence[float]], windows: int) -> list[Uni
 class Memo:
     """`losses` over a number of `windows`, measured no more than once for a set and a window.
 
-    `known` may come from an earlier run; `on_new` is called when it has grown. With `racing` a set may be known on the
-    first few windows alone; what has been visited is known on all.
+    A search sees losses through its memo alone. What it asked for is kept apart from what is known: `known` may hold
+    what an earlier attempt measured, and a search that is repeated must not be led by that. `on_new` is called when
+    `known` has grown. With `racing`, a race measures a set on no more windows than it takes to see that it cannot win.
     """
 
     losses: WindowLosses
     windows: int
     known: dict[Units, list[float]] = field(default_factory=dict)
+    """Losses on the first windows, for some sets on all."""
     on_new: Callable[[], None] = lambda: None
     racing: bool = False
     anchor: Callable[[Units], None] = lambda units: None
     """Told which set the coming candidates are near, so that what gives the losses may hold on to its way there."""
+    asked: dict[Units, int] = field(default_factory=dict, init=False)
+    """Every set that this search asked for, and on how many windows."""
     visited: dict[Units, float] = field(default_factory=dict, init=False)
-    """Mean loss on all windows of the sets that were asked for it, in the order in which they first were."""
-    asked: set[Units] = field(default_factory=set, init=False)
-    """What was visited, and what took part in a race: never what only an earlier run measured."""
+    """Those it asked for on all windows, in the order in which it first did, and their mean losses."""
     _best: dict[int, Found] = field(default_factory=dict, init=False)
 
     def __call__(self, candidates: Sequence[Units]) -> dict[Units, float]:
         """Mean loss of every candidate on all windows."""
-        self.asked.update(candidates)
         for stop in self._heats:
             self._measure(candidates, stop)
         found = mean({candidate: self.known[candidate] for candidate in candidates})
@@ -97,34 +122,62 @@ class Memo:
                     self._best[len(units)] = Found(units, loss)
         return found
 
-    def first(self, candidates: Sequence[Units]) -> Units:
-        """The candidate of least loss. With `racing`, none is measured on more windows than the race takes."""
-        self.asked.update(candidates)
+    def race(self, candidates: Sequence[Units]) -> Race:
+        """Find the candidate of least loss. With `racing`, none is measured on more windows than the race takes."""
+        behind: dict[Units, float] = {}
         left = list(candidates)
         for stop in self._heats:
             self._measure(left, stop)
             if stop == self.windows:
                 self(left)
-            left = survivors({candidate: self.known[candidate][:stop] for candidate in left}, self.windows)
+            left = self._judged(left, stop, behind)
             if len(left) == 1:
                 break
-        return min(left, key=sorted)
+        winner = min(left, key=sorted)
+        return Race(winner, behind | {winner: 0.0})
 
-    def knows(self, candidate: Units) -> bool:
-        """Whether the candidate's loss takes no more measuring."""
-        return len(self.known.get(candidate, ())) == self.windows
+    def knows(self, candidates: Sequence[Units]) -> bool:
+        """Whether the candidates' losses on all windows take no more measuring."""
+        return all(len(self.known.get(candidate, ())) == self.windows for candidate in candidates)
+
+    def knows_race(self, candidates: Sequence[Units]) -> bool:
+        """Whether a race between the candidates takes no more measuring."""
+        left = list(candidates)
+        for stop in self._heats:
+            if any(len(self.known.get(candidate, ())) < stop for candidate in left):
+                return False
+            left = self._judged(left, stop, {})
+            if len(left) == 1:
+                break
+        return True
 
     def best(self, count: int) -> Found:
-        """The best set of `count` blocks visited so far; ties go to the lowest indices."""
+        """The best set of `count` units visited so far; ties go to the lowest blocks."""
         return self._best[count]
+
+    def effort(self) -> Effort:
+        """What this search asked for so far."""
+        return Effort(len(self.asked), sum(self.asked.values()) / self.windows)
 
     @cached_property
     def _heats(self) -> list[int]:
         return heats(self.windows) if self.racing else [self.windows]
 
+    def _judged(self, left: Sequence[Units], stop: int, behind: dict[Units, float]) -> list[Units]:
+        """The candidates that stay in a race after `stop` windows; `behind` takes up by how much the others are."""
+        losses = {candidate: self.known[candidate][:stop] for candidate in left}
+        stay = survivors(losses, self.windows)
+        means = mean(losses)
+        leading = min(means.values())
+        behind |= {candidate: means[candidate] - leading for candidate in left}
+        return stay
+
     def _measure(self, candidates: Sequence[Units], stop: int) -> None:
         """Know every candidate on the windows before `stop`."""
-        seen = {candidate: len(self.known.get(candidate, ())) for candidate in candidates}
+        seen = {}
+        for candidate in candidates:
+            self.asked[candidate] = max(stop, self.asked.get(candidate, 0))
+            seen[candidate] = len(self.known.get(candidate, ()))
         for start in sorted({count for count in seen.values() if count < stop}):
             new = [candidate for candidate, count in seen.items() if count == start]
             for candidate, by_window in self.losses(new, range(start, stop)).items():

@@ -56,6 +56,8 @@ def test_the_search_is_shown_with_its_controls_bounds_and_every_block_in_eighty_
     assert [words.count(f" {loss}") for loss in ("2.5000", "2.7500", "2.2500", "2.4000")] == [1, 1, 1, 1]
     assert "prefill gives up: +3.1% (bound +5.0%)" in words
     assert "decode gives up: +20.0% (bound +10.0%, not kept by any set)" in words
+    assert "prefill: greedy 12 sets, annealing 36 sets, ended by its budget" in words
+    assert "decode: greedy 9 sets" in words
     for block in range(47):
         assert f" {block} {block + 0.125:.4f} 0.0625" in f" {words}"
 
@@ -64,6 +66,12 @@ def test_a_search_without_bounds_shows_none() -> None:
     page = StringIO()
     Console(width=80, file=page).print(search_report(REMOVAL.model_copy(update={"bounds": Bounds()})))
     assert "Perplexity without" not in page.getvalue()
+
+
+def test_a_search_of_a_version_that_recorded_no_effort_is_shown_without_one() -> None:
+    page = StringIO()
+    Console(width=80, file=page).print(search_report(REMOVAL.model_copy(update={"effort": None})))
+    assert "Search for" not in page.getvalue()
 
 
 def shown(models: dict[str, ModelFigures], pair: PairFigures) -> dict[str, str]:

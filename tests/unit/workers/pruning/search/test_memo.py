@@ -42,7 +42,7 @@ def test_heats_grow_up_to_all_windows(windows: int, stops: list[int]) -> None:
 def test_no_window_is_measured_twice_and_exact_losses_are_means_over_all() -> None:
     table = Table()
     memo = Memo(table, WINDOWS, racing=True)
-    memo.first(SINGLES)
+    memo.race(SINGLES)
     raced = len(table.asked)
     assert raced < 0.5 * len(SINGLES) * WINDOWS
     exact = memo(SINGLES)
@@ -54,7 +54,8 @@ def test_no_window_is_measured_twice_and_exact_losses_are_means_over_all() -> No
 def test_a_race_ends_on_the_set_that_exact_losses_prefer() -> None:
     for base in SINGLES:
         candidates = [base | other for other in SINGLES if other != base]
-        assert Memo(Table(), WINDOWS, racing=True).first(candidates) == Memo(Table(), WINDOWS).first(candidates)
+        raced, exact = Memo(Table(), WINDOWS, racing=True), Memo(Table(), WINDOWS)
+        assert raced.race(candidates).winner == exact.race(candidates).winner
 
 
 def test_sets_level_with_the_leader_stay() -> None:
@@ -92,15 +93,53 @@ def test_what_was_visited_is_exact_though_greedy_raced() -> None:
     assert sum(map(len, racing.known.values())) < 0.5 * len(table.asked)
 
 
+def test_a_race_tells_how_far_behind_every_set_was_when_it_left() -> None:
+    memo = Memo(Table(), WINDOWS, racing=True)
+    race = memo.race(SINGLES)
+    assert race.behind.keys() == set(SINGLES)
+    assert race.behind[race.winner] == 0.0
+    for units, behind in race.behind.items():
+        seen = range(min(memo.asked[units], memo.asked[race.winner]))
+        gaps = [Table.loss(units, window) - Table.loss(race.winner, window) for window in seen]
+        assert behind == pytest.approx(sum(gaps) / len(gaps), abs=0.03)  # the leader of a heat need not win
+    assert 0.0 < race.typical_gap < max(race.behind.values())
+
+
+def test_effort_counts_sets_once_and_windows_by_their_share_of_all() -> None:
+    memo = Memo(Table(), WINDOWS, racing=True)
+    memo.race(SINGLES)
+    raced = memo.effort()
+    assert raced.sets == NUM_BLOCKS
+    assert raced.whole == sum(map(len, memo.known.values())) / WINDOWS < 0.5 * NUM_BLOCKS
+    memo(SINGLES[:2])
+    memo(SINGLES)
+    assert memo.effort().sets == memo.effort().whole == NUM_BLOCKS
+    # What an earlier attempt measured is no less asked for.
+    resumed = Memo(Table(), WINDOWS, dict(memo.known), racing=True)
+    resumed.race(SINGLES)
+    assert resumed.effort() == raced
+
+
+def test_a_race_whose_end_is_known_takes_no_measuring_and_others_do() -> None:
+    memo, table = Memo(Table(), WINDOWS, racing=True), Table()
+    memo.race(SINGLES)
+    resumed = Memo(table, WINDOWS, dict(memo.known), racing=True)
+    assert resumed.knows_race(SINGLES)
+    resumed.race(SINGLES)
+    assert table.asked == []
+    assert not resumed.knows(SINGLES)
+    assert not resumed.knows_race([SINGLES[0] | SINGLES[1], SINGLES[2]])
+
+
 def test_a_race_goes_on_from_what_an_earlier_run_measured() -> None:
     saved: list[dict[Units, list[float]]] = []
     memo = Memo(Table(), WINDOWS, racing=True)
     memo.on_new = lambda: saved.append(dict(memo.known))
-    winner = memo.first(SINGLES)
+    race = memo.race(SINGLES)
     for known in saved:
         table = Table()
         resumed = Memo(table, WINDOWS, dict(known), racing=True)
-        assert resumed.first(SINGLES) == winner
+        assert resumed.race(SINGLES) == race
         assert resumed.known == memo.known
         assert resumed.visited == memo.visited
         assert not {(s, w) for s, measured in known.items() for w in range(len(measured))} & set(table.asked)

@@ -9,18 +9,29 @@ import pytest
 from tests.unit.workers.pruning.models import reference_model, reference_windows
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.plan import Blocks
-from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, units_json
 from workers.pruning.search.engine import Engine
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.search import Algorithm, SearchResult, search
 
-NUM_BLOCKS = 9
+NUM_BLOCKS, WINDOWS = 9, 16
 ALGORITHMS: tuple[Algorithm, ...] = ("annealing", "greedy", "exhaustive")
 
 
 def rugged(candidates: Sequence[Units]) -> dict[Units, float]:
     """Losses without structure but for a cost that grows with the number removed."""
     return {c: len(c) + random.Random(str(sorted(blocks_of(c)))).random() for c in candidates}
+
+
+def noisy(candidates: Sequence[Units], windows: range) -> dict[Units, list[float]]:
+    """The rugged losses on windows that differ by themselves, and a little by set."""
+    return {
+        units: [
+            loss + random.Random(window).random() + 0.1 * random.Random(f"{window} {units_json(units)}").random()
+            for window in windows
+        ]
+        for units, loss in rugged(candidates).items()
+    }
 
 
 def memo_of(
@@ -82,8 +93,64 @@ def test_annealing_finds_what_greedy_misses() -> None:
     assert annealed.loss < greedy.loss
 
 
-def test_annealing_keeps_to_its_evaluations() -> None:
-    assert len(run(memo_of(rugged), evaluations=120).trajectory) <= 120
+@pytest.mark.parametrize("evaluations", [1, 10, 60, 120])
+def test_annealing_s_sets_come_on_top_of_greedy_s_and_keep_to_their_budget(evaluations: int) -> None:
+    greedy = run(memo_of(rugged), "greedy")
+    annealed = run(memo_of(rugged), evaluations=evaluations)
+    assert annealed.efforts["greedy"] == greedy.efforts["greedy"]
+    assert 0 < annealed.efforts["annealing"].sets <= evaluations
+    assert annealed.efforts["annealing"].sets > 0.9 * evaluations or annealed.ended_by == "neighbourhood"
+    assert len(annealed.trajectory) == sum(effort.sets for effort in annealed.efforts.values())
+
+
+def test_a_search_says_what_ended_annealing() -> None:
+    assert run(memo_of(rugged), evaluations=10).ended_by == "budget"
+    assert run(memo_of(rugged), evaluations=10_000).ended_by == "neighbourhood"
+    assert run(memo_of(rugged), evaluations=10_000, out_of_time=lambda: True).ended_by == "time"
+    assert run(memo_of(rugged), "greedy").ended_by is None
+    assert run(memo_of(rugged), "exhaustive").ended_by is None
+    assert run(memo_of(rugged), remove=0).ended_by is None
+
+
+def test_where_the_neighbourhood_ended_annealing_no_swap_of_the_best_set_lowers_the_loss() -> None:
+    result = run(memo_of(rugged), evaluations=10_000)
+    for count, found in result.frontier.items():
+        swaps = [
+            (found.blocks - {out}) | {into}
+            for out in found.blocks
+            for into in range(NUM_BLOCKS)
+            if into not in found.blocks
+        ]
+        assert all(rugged([deleting(swap)])[deleting(swap)] >= found.loss for swap in swaps), count
+
+
+def test_what_greedy_s_races_dropped_is_not_measured_again() -> None:
+    raced = Memo(noisy, WINDOWS, racing=True)
+    greedy = run(raced, "greedy", remove=5)
+    annealed = Memo(noisy, WINDOWS, racing=True)
+    result = run(annealed, evaluations=60, remove=5)
+    dropped = {units: windows for units, windows in raced.asked.items() if windows < WINDOWS}
+    assert len(dropped) > 10
+    assert {units: annealed.asked[units] for units in dropped} == dropped
+    assert result.efforts["greedy"] == greedy.efforts["greedy"]
+    # A set of annealing's own takes all windows at most.
+    assert 0 < result.efforts["annealing"].whole <= result.efforts["annealing"].sets <= 60
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_search_that_races_is_resumed_where_it_was_though_its_time_is_spent(seed: int) -> None:
+    asked = 0
+
+    def after_ten_steps() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 10
+
+    first = Memo(noisy, WINDOWS, racing=True)
+    stopped = run(first, evaluations=10_000, seed=seed, out_of_time=after_ten_steps)
+    resumed = Memo(noisy, WINDOWS, dict(first.known), racing=True)
+    assert run(resumed, evaluations=10_000, seed=seed, out_of_time=lambda: True) == stopped
+    assert resumed.known == first.known
 
 
 def test_one_seed_gives_one_trajectory_and_another_seed_another() -> None:
@@ -163,7 +230,8 @@ def test_a_search_out_of_time_takes_greedys_steps_and_ends() -> None:
     greedy = run(memo_of(rugged), "greedy")
     at_once = run(memo_of(rugged), out_of_time=lambda: True)
     later = run(memo_of(rugged), evaluations=10_000, out_of_time=after_ten_steps)
-    assert at_once == greedy
+    assert (at_once.frontier, at_once.trajectory) == (greedy.frontier, greedy.trajectory)
+    assert at_once.efforts["annealing"].sets == 0
     assert len(greedy.trajectory) < len(later.trajectory) < len(run(memo_of(rugged), evaluations=10_000).trajectory)
     assert all(later.frontier[count].loss <= greedy.frontier[count].loss for count in greedy.frontier)
 

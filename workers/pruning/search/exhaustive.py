@@ -1,0 +1,36 @@
+"""Exhaustive search: every set of deletions, and on the best of each count the other units for the same blocks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from workers.pruning.model.units import Unit
+from workers.pruning.search.ascent import Ascent
+
+BATCH = 64
+"""Sets that are evaluated together; they share a pass over the weights."""
+
+
+def exhaustive(ascent: Ascent) -> Iterator[int]:
+    """Each count once all its sets are known."""
+    for count in ascent.counts:
+        more = count - len(ascent.base)
+        total = math.comb(len(ascent.free), more)
+        sets = (ascent.base.union(map(Unit, chosen)) for chosen in itertools.combinations(ascent.free, more))
+        done = 0
+        while batch := list(itertools.islice(sets, BATCH)):
+            ascent.memo(batch)
+            done += len(batch)
+            ascent.report(count, done / total)
+        _weigh_merging(ascent, count)
+        yield count
+
+
+def _weigh_merging(ascent: Ascent, count: int) -> None:
+    """Change how a block of the best set of `count` goes, one at a time, while that lowers the loss."""
+    before = None
+    while ascent.merges and before != (best := ascent.memo.best(count)):
+        before = best
+        ascent.memo(ascent.other_units(best.units))

@@ -1,0 +1,53 @@
+"""Greedy: the unit that costs least beside those chosen so far, count by count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from workers.pruning.model.units import Units
+from workers.pruning.search.ascent import Acceptable, Ascent
+
+
+class Greedy:
+    """Greedy's sets, each containing the one before. Every step is a race between the sets with one unit more."""
+
+    def __init__(self, ascent: Ascent) -> None:
+        self._ascent = ascent
+        self._path = [ascent.base]
+        self.gaps: dict[int, float] = {}
+        """By count, the typical gap between a good set and the best in the race for it."""
+
+    @property
+    def extended(self) -> set[Units]:
+        """The sets whose extensions raced."""
+        return set(self._path[:-1])
+
+    def ascend(self, acceptable: Acceptable | None) -> int:
+        """Go up the counts, as far as there are acceptable sets. Returns the last count."""
+        if acceptable is not None:
+            return self._ascent.through(self._counts(), acceptable)
+        self._at_once()
+        return self._ascent.remove
+
+    def _at_once(self) -> None:
+        """All counts. Their exact losses come last and together: the sets share most of their way through the model."""
+        for count in self._ascent.counts:
+            self._step(count)
+            self._ascent.tell(count, 0.0, self._ascent.memo.best(len(self._ascent.base)))
+        self._ascent.memo(self._path)
+        for count in self._ascent.counts[-1:]:
+            self._ascent.report(count, 1.0)
+
+    def _counts(self) -> Iterator[int]:
+        """Each count once the exact loss of its set is known."""
+        for count in self._ascent.counts:
+            self._step(count)
+            self._ascent.memo(self._path[-1:])
+            self._ascent.report(count, 0.0)
+            yield count
+
+    def _step(self, count: int) -> None:
+        self._ascent.memo.anchor(self._path[-1])
+        race = self._ascent.memo.race(self._ascent.extensions(self._path[-1]))
+        self._path.append(race.winner)
+        self.gaps[count] = race.typical_gap
