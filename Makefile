@@ -36,7 +36,7 @@ imports: $(VENV)/.dev
 # A test that takes longer belongs to `make test` alone: it wants a mark, see `markers` in pyproject.toml.
 FAST := not server and not process and not browser and not training
 fast: $(VENV)/.test ## The tests of `make check`
-	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal --timeout 60 --durations 10 -m '$(FAST)'
+	STATE_MACHINE_EXAMPLES=15 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal --timeout 60 --durations 10 -m '$(FAST)'
 
 test: $(VENV)/.test ## All tests, on real servers that pip installs; some ten minutes
 	$(BIN)/coverage erase

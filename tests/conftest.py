@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import uuid
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [
         item for worker in range(workers) for item in long[worker::workers] + short[edges[worker] : edges[worker + 1]]
     ]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not walk over all of PyTorch again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _servers_of_parameters(item: pytest.Item) -> set[str]:

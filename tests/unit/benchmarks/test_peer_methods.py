@@ -194,6 +194,7 @@ def test_a_block_that_breaks_the_numbers_is_named() -> None:
         chosen(sleb, model, 1)
 
 
+@pytest.mark.training
 def test_on_the_reference_model_searching_by_the_loss_beats_what_never_sees_it() -> None:
     model = reference_model()
     stack, windows = block_stack(model), reference_windows("calibration", 4, 64)
