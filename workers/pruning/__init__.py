@@ -22,7 +22,6 @@ search/     what may go
   memo              what is known of sets, window by window, and races between them
   search            greedy, annealing and the others: which sets are tried, in which order
   perplexity_bound  how many blocks a bound on perplexity lets go
-  batches           a batch of sets in parts, for several workers
 repair/     making up for what went
   losses            what healing minimises
   training          the loop: AdamW, warm-up, cosine, early stop, exact resuming

@@ -118,8 +118,6 @@ def run(context: StageContext) -> RemovalResult:
     return RemovalResult(
         **dict(found),
         evaluated=SetsEvaluated(prefill=len(trajectories["prefill"]), decode=len(trajectories["decode"])),
-        workers=1 if context.fan_out is None else context.fan_out.workers,
-        helpers_share=0.0 if context.fan_out is None else context.fan_out.helpers_share,
     )
 
 
