@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from celery import Celery, group
+from celery import Celery
 from kombu import Queue
 from kombu.exceptions import ChannelError, OperationalError
 
@@ -24,10 +24,6 @@ from service.settings import Settings
 
 QUEUE = "pdtrim"
 """What the broker calls the queue `default`; the others are called so with their own name behind it."""
-HELP = "pdtrim.help"
-"""Name of the Celery task that helps with a search."""
-HELP_PRIORITY = 6
-"""Redis has a list for each priority, and workers empty that of the lowest number first: stages go before help."""
 BROKER_ERRORS = (OperationalError, ChannelError, OSError, ValueError)
 """What a transport raises when the broker is out of reach. ValueError: the files of `filesystem://` are not written in
 one piece, so that another process may read half of one.
@@ -148,25 +144,6 @@ def try_to_send(settings: Settings, wake_up: WakeUp) -> bool:
         log.warning("broker out of reach, %s of %s will be sent again: %s", wake_up.stage, wake_up.job_id, error)
         return False
     return True
-
-
-def try_to_invite(settings: Settings, job_id: str, attempt: int, queue: str, *, numerics: str, helpers: int) -> None:
-    """Wake up to so many workers that help with a search, if they compute as `numerics` says; stages go first."""
-    app = celery_app(settings.broker_url)
-    help_once = app.signature(HELP, args=[job_id, attempt, numerics], immutable=True)
-    try:
-        with tracing.sending(HELP) as headers:
-            group([help_once] * helpers, app=app).apply_async(
-                queue=broker_queue(queue),
-                priority=HELP_PRIORITY,
-                headers=headers,
-                retry=True,
-                retry_policy=SEND_AGAIN,
-                argsrepr=job_id,
-                ignore_result=True,
-            )
-    except BROKER_ERRORS as error:
-        log.warning("broker out of reach, nobody is asked to help with %s: %s", job_id, error)
 
 
 def check(settings: Settings) -> None:

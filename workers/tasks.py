@@ -1,4 +1,4 @@
-"""The Celery tasks: one for each stage, which all do the same, and one that helps.
+"""The Celery tasks: one for each stage, which all do the same.
 
 `celery -A workers.tasks worker` is a worker.
 """
@@ -18,11 +18,10 @@ from celery import current_task, signals
 from pdtrim.contract.jobs import StageName
 from service.db.session import connect
 from service.observing import logs, tracing
-from service.queue import HELP, WakeUp, celery_app, queue_of, task_name
+from service.queue import WakeUp, celery_app, queue_of, task_name
 from service.settings import Settings
 from service.storage import open_store
 from workers.running.attempt import Worker, run_most_urgent
-from workers.running.helper import help_search
 
 settings = Settings()
 app = celery_app(settings.broker_url)
@@ -82,10 +81,3 @@ def _wake(job_id: str) -> None:
 
 for stage in StageName:
     app.task(name=task_name(stage), shared=False)(_wake)
-
-
-@app.task(name=HELP, shared=False)
-def helper(job_id: str, attempt: int, numerics: str) -> None:
-    """Evaluate sets for the search of another worker."""
-    with tracing.receiving(HELP, current_task.request.headers or {}):
-        help_search(_worker(os.getpid()), job_id, attempt, numerics, queues=_consumed())

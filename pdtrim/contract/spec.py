@@ -165,13 +165,6 @@ class SearchSpec(SpecModel):
         "the control without nesting; greedy's steps are taken in any case. The plan then depends on the machine, not "
         "on the seed alone.",
     )
-    parallelism: int = Field(
-        default=1,
-        ge=1,
-        le=64,
-        description="Workers that may evaluate sets for the search together: the one that runs it and, as long as no "
-        "stage waits for a worker, idle ones of its kind. The plan is the same with any number.",
-    )
     protect: BlockList = Field(
         default=(), description="Blocks that neither prefill nor decode may give up.", examples=[[0, 31]]
     )

@@ -10,9 +10,9 @@ REPLACED_ALGORITHMS = {"lazy_greedy": "greedy"}
 
 
 def spec_of(job: JobRow) -> JobSpec:
-    """The specification of a job, with what took the place of what is offered no longer."""
-    search = job.spec.get("search", {})
-    algorithm = search.get("algorithm")
-    if algorithm not in REPLACED_ALGORITHMS:
-        return JobSpec.model_validate(job.spec)
-    return JobSpec.model_validate(job.spec | {"search": search | {"algorithm": REPLACED_ALGORITHMS[algorithm]}})
+    """The specification of a job, without what is offered no longer, or with what took its place."""
+    search = dict(job.spec.get("search", {}))
+    search.pop("parallelism", None)  # Workers that helped the search; its plan was the same without them.
+    if (algorithm := search.get("algorithm")) in REPLACED_ALGORITHMS:
+        search["algorithm"] = REPLACED_ALGORITHMS[algorithm]
+    return JobSpec.model_validate(job.spec | {"search": search})

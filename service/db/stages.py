@@ -124,11 +124,6 @@ def _current(session: Session, claim: Claim) -> tuple[JobRow, StageRow]:
     return job, row
 
 
-def check_current(session: Session, claim: Claim) -> None:
-    """See that a claim counts until the transaction ends. Raises: LeaseLost."""
-    _current(session, claim)
-
-
 def renew(session: Session, claim: Claim, *, lease_seconds: float) -> bool:
     """Renew the lease. True when the stage is to be stopped: its job is cancelled or paused. Raises: LeaseLost."""
     job, row = _current(session, claim)
@@ -334,15 +329,6 @@ def _requeue(session: Session, job: JobRow, row: StageRow, reason: str, *, max_a
         stage=StageName(row.name),
         data={"attempt": row.attempt},
     )
-
-
-def waiting(session: Session, queues: Sequence[str], *, seconds: float) -> bool:
-    """Whether a stage has waited for a worker of some queues for longer than so many seconds; none that is held back
-    does.
-    """
-    query = select(StageRow.job_id).join(JobRow).where(StageRow.status == StageStatus.QUEUED, jobs.EXISTS)
-    in_queue = col(JobRow.queue).in_(queues), col(StageRow.sent_at) < now() - timedelta(seconds=seconds)
-    return session.exec(query.where(*in_queue).limit(1)).first() is not None
 
 
 def due(

@@ -131,34 +131,6 @@ class StageRow(SQLModel, table=True):
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
-class HelperRow(SQLModel, table=True):
-    """A worker that helps with one attempt at a job's search, beside the one that holds the stage."""
-
-    __tablename__ = "helpers"
-
-    id: str = Field(primary_key=True, max_length=40)
-    job_id: str = Field(foreign_key="jobs.id", max_length=40, ondelete="CASCADE", index=True)
-    attempt: int
-    worker: str
-    lease_expires_at: datetime = Field(sa_type=UtcDateTime)
-
-
-class EvaluationRow(SQLModel, table=True):
-    """Work that a search offers to its helpers. `claimed_by` is a helper's id, or says that the search does it itself.
-
-    The rows are of the batch at hand: the next one takes their place.
-    """
-
-    __tablename__ = "evaluations"
-
-    job_id: str = Field(primary_key=True, foreign_key="jobs.id", max_length=40, ondelete="CASCADE")
-    attempt: int = Field(primary_key=True)
-    number: int = Field(primary_key=True)
-    payload: dict[str, Any] = Field(sa_type=JSON)
-    claimed_by: str | None = Field(default=None, max_length=40)
-    result: list[list[float]] | None = Field(default=None, sa_type=JSON(none_as_null=True))
-
-
 class EventRow(SQLModel, table=True):
     """An event of a job."""
 

@@ -54,10 +54,10 @@ def carried() -> dict[str, str]:
 
 
 @contextmanager
-def sending(task: str) -> Iterator[dict[str, str]]:
-    """The span of a message about to be sent; yields the headers that make the message part of the trace."""
+def sending(task: str) -> Iterator[None]:
+    """The span of a message that is sent."""
     with _span(f"send {task}", SpanKind.PRODUCER):
-        yield carried()
+        yield
 
 
 @contextmanager

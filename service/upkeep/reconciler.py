@@ -27,7 +27,7 @@ from tenacity.stop import stop_when_event_set
 from tenacity.wait import wait_exponential
 
 from service import queue
-from service.db import deletion, deliveries, evaluations, idempotency, jobs, stages
+from service.db import deletion, deliveries, idempotency, jobs, stages
 from service.db.deliveries import DeliveryClaim
 from service.db.session import DATABASE_FAULTS, transaction
 from service.db.tables import now
@@ -125,7 +125,6 @@ def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = N
         overdue = stages.overdue(session, deadline_seconds=limit_s, grace_seconds=grace_s)
         idempotency.forget(session)
         deliveries.forget(session)
-        evaluations.forget(session)
     for job_id, stage in dead:
         with transaction(engine) as session:
             retired = stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +42,6 @@ def accelerators() -> list[torch.device]:
 def compute_dtype() -> torch.dtype:
     """bfloat16 on an accelerator; float32 on the CPU, where bfloat16 is slow and plans must be bit-equal."""
     return torch.bfloat16 if device().type == "cuda" else torch.float32
-
-
-def numerics() -> str:
-    """What two workers have to have in common for their losses to be the same, as words to compare.
-
-    On the CPU that is the instructions it has and, since threads share out sums, how many there are.
-    """
-    if device().type == "cuda":
-        kind = torch.cuda.get_device_name()
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        kind = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
-    versions = (f"{name} {version(name)}" for name in ("pdtrim", "torch", "transformers"))
-    return ", ".join([kind, str(compute_dtype()), *versions])
 
 
 def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -26,7 +26,6 @@ search/     what may go
   exhaustive        every set
   search            lets these go one after the other
   perplexity_bound  how many blocks a bound on perplexity lets go
-  batches           a batch of sets in parts, for several workers
 repair/     making up for what went
   losses            what healing minimises
   training          the loop: AdamW, warm-up, cosine, early stop, exact resuming

@@ -1,1 +1,1 @@
-"""Running a stage: the attempt with its claim and lease, its scratch folder, its metrics, and its helpers."""
+"""Running a stage: the attempt with its claim and lease, its scratch folder and its metrics."""

@@ -35,7 +35,6 @@ from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
 from workers.inputs.faults import PatientStore, may_pass, patient
 from workers.inputs.sources import model_folder, text_documents
-from workers.running.fan_out import FanOut
 from workers.running.lease import Lease, StopRequested, WorkerStopping
 from workers.running.metrics import Outcome, WorkerMetrics
 from workers.running.scratch import attempt_folder
@@ -233,14 +232,9 @@ def _finished_before(worker: Worker, claim: Claim, check: Check) -> Finished | N
 def _execute(worker: Worker, claim: Claim, check: Check) -> Finished:
     assert worker.settings.scratch_dir is not None
     with attempt_folder(worker.settings.scratch_dir, claim) as workdir:
-        context = stage_context(worker, claim, workdir, check, _publisher(worker, claim))
-        run = STAGES[claim.stage]
-        if context.parent is not None:
-            run = TAKEN_OVER[claim.stage]
-        elif claim.stage == StageName.REMOVAL and (workers := context.spec.search.parallelism) > 1:
-            context.fan_out = FanOut(worker.database, worker.settings, claim, workers=workers, check=check)
-        result = run(context)
-        return _push(worker, claim, context.out, result, check)
+        context = _stage_context(worker, claim, workdir, check, _publisher(worker, claim))
+        run = STAGES[claim.stage] if context.parent is None else TAKEN_OVER[claim.stage]
+        return _push(worker, claim, context.out, run(context), check)
 
 
 def _publisher(worker: Worker, claim: Claim) -> Report:
@@ -255,8 +249,8 @@ def _publisher(worker: Worker, claim: Claim) -> Report:
     return publish
 
 
-def stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, publish: Report) -> StageContext:
-    """What a stage, or who helps with it, may touch; the model's files are fetched. Raises: as `model_folder`."""
+def _stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, publish: Report) -> StageContext:
+    """What a stage may touch; the model's files are fetched. Raises: as `model_folder`."""
 
     def read(session: Session) -> tuple[JobRow, list[ArtifactRow], Parent | None]:
         job = jobs.get(session, claim.job_id)

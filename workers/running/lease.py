@@ -22,8 +22,6 @@ from service.db.tables import now
 HEARTBEAT_S = 1.0
 STUCK_S = 60.0
 """A stage that has not stepped back so long after its lease was lost never will."""
-Renew = Callable[..., bool]
-"""As `stages.renew`."""
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +34,7 @@ class WorkerStopping(Exception):
 
 
 class Lease:
-    """Context manager that renews `claim` every third of `seconds` until it is left, a stage's lease unless told.
+    """Context manager that renews `claim` every third of `seconds` until it is left.
 
     `abandon` is called when the lease is lost and the stage, which hangs somewhere, does not step back. `stopping`
     tells whether the worker is to end.
@@ -50,14 +48,12 @@ class Lease:
         seconds: float,
         abandon: Callable[[], None] = lambda: None,
         stopping: Callable[[], bool] = lambda: False,
-        renew: Renew = stages.renew,
     ) -> None:
         self._database = database
         self._claim = claim
         self._seconds = seconds
         self._abandon = abandon
         self._stopping = stopping
-        self._renew = renew
         self._deadline = time.monotonic() + seconds
         self._asked_to_stop = Event()
         self._lost = Event()
@@ -99,7 +95,7 @@ class Lease:
             asked_at = time.monotonic()
             try:
                 with transaction(self._database) as session:
-                    stop = self._renew(session, self._claim, lease_seconds=self._seconds)
+                    stop = stages.renew(session, self._claim, lease_seconds=self._seconds)
             except LeaseLost:
                 self._lost.set()
                 if not self._stop.wait(STUCK_S):

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def attempt_folder(scratch: Path, claim: Claim, helper: str = "") -> Iterator[Path]:
-    """An empty folder below `scratch` that nobody else writes to, not even a `helper`; it is deleted at the end.
+def attempt_folder(scratch: Path, claim: Claim) -> Iterator[Path]:
+    """An empty folder below `scratch` that nobody else writes to; it is deleted at the end.
 
     First it deletes what killed processes left: the kernel released their locks, and those of the living it keeps, also
     of a stopped one that has lost its stage.
@@ -28,7 +28,7 @@ def attempt_folder(scratch: Path, claim: Claim, helper: str = "") -> Iterator[Pa
     jobs = scratch / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(jobs)
-    folder = jobs / f"{claim.job_id}-{claim.stage}-{claim.attempt}{helper and f'-{helper}'}"
+    folder = jobs / f"{claim.job_id}-{claim.stage}-{claim.attempt}"
     with FileLock(f"{folder}{LOCK}", timeout=SWEEP_S):
         try:
             folder.mkdir()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
@@ -22,32 +22,12 @@ from pdtrim.contract.spec import JobSpec
 from service.stopping import Check, interruptible
 from service.storage import ArtifactStore, ObjectNotFound
 from workers.inputs.faults import CorruptArtifact, PatientStore
-from workers.pruning.search.batches import Recipe
-from workers.pruning.search.engine import LossEngine, WindowsEngine
 
 REPORT_INTERVAL_S = 1.0
 READ_BYTES = 1 << 22
 Figure = float | str | list[int]
 Report = Callable[[float, str, Mapping[str, Figure]], None]
 Content = TypeVar("Content", bound=BaseModel)
-
-
-class SharedSearch(Protocol):
-    """What shares a search's evaluations with other workers."""
-
-    def over(self, engine: WindowsEngine, recipe: Recipe) -> LossEngine:
-        """An engine whose evaluations are shared."""
-        ...
-
-    @property
-    def workers(self) -> int:
-        """How many workers took part."""
-        ...
-
-    @property
-    def helpers_share(self) -> float:
-        """The share of the losses that came from others."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,8 +66,6 @@ class StageContext:
     """Opens the job's text; None stands for the Python standard library."""
     check: Check
     publish: Report
-    fan_out: SharedSearch | None = None
-    """Shares the search's evaluations with other workers, where the job asks for it."""
     parent: Parent | None = None
     """Where the stage's work was done before, if this job was cut from another."""
     _reported_at: float = field(default=0.0, init=False)

@@ -123,8 +123,6 @@ def run(context: StageContext) -> RemovalResult:
             decode=searcher.efforts["decode"],
             control=searcher.efforts.get("control"),
         ),
-        workers=1 if context.fan_out is None else context.fan_out.workers,
-        helpers_share=0.0 if context.fan_out is None else context.fan_out.helpers_share,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,8 +13,7 @@ from pdtrim.contract.spec import StageTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.units import NOTHING, Unit, Units, blocks_of, deleting
-from workers.pruning.search.batches import Recipe
-from workers.pruning.search.engine import LossEngine
+from workers.pruning.search.engine import Engine, LossEngine, PairEngine
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.search.search import Algorithm, SearchResult, search
@@ -61,8 +60,7 @@ class Searcher:
         self._windows = windows
         self._cosine = cosine
         self._fits = fits
-        chunk_windows = windows_at_once(stack.model, windows.shape[1])
-        self._recipe = Recipe(self._spec.search.objective, chunk_windows, self.prompt_tokens)
+        self._chunk_windows = windows_at_once(stack.model, windows.shape[1])
         self._state = SearchState(context)
         self.efforts: dict[SearchName, SearchEffort] = {}
         """What each search that was done took."""
@@ -220,21 +218,30 @@ class Searcher:
         return self._state.memo(phase, engine, racing=self._racing)
 
     def _engine(self) -> LossEngine:
-        return self._built(self._recipe, self._fits.for_prefill)
+        return Engine(
+            self._stack,
+            self._windows,
+            self._spec.search.objective,
+            chunk_windows=self._chunk_windows,
+            anchor_bytes=anchor_bytes(self._stack.model),
+            modules=modules(self._fits.for_prefill),
+        )
 
     def _pair(
         self, prefill: Units, fits: Mapping[Unit, Fit] | None = None, *, project_skipped: bool = False
     ) -> LossEngine:
         """With the fits that decode has beside `prefill`, unless given others."""
-        recipe = replace(self._recipe, prefill=prefill, project_skipped=project_skipped)
-        return self._built(recipe, self._fits.for_decode(prefill) if fits is None else fits)
-
-    def _built(self, recipe: Recipe, fits: Mapping[Unit, Fit]) -> LossEngine:
-        engine = recipe.build(
-            self._stack, self._windows, anchor_bytes=anchor_bytes(self._stack.model), modules=modules(fits)
+        return PairEngine(
+            self._stack,
+            self._windows,
+            self._spec.search.objective,
+            prefill=prefill,
+            prompt_tokens=self.prompt_tokens,
+            chunk_windows=self._chunk_windows,
+            project_skipped=project_skipped,
+            anchor_bytes=anchor_bytes(self._stack.model),
+            modules=modules(self._fits.for_decode(prefill) if fits is None else fits),
         )
-        # Helpers have the model's own blocks alone.
-        return engine if self._context.fan_out is None or fits else self._context.fan_out.over(engine, recipe)
 
 
 def _effort(result: SearchResult) -> SearchEffort:

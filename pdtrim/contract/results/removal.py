@@ -158,5 +158,8 @@ class RemovalResult(Removed):
         default=None, description="What the search took. Null where the job was cut from another, and in older jobs."
     )
     evaluated: SetsEvaluated | None = Field(default=None, description="Of versions that recorded no effort.")
-    workers: int | None = Field(default=None, description="How many workers took part in the search.")
-    helpers_share: float | None = Field(default=None, description="The share of the losses that helpers measured.")
+    # Searches of version 0.1 could be shared by workers.
+    workers: int | None = Field(default=None, description="How many workers took part; null since that is one.")
+    helpers_share: float | None = Field(
+        default=None, description="The share of the losses that other workers measured; null since there is none."
+    )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import Engine
@@ -12,19 +14,31 @@ from tests.stored_jobs import store_job
 SPEC = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 
 
-def test_a_stored_job_that_asked_for_lazy_greedy_is_read_as_one_of_greedy(engine: Engine) -> None:
-    asked = JobSpec.model_validate(SPEC | {"search": {"protect": [3], "objective": "hidden"}})
+def spec_of_search(search: dict[str, Any]) -> JobSpec:
+    return JobSpec.model_validate(SPEC | {"search": {"protect": [3], "objective": "hidden"} | search})
+
+
+def read(engine: Engine, stored: dict[str, Any]) -> JobSpec:
+    """What is read of a job whose row has entries of `search` as an earlier version stored them."""
     with transaction(engine) as session:
-        row = store_job(session, asked)
-        row.spec = row.spec | {"search": row.spec["search"] | {"algorithm": "lazy_greedy"}}
+        row = store_job(session, spec_of_search({}))
+        row.spec = row.spec | {"search": row.spec["search"] | stored}
         job_id = row.id
     with transaction(engine) as session:
         row = jobs.get(session, job_id)
-        read = views.job(row, jobs.stages(session, [job_id])[job_id]).spec
-        assert row.spec["search"]["algorithm"] == "lazy_greedy"
-    assert read == asked.model_copy(update={"search": asked.search.model_copy(update={"algorithm": "greedy"})})
+        assert stored.items() <= row.spec["search"].items()
+        return views.job(row, jobs.stages(session, [job_id])[job_id]).spec
 
 
-def test_lazy_greedy_cannot_be_asked_for() -> None:
-    with pytest.raises(ValidationError, match=r"search\.algorithm"):
-        JobSpec.model_validate(SPEC | {"search": {"algorithm": "lazy_greedy"}})
+def test_a_stored_job_that_asked_for_lazy_greedy_is_read_as_one_of_greedy(engine: Engine) -> None:
+    assert read(engine, {"algorithm": "lazy_greedy"}) == spec_of_search({"algorithm": "greedy"})
+
+
+def test_a_stored_job_that_let_other_workers_help_its_search_is_read_as_one_that_did_not(engine: Engine) -> None:
+    assert read(engine, {"parallelism": 4}) == spec_of_search({})
+
+
+@pytest.mark.parametrize(("field", "value"), [("algorithm", "lazy_greedy"), ("parallelism", 2)])
+def test_what_is_offered_no_longer_cannot_be_asked_for(field: str, value: str | int) -> None:
+    with pytest.raises(ValidationError, match=rf"search\.{field}"):
+        JobSpec.model_validate(SPEC | {"search": {field: value}})
