@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.units import Unit, Units, blocks_of, units_from_json, units_json
-from workers.pruning.search.engine import NO_MODULES, Engine, Objective, PairEngine, WindowsEngine
+from workers.pruning.model.units import Units, blocks_of, units_from_json, units_json
+from workers.pruning.search.engine import Engine, Objective, PairEngine, WindowsEngine
 
 PIECES_A_WORKER = 4
 """At most, of a batch: the fewer, the longer the last one may be waited for."""
@@ -33,10 +33,8 @@ class Recipe:
     prefill: Units | None = None
     project_skipped: bool = False
 
-    def build(
-        self, stack: BlockStack, windows: Tensor, *, anchor_bytes: int, modules: Mapping[Unit, nn.Module] = NO_MODULES
-    ) -> WindowsEngine:
-        """The engine for windows (windows, tokens); `modules` are the fitted blocks of units that merge."""
+    def build(self, stack: BlockStack, windows: Tensor, *, anchor_bytes: int) -> WindowsEngine:
+        """The engine for windows (windows, tokens)"""
         if self.prefill is None:
             return Engine(
                 stack,
@@ -44,7 +42,6 @@ class Recipe:
                 self.objective,
                 chunk_windows=self.chunk_windows,
                 anchor_bytes=anchor_bytes,
-                modules=modules,
             )
         return PairEngine(
             stack,
@@ -55,7 +52,6 @@ class Recipe:
             chunk_windows=self.chunk_windows,
             project_skipped=self.project_skipped,
             anchor_bytes=anchor_bytes,
-            modules=modules,
         )
 
 
