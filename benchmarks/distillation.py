@@ -2,8 +2,7 @@
 
     python benchmarks/distillation.py --heal-tokens 131072
 
-The search, the healing and the data splits are those of a job with one unified checkpoint that does not weigh
-distilling in its search; the pairs that the threshold names are merged after it.
+The search, the healing and the data splits are those of a job with one unified checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from workers.pruning.model.calibration import Split, cut_windows, stdlib_documen
 from workers.pruning.model.measure import Perplexity, perplexity
 from workers.pruning.model.plan import assign_actions
 from workers.pruning.model.units import NOTHING
-from workers.pruning.repair.distill import heal, load_tensors, merge, trainable
+from workers.pruning.repair.distill import heal, trainable
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import Engine
 from workers.pruning.search.memo import Memo
@@ -44,7 +43,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--removed", type=int, nargs="+", default=[2, 3, 4], help="blocks to remove")
     parser.add_argument("--window-tokens", type=int, default=256)
-    parser.add_argument("--merge-tokens", type=int, default=16_384)
     parser.add_argument("--heal-tokens", type=int, default=131_072)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-windows", type=int, default=4)
@@ -86,8 +84,8 @@ def main() -> None:
         return f"{measured.value:.2f} ± {measured.standard_error:.2f}"
 
     lines = [
-        "| removed | blocks deleted | blocks distilled | dense | pruned | merged | distilled | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| removed | blocks deleted | blocks distilled | dense | pruned | distilled | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for count in track(args.removed, description="distilling"):
         start = time.perf_counter()
@@ -101,19 +99,6 @@ def main() -> None:
         weights = load()
         student = drop_blocks(weights, plan.removed)
         pruned = shown(student)
-        merged = "–"
-        if plan.distilled:
-            tensors, _ = merge(
-                dense,
-                plan.distilled,
-                frozen=set(),
-                windows=windows["train"],
-                held_out=windows["calibration"][:8],
-                settings=settings(args.merge_tokens),
-                journal=Journal(),
-            )
-            load_tensors(weights, tensors)
-            merged = shown(student)
         heal(
             student,
             dense,
@@ -127,7 +112,7 @@ def main() -> None:
         distilled = ", ".join(f"{r}→{a}" for r, a in sorted(plan.distilled.items())) or "none"
         deleted = ", ".join(map(str, sorted(plan.deleted))) or "none"
         seconds = time.perf_counter() - start
-        cells = (count, deleted, distilled, shown(dense), pruned, merged, shown(student), f"{seconds:.0f}")
+        cells = (count, deleted, distilled, shown(dense), pruned, shown(student), f"{seconds:.0f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     print("\n".join(lines))
 

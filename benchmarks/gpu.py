@@ -32,13 +32,12 @@ from benchmarks.device.bench import SIZES, Bench, machine
 from benchmarks.device.checkpoints import export
 from benchmarks.device.findings import Findings, Report
 from benchmarks.device.llama import one_round, speed
-from benchmarks.device.repairs import healing, merging
+from benchmarks.device.repairs import healing
 from benchmarks.device.walks import searching, walk
 
 PARTS: dict[str, Callable[[Bench], Findings]] = {
     "walk": walk,
     "search": searching,
-    "merging": merging,
     "healing": healing,
     "export": export,
     "round": one_round,

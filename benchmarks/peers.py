@@ -4,9 +4,8 @@
 
 All methods see the same calibration windows. With --heal-tokens all train on as many tokens, too, in two ways: on the
 dense model's predictions alone (KL), and as this service distils (KL, and the hidden states between the kept blocks). A
-method that first fits blocks to stand for removed ones (LLM-Streamline's replacement; PDTrim's merging with --merge)
-spends --fit-share of the tokens there and the rest on healing. The search is that of a job with one unified checkpoint;
-with --merge it weighs deleting a block against every fitted pair that could distil it.
+method that first fits blocks to stand for removed ones (LLM-Streamline's replacement) spends --fit-share of the tokens
+there and the rest on healing. The search is that of a job with one unified checkpoint.
 """
 
 from __future__ import annotations
@@ -20,16 +19,17 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
 from benchmarks.peer_methods import PEERS, PeerPlan
+from benchmarks.spans import fit_spans
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.measure import perplexity
-from workers.pruning.model.units import NOTHING, Unit, deleting, plan_of
-from workers.pruning.repair.distill import HEALING, fit_spans, fitted_block, heal, load_tensors, merge, trainable
+from workers.pruning.model.units import NOTHING, deleting
+from workers.pruning.repair.distill import HEALING, heal, load_tensors, trainable
 from workers.pruning.repair.losses import LossWeights
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import Engine
@@ -67,37 +67,11 @@ def training(tokens: int, args: argparse.Namespace) -> TrainingSettings:
     return TrainingSettings(steps, args.batch_windows, args.learning_rate, args.seed)
 
 
-def fitted_pairs(
-    stack: BlockStack, windows: Mapping[Split, Tensor], cosine: Sequence[float], args: argparse.Namespace
-) -> dict[Unit, nn.Module]:
-    """The fitted block of every distillable pair that is better than the absorber alone, by unit."""
-    fitted = {}
-    blocks = [block for block, score in enumerate(cosine) if score < args.threshold]
-    for side in (-1, 1):
-        pairs = {block: block + side for block in blocks if 0 <= block + side < len(cosine)}
-        tensors, losses = merge(
-            stack.model,
-            pairs,
-            frozen=set(),
-            windows=windows["train"],
-            held_out=windows["calibration"][:HELD_OUT_WINDOWS],
-            settings=training(round(args.heal_tokens * args.fit_share), args),
-            journal=Journal(),
-        )
-        for removed, (before, after) in losses.items():
-            if after < before:
-                prefix = f"{stack.prefix}{pairs[removed]}."
-                own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-                fitted[Unit(removed, pairs[removed])] = fitted_block(stack, pairs[removed], own)
-    return fitted
-
-
 def pdtrim(stack: BlockStack, windows: Mapping[Split, Tensor], remove: int, args: argparse.Namespace) -> PeerPlan:
     """The project's own choice, by annealing."""
     num_blocks, calibration = len(stack.blocks), windows["calibration"]
     scores = block_scores(stack, calibration, chunk_windows=CHUNK_WINDOWS)
-    fitted = fitted_pairs(stack, windows, scores.cosine, args) if args.merge else {}
-    engine = Engine(stack, calibration, args.objective, chunk_windows=CHUNK_WINDOWS, modules=fitted)
+    engine = Engine(stack, calibration, args.objective, chunk_windows=CHUNK_WINDOWS)
     found = search(
         Memo(engine.window_losses, engine.windows, racing=True),
         algorithm="annealing",
@@ -105,17 +79,14 @@ def pdtrim(stack: BlockStack, windows: Mapping[Split, Tensor], remove: int, args
         remove=remove,
         base=NOTHING,
         scores=scores.cosine,
-        merges=sorted(fitted),
         evaluations=args.evaluations,
         seed=args.seed,
         on_progress=lambda done, best: None,
     )
-    plan = plan_of(found.frontier[remove].units, num_blocks)
     block_forwards_of_one_pass = num_blocks * math.ceil(len(calibration) / CHUNK_WINDOWS)
     passes = math.ceil(engine.block_forwards / block_forwards_of_one_pass)
     # Scoring ran every block twice: as itself, and as the stand-in for its neighbour.
-    spans = {absorber: (min(block, absorber), max(block, absorber)) for block, absorber in plan.distilled.items()}
-    return PeerPlan(plan.removed, passes + 2, spans)
+    return PeerPlan(found.frontier[remove].blocks, passes + 2)
 
 
 def choose(
@@ -208,7 +179,6 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=256)
     parser.add_argument("--heal-tokens", type=int, default=0, help="training tokens for each method; 0 trains none")
     parser.add_argument("--fit-share", type=float, default=0.1, help="part of them that fits blocks for spans")
-    parser.add_argument("--merge", action="store_true", help="let PDTrim's search distil pairs, too")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-windows", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.95, help="cosine from which PDTrim deletes outright")

@@ -25,7 +25,7 @@ from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.stages import removal, scoring, search_state, training
 from workers.stages.context import StageContext, StoredInput
 
-PRODUCTS = ("plan.json", "search.json", "merged.safetensors")
+PRODUCTS = ("plan.json", "search.json")
 POLL_S = 0.001
 
 

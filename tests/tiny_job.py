@@ -46,7 +46,7 @@ def tiny_spec(model: Path, /, **changes: Any) -> dict[str, Any]:
         "data": {"text": "".join(f"value_{i} = {i} * {i + 1}\n" for i in range(600))},
         "calibration": {"windows": 4, "window_tokens": 32},
         "search": {"evaluations": 12},
-        "distillation": {"heal_tokens": 512, "merge_tokens": 256, "batch_windows": 4, "threshold": 1.0},
+        "distillation": {"heal_tokens": 512, "batch_windows": 4, "threshold": 1.0},
         "evaluation": {"windows": 4, "speed_tokens": 2, "speed_repeats": 1},
         **changes,
     }

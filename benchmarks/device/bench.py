@@ -69,7 +69,6 @@ class Size:
     window_tokens: int
     remove: tuple[int, int]
     """Blocks that the searches for prefill and for decode remove."""
-    merge_steps: int
     heal_steps: int
     shape: LlamaConfig
     """Of the model of random weights."""
@@ -88,7 +87,6 @@ SIZES = {
         calibration_windows=16,
         window_tokens=256,
         remove=(3, 5),
-        merge_steps=16,
         heal_steps=16,
         # Llama-3.1-8B.
         shape=LlamaConfig(
@@ -110,7 +108,6 @@ SIZES = {
         calibration_windows=2,
         window_tokens=24,
         remove=(1, 2),
-        merge_steps=2,
         heal_steps=2,
         shape=LlamaConfig(
             hidden_size=32,
@@ -164,7 +161,7 @@ class Bench:
     @cached_property
     def windows(self) -> dict[Split, Tensor]:
         """Text of the Python standard library, (windows, tokens) by use, on the CPU."""
-        trained = BATCH_WINDOWS * max(self.size.merge_steps, self.size.heal_steps)
+        trained = BATCH_WINDOWS * self.size.heal_steps
         counts: dict[Split, int] = {"train": trained, "calibration": self.size.calibration_windows}
         return {split: self._cut(split, count) for split, count in counts.items()}
 

@@ -1,4 +1,4 @@
-"""Parts on the reference model: fitting one block to stand for two, and healing what is left of the model."""
+"""A part on the reference model: healing what is left of it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from torch import nn
 from benchmarks.device.bench import BATCH_WINDOWS, ON_CPU, Bench, Place
 from benchmarks.device.findings import Findings
 from benchmarks.device.walks import listed
-from workers.pruning.model.blocks import block_stack, drop_blocks
+from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
-from workers.pruning.model.units import Unit
 from workers.pruning.repair.distill import (
     HEALING,
     Loss,
     continuation_loss,
-    fitted_block,
-    merge,
     sequence_loss,
     train_on,
     trainable,
@@ -28,10 +25,7 @@ from workers.pruning.repair.distill import (
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings
-from workers.pruning.search.engine import Engine
 
-MERGED = {2: 1, 6: 5}
-"""Removed block → its absorber, of the pairs that are fitted."""
 PREFILL = BlockPlan(12, deleted=frozenset({4, 9}))
 DECODE = BlockPlan(12, deleted=frozenset({2, 4, 5, 9}))
 """A nested pair of the reference model, which is healed."""
@@ -51,53 +45,6 @@ def judge_trained(findings: Findings, what: str, losses: tuple[float, float], on
     for when, loss, expected in zip(("before", "after"), losses, on_cpu, strict=True):
         relative = abs(loss / expected - 1)
         findings.judge(f"{what}, held-out loss {when} training, from the CPU's", relative, TRAINED_TOLERANCE)
-
-
-def merging(bench: Bench) -> Findings:
-    """Pairs of blocks fitted on the device and on the CPU: held-out errors, and the loss of the model with each."""
-    findings = Findings()
-    table = findings.table(
-        f"Pairs of blocks fitted in {bench.size.merge_steps} steps: held-out error, where 1 is deleting both, and "
-        "cross-entropy of the model with the fitted block, nats a token:",
-        {
-            "where": "",
-            "pair": "",
-            "error before": ".4f",
-            "after": ".4f",
-            "cross-entropy": ".4f",
-            "from the CPU": ".1e",
-            "allowed": ".0e",
-        },
-    )
-    errors_on_cpu: dict[Unit, tuple[float, float]] = {}
-    on_cpu: dict[Unit, float] = {}
-    for place in (ON_CPU, bench.of_jobs):
-        model = place.load()
-        stack = block_stack(model)
-        held_out = bench.windows["calibration"].to(place.device)
-        tensors, errors = merge(
-            model,
-            MERGED,
-            frozen=set(),
-            windows=bench.windows["train"].to(place.device),
-            held_out=held_out,
-            settings=training(bench.size.merge_steps),
-            journal=Journal(),
-        )
-        for removed, absorber in MERGED.items():
-            prefix = f"{stack.prefix}{absorber}."
-            fitted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            unit = Unit(removed, absorber)
-            modules = {unit: fitted_block(stack, absorber, fitted)}
-            engine = Engine(stack, held_out, "cross_entropy", chunk_windows=BATCH_WINDOWS, modules=modules)
-            (loss,) = engine.losses([frozenset({unit})]).values()
-            from_cpu = abs(loss - on_cpu.setdefault(unit, loss))
-            pair = f"{removed}→{absorber}"
-            table.add(place.name, pair, *errors[removed], loss, from_cpu, place.tolerance)
-            what = f"{place.name}, {pair}"
-            judge_trained(findings, what, errors[removed], errors_on_cpu.setdefault(unit, errors[removed]))
-            findings.judge(f"{what}, cross-entropy from the CPU", from_cpu, place.tolerance)
-    return findings
 
 
 def healed(place: Place, bench: Bench) -> Iterator[tuple[str, TrainingResult, float]]:

@@ -16,9 +16,9 @@ from benchmarks.device.findings import Findings
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks, prove
 from workers.pruning.model.measure import quality
 from workers.pruning.model.pair import pd_loss
-from workers.pruning.model.plan import kv_layer_map
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.streaming import load_streamed
-from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, plan_of
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.engine import Engine, PairEngine, WindowsEngine
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.scores import block_scores
@@ -78,7 +78,7 @@ def single_removals(
         units: pd_loss(
             models[gone],
             decode,
-            kv_layer_map(plan_of(gone, len(blocks)), plan_of(units, len(blocks))),
+            kv_layer_map(BlockPlan(len(blocks), blocks_of(gone)), BlockPlan(len(blocks), blocks_of(units))),
             windows,
             prompt_tokens=prompt_tokens,
             batch=BATCH_WINDOWS,

@@ -223,7 +223,7 @@ class LoraSpec(SpecModel):
 
 
 class DistillationSpec(SpecModel):
-    """Repair of the pruned model: merging of block pairs, then healing on the dense model's predictions."""
+    """Repair of the pruned model: healing on the dense model's predictions."""
 
     enabled: bool = Field(default=True, description="False exports the pruned weights as they are.")
     threshold: float = Field(
@@ -232,15 +232,6 @@ class DistillationSpec(SpecModel):
         le=1.0,
         description="A removed block whose cosine score reaches this is deleted; below it, it may be distilled into a "
         "neighbour.",
-    )
-    merge_tokens: int = Field(
-        default=0,
-        ge=0,
-        le=10**10,
-        description="Training tokens on which a block is fitted to every pair that could be distilled, before the "
-        "search, which then weighs distilling against deleting. Less than a training batch fits none: the threshold "
-        "alone decides, and healing alone trains.",
-        examples=[32_768],
     )
     heal_tokens: int = Field(
         default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."

@@ -126,24 +126,18 @@ def _evaluations(spec: JobSpec, blocks: int, prefill: int, decode: int) -> Searc
 def _sets(spec: JobSpec, blocks: int, base: int, remove: int, algorithm: str) -> int:
     """Sets that a search from `base` up to `remove` removed blocks compares, at most."""
     free, counts = blocks - len(spec.search.protect) - base, range(remove - base)
+    every = 1 + sum(math.comb(free, more + 1) for more in counts)
     if algorithm == "exhaustive":
-        return min(LARGEST, 1 + sum(math.comb(free, more + 1) for more in counts))
-    # A block is deleted, or distilled into either neighbour.
-    ways = 3 if _fits_pairs(spec) else 1
-    greedy = 1 + sum(ways * (free - more) for more in counts)
+        return min(LARGEST, every)
+    greedy = 1 + sum(free - more for more in counts)
     if algorithm == "annealing":
         # Annealing adds its budget, where there are as many sets.
-        every = 1 + sum(math.comb(free, more + 1) * math.prod([ways] * (more + 1)) for more in counts)
         return min(greedy + spec.search.annealing_budget(blocks), every)
     return greedy
 
 
 def _batch_tokens(spec: JobSpec) -> int:
     return spec.distillation.batch_windows * spec.calibration.window_tokens
-
-
-def _fits_pairs(spec: JobSpec) -> bool:
-    return spec.distillation.enabled and spec.distillation.merge_tokens >= _batch_tokens(spec)
 
 
 def _heals(spec: JobSpec) -> bool:

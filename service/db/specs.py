@@ -11,8 +11,9 @@ REPLACED_ALGORITHMS = {"lazy_greedy": "greedy"}
 
 def spec_of(job: JobRow) -> JobSpec:
     """The specification of a job, without what is offered no longer, or with what took its place."""
-    search = dict(job.spec.get("search", {}))
+    search, distillation = (dict(job.spec.get(part, {})) for part in ("search", "distillation"))
     search.pop("parallelism", None)  # Workers that helped the search; its plan was the same without them.
+    distillation.pop("merge_tokens", None)  # Merges that were fitted before the search, which then weighed them.
     if (algorithm := search.get("algorithm")) in REPLACED_ALGORITHMS:
         search["algorithm"] = REPLACED_ALGORITHMS[algorithm]
-    return JobSpec.model_validate(job.spec | {"search": search})
+    return JobSpec.model_validate(job.spec | {"search": search, "distillation": distillation})

@@ -21,7 +21,7 @@ LONG_SEARCH = {
     "calibration": {"windows": 96, "window_tokens": 128},
     "search": {"algorithm": "exhaustive"},
 }
-LONG_HEALING = {"heal_tokens": 12_288, "merge_tokens": 256, "batch_windows": 4, "threshold": 1.0}
+LONG_HEALING = {"heal_tokens": 12_288, "batch_windows": 4, "threshold": 1.0}
 
 
 def test_a_worker_killed_in_the_middle_costs_neither_the_job_nor_a_finished_stage(

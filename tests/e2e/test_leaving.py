@@ -24,7 +24,7 @@ from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 
 STAGE = StageName.DISTILLATION
-LONG_HEALING = {"heal_tokens": 20_480, "merge_tokens": 256, "batch_windows": 4, "threshold": 1.0}
+LONG_HEALING = {"heal_tokens": 20_480, "batch_windows": 4, "threshold": 1.0}
 
 
 def stage_row(engine: Engine, job_id: str) -> StageRow:

@@ -55,7 +55,7 @@ def _planned(number: int, kind: str, model: Path, rng: random.Random) -> Planned
         "seed": number,
         "metadata": {LABEL: str(number)},
     }
-    steps = {"heal_tokens": 128, "merge_tokens": 64, "batch_windows": 2, "threshold": 1.0}
+    steps = {"heal_tokens": 128, "batch_windows": 2, "threshold": 1.0}
     match kind:
         case "distilled":
             return Planned(number, {**spec, "distillation": steps})

@@ -186,7 +186,7 @@ def test_a_search_is_paused(worker: Worker, stop: Callable[..., None], tmp_path:
 
 
 def test_training_is_paused(worker: Worker, stop: Callable[..., None], tmp_path: Path) -> None:
-    training = {"heal_tokens": 10**8, "merge_tokens": 256, "batch_windows": 4, "threshold": 1.0}
+    training = {"heal_tokens": 10**8, "batch_windows": 4, "threshold": 1.0}
     job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "tiny"), distillation=training))
     succeed(worker, job_id, StageName.SCORING, StageName.REMOVAL)
     stage = StageName.DISTILLATION

@@ -24,7 +24,7 @@ def token_windows(
     """
     tokens = spec.calibration.window_tokens
     wanted: dict[Split, int] = {
-        "train": max(spec.distillation.heal_tokens, spec.distillation.merge_tokens) // tokens + 1,
+        "train": spec.distillation.heal_tokens // tokens + 1,
         "calibration": spec.calibration.windows,
         "validation": spec.evaluation.windows,
     }

@@ -29,7 +29,7 @@ search/     what may go
 repair/     making up for what went
   losses            what healing minimises
   training          the loop: AdamW, warm-up, cosine, early stop, exact resuming
-  distill           merging, then healing of prefill, then of decode on prefill's cache
+  distill           healing of prefill, then of decode on prefill's cache
   lora              low-rank adapters in place of all weights
   recompute         gradient checkpointing that holds for blocks that read a cache
 serving/    a pair at work

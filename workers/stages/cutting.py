@@ -6,15 +6,13 @@ It becomes the job's own, so that the other may be deleted once these two stages
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 
-from pdtrim.contract.frontier import Frontier, FrontierPoint
+from pdtrim.contract.frontier import Frontier
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import PLAN, SEARCH, Bounds, Losses, Plan, RemovalResult, ScoringResult
-from workers.pruning.model.units import Unit, Units, blocks_of
+from workers.pruning.model.units import deleting
 from workers.stages.context import Parent, StageContext
-from workers.stages.merging import Fit
-from workers.stages.removal import Decided, Measured, fit, load, read_scores, write_plan
+from workers.stages.removal import Decided, Measured, load, read_scores, write_plan
 from workers.stages.searching import Searcher
 
 
@@ -33,7 +31,6 @@ def cut(context: StageContext) -> RemovalResult:
     """Writes the plan of the counts that the job asks for, by the parent's frontier, and measures it.
 
     What the parent's search visited is kept beside it, as it is.
-    Pairs that the parent fitted are read from what it kept; what it did not, is fitted now.
     Raises: NoSuchPoint, SetsNotNested.
     """
     spec, parent = context.spec, _parent(context)
@@ -45,13 +42,8 @@ def cut(context: StageContext) -> RemovalResult:
 
     scores = read_scores(context)
     stack, windows = load(context)
-    fits, merging = fit(context, stack, windows, scores)
-    searcher = Searcher(context, stack, windows["calibration"], scores.cosine, fits)
-    prefill = _units(points.prefill, fits.for_prefill)
-    # What prefill distils, decode inherits.
-    given_up = blocks_of(prefill)
-    beyond = _units(points.decode, fits.for_decode(prefill))
-    decode = prefill | {unit for unit in beyond if unit.block not in given_up}
+    searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
+    prefill, decode = deleting(points.prefill.removed), deleting(points.decode.removed)
     context.report(0.5, "Measuring the pair.")
     losses = searcher.losses(prefill, decode)
     context.report(0.7, "Measuring the controls.")
@@ -63,14 +55,8 @@ def cut(context: StageContext) -> RemovalResult:
         sensitivity=plan.sensitivity or searcher.sensitivity(),
     )
     shutil.move(context.input(StageName.REMOVAL, SEARCH), context.out / SEARCH)
-    decided = Decided(prefill, decode, fits, merging, searcher.prompt_tokens)
+    decided = Decided(prefill, decode, searcher.prompt_tokens)
     return RemovalResult(**dict(write_plan(context, scores, decided, measured, plan.frontier)))
-
-
-def _units(point: FrontierPoint, offered: Mapping[Unit, Fit]) -> Units:
-    """The units of a point: a block is merged where there is a fit for it, else deleted."""
-    merges = frozenset(Unit(block, into) for block, into in point.distilled.items()).intersection(offered)
-    return merges | {Unit(block) for block in point.removed if block not in blocks_of(merges)}
 
 
 def _parent(context: StageContext) -> Parent:

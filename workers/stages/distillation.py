@@ -1,4 +1,4 @@
-"""Distillation: start from the merged pairs, heal the prefill model, then the decode model on its KV cache."""
+"""Distillation: heal the prefill model, then the decode model on its KV cache."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pdtrim.contract.jobs import StageName
-from pdtrim.contract.results import PLAN, DistillationResult, FittedMerge, Healing, Plan
+from pdtrim.contract.results import DistillationResult, Healing
 from pdtrim.contract.results.distillation import Kept
 from workers.inputs.models import device, load_model
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
-from workers.pruning.model.width import change_width, narrow_tensors
+from workers.pruning.model.width import change_width
 from workers.pruning.repair.distill import (
     Loss,
     continuation_loss,
@@ -34,7 +34,7 @@ from workers.pruning.repair.losses import LossWeights
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.training import Journal
 from workers.stages.context import StageContext
-from workers.stages.removal import MERGED, Plans, read_plans
+from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
 from workers.stages.training import HELD_OUT_WINDOWS, Tensors, journal
 from workers.stages.training import settings as training_settings
@@ -66,9 +66,8 @@ def run(context: StageContext) -> DistillationResult:
     data = Data(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
     teacher = load_model(context.model_dir, context.check)
 
-    merged, merges = _merged(context)
     prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
-    prefill, in_prefill = _distil_prefill(context, plans, channels, merged, prefill_weights, teacher, data)
+    prefill, in_prefill = _distil_prefill(context, plans, channels, prefill_weights, teacher, data)
     context.write_tensors(context.out / PREFILL, prefill)
     if plans.unified:
         decode, in_decode = prefill, in_prefill
@@ -83,10 +82,10 @@ def run(context: StageContext) -> DistillationResult:
         weights = narrowed(dense, channels.decode)
         load_tensors(weights, inherited)
         del dense
-        trained, in_decode = _distil_decode(context, plans, channels, merged, weights, prefill_weights, teacher, data)
+        trained, in_decode = _distil_decode(context, plans, channels, weights, prefill_weights, teacher, data)
         decode = inherited | trained
     context.write_tensors(context.out / DECODE, decode)
-    return DistillationResult(enabled=True, merged=merges, prefill=in_prefill, decode=in_decode)
+    return DistillationResult(enabled=True, prefill=in_prefill, decode=in_decode)
 
 
 def _block(name: str) -> int:
@@ -95,7 +94,7 @@ def _block(name: str) -> int:
 
 
 def _only_in_decode(plans: Plans) -> dict[int, int]:
-    """Merges of decode that prefill has not: removed block → absorber."""
+    """What decode alone distils: removed block → the neighbour that stands for both."""
     return {
         removed: absorber
         for removed, absorber in plans.decode.distilled.items()
@@ -109,22 +108,6 @@ def _losses(context: StageContext) -> LossWeights:
 
 def _memory_saved(context: StageContext, student: PreTrainedModel) -> AbstractContextManager[None]:
     return recomputed_blocks(student) if context.spec.distillation.gradient_checkpointing else nullcontext()
-
-
-def _merged(context: StageContext) -> tuple[Tensors, dict[int, FittedMerge]]:
-    """The tensors that removal fitted for the plan's merges, and each fit's held-out losses by removed block."""
-    if (StageName.REMOVAL, MERGED) not in context.inputs:
-        return {}, {}
-    tensors = load_file(context.input(StageName.REMOVAL, MERGED))
-    plan = context.read(StageName.REMOVAL, PLAN, Plan)
-    in_prefill, in_decode = plan.prefill.distilled.items(), plan.decode.distilled.items()
-    chosen = {(removed, absorber, False) for removed, absorber in in_prefill}
-    chosen |= {(removed, absorber, True) for removed, absorber in in_decode - in_prefill}
-    return tensors, {
-        merge.removed: FittedMerge(into=merge.into, before=merge.before, after=merge.after, kept="distilled")
-        for merge in ([] if plan.merging is None else plan.merging.merges)
-        if (merge.removed, merge.into, merge.decode_only) in chosen
-    }
 
 
 def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
@@ -156,21 +139,18 @@ def _distil_prefill(
     context: StageContext,
     plans: Plans,
     channels: StageChannels,
-    merged: Tensors,
     weights: PreTrainedModel,
     teacher: PreTrainedModel,
     data: Data,
 ) -> tuple[Tensors, Healing | None]:
     """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
     student = drop_blocks(weights, plans.prefill.removed)
-    start = {name: t for name, t in merged.items() if _block(name) in plans.prefill.distilled.values()}
     return _distil(
         context,
         weights,
         student,
         sequence_loss(student, teacher, plans.prefill.kept, _losses(context)),
         pruned=bool(plans.prefill.removed) or channels.prefill is not None,
-        start=narrow_tensors(start, channels.prefill),
         blocks=_trained_blocks(context, plans.prefill),
         frozen=set(),
         data=data,
@@ -182,7 +162,6 @@ def _distil_decode(
     context: StageContext,
     plans: Plans,
     channels: StageChannels,
-    merged: Tensors,
     weights: PreTrainedModel,
     prefill_weights: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -200,14 +179,12 @@ def _distil_decode(
         _losses(context),
         prompt_tokens=data.prompt_tokens,
     )
-    start = {name: t for name, t in merged.items() if _block(name) in only_decode}
     return _distil(
         context,
         weights,
         student,
         loss,
         pruned=bool(plans.decode.removed) or channels.decode is not None,
-        start=narrow_tensors(start, channels.decode),
         blocks=_trained_blocks(context, plans.decode),
         frozen={name for absorber in only_decode for name in kv_tensor_names(block_stack(weights), absorber)},
         data=data,
@@ -222,30 +199,26 @@ def _distil(
     loss: Loss,
     *,
     pruned: bool,
-    start: Tensors,
     blocks: list[int],
     frozen: set[str],
     data: Data,
     journal: Journal,
 ) -> tuple[Tensors, Healing | None]:
-    """Heal `weights`, which `student` shares, from the merged tensors `start`.
+    """Heal `weights`, which `student` shares.
 
     Returns the trained tensors in the stored dtype and the held-out loss of the weights given and of those. Weights
     that do no better than those given are put back, and nothing is returned as trained.
     """
     settings = training_settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
     healed = _healed_weights(context, weights, blocks, frozen) if pruned and settings.steps else {}
-    if not start and not healed:
+    if not healed:
         weights.requires_grad_(False)
         return {}, None
     named = dict(weights.named_parameters())
-    given = {name: named[name].detach().cpu().clone() for name in {*start, *healed}}
+    given = {name: named[name].detach().cpu().clone() for name in healed}
     before = mean_loss(loss, data.held_out, settings.batch_windows)
-    load_tensors(weights, start)
-    steps = 0
-    if healed:
-        with _memory_saved(context, student), _trained(context, student, healed) as parameters:
-            steps = train_on(loss, parameters, data.training, data.held_out, settings, journal).steps
+    with _memory_saved(context, student), _trained(context, student, healed) as parameters:
+        steps = train_on(loss, parameters, data.training, data.held_out, settings, journal).steps
     weights.requires_grad_(False)
     dtype = stored_dtype(context.model_dir)
     trained = {name: named[name].detach().to(dtype, copy=True).contiguous() for name in given}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pdtrim.contract.blocks import limits
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import (
     PLAN,
@@ -19,7 +17,6 @@ from pdtrim.contract.results import (
     Frontiers,
     HalfPlan,
     Losses,
-    Merging,
     Plan,
     RemovalResult,
     Removed,
@@ -27,17 +24,14 @@ from pdtrim.contract.results import (
     SearchRecord,
     Sensitivity,
 )
-from workers.inputs.models import can_train, device, load_for_walks
+from workers.inputs.models import device, load_for_walks
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
-from workers.pruning.model.units import Units, blocks_of, plan_of
+from workers.pruning.model.units import Units, blocks_of
 from workers.pruning.search.scores import Scores
 from workers.stages.context import StageContext
-from workers.stages.merging import Fits, Fitter
 from workers.stages.scoring import WINDOWS
 from workers.stages.searching import Searcher
-
-MERGED = "merged.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,15 +76,13 @@ def load(context: StageContext) -> tuple[BlockStack, dict[str, Tensor]]:
 
 
 def run(context: StageContext) -> RemovalResult:
-    """Writes the plan (a function of model, windows and specification alone), the search's trajectory, and the trained
-    tensors of the pairs that the plan distils, where the search weighed that."""
+    """Writes the plan (a function of model, windows and specification alone) and the search's trajectory."""
     spec = context.spec
     scores = read_scores(context)
     stack, windows = load(context)
-    fits, merging = fit(context, stack, windows, scores)
-    searcher = Searcher(context, stack, windows["calibration"], scores.cosine, fits)
+    searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
 
-    for_prefill = searcher.prefill((0.0 if merging is None else 0.2, 0.3))
+    for_prefill = searcher.prefill((0.0, 0.3))
     for_decode = searcher.decode(for_prefill.units, (0.3, 0.6))
     context.report(0.6, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
@@ -99,7 +91,7 @@ def run(context: StageContext) -> RemovalResult:
     found = write_plan(
         context,
         scores,
-        Decided(for_prefill.units, for_decode.units, fits, merging, searcher.prompt_tokens),
+        Decided(for_prefill.units, for_decode.units, searcher.prompt_tokens),
         Measured(
             losses=Losses(
                 objective=spec.search.objective,
@@ -128,18 +120,11 @@ def run(context: StageContext) -> RemovalResult:
 
 @dataclass(frozen=True)
 class Decided:
-    """The units that each half gives up, the fits they are of, and what the plan says about those."""
+    """The units that each half gives up."""
 
     prefill: Units
     decode: Units
-    fits: Fits
-    merging: Merging | None
     prompt_tokens: int
-
-    @property
-    def weighed(self) -> bool:
-        """Whether the search chose between deleting and distilling; else the threshold does."""
-        return self.merging is not None and self.merging.weighed
 
 
 @dataclass(frozen=True)
@@ -154,21 +139,15 @@ class Measured:
 def write_plan(
     context: StageContext, scores: Scores, decided: Decided, measured: Measured, frontier: Frontiers
 ) -> Removed:
-    """Write the plan, and the trained tensors of its merges; returns what goes into the result, too."""
-    if decided.weighed:
-        num_blocks = len(scores.cosine)
-        prefill, decode = plan_of(decided.prefill, num_blocks), plan_of(decided.decode, num_blocks)
-        context.write_tensors(context.out / MERGED, decided.fits.tensors(decided.prefill, decided.decode))
-    else:
-        prefill = _plan(context, scores, blocks_of(decided.prefill))
-        decode = _plan(context, scores, blocks_of(decided.decode), prefill)
+    """Write the plan; returns what goes into the result, too."""
+    prefill = _plan(context, scores, blocks_of(decided.prefill))
+    decode = _plan(context, scores, blocks_of(decided.decode), prefill)
     found = Removed(
         prefill=half_plan(prefill),
         decode=half_plan(decode),
         losses=measured.losses,
         bounds=measured.bounds,
         sensitivity=measured.sensitivity,
-        merging=decided.merging,
     )
     plan = Plan(
         **dict(found),
@@ -186,23 +165,6 @@ def half_plan(plan: BlockPlan) -> HalfPlan:
     """A half's plan as results hold it; its bytes depend on the plan alone."""
     distilled = dict(sorted(plan.distilled.items()))
     return HalfPlan(num_blocks=plan.num_blocks, deleted=sorted(plan.deleted), distilled=distilled)
-
-
-def fit(
-    context: StageContext, stack: BlockStack, windows: Mapping[str, Tensor], scores: Scores
-) -> tuple[Fits, Merging | None]:
-    """What the search may distil, and what the plan says about it: nothing where the job asks for no merging."""
-    none = Fits()
-    fitter = Fitter(context, stack, windows)
-    if not context.spec.distillation.enabled or fitter.training.steps == 0:
-        return none, None
-    if not can_train(stack.model):
-        return none, Merging(weighed=False, reason="the model's weights do not fit one device")
-    most = limits(context.spec, len(stack.blocks))
-    may_differ = most[0] < most[1] or context.spec.prefill.max_perplexity_increase is not None
-    free = most[0] > len(context.spec.search.force)
-    fits = fitter.fits(scores.cosine, free=free, frozen=may_differ, span=(0.0, 0.2))
-    return fits, Merging(weighed=True, merges=fits.merges())
 
 
 def _plan(context: StageContext, scores: Scores, removed: Blocks, fixed: BlockPlan | None = None) -> BlockPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,13 +12,12 @@ from pdtrim.contract.results import BlockWorth, Bound, Controls, DenseLoss, Sear
 from pdtrim.contract.spec import StageTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.units import NOTHING, Unit, Units, blocks_of, deleting
+from workers.pruning.model.units import NOTHING, Units, deleting
 from workers.pruning.search.engine import Engine, LossEngine, PairEngine
 from workers.pruning.search.memo import Found, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.search.search import Algorithm, SearchResult, search
 from workers.stages.context import StageContext
-from workers.stages.merging import Fit, Fits, modules
 from workers.stages.search_state import Phase, SearchName, SearchState
 
 Span = tuple[float, float]
@@ -48,18 +47,15 @@ class HalfFound:
 
 
 class Searcher:
-    """Searches and measurements on one model and its calibration windows (windows, tokens), with the fits of pairs."""
+    """Searches and measurements on one model and its calibration windows (windows, tokens)."""
 
-    def __init__(
-        self, context: StageContext, stack: BlockStack, windows: Tensor, cosine: list[float], fits: Fits
-    ) -> None:
+    def __init__(self, context: StageContext, stack: BlockStack, windows: Tensor, cosine: list[float]) -> None:
         self.prompt_tokens = windows.shape[1] // 2
         self._context = context
         self._spec = context.spec
         self._stack = stack
         self._windows = windows
         self._cosine = cosine
-        self._fits = fits
         self._chunk_windows = windows_at_once(stack.model, windows.shape[1])
         self._state = SearchState(context)
         self.efforts: dict[SearchName, SearchEffort] = {}
@@ -74,16 +70,14 @@ class Searcher:
         engine = self._engine()
         bound = self._bound(self._spec.prefill, None, engine, dense=engine)
         memo = self._memo(self._phase(), engine)
-        merges = sorted(self._fits.for_prefill)
-        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span, merges)
+        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span)
 
     def decode(self, prefill: Units, span: Span) -> HalfFound:
         """The units that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
         engine = self._pair(prefill)
         bound = self._bound(self._spec.decode, prefill, engine, dense=self._pair(NOTHING))
         memo = self._memo(self._phase(prefill), engine)
-        merges = sorted(self._fits.for_decode(prefill))
-        return self._half("decode", memo, prefill, self._decode_limit, bound, span, merges)
+        return self._half("decode", memo, prefill, self._decode_limit, bound, span)
 
     def sensitivity(self) -> Sensitivity:
         """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
@@ -102,10 +96,9 @@ class Searcher:
     def controls(self, prefill: Units, decode: Found, span: Span) -> Controls:
         """Losses on continuations to hold the nested pair's against.
 
-        `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing, and pairs without a
-        fit for decode alone are deleted; `non_nested`: it gives up `prefill`, but projects keys and values for every
-        block, so that decode gives up any blocks (of the count in `decode`, whose set is among those tried: this loss
-        is never higher).
+        `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing; `non_nested`: it
+        gives up `prefill`, but projects keys and values for every block, so that decode gives up any blocks (of the
+        count in `decode`, whose set is among those tried: this loss is never higher).
         """
         self._context.report(span[0], "Measuring the controls.")
         free = self._non_nested(prefill, decode, span)
@@ -115,12 +108,9 @@ class Searcher:
 
     def simple_controls(self, prefill: Units, decode: Units) -> Controls:
         """Of the controls, those that take no search."""
-        fits = self._fits.for_decode(prefill)
-        in_both = self._memo(self._phase(decode), self._pair(decode, fits))([decode])
-        fitted = decode.intersection(self._fits.for_decode(NOTHING))
-        in_decode = fitted | deleting(blocks_of(decode - fitted))
-        alone = self._memo(self._phase(NOTHING), self._pair(NOTHING))([in_decode])
-        return Controls(decode_set_in_both=in_both[decode], decode_only=alone[in_decode])
+        in_both = self._memo(self._phase(decode), self._pair(decode))([decode])
+        alone = self._memo(self._phase(NOTHING), self._pair(NOTHING))([decode])
+        return Controls(decode_set_in_both=in_both[decode], decode_only=alone[decode])
 
     def losses(self, prefill: Units, decode: Units) -> tuple[float, float]:
         """The loss of the prefill half on whole windows, and that of the pair on continuations."""
@@ -137,8 +127,8 @@ class Searcher:
         algorithm = self._spec.search.algorithm
         # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
         algorithm = "annealing" if algorithm == "exhaustive" else algorithm
-        merges, count = sorted(self._fits.for_decode(prefill)), len(decode.units)
-        result = self._search("control", memo, self._forced, count, span, merges, algorithm=algorithm)
+        count = len(decode.units)
+        result = self._search("control", memo, self._forced, count, span, algorithm=algorithm)
         return result.frontier[count]
 
     def _half(
@@ -149,14 +139,13 @@ class Searcher:
         limit: int,
         bound: PerplexityBound | None,
         span: Span,
-        merges: Sequence[Unit],
     ) -> HalfFound:
         algorithm = self._spec.search.algorithm
         if bound is None:
-            result = self._search(name, memo, base, limit, span, merges, algorithm=algorithm)
+            result = self._search(name, memo, base, limit, span, algorithm=algorithm)
             return HalfFound(result.frontier[limit], result, None)
         bound.increase(base)
-        result = self._search(name, memo, base, limit, span, merges, algorithm=algorithm, acceptable=bound.holds)
+        result = self._search(name, memo, base, limit, span, algorithm=algorithm, acceptable=bound.holds)
         return HalfFound(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
 
     def _search(
@@ -166,7 +155,6 @@ class Searcher:
         base: Units,
         remove: int,
         span: Span,
-        merges: Sequence[Unit],
         *,
         algorithm: Algorithm,
         acceptable: Callable[[Found], bool] | None = None,
@@ -190,7 +178,6 @@ class Searcher:
             remove=remove,
             base=base,
             protect=frozenset(spec.protect),
-            merges=merges,
             scores=self._cosine,
             evaluations=spec.annealing_budget(len(self._cosine)),
             out_of_time=self._state.out_of_time(name, spec.seconds),
@@ -224,13 +211,9 @@ class Searcher:
             self._spec.search.objective,
             chunk_windows=self._chunk_windows,
             anchor_bytes=anchor_bytes(self._stack.model),
-            modules=modules(self._fits.for_prefill),
         )
 
-    def _pair(
-        self, prefill: Units, fits: Mapping[Unit, Fit] | None = None, *, project_skipped: bool = False
-    ) -> LossEngine:
-        """With the fits that decode has beside `prefill`, unless given others."""
+    def _pair(self, prefill: Units, *, project_skipped: bool = False) -> LossEngine:
         return PairEngine(
             self._stack,
             self._windows,
@@ -240,7 +223,6 @@ class Searcher:
             chunk_windows=self._chunk_windows,
             project_skipped=project_skipped,
             anchor_bytes=anchor_bytes(self._stack.model),
-            modules=modules(self._fits.for_decode(prefill) if fits is None else fits),
         )
 
 

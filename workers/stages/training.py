@@ -1,4 +1,4 @@
-"""What merging and healing have in common: how long they train, on what they are judged, and how they survive."""
+"""How long healing trains, on what it is judged, and how it survives."""
 
 from __future__ import annotations
 

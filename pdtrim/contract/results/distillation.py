@@ -33,6 +33,8 @@ class DistillationResult(Result):
     """What the distillation stage found."""
 
     enabled: bool
-    merged: dict[int, FittedMerge] = Field(default_factory=dict, description="The plan's merges, by removed block.")
+    merged: dict[int, FittedMerge] = Field(
+        default_factory=dict, description="The plan's merges by removed block, of versions that fitted them."
+    )
     prefill: Healing | None = Field(default=None, description="Null where there was nothing to train.")
     decode: Healing | None = None

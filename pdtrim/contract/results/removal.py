@@ -116,7 +116,7 @@ class Removed(Halves[HalfPlan]):
     losses: Losses
     bounds: Bounds = Field(default=Bounds())
     sensitivity: Sensitivity | None = Field(default=None, description="Null in jobs of versions that measured none.")
-    merging: Merging | None = Field(default=None, description="Null where the job asked for no merging.")
+    merging: Merging | None = Field(default=None, description="Of versions that fitted merges before the search.")
 
 
 class SetsEvaluated(Halves[int]):

@@ -19,12 +19,13 @@ from benchmarks.peer_methods import (
     shortgpt,
     sleb,
 )
+from benchmarks.spans import fit_spans
 from tests.unit.workers.pruning.models import random_ids, reference_model, reference_windows, tiny_model
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.measure import perplexity
 from workers.pruning.model.plan import Blocks
 from workers.pruning.model.units import NOTHING, deleting
-from workers.pruning.repair.distill import fit_spans, load_tensors
+from workers.pruning.repair.distill import load_tensors
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import Engine
 from workers.pruning.search.memo import Memo

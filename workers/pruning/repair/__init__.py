@@ -1,1 +1,1 @@
-"""Making up for what went: merging pairs of blocks, and healing on the dense model."""
+"""Making up for what went: healing on the dense model's predictions."""

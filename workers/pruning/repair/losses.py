@@ -27,7 +27,7 @@ class LossWeights:
     hidden: float = 20.0
     """‖h − h_dense‖² / ‖h_dense‖² of the hidden states between the kept blocks, mean over states and tokens.
 
-    Each block before a gap is so taught to stand for the blocks that are gone, as a merged one is (PDTrim).
+    Each block before a gap is so taught to stand for the blocks that are gone, as PDTrim's merged ones are.
     """
 
 

@@ -1,4 +1,4 @@
-"""The training loop of merging and healing: AdamW, warm-up, cosine, early stop, best weights, exact resuming."""
+"""The training loop of healing: AdamW, warm-up, cosine, early stop, best weights, exact resuming."""
 
 from __future__ import annotations
 

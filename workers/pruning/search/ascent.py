@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from workers.pruning.model.units import Unit, Units, blocks_of, with_unit
+from workers.pruning.model.units import Unit, Units
 from workers.pruning.search.memo import Found, Memo
 
 LOOKAHEAD = 2
@@ -28,8 +28,6 @@ class Ascent:
     """In every set."""
     free: Sequence[int]
     """The blocks that may be given up besides, ascending."""
-    merges: Sequence[Unit]
-    """Units that merge, offered besides the deletion of every free block."""
     remove: int
     """The last count."""
     on_progress: OnProgress
@@ -44,25 +42,18 @@ class Ascent:
 
     @cached_property
     def offered(self) -> list[Unit]:
-        """The units that may be added to the base, deletions first."""
-        return [*map(Unit, self.free), *(unit for unit in self.merges if unit.block in self.free)]
+        """The units that may be added to the base."""
+        return [*map(Unit, self.free)]
 
     def extensions(self, units: Units) -> list[Units]:
         """The sets with one unit more."""
-        return [added for unit in self.offered if (added := with_unit(units, unit, base=self.base)) is not None]
+        return [units | {unit} for unit in self.offered if unit not in units]
 
     def swaps(self, units: Units) -> list[Units]:
         """The sets with one unit beyond the base exchanged for another."""
         return [
-            swapped
-            for out in sorted(units - self.base)
-            for into in self.offered
-            if into != out and (swapped := with_unit(units - {out}, into, base=self.base)) is not None
+            (units - {out}) | {into} for out in sorted(units - self.base) for into in self.offered if into not in units
         ]
-
-    def other_units(self, units: Units) -> list[Units]:
-        """Of these, the sets that give up the same blocks."""
-        return [swapped for swapped in self.swaps(units) if blocks_of(swapped) == blocks_of(units)]
 
     def report(self, count: int, share: float) -> None:
         """Tell that `share` (0…1) of the work on `count` blocks is done, and the best set of so many."""

@@ -15,20 +15,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
-from workers.pruning.model.units import NOTHING, Unit, Units, Way, blocks_of, check_nested, way_through
+from workers.pruning.model.units import NOTHING, Units, Way, blocks_of, check_nested, way_through
 from workers.pruning.search.anchor import Anchor, Trail
 
 Objective = Literal["kl", "cross_entropy", "hidden"]
-NO_MODULES: Mapping[Unit, nn.Module] = MappingProxyType({})
 WindowLosses = Callable[[Sequence[Units], range], dict[Units, list[float]]]
 """Mean loss a token of each candidate set on each window of a range: what engines offer and searches use."""
 HEAD_ELEMENTS = 2**24
@@ -78,14 +76,13 @@ def walk(
     calls: BlockCalls,
     trail: Trail,
     candidates: Sequence[Units],
-    caches: Mapping[int | Unit, Any],
-    modules: Mapping[Unit, nn.Module] = NO_MODULES,
+    caches: Mapping[int, Any],
 ) -> tuple[dict[Units, Tensor], int]:
     """The last hidden states h_L (batch, time, hidden) of every candidate, and how many block-forwards that took.
 
     `trail` has hidden states on one way through the blocks. A candidate begins at the last of them that lies on its own
-    way, too; states that the walk passes on that way are left in the trail. `modules` are the fitted blocks of units
-    that merge. `caches` are the KV caches to read, by block, or by unit where a fitted block has a cache of its own.
+    way, too; states that the walk passes on that way are left in the trail. `caches` are the KV caches to
+    read, by block.
     """
     # Where each candidate begins.
     ways = {candidate: way_through(candidate, len(stack.blocks)) for candidate in candidates}
@@ -109,9 +106,7 @@ def walk(
             if step == "skip":
                 following[way] = before
                 continue
-            module = stack.blocks[block] if step == "run" else modules[step]
-            cache = caches.get(block) if step == "run" else caches.get(step, caches.get(block))
-            following[way] = run_block(module, before, calls.kwargs[block], cache)
+            following[way] = run_block(stack.blocks[block], before, calls.kwargs[block], caches.get(block))
             forwards += 1
         states = following
     return {candidate: states[way] for candidate, way in ways.items()}, forwards
@@ -205,8 +200,7 @@ class LossEngine(Protocol):
 class WindowsEngine(ABC):
     """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
 
-    `modules` are the fitted blocks of the units that merge. Once told an anchor, it holds hidden states of that set in
-    at most `anchor_bytes`. That changes no loss.
+    Once told an anchor, it holds hidden states of that set in at most `anchor_bytes`. That changes no loss.
     """
 
     def __init__(
@@ -218,7 +212,6 @@ class WindowsEngine(ABC):
         *,
         walked_tokens: int,
         anchor_bytes: int,
-        modules: Mapping[Unit, nn.Module],
     ) -> None:
         self.block_forwards = 0
         self.windows = len(windows)
@@ -227,7 +220,6 @@ class WindowsEngine(ABC):
         self._ids = windows
         self._objective = objective
         self._chunk_windows = chunk_windows
-        self._modules = modules
         numbers = len(windows) * walked_tokens * stack.model.config.hidden_size
         self._anchor = Anchor(len(stack.blocks), anchor_bytes, numbers * stack.model.dtype.itemsize)
 
@@ -270,11 +262,11 @@ class WindowsEngine(ABC):
         self._chunk_windows = chunk_windows
 
     def _walk(
-        self, calls: BlockCalls, chunk: range, h: Tensor, candidates: Sequence[Units], caches: Mapping[int | Unit, Any]
+        self, calls: BlockCalls, chunk: range, h: Tensor, candidates: Sequence[Units], caches: Mapping[int, Any]
     ) -> dict[Units, Tensor]:
         """h_0 (batch, time, hidden) of a chunk of windows → h_L of every candidate."""
         trail = self._anchor.trail(chunk, h)
-        last, forwards = walk(self._stack, calls, trail, candidates, caches, self._modules)
+        last, forwards = walk(self._stack, calls, trail, candidates, caches)
         self._anchor.hold(chunk, trail)
         self.block_forwards += forwards
         return last
@@ -299,7 +291,6 @@ class Engine(WindowsEngine):
         *,
         chunk_windows: int,
         anchor_bytes: int = 0,
-        modules: Mapping[Unit, nn.Module] = NO_MODULES,
     ) -> None:
         super().__init__(
             stack,
@@ -308,7 +299,6 @@ class Engine(WindowsEngine):
             chunk_windows,
             walked_tokens=windows.shape[1] - 1,
             anchor_bytes=anchor_bytes,
-            modules=modules,
         )
         self._calls = capture_calls(stack, windows[:, :-1])
         self._dense: dict[range, Tensor] = {}
@@ -339,7 +329,7 @@ class Engine(WindowsEngine):
 class _Prompt:
     """What the prefill model leaves behind for one chunk of windows."""
 
-    caches: Mapping[int | Unit, Prefix]
+    caches: Mapping[int, Prefix]
     last: Tensor  # (batch, 1, hidden): h_L at the last prompt token, which predicts the first continued one
     dense: Tensor  # (batch, continuation, hidden): the dense model's h_L for the same predictions
 
@@ -362,10 +352,9 @@ class PairEngine(WindowsEngine):
         chunk_windows: int,
         project_skipped: bool = False,
         anchor_bytes: int = 0,
-        modules: Mapping[Unit, nn.Module] = NO_MODULES,
     ) -> None:
-        """With `project_skipped`, prefill projects keys and values also for the blocks that it skips or has another run
-        for, from the hidden state there (as POP does), and decode may keep them: the bound to what nesting costs.
+        """With `project_skipped`, prefill projects keys and values also for the blocks that it skips,
+        from the hidden state there (as POP does), and decode may keep them: the bound to what nesting costs.
 
         Raises: ValueError when the windows leave no room for a continuation of at least two tokens.
         """
@@ -378,7 +367,6 @@ class PairEngine(WindowsEngine):
             chunk_windows,
             walked_tokens=windows.shape[1] - 1 - prompt_tokens,
             anchor_bytes=anchor_bytes,
-            modules=modules,
         )
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
@@ -388,17 +376,14 @@ class PairEngine(WindowsEngine):
 
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
         stack, prompt = self._stack, chunk[:, : self._prompt_tokens]
-        dense_cache, fitted_cache = (DynamicCache(config=stack.model.config) for _ in range(2))
+        cache = DynamicCache(config=stack.model.config)
         calls, h = capture_calls(stack, prompt), stack.embed(prompt)
-        caches: dict[int | Unit, Prefix] = {}
+        caches: dict[int, Prefix] = {}
         for block, step in enumerate(way_through(self._prefill, self.num_blocks)):
             after = h
             if step == "run" or self._project_skipped:
-                after = calls.run(stack, block, h, dense_cache)
-                caches[block] = Prefix.of(dense_cache, block)
-            if isinstance(step, Unit):
-                after = run_block(self._modules[step], h, calls.kwargs[block], fitted_cache)
-                caches[step] = Prefix.of(fitted_cache, block)
+                after = calls.run(stack, block, h, cache)
+                caches[block] = Prefix.of(cache, block)
             # A skipped block leaves its keys and values behind; what it gives is not used.
             h = h if step == "skip" else after
         whole = chunk[:, :-1]

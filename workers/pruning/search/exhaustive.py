@@ -1,4 +1,4 @@
-"""Exhaustive search: every set of deletions, and on the best of each count the other units for the same blocks."""
+"""Exhaustive search: every set of every count."""
 
 from __future__ import annotations
 
@@ -24,13 +24,4 @@ def exhaustive(ascent: Ascent) -> Iterator[int]:
             ascent.memo(batch)
             done += len(batch)
             ascent.report(count, done / total)
-        _weigh_merging(ascent, count)
         yield count
-
-
-def _weigh_merging(ascent: Ascent, count: int) -> None:
-    """Change how a block of the best set of `count` goes, one at a time, while that lowers the loss."""
-    before = None
-    while ascent.merges and before != (best := ascent.memo.best(count)):
-        before = best
-        ascent.memo(ascent.other_units(best.units))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workers.pruning.model.plan import Blocks
-from workers.pruning.model.units import Unit, Units, blocks_of, removed_json
+from workers.pruning.model.units import Units, blocks_of, removed_json
 from workers.pruning.search.annealing import Annealing, EndedBy
 from workers.pruning.search.ascent import Acceptable, Ascent, OnProgress
 from workers.pruning.search.exhaustive import exhaustive
@@ -62,15 +62,13 @@ def search(
     seed: int,
     on_progress: OnProgress,
     protect: Blocks = frozenset(),
-    merges: Sequence[Unit] = (),
     out_of_time: Callable[[], bool] = lambda: False,
     acceptable: Acceptable | None = None,
 ) -> SearchResult:
     """The best sets that contain `base` and give up nothing of `protect`, for every count up to `remove` blocks.
 
-    `merges` are units that merge, offered besides every block's deletion. `scores` are the blocks' cosine scores,
-    highest most redundant. `evaluations` bounds the sets that annealing asks for besides greedy's, and `out_of_time` is
-    asked before every step of it; greedy's steps are always taken.
+    `scores` are the blocks' cosine scores, highest most redundant. `evaluations` bounds the sets that annealing asks
+    for besides greedy's, and `out_of_time` is asked before every step of it; greedy's steps are always taken.
 
     With `acceptable`, the search ends before `remove` once the best sets of two counts in a row are not acceptable.
 
@@ -88,7 +86,7 @@ def search(
     if remove > num_blocks - len(protect):
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks, of which {len(protect)} are protected")
     free = [block for block in range(num_blocks) if block not in given_up | protect]
-    ascent = Ascent(memo, base, free, merges, remove, on_progress, out_of_time)
+    ascent = Ascent(memo, base, free, remove, on_progress, out_of_time)
 
     # Greedy goes first, unless every set is tried anyway: it finds how far to go, and where annealing begins.
     efforts: dict[Algorithm, Effort] = {}

@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 from pdtrim.contract.spec import JobSpec
 from service.db import jobs, views
 from service.db.session import transaction
+from service.db.specs import spec_of
 from tests.stored_jobs import store_job
 
 SPEC = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
@@ -38,7 +39,20 @@ def test_a_stored_job_that_let_other_workers_help_its_search_is_read_as_one_that
     assert read(engine, {"parallelism": 4}) == spec_of_search({})
 
 
-@pytest.mark.parametrize(("field", "value"), [("algorithm", "lazy_greedy"), ("parallelism", 2)])
-def test_what_is_offered_no_longer_cannot_be_asked_for(field: str, value: str | int) -> None:
-    with pytest.raises(ValidationError, match=rf"search\.{field}"):
-        JobSpec.model_validate(SPEC | {"search": {field: value}})
+def test_a_stored_job_that_had_merges_fitted_is_read_without(engine: Engine) -> None:
+    asked = JobSpec.model_validate(SPEC | {"distillation": {"heal_tokens": 5}})
+    with transaction(engine) as session:
+        row = store_job(session, asked)
+        row.spec = row.spec | {"distillation": row.spec["distillation"] | {"merge_tokens": 32_768}}
+        job_id = row.id
+    with transaction(engine) as session:
+        assert spec_of(jobs.get(session, job_id)) == asked
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [("search", "algorithm", "lazy_greedy"), ("search", "parallelism", 2), ("distillation", "merge_tokens", 4096)],
+)
+def test_what_is_offered_no_longer_cannot_be_asked_for(part: str, field: str, value: str | int) -> None:
+    with pytest.raises(ValidationError, match=rf"{part}\.{field}"):
+        JobSpec.model_validate(SPEC | {part: {field: value}})

@@ -246,54 +246,15 @@ def test_without_kv_tokens_every_token_is_sent(worker: Worker, model: Path) -> N
     assert "kv_tokens" not in json.loads(content(worker, job_id, StageName.EXPORT, "decode/pdtrim.json"))
 
 
-def test_the_search_weighs_distilling_and_what_it_chose_is_healed_and_exported(worker: Worker, model: Path) -> None:
-    spec = tiny_spec(model)
-    spec["distillation"] |= {"heal_tokens": 0}
-    job_id = create(worker, spec)
+def test_what_the_threshold_has_distilled_is_named_in_plan_and_checkpoint(worker: Worker, model: Path) -> None:
+    job_id = create(worker, tiny_spec(model))
     run_through(worker, job_id, StageName.EXPORT)
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
-    singles = json.loads(content(worker, job_id, StageName.REMOVAL, "search.json"))["prefill"]
-    tried = [(found["removed"], found.get("distilled")) for found in singles if len(found["removed"]) == 1]
-    assert {removed[0] for removed, distilled in tried if distilled} <= {pair["removed"] for pair in offered(plan)}
-    assert any(distilled for _, distilled in tried)
-    assert {removed[0] for removed, distilled in tried if not distilled} == set(range(5))
-
-    merged = load(content(worker, job_id, StageName.REMOVAL, "merged.safetensors"))
-    absorbers = {*plan["prefill"]["distilled"].values(), *plan["decode"]["distilled"].values()}
-    assert absorbers
-    assert {int(name.split(".")[2]) for name in merged} == absorbers
+    assert set(recorded(worker, job_id, StageName.REMOVAL)) == {"plan.json", "search.json"}
+    assert plan["prefill"]["distilled"]
     for half in ("prefill", "decode"):
         described = json.loads(content(worker, job_id, StageName.EXPORT, f"{half}/pdtrim.json"))
         assert described["distilled_blocks"] == plan[half]["distilled"]
-
-
-def offered(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The fits that the search could choose."""
-    return [merge for merge in plan["merging"]["merges"] if merge["offered"]]
-
-
-def test_a_model_that_is_read_from_disk_is_not_fitted_and_the_plan_says_so(
-    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("workers.inputs.models.free_memory_bytes", lambda at: 0)
-    job_id = create(worker, tiny_spec(model))
-    run_through(worker, job_id, StageName.REMOVAL)
-    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
-    assert plan["merging"] == {"weighed": False, "reason": "the model's weights do not fit one device", "merges": []}
-    assert plan["prefill"]["distilled"]
-    assert stage_row(worker, job_id, StageName.REMOVAL).metrics["merging"] == plan["merging"]
-
-
-def test_without_merge_tokens_no_pair_is_fitted_and_the_threshold_decides(worker: Worker, model: Path) -> None:
-    spec = tiny_spec(model)
-    spec["distillation"] |= {"merge_tokens": 0}
-    job_id = create(worker, spec)
-    run_through(worker, job_id, StageName.DISTILLATION)
-    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
-    assert plan["merging"] is None
-    assert plan["prefill"]["distilled"]
-    assert set(recorded(worker, job_id, StageName.REMOVAL)) == {"plan.json", "search.json"}
-    assert stage_row(worker, job_id, StageName.DISTILLATION).metrics["merged"] == {}
 
 
 def test_two_runs_with_one_seed_give_byte_equal_plans(worker: Worker, model: Path) -> None:
@@ -404,11 +365,6 @@ def test_distillation_that_does_not_help_is_left_out_and_said_so(threshold: floa
     run_through(worker, job_id)
     found = stage_row(worker, job_id, StageName.DISTILLATION).metrics
     assert {found[half]["kept"] for half in ("prefill", "decode")} == {"undistilled"}
-    assert found["merged"] == {}  # no fit was better than its start, so that none was offered
-    merging = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))["merging"]
-    assert merging["weighed"]
-    assert bool(merging["merges"]) == (threshold == 1.0)
-    assert not any(merge["offered"] for merge in merging["merges"])
     models = stage_row(worker, job_id, StageName.EVALUATION).metrics["models"]
     for half in ("prefill", "decode"):
         assert models[half]["perplexity"] == models[half]["undistilled_perplexity"]
@@ -449,8 +405,7 @@ def test_a_block_distilled_for_decode_alone_reads_the_keys_and_values_it_would_m
     metrics = stage_row(worker, job_id, StageName.DISTILLATION).metrics
     assert [metrics[half]["kept"] for half in ("prefill", "decode")] == ["distilled", "distilled"]
     plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
-    [(removed, absorber)] = plan["decode"]["distilled"].items() - plan["prefill"]["distilled"].items()
-    assert metrics["merged"][removed]["kept"] == "distilled"
+    [(_, absorber)] = plan["decode"]["distilled"].items() - plan["prefill"]["distilled"].items()
 
     prefill, decode = (
         load(content(worker, job_id, StageName.EXPORT, f"{half}/model.safetensors")) for half in ("prefill", "decode")

@@ -4,17 +4,14 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.unit.workers.pruning.models import (
-    EXPERTS,
-    OTHERS,
     random_ids,
     reference_model,
     reference_windows,
     tiny_model,
 )
-from workers.pruning.model.blocks import block_stack, capture_calls, drop_blocks
+from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.measure import perplexity
 from workers.pruning.repair.distill import (
     HEALING,
@@ -22,7 +19,6 @@ from workers.pruning.repair.distill import (
     heal,
     kv_tensor_names,
     load_tensors,
-    merge,
     train_on,
     trainable,
 )
@@ -31,44 +27,6 @@ from workers.pruning.repair.training import Journal, TrainingSettings
 FAST = TrainingSettings(steps=6, batch_windows=4, learning_rate=5e-4, seed=0)
 
 
-def test_merging_lowers_the_error_of_the_pair_and_leaves_the_model_alone() -> None:
-    model = reference_model()
-    before = copy.deepcopy(model.state_dict())
-    windows, held_out = reference_windows("train", 16, 64), reference_windows("calibration", 4, 64)
-    tensors, losses = merge(
-        model, {5: 4, 9: 10}, frozen=set(), windows=windows, held_out=held_out, settings=FAST, journal=Journal()
-    )
-    assert {name.split(".")[2] for name in tensors} == {"4", "10"}
-    assert all(after < before for before, after in losses.values())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_the_reported_merge_error_is_that_of_the_merged_block_in_place() -> None:
-    model, ids = tiny_model("qwen3"), random_ids(4, 16)
-    tensors, losses = merge(model, {2: 1}, frozen=set(), windows=ids, held_out=ids, settings=FAST, journal=Journal())
-    dense = model(input_ids=ids, output_hidden_states=True).hidden_states
-    load_tensors(model, tensors)
-    stack = block_stack(model)
-    merged = capture_calls(stack, ids).run(stack, 1, dense[1])
-    error = F.mse_loss(merged, dense[3]) / (dense[3] - dense[1]).pow(2).mean()
-    assert losses[2][1] == pytest.approx(float(error), rel=1e-5)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "qwen3", *OTHERS, *EXPERTS])
-def test_a_block_merged_for_decode_alone_makes_the_same_keys_and_values(family: str) -> None:
-    model, ids = tiny_model(family), random_ids(4, 16)
-    frozen = kv_tensor_names(block_stack(model), 1)
-    tensors, _ = merge(model, {2: 1}, frozen=frozen, windows=ids, held_out=ids, settings=FAST, journal=Journal())
-    assert not frozen & tensors.keys()
-    dense_cache = model(input_ids=ids, use_cache=True).past_key_values
-    load_tensors(model, tensors)
-    merged_cache = model(input_ids=ids, use_cache=True).past_key_values
-    assert torch.equal(merged_cache.layers[1].keys, dense_cache.layers[1].keys)
-    assert torch.equal(merged_cache.layers[1].values, dense_cache.layers[1].values)
-    assert not torch.equal(merged_cache.layers[2].keys, dense_cache.layers[2].keys)
-
-
-@pytest.mark.training
 @pytest.mark.parametrize("removed", [{2, 5}, {2, 5, 7}, {2, 4, 5, 9}])
 def test_healing_lowers_perplexity_on_text_it_never_saw(removed: set[int]) -> None:
     teacher, weights = reference_model(), reference_model()

@@ -18,8 +18,8 @@ from tests.unit.workers.pruning.models import (
 )
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.pair import pd_loss
-from workers.pruning.model.plan import kv_layer_map
-from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, plan_of
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.engine import Engine, NonFiniteLoss, Objective, PairEngine, windows_in
 
 SETS = [deleting(s) for s in ((), (0,), (2,), (1, 3), (1, 4), (0, 1, 2), (4,))]
@@ -57,7 +57,7 @@ def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family
         s: pd_loss(
             drop_blocks(model, blocks_of(prefill)),
             drop_blocks(model, blocks_of(s)),
-            kv_layer_map(plan_of(prefill, 5), plan_of(s, 5)),
+            kv_layer_map(BlockPlan(5, blocks_of(prefill)), BlockPlan(5, blocks_of(s))),
             ids,
             prompt_tokens=9,
             batch=3,
