@@ -130,11 +130,11 @@ class Settings(BaseSettings):
         ge=1,
         description="Workers that may die over one stage before its job fails; counted anew after a resume.",
     )
-    stage_deadline_seconds: float | None = Field(
-        default=None,
+    stage_deadline_seconds: float = Field(
+        default=604_800,
         gt=0,
-        description="Longest time of a stage, from its first start; by default there is no limit. A job's "
-        "`deadline_seconds` may be shorter.",
+        le=1e8,
+        description="Longest time of a stage, from its first start. A job's `deadline_seconds` may be shorter.",
     )
     retry_seconds: float = Field(
         default=60.0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from service.db.session import transaction
 from service.settings import Settings
 from tests import databases
 from tests.found import BLOCKS, RESULTS
+from tests.weights import safetensors_file
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,12 @@ class Gateway:
 
 
 def write_model(folder: Path, **config: Any) -> Path:
-    """A checkpoint folder as far as the gateway looks at it: a config and a safetensors file with no tensors."""
+    """A checkpoint folder as far as the gateway looks at it: a config, and a safetensors file with a tensor a block."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model_type": "llama", "num_hidden_layers": BLOCKS, "max_position_embeddings": 1024, **config}
     (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    names = [f"model.layers.{block}.weight" for block in range(BLOCKS)]
+    (folder / "model.safetensors").write_bytes(safetensors_file(*names))
     return folder
 
 

@@ -73,7 +73,7 @@ def read_spec(path: Path) -> dict[str, Any]:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
         body = yaml.safe_load(text)
         json.dumps(body)
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError, yaml.YAMLError) as error:
         fail(f"{path} cannot be read: {error}", code=USAGE)
     if not isinstance(body, dict):
         fail(f"{path} holds no job: it must be a mapping with model, prefill and decode", code=USAGE)

@@ -1,29 +1,36 @@
 """Evaluation tasks that a job brings itself: multiple choice, in the terms of lm-evaluation-harness.
 
 The harness's own task files may import Python and render any Jinja template, which can run code. A job's may not: its
-YAML has the core tags alone, its keys are those of `InlineTask`, and its templates know `{{column}}` and nothing else.
+YAML is plain data, its keys are those of `InlineTask`, and its templates know `{{column}}` and nothing else.
+
+A short template makes a long text of a long column. So a task that is checked is measured, not rendered; only the
+worker that asks its questions makes them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-import yaml
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from pdtrim.contract.base import NO_NUL, SpecModel, storable
+from pdtrim.contract.yaml_text import plain_data
 
 MAX_TASKS = 32
 MAX_DOCS = 10_000
-MAX_YAML = 200_000
-MAX_YAML_DEPTH = 8
+MAX_CHARACTERS = 64_000_000
+"""Of all that a model would be asked: every choice of every question, with the question before it."""
+MAX_TARGET = 10_000
+MAX_INDEX_DIGITS = 10
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z0-9_]+)\s*\}\}")
 TEMPLATE_MARKS = ("{{", "{%", "{#")
-CORE_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))
 
 Text = Annotated[str, Field(max_length=100_000, json_schema_extra=NO_NUL), AfterValidator(storable)]
 Column = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
@@ -68,61 +75,146 @@ class InlineTask(SpecModel):
         for text in (self.description, self.target_delimiter):
             if any(mark in text for mark in TEMPLATE_MARKS):
                 raise ValueError("`description` and `target_delimiter` are plain text, not templates")
-        self.questions()
+        _ = self.characters  # Raises what is wrong with a question.
         return self
 
-    def questions(self) -> list[Question]:
-        """Every question as it is asked. Raises: ValueError naming the one that cannot be."""
-        questions = []
+    @cached_property
+    def characters(self) -> int:
+        """How many characters a model is asked in all: every choice of every question, with the question before it.
+
+        Nothing is rendered to find out. Raises: ValueError naming the question that cannot be asked.
+        """
+        templates, asked = _Templates.of(self), 0
         for number, doc in enumerate(self.docs):
             try:
-                questions.append(self._question(doc))
+                asked += templates.characters(doc)
             except ValueError as error:
                 raise ValueError(f"docs[{number}]: {error}") from error
-        return questions
+        return asked
 
-    def _question(self, doc: Mapping[str, Cell]) -> Question:
-        if isinstance(self.doc_to_choice, str):
-            listed = doc.get(self.doc_to_choice)
-            if not isinstance(listed, tuple):
-                raise ValueError(f"doc_to_choice is {self.doc_to_choice!r}, which is no column with a list")
-            choices = list(listed)
-        else:
-            choices = [_filled(template, doc) for template in self.doc_to_choice]
-        if len(choices) < 2 or not all(choices):
+    def questions(self) -> list[Question]:
+        """Every question as it is asked."""
+        templates = _Templates.of(self)
+        return [templates.question(doc) for doc in self.docs]
+
+
+class _Template:
+    """Text with `{{column}}` for a column's value; a column's name alone stands for its value."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        # Literals and columns by turns, a literal first and last.
+        self._parts = PLACEHOLDER.split(text)
+        literals = "".join(self._parts[::2])
+        self._is_one = not any(mark in literals for mark in TEMPLATE_MARKS)
+        self._fixed = len(literals)
+        self._columns = Counter(self._parts[1::2])
+
+    def size(self, doc: Mapping[str, Cell]) -> int:
+        """How long the text becomes. Raises: ValueError when there is no such column, or it is no template."""
+        if self._text in doc:
+            return len(_value(doc, self._text))
+        if not self._is_one:
+            raise ValueError("templates know {{column}} alone: no expressions, no statements, no filters")
+        return self._fixed + sum(count * len(_value(doc, column)) for column, count in self._columns.items())
+
+    def filled(self, doc: Mapping[str, Cell]) -> str:
+        """The text itself, if it has a `size`."""
+        if self._text in doc:
+            return _value(doc, self._text)
+        return "".join(_value(doc, part) if number % 2 else part for number, part in enumerate(self._parts))
+
+
+Choice = str | _Template
+"""One of a column's list, or what is made of a template."""
+
+
+def _size(choice: Choice, doc: Mapping[str, Cell]) -> int:
+    return len(choice) if isinstance(choice, str) else choice.size(doc)
+
+
+def _filled(choice: Choice, doc: Mapping[str, Cell]) -> str:
+    return choice if isinstance(choice, str) else choice.filled(doc)
+
+
+def _value(doc: Mapping[str, Cell], column: str) -> str:
+    found = doc.get(column)
+    if found is None or isinstance(found, tuple):
+        raise ValueError(f"there is no column {column!r} with a text or a number")
+    return str(found)
+
+
+@dataclass(frozen=True)
+class _Templates:
+    """What an inline task makes its questions of."""
+
+    description: str
+    text: _Template
+    choices: str | Sequence[_Template]
+    """The column that lists them, or one template each."""
+    delimiter: str
+    target: int | str
+    named: _Template
+    """The target, where it is text."""
+
+    @classmethod
+    def of(cls, task: InlineTask) -> _Templates:
+        listed = task.doc_to_choice
+        return cls(
+            task.description,
+            _Template(task.doc_to_text),
+            listed if isinstance(listed, str) else [_Template(choice) for choice in listed],
+            task.target_delimiter,
+            task.doc_to_target,
+            _Template(str(task.doc_to_target)),
+        )
+
+    def characters(self, doc: Mapping[str, Cell]) -> int:
+        """How many are asked in a question. Raises: ValueError when it cannot be."""
+        choices = self._choices(doc)
+        sizes = [_size(choice, doc) for choice in choices]
+        if len(choices) < 2 or not all(sizes):
             raise ValueError("there must be two choices or more, none of them empty")
-        text = self.description + _filled(self.doc_to_text, doc)
+        text = len(self.description) + self.text.size(doc)
         if not text:
             raise ValueError("the question is empty")
-        return Question(text, choices, self._target(doc, choices))
+        self._right(doc, choices)
+        return len(choices) * (text + len(self.delimiter)) + sum(sizes)
 
-    def _target(self, doc: Mapping[str, Cell], choices: list[str]) -> int:
-        wanted: Any = self.doc_to_target
-        if isinstance(wanted, str):
-            wanted = doc[wanted] if type(doc.get(wanted)) is int else _filled(wanted, doc)
-        if isinstance(wanted, str):
-            if wanted in choices:
-                return choices.index(wanted)
-            wanted = int(wanted) if wanted.isdecimal() else wanted
+    def question(self, doc: Mapping[str, Cell]) -> Question:
+        """The question itself, of one that can be asked."""
+        choices = self._choices(doc)
+        text = self.description + self.text.filled(doc)
+        return Question(text, [_filled(choice, doc) for choice in choices], self._right(doc, choices))
+
+    def _choices(self, doc: Mapping[str, Cell]) -> Sequence[Choice]:
+        if not isinstance(self.choices, str):
+            return self.choices
+        listed = doc.get(self.choices)
+        if not isinstance(listed, tuple):
+            raise ValueError(f"doc_to_choice is {self.choices!r}, which is no column with a list")
+        return listed
+
+    def _right(self, doc: Mapping[str, Cell], choices: Sequence[Choice]) -> int:
+        """Index of the right choice. Raises: ValueError when there is none."""
+        wanted: Any = doc[self.target] if isinstance(self.target, str) and type(doc.get(self.target)) is int else None
+        if isinstance(self.target, int):
+            wanted = self.target
+        if wanted is None:
+            size = self.named.size(doc)
+            if size > MAX_TARGET:
+                raise ValueError(
+                    f"doc_to_target gives {size} characters; at most {MAX_TARGET} are compared with choices"
+                )
+            wanted = self.named.filled(doc)
+            for number, choice in enumerate(choices):
+                # Of the choices, only those as long as the target are looked at.
+                if _size(choice, doc) == size and _filled(choice, doc) == wanted:
+                    return number
+            wanted = int(wanted) if wanted.isdecimal() and size < MAX_INDEX_DIGITS else wanted
         if isinstance(wanted, int) and 0 <= wanted < len(choices):
             return wanted
         raise ValueError(f"doc_to_target gives {str(wanted)[:80]!r}, which is neither a choice nor the index of one")
-
-
-def _filled(template: str, doc: Mapping[str, Cell]) -> str:
-    """A template with the columns' values in place of their names; a column's name alone stands for its value."""
-
-    def value(column: str) -> str:
-        found = doc.get(column)
-        if found is None or isinstance(found, tuple):
-            raise ValueError(f"there is no column {column!r} with a text or a number")
-        return str(found)
-
-    if template in doc:
-        return value(template)
-    if any(mark in PLACEHOLDER.sub("", template) for mark in TEMPLATE_MARKS):
-        raise ValueError("templates know {{column}} alone: no expressions, no statements, no filters")
-    return PLACEHOLDER.sub(lambda match: value(match[1]), template)
 
 
 def parse_tasks(value: Any) -> Any:
@@ -144,6 +236,9 @@ def parse_tasks(value: Any) -> Any:
             raise _fault(number, first["msg"].removeprefix("Value error, "), field) from error
         except ValueError as error:
             raise _fault(number, str(error)) from error
+    asked = sum(task.characters for task in tasks if isinstance(task, InlineTask))
+    if asked > MAX_CHARACTERS:
+        raise _fault(None, f"the tasks would ask {asked} characters of the model; at most {MAX_CHARACTERS} are asked")
     names = [task if isinstance(task, str) else task.task for task in tasks]
     for number, name in enumerate(names):
         if name in names[:number]:
@@ -158,27 +253,7 @@ def _task(given: Any) -> str | InlineTask:
         return given
     if ":" not in given:
         raise ValueError("a task is a name of letters, digits and _ . + -, an object, or YAML text")
-    return InlineTask.model_validate(safe_yaml(given))
-
-
-def safe_yaml(text: str) -> Any:
-    """Plain data from YAML. Raises: ValueError when it is long, deep, or more than data: tags, anchors, aliases."""
-    if len(text) > MAX_YAML:
-        raise ValueError(f"the YAML text has {len(text)} characters; at most {MAX_YAML} are read")
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise ValueError("the YAML text has anchors or aliases, which are not read")
-            tag = getattr(event, "tag", None)
-            if tag not in (None, "!", *CORE_TAGS):
-                raise ValueError(f"the YAML text has the tag {tag}, which could run code and is not read")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_YAML_DEPTH:
-                raise ValueError(f"the YAML text is nested more than {MAX_YAML_DEPTH} deep")
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the YAML text cannot be read: {' '.join(str(error).split())}") from error
+    return InlineTask.model_validate(plain_data(given))
 
 
 def _fault(number: int | None, reason: str, field: str = "") -> PydanticCustomError:

@@ -22,7 +22,7 @@ from pdtrim.contract.errors import (
     NoSuchQueue,
     SourceNotAllowed,
 )
-from pdtrim.contract.spec import DataSpec, JobSpec, ModelSpec, StageTarget
+from pdtrim.contract.spec import MAX_BLOCKS, DataSpec, JobSpec, ModelSpec, StageTarget
 from service.checking.targets import check_push
 from service.settings import Settings
 from service.sources import (
@@ -98,6 +98,12 @@ def num_blocks(config: Mapping[str, Any]) -> int:
     blocks = config.get(count)
     if type(blocks) is not int or blocks < 1:
         raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
+    if blocks > MAX_BLOCKS:
+        raise ModelUnsupported(
+            f"The model's config.json has {count} = {repr(blocks)[:80]}; models of at most {MAX_BLOCKS} blocks are "
+            "pruned.",
+            param="model.source",
+        )
     return blocks
 
 

@@ -23,7 +23,8 @@ from service.sources.names import (
     check_allowed,
     parse_model_source,
 )
-from service.sources.weights import check_weights, headers_size, read_json, weight_names
+from service.sources.numbers import Held, check_numbers
+from service.sources.weights import check_weights, headers_size, indexed_names, read_json, weight_names
 from service.stopping import Check, go_on
 from service.storage import S3Options
 
@@ -72,13 +73,13 @@ def _describe(files: FolderFiles | BucketFiles | HubFiles, max_bytes: int | None
     weights = weight_names(files)
     config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
     _check_size(files, _needed(files, weights), max_bytes)
+    sizes = {name: files.size(name) for name in weights}
     if isinstance(files, FolderFiles) and headers_size(files) <= CHEAP_HEADER_BYTES:
-        check_weights(files)
-    return ModelDescription(
-        config=config,
-        revision=files.commit if isinstance(files, HubFiles) else None,
-        weights={name: files.size(name) for name in weights},
-    )
+        held = Held.in_headers(check_weights(files))
+    else:
+        held = Held.in_index(indexed_names(files), sum(sizes.values()))
+    check_numbers(config, held, f"{CONFIG} of {files}")
+    return ModelDescription(config, files.commit if isinstance(files, HubFiles) else None, sizes)
 
 
 def resolve_revision(source: str, revision: str | None = None) -> str | None:
@@ -103,20 +104,22 @@ def fetch_model(
     """A folder with the model's weights, configuration and tokenizer: `target`, or where the model is if it is local.
 
     `target` belongs to this one source: a fetch that was interrupted goes on, and what changed in S3 is fetched again.
-    Nothing is fetched of a model whose files have more than `max_bytes` in all. Every weight file's header is checked.
-    Asks `check` all the while. Raises: SourceError, StoreUnavailable, what `check` raises.
+    Nothing is fetched of a model whose files have more than `max_bytes` in all. Every weight file's header is checked,
+    and by them the configuration's numbers. Asks `check` all the while.
+    Raises: SourceError, StoreUnavailable, what `check` raises.
     """
     files = _open(source, revision, **s3)
     weights = weight_names(files)
     read_json(files, CONFIG, MAX_CONFIG_BYTES)
     needed = _needed(files, weights)
     _check_size(files, needed, max_bytes)
-    if isinstance(files, FolderFiles):
-        check_weights(files)
-        return files.folder
-    fetch(files, needed, target, check)
-    check_weights(FolderFiles(parse_model_source(source), target))
-    return target
+    if not isinstance(files, FolderFiles):
+        fetch(files, needed, target, check)
+        files = FolderFiles(parse_model_source(source), target)
+    # Of what came, which need not be what was there before.
+    config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
+    check_numbers(config, Held.in_headers(check_weights(files)), f"{CONFIG} of {files}")
+    return files.folder
 
 
 def check_links(source: ModelSource, allowed: Sequence[str]) -> None:

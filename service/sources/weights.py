@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from service.sources.errors import UnreadableSource
 from service.sources.files import FolderFiles, ModelFiles
-from service.sources.safetensors_header import InvalidHeader, header_bytes, read_header
+from service.sources.safetensors_header import InvalidHeader, TensorInfo, header_bytes, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,15 +51,23 @@ def weight_names(files: ModelFiles) -> list[str]:
     return shards
 
 
-def check_weights(files: FolderFiles) -> None:
-    """Read the header of every weight file in a folder, and hold them against the index. Raises: UnreadableSource."""
+def indexed_names(files: ModelFiles) -> Collection[str]:
+    """The tensors that the model's index lists; none where all are in one file. Raises: UnreadableSource."""
+    return () if SINGLE in files.names() else _weight_map(files).keys()
+
+
+def check_weights(files: FolderFiles) -> dict[str, TensorInfo]:
+    """Every tensor in a folder, by the headers of its weight files, which are held against the index.
+
+    Raises: UnreadableSource.
+    """
     shards = weight_names(files)
     index = {} if shards == [SINGLE] else _weight_map(files)
-    held: dict[str, set[str]] = {}
+    held: dict[str, dict[str, TensorInfo]] = {}
     for shard in shards:
         try:
             with (files.folder / shard).open("rb") as file:
-                held[shard] = set(read_header(file, files.size(shard)))
+                held[shard] = read_header(file, files.size(shard))
         except OSError as error:
             raise UnreadableSource(f"{shard} of {files} cannot be read: {error.strerror}.") from error
         except InvalidHeader as error:
@@ -74,6 +82,7 @@ def check_weights(files: FolderFiles) -> None:
             raise UnreadableSource(
                 f"{shard} of {files} lacks the tensor {tensor[:80]!r} that {INDEX} says it holds. {REMEDY}."
             )
+    return {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
 
 
 def headers_size(files: FolderFiles) -> int:

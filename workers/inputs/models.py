@@ -62,11 +62,11 @@ def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel
     does.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
-    tensors = check_complete(folder)
-    if parameter_bytes(folder, compute_dtype()) <= RESIDENT_SHARE * free_memory_bytes(device()):
+    tensors = check_complete(folder, check)
+    if parameter_bytes(folder, compute_dtype(), check) <= RESIDENT_SHARE * free_memory_bytes(device()):
         return load_model(folder, check)
     memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
-    if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory)) is not None:
+    if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory, check=check)) is not None:
         return _stoppable(load_sharded(folder, placed, dtype=compute_dtype(), check=check), check)
     if not tensors.one_to_one:
         return load_model(folder, check)

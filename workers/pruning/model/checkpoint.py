@@ -117,20 +117,29 @@ def _opened(path: Path, wanted: str) -> safe_open:
         ) from error
 
 
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model that a checkpoint folder's configuration describes, without weights: everything is on `meta`."""
+def empty_model(folder: Path, check: Callable[[], None] = lambda: None) -> PreTrainedModel:
+    """The model that a checkpoint folder's configuration describes, without weights: everything is on `meta`.
+
+    Before every part `check` is called, which may raise. Raises: BrokenCheckpoint, NotThatLarge.
+    """
     config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
-    with building(), torch.device("meta"):
+    with building(check, tensors=count_tensors(folder)), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 
-def check_complete(folder: Path) -> SourceTensors:
+def count_tensors(folder: Path) -> int:
+    """How many tensors a checkpoint has. Raises: BrokenCheckpoint."""
+    return len(SourceTensors.of(folder).files)
+
+
+def check_complete(folder: Path, check: Callable[[], None] = lambda: None) -> SourceTensors:
     """The tensors of a checkpoint that holds every weight of its model; transformers would make up missing ones.
 
-    Raises: BrokenCheckpoint naming a missing tensor and the file that should list it.
+    Calls `check` as `empty_model` does.
+    Raises: BrokenCheckpoint naming a missing tensor and the file that should list it; NotThatLarge.
     """
-    model = empty_model(folder)
+    model = empty_model(folder, check)
     files = SourceTensors.of(folder).files
     stored = {name: _stored_names(model, name, parameter, files) for name, parameter in model.named_parameters()}
     needed = [part for parts in stored.values() for part in parts]  # of tied weights, the embedding alone
@@ -192,7 +201,7 @@ def write_checkpoint(
     ValueError when the channels do not fit the model.
     """
     config = pruned_config(_read_config(source), kept)
-    model = empty_model(source)
+    model = empty_model(source, check)
     names = BlockNames.of(block_stack(model))
     if kept_channels is not None:
         config["intermediate_size"] = _check_width(source, names, kept, kept_channels, AutoConfig.for_model(**config))
@@ -205,7 +214,7 @@ def write_checkpoint(
     _write_json(target / "pdtrim.json", pdtrim)
     (target / "README.md").write_text(model_card)
 
-    tensors = check_complete(source)
+    tensors = check_complete(source, check)
     renamed = dict(_renamed(tensors.files, names, kept))
     replaced = {part: name for name in overrides.files for part in tensors.stored(name)}
     if unknown := replaced.keys() - renamed.keys():
@@ -318,9 +327,9 @@ def load_checkpoint(
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode; safetensors only, no remote code; as stored when `dtype` is None.
 
-    Before every tensor `check` is called, which may raise.
+    Before every part and every tensor `check` is called, which may raise. Raises: BrokenCheckpoint, NotThatLarge.
     """
-    with building(check):
+    with building(check, tensors=count_tensors(folder)):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",

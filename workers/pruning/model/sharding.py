@@ -16,19 +16,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.building import building
-from workers.pruning.model.checkpoint import empty_model
+from workers.pruning.model.checkpoint import count_tensors, empty_model
 
 Placement = Mapping[str, int | str | torch.device]
 """Name of a module → the device of everything in it."""
 
 
-def placement(folder: Path, *, dtype: torch.dtype, memory: Mapping[int, int]) -> Placement | None:
+def placement(
+    folder: Path, *, dtype: torch.dtype, memory: Mapping[int, int], check: Callable[[], None] = lambda: None
+) -> Placement | None:
     """Where the modules of a checkpoint's model go, no block split, given the bytes that each accelerator may take.
 
     The first one keeps room for the largest part besides, as accelerate has it. None when the weights do not fit.
-    Raises: UnsupportedArchitecture.
+    Calls `check` as `empty_model` does. Raises: UnsupportedArchitecture, NotThatLarge.
     """
-    model = empty_model(folder)
+    model = empty_model(folder, check)
     whole = type(block_stack(model).blocks[0]).__name__
     placed: Placement = infer_auto_device_map(
         model, max_memory=dict(memory), no_split_module_classes=[whole], dtype=dtype
@@ -41,9 +43,9 @@ def load_sharded(
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode with every module where `placed` says; for walks, not for training.
 
-    Before every tensor `check` is called, which may raise.
+    Before every part and every tensor `check` is called, which may raise.
     """
-    with building(check):
+    with building(check, tensors=count_tensors(folder)):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

@@ -74,9 +74,9 @@ class BlockReader:
             self._held = None
 
 
-def parameter_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """What the weights of a checkpoint folder take in memory as `dtype`."""
-    elements: int = sum(parameter.numel() for parameter in empty_model(folder).parameters())
+def parameter_bytes(folder: Path, dtype: torch.dtype, check: Callable[[], None] = lambda: None) -> int:
+    """What the weights of a checkpoint folder take in memory as `dtype`. Calls `check` as `empty_model` does."""
+    elements: int = sum(parameter.numel() for parameter in empty_model(folder, check).parameters())
     return elements * dtype.itemsize
 
 
@@ -85,12 +85,12 @@ def load_streamed(
 ) -> tuple[PreTrainedModel, BlockReader]:
     """A causal language model in evaluation mode that holds one block at a time; for walks, not for training.
 
-    Before every tensor that it reads, now or later, `check` is called, which may raise.
+    Before every part, and every tensor that it reads, now or later, `check` is called, which may raise.
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
-    tensors = check_complete(folder)
+    tensors = check_complete(folder, check)
     config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
-    with building(check), init_empty_weights(include_buffers=False):
+    with building(check, tensors=len(tensors.files)), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     prefix = block_stack(model).prefix

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from pydantic import ValidationError
 from pdtrim.contract.errors import SourceNotAllowed
 from pdtrim.contract.evaluation_tasks import InlineTask
 from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.yaml_text import MAX_CHARACTERS, plain_data
 from service.checking import preflight
 from service.settings import Settings
 
@@ -90,7 +93,7 @@ def test_a_value_that_looks_like_a_template_is_text() -> None:
 @pytest.mark.parametrize(
     ("yaml", "reason"),
     [
-        (YAML + "process_docs: !function utils.process\n", "the tag !function, which could run code"),
+        (YAML + "process_docs: !function utils.process\n", "the tag !function; tags could run code"),
         (YAML + "process_docs: !!python/name:os.system\n", "the tag tag:yaml.org,2002:python/name:os.system"),
         ("!!python/object/apply:os.system ['true']: 1", "could run code"),
         ("!function a.b: 1", "could run code"),
@@ -98,7 +101,18 @@ def test_a_value_that_looks_like_a_template_is_text() -> None:
         ("a: " + "[" * 20 + "]" * 20, "nested more than 8 deep"),
         ("a: {", "cannot be read"),
         ("a: 2026-99-99", ""),
-        ("{[a]: b}: c", "cannot be read"),
+        ("a: !!float ''", "tags could run code"),
+        ("a: !!bool x", "tags could run code"),
+        ("a: !!int ''", "tags could run code"),
+        ('a: "\\U00110000"', "cannot be read"),
+        ('a: "\\UFFFFFFFF"', "cannot be read"),
+        ("a: 1" + ":59" * 20_000, ""),
+        ("a: " + "9" * 5_000, "a number of 5000 digits"),
+        ("a: \ud800", "cannot be read"),
+        ("{[a]: b}: c", "a key that is no text"),
+        ("1: b", "a key that is no text"),
+        ("a: b\na: c", "has the key 'a' twice"),
+        ("a: b\n---\na: b", "more than one document"),
         ("a: " + "b" * 200_000, "at most 200000 are read"),
         ("- a: b", "InlineTask"),
     ],
@@ -107,6 +121,87 @@ def test_yaml_that_is_more_than_data_is_refused(yaml: str, reason: str) -> None:
     param, message = refusal("arc_easy", yaml)
     assert param.startswith("evaluation.tasks[1]")
     assert reason in message
+
+
+def test_yaml_text_is_read_by_the_core_schema() -> None:
+    text = (
+        "{a: 1, b: -2.5e1, c: .5, d: true, e: , f: ~, g: '1', h: yes, i: 1:30, j: 0x1f, k: [a, {b: c}], l: 2026-01-01}"
+    )
+
+    assert plain_data(text) == {
+        **{"a": 1, "b": -25.0, "c": 0.5, "d": True, "e": None, "f": None, "g": "1", "h": "yes", "i": "1:30"},
+        **{"j": "0x1f", "k": ["a", {"b": "c"}], "l": "2026-01-01"},
+    }
+    assert plain_data("a: |\n  12\n") == {"a": "12\n"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        YAML.replace("docs:", "docs:\n" + '  - {question: "1 + 1 =", choices: ["2", "3"], answer: 0}\n' * 3_000),
+        "a: [" + "[]," * 60_000 + "]",
+        "a: " + "b " * 90_000,
+        "a:\n" + "".join(f" k{number}: v\n" for number in range(15_000)),
+        'a: "' + "\\u00e9" * 30_000 + '"',
+    ],
+)
+def test_as_much_yaml_as_is_read_takes_a_fraction_of_a_second(text: str) -> None:
+    assert 50_000 < len(text) <= MAX_CHARACTERS
+    started = time.process_time()
+    plain_data(text)
+
+    assert time.process_time() - started < 1.5  # It took 2 to 5 s with PyYAML's own loader.
+
+
+LONG: dict[str, Any] = {
+    **TASK,
+    "docs": [{"question": "x" * 10_000, "choices": ["2", "3"], "answer": 0}] * 10,
+    "doc_to_text": "{{question}}" * 8_000,
+}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        LONG,
+        {**LONG, "doc_to_text": "question", "doc_to_choice": ["{{question}}" * 1_000, "b"]},
+        {**LONG, "doc_to_text": "question", "description": "x" * 100_000, "docs": LONG["docs"] * 40},
+        {**LONG, "doc_to_text": "question", "target_delimiter": "x" * 100_000, "docs": LONG["docs"] * 40},
+        {**LONG, "doc_to_text": "question", "docs": [{**LONG["docs"][0], "choices": ["a"] * 7_000}]},
+    ],
+)
+def test_a_task_that_would_ask_too_much_is_refused_without_rendering_it(task: dict[str, Any]) -> None:
+    tracemalloc.start()
+    _, message = refusal(task)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert "characters of the model; at most 64000000 are asked" in message
+    assert most_bytes < 10_000_000
+
+
+def test_several_tasks_are_bounded_together() -> None:
+    half = {**LONG, "doc_to_text": "{{question}}" * 200}
+    spec({**half, "task": "one"})
+    assert refusal({**half, "task": "one"}, {**half, "task": "two"})[0] == "evaluation.tasks"
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TASK,
+        {**TASK, "doc_to_choice": ["{{answer}}", "{{question}}!"], "doc_to_target": 1, "description": "Sums."},
+        {**TASK, "doc_to_text": "question", "target_delimiter": "", "docs": [{**TASK["docs"][0], "question": 1.5}]},
+    ],
+)
+def test_characters_are_those_of_the_questions(task: dict[str, Any]) -> None:
+    made = inline(task)
+
+    assert made.characters == sum(
+        len(choice) + len(made.target_delimiter) + len(text)
+        for text, choices, _ in made.questions()
+        for choice in choices
+    )
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,25 @@ def test_a_model_of_another_architecture_is_refused(gateway: Gateway, model: Pat
     assert "bert" in refusal(gateway, "model_unsupported")["detail"]
 
 
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs/estimate"])
+def test_a_configuration_of_more_blocks_than_there_are_tensors_is_refused_at_once(
+    gateway: Gateway, model: Path, path: str
+) -> None:
+    write_model(model, num_hidden_layers=10**10)
+    bound = {"max_perplexity_increase": 0.1}
+
+    response = gateway.client.post(path, json={**gateway.spec, "prefill": bound, "decode": bound})
+
+    body = problem_of(response, 422, "source_unreadable")
+    assert body["param"] == "model.source"
+    assert "num_hidden_layers = 10000000000" in body["detail"]
+
+
+def test_a_model_of_more_blocks_than_a_job_can_name_is_refused() -> None:
+    with pytest.raises(ModelUnsupported, match="at most 1024 blocks are pruned"):
+        preflight.check_config(spec(), {**CONFIG, "num_hidden_layers": 1025})
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000, json.dumps("text").encode()])
 def test_a_broken_config_is_the_request_s_fault(gateway: Gateway, model: Path, content: bytes) -> None:
     (model / "config.json").write_bytes(content)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from tests.tiny_job import write_tiny_model
-from workers.pruning.model.checkpoint import load_checkpoint
+from workers.pruning.model.building import NotThatLarge
+from workers.pruning.model.checkpoint import check_complete, empty_model, load_checkpoint
 
 CPU = torch.device("cpu")
 SECONDS = 60
@@ -69,3 +72,31 @@ def test_a_check_is_forgotten_with_its_load(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         load_checkpoint(folder, dtype=torch.float32, device=CPU, check=stop)
     load_checkpoint(folder, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("build", [empty_model, check_complete, load_checkpoint])
+def test_no_more_of_a_model_is_built_than_its_tensors_could_fill(build: Any, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny", blocks=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 100_000, "layer_types": None}))
+    options = {"dtype": torch.float32, "device": CPU} if build is load_checkpoint else {}
+
+    with pytest.raises(NotThatLarge, match=r"more than 1\d{3} parts of a model, but there are \d\d tensors"):
+        build(folder, **options)
+
+
+@pytest.mark.parametrize("build", [empty_model, check_complete])
+def test_a_model_without_weights_is_built_part_by_part_asking_a_check(build: Any, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny", blocks=2)
+    asked = 0
+
+    def stop_at_the_tenth() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 10:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        build(folder, stop_at_the_tenth)
+    assert len(list(build(folder).parameters() if build is empty_model else build(folder).files)) > 10
+    assert asked == 10
