@@ -23,7 +23,7 @@ from workers.pruning.model.plan import assign_actions
 from workers.pruning.model.units import NOTHING
 from workers.pruning.repair.distill import heal, trainable
 from workers.pruning.repair.training import Journal, TrainingSettings
-from workers.pruning.search.engine import Engine
+from workers.pruning.search.engine import WholeEngine
 from workers.pruning.search.memo import Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import search
@@ -61,7 +61,7 @@ def main() -> None:
     dense = load()
     stack = block_stack(dense)
     scores = block_scores(stack, windows["calibration"], chunk_windows=4)
-    engine = Engine(stack, windows["calibration"], "kl", chunk_windows=4)
+    engine = WholeEngine(stack, windows["calibration"], "kl", chunk_windows=4)
     memo = Memo(engine.window_losses, engine.windows, racing=True)
     found = search(
         memo,

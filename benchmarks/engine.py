@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.streaming import load_streamed
 from workers.pruning.model.units import Units, blocks_of, deleting
-from workers.pruning.search.engine import Engine
+from workers.pruning.search.engine import WholeEngine
 
 CPU = torch.device("cpu")
 Losses = dict[Units, float]
@@ -81,7 +81,7 @@ def main() -> None:
     model = random_llama(args.blocks, args.hidden)
     windows = torch.randint(4096, (args.windows, args.window_tokens), generator=torch.Generator().manual_seed(0))
     candidates = [deleting({block}) for block in range(args.blocks)]
-    engine = Engine(block_stack(model), windows, "cross_entropy", chunk_windows=args.chunk_windows)
+    engine = WholeEngine(block_stack(model), windows, "cross_entropy", chunk_windows=args.chunk_windows)
     ways: dict[str, Callable[[], Losses]] = {
         "plain loop": lambda: plain_loop(model, windows, candidates, args.chunk_windows),
         "engine": lambda: engine.losses(candidates),
@@ -90,7 +90,7 @@ def main() -> None:
         if args.streamed:
             model.save_pretrained(folder)
             held, _ = load_streamed(Path(folder), dtype=torch.float32, device=CPU)
-            streamed = Engine(block_stack(held), windows, "cross_entropy", chunk_windows=args.chunk_windows)
+            streamed = WholeEngine(block_stack(held), windows, "cross_entropy", chunk_windows=args.chunk_windows)
             ways["engine, streamed"] = lambda: streamed.losses(candidates)
 
         found = {name: run() for name, run in ways.items()}  # also warms up

@@ -29,7 +29,7 @@ from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import INDEX, SourceTensors, write_checkpoint
 from workers.pruning.model.streaming import load_streamed
 from workers.pruning.model.units import deleting
-from workers.pruning.search.engine import Engine
+from workers.pruning.search.engine import WholeEngine
 from workers.pruning.search.scores import block_scores
 
 SHARDS = 5
@@ -89,7 +89,7 @@ def scoring(source: Path, target: Path) -> None:
 def greedy_round(source: Path, target: Path) -> None:
     """The losses of all single removals."""
     model, reader = load_streamed(source, dtype=torch.float32, device=CPU)
-    engine = Engine(block_stack(model), windows(), "kl", chunk_windows=WINDOWS)
+    engine = WholeEngine(block_stack(model), windows(), "kl", chunk_windows=WINDOWS)
     before = reader.blocks_read
     num_blocks = model.config.num_hidden_layers
     engine.losses([deleting({block}) for block in range(num_blocks)])

@@ -21,7 +21,7 @@ import workers
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
-from workers.pruning.search.engine import Engine, Objective, PairEngine, WindowsEngine
+from workers.pruning.search.engine import ChunkedEngine, Objective, PairEngine, WholeEngine
 from workers.pruning.search.memo import Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import search
@@ -55,7 +55,7 @@ class Pairs:
         return self.engine(prefill, project_skipped=project_skipped).losses([decode])[decode]
 
 
-def best(engine: WindowsEngine, scores: Sequence[float], remove: int, base: Units, seed: int) -> Units:
+def best(engine: ChunkedEngine, scores: Sequence[float], remove: int, base: Units, seed: int) -> Units:
     """What the default search removes."""
     return (
         search(
@@ -93,7 +93,7 @@ def sensitivity(pairs: Pairs, num_blocks: int, progress: Progress) -> list[str]:
 def controls(calibration: Pairs, validation: Pairs, stack: BlockStack, args: argparse.Namespace) -> list[str]:
     """The table of the pair and what it is held against."""
     scores = block_scores(stack, calibration.windows, chunk_windows=CHUNK_WINDOWS).cosine
-    whole = Engine(stack, calibration.windows, args.objective, chunk_windows=CHUNK_WINDOWS)
+    whole = WholeEngine(stack, calibration.windows, args.objective, chunk_windows=CHUNK_WINDOWS)
     prefill = best(whole, scores, args.prefill, NOTHING, args.seed)
     decode = best(calibration.engine(prefill), scores, args.decode, prefill, args.seed)
     free = best(calibration.engine(prefill, project_skipped=True), scores, args.decode, NOTHING, args.seed)

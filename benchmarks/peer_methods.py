@@ -35,7 +35,7 @@ class PeerPlan:
     forwards: int
     """Passes of a whole model over all calibration windows."""
     spans: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    """Kept block that the method trains → first and last block of the span it then stands for (`spans.fit_spans`)."""
+    """Kept block that the method trains → first and last block of the span it then stands for (`spans.fit_runs`)."""
 
 
 class Peer(Protocol):

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workers
 from benchmarks.peer_methods import PEERS, PeerPlan
-from benchmarks.spans import fit_spans
+from benchmarks.spans import fit_runs
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.measure import perplexity
@@ -32,7 +32,7 @@ from workers.pruning.model.units import NOTHING, deleting
 from workers.pruning.repair.distill import HEALING, heal, load_tensors, trainable
 from workers.pruning.repair.losses import LossWeights
 from workers.pruning.repair.training import Journal, TrainingSettings
-from workers.pruning.search.engine import Engine
+from workers.pruning.search.engine import WholeEngine
 from workers.pruning.search.memo import Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import search
@@ -71,7 +71,7 @@ def pdtrim(stack: BlockStack, windows: Mapping[Split, Tensor], remove: int, args
     """The project's own choice, by annealing."""
     num_blocks, calibration = len(stack.blocks), windows["calibration"]
     scores = block_scores(stack, calibration, chunk_windows=CHUNK_WINDOWS)
-    engine = Engine(stack, calibration, args.objective, chunk_windows=CHUNK_WINDOWS)
+    engine = WholeEngine(stack, calibration, args.objective, chunk_windows=CHUNK_WINDOWS)
     found = search(
         Memo(engine.window_losses, engine.windows, racing=True),
         algorithm="annealing",
@@ -114,7 +114,7 @@ def distilled(
     held_out = windows["calibration"][:HELD_OUT_WINDOWS]
     weights = load()
     if plan.spans:
-        tensors, _ = fit_spans(
+        tensors, _ = fit_runs(
             dense,
             plan.spans,
             frozen=set(),
@@ -206,7 +206,7 @@ def main() -> None:
     }
     dense = load()
     stack = block_stack(dense)
-    cross_entropy = Engine(stack, windows["calibration"], "cross_entropy", chunk_windows=CHUNK_WINDOWS)
+    cross_entropy = WholeEngine(stack, windows["calibration"], "cross_entropy", chunk_windows=CHUNK_WINDOWS)
     lines = [
         f"Dense: calibration loss {cross_entropy.losses([NOTHING])[NOTHING]:.3f}, "
         f"validation perplexity {shown(dense, windows['validation'])}.",

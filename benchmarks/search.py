@@ -42,8 +42,8 @@ from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.calibration import cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.ascent import OnProgress
-from workers.pruning.search.engine import Engine, WindowLosses, mean
-from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.engine import WholeEngine, WindowLosses, mean
+from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import SearchResult, search
 
@@ -101,7 +101,7 @@ def default_search(
 
 def optimum(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: argparse.Namespace) -> list[str]:
     """The table of `optimum`."""
-    engine = Engine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS)
+    engine = WholeEngine(stack, windows, "cross_entropy", chunk_windows=CHUNK_WINDOWS)
     blocks = range(len(stack.blocks))
     sets = [deleting(s) for n in range(max(args.removed) + 1) for s in itertools.combinations(blocks, n)]
     batches = [sets[start : start + BATCH] for start in range(0, len(sets), BATCH)]
@@ -132,10 +132,10 @@ def optimum(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: a
     return lines
 
 
-def best_of(table: Mapping[Units, float], count: int) -> Found:
+def best_of(table: Mapping[Units, float], count: int) -> MeasuredSet:
     """The set of `count` blocks of least loss."""
     units = min((units for units in table if len(units) == count), key=table.__getitem__)
-    return Found(units, table[units])
+    return MeasuredSet(units, table[units])
 
 
 def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], args: argparse.Namespace) -> list[str]:
@@ -152,7 +152,7 @@ def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], arg
         their_seconds += time.process_time() - started
         if count not in args.removed:
             continue
-        target = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS).losses([theirs])[theirs]
+        target = WholeEngine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS).losses([theirs])[theirs]
 
         found, seconds = until(stack, windows, scores, count, target, args)
         lines.append(
@@ -165,15 +165,15 @@ def beside_sleb(stack: BlockStack, windows: Tensor, scores: Sequence[float], arg
 
 def until(
     stack: BlockStack, windows: Tensor, scores: Sequence[float], count: int, target: float, args: argparse.Namespace
-) -> tuple[Found, float]:
+) -> tuple[MeasuredSet, float]:
     """Search until a set of `count` blocks costs at most `target`: that set, or the best there was, and the seconds."""
     started = time.process_time()
 
-    def stop_when_reached(done: float, best: Found) -> None:
+    def stop_when_reached(done: float, best: MeasuredSet) -> None:
         if len(best.units) == count and best.loss <= target + TOLERANCE:
             raise Reached
 
-    engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS, anchor_bytes=ANCHOR_BYTES)
+    engine = WholeEngine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS, anchor_bytes=ANCHOR_BYTES)
     memo = Memo(engine.window_losses, engine.windows, racing=True, anchor=engine.anchor)
     with contextlib.suppress(Reached):
         default_search(memo, scores, count, args.seed, stop_when_reached)
@@ -271,7 +271,7 @@ def main() -> None:
     stack = block_stack(reference_model(args.copies))
     scores = block_scores(stack, windows, chunk_windows=CHUNK_WINDOWS).cosine
     if args.table == "parts":
-        engine = Engine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
+        engine = WholeEngine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)
         lines = parts(engine.window_losses, len(windows), scores, args)
     else:
         lines = (optimum if args.table == "optimum" else beside_sleb)(stack, windows, scores, args)

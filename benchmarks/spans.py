@@ -14,7 +14,7 @@ from workers.pruning.model.blocks import BlockStack, block_stack, capture_calls,
 from workers.pruning.repair.training import Journal, TrainingSettings, train
 
 
-def fit_spans(
+def fit_runs(
     model: PreTrainedModel,
     spans: Mapping[int, tuple[int, int]],
     *,
@@ -61,7 +61,7 @@ def fit_spans(
         for block, (first, last) in spans.items():
             changes[block] += mean_change(first, last, hidden) * len(ids) / len(held_out)
 
-    def span_losses(ids: Tensor) -> dict[int, Tensor]:
+    def run_losses(ids: Tensor) -> dict[int, Tensor]:
         hidden = dense_states(ids)
         losses = {}
         for block, (first, last) in spans.items():
@@ -72,13 +72,13 @@ def fit_spans(
 
     @torch.no_grad()
     def held_out_losses() -> dict[int, float]:
-        parts = [(span_losses(ids), len(ids) / len(held_out)) for ids in held_out.split(settings.batch_windows)]
+        parts = [(run_losses(ids), len(ids) / len(held_out)) for ids in held_out.split(settings.batch_windows)]
         return {block: sum(float(losses[block]) * share for losses, share in parts) for block in spans}
 
     before = held_out_losses()
     train(
         parameters,
-        lambda ids: torch.stack(list(span_losses(ids).values())).sum(),
+        lambda ids: torch.stack(list(run_losses(ids).values())).sum(),
         lambda: sum(held_out_losses().values()),
         windows,
         settings,

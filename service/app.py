@@ -11,10 +11,21 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
 
 from service import ui
-from service.api import artifacts, events, exports, health, jobs, methods, metrics, problems, publications, webhooks
-from service.api import wakeups as hub
+from service.api import (
+    artifacts,
+    events,
+    exports,
+    health,
+    jobs,
+    methods,
+    metrics,
+    problems,
+    publications,
+    wakeups,
+    webhooks,
+)
 from service.api.access_log import AccessLog
-from service.api.auth import Access, Gate, warn_if_open
+from service.api.auth import Gate, GateMiddleware, warn_if_open
 from service.api.body_limit import BodyLimit
 from service.api.metrics import GatewayMetrics
 from service.api.request_ids import RequestIds
@@ -69,7 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ui.install(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Access, gate=app.state.gate, sessions=app.state.sessions)
+    app.add_middleware(GateMiddleware, gate=app.state.gate, sessions=app.state.sessions)
     app.add_middleware(RequestIds)
     app.add_middleware(AccessLog, metrics=app.state.metrics)
     return app
@@ -91,7 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     reconciling = Reconciler(engine, settings, app.state.store, counted.leases_expired)
     try:
-        async with hub.running(engine) as app.state.hub:
+        async with wakeups.running(engine) as app.state.feeds:
             figures = counted.of_jobs(engine, settings.queues)
             with figures, reconciling if settings.reconcile_in_gateway else nullcontext():
                 yield

@@ -49,7 +49,7 @@ class WakeUp:
     queue: str = DEFAULT_QUEUE
 
 
-def task_name(stage: StageName) -> str:
+def message_name(stage: StageName) -> str:
     """Name of the Celery task by which workers are woken for `stage`."""
     return f"pdtrim.{stage.value}"
 
@@ -120,7 +120,7 @@ def celery_app(broker_url: str) -> Celery:
 
 def send(settings: Settings, wake_up: WakeUp) -> None:
     """Wake a worker. Raises: BrokerUnavailable."""
-    task = task_name(wake_up.stage)
+    task = message_name(wake_up.stage)
     try:
         with tracing.sending(task):
             celery_app(settings.broker_url).send_task(

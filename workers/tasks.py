@@ -18,7 +18,7 @@ from celery import current_task, signals
 from pdtrim.contract.jobs import StageName
 from service.db.session import connect
 from service.observing import logs, tracing
-from service.queue import WakeUp, celery_app, queue_of, task_name
+from service.queue import WakeUp, celery_app, message_name, queue_of
 from service.settings import Settings
 from service.storage import open_store
 from workers.running.attempt import Worker, run_most_urgent
@@ -72,7 +72,7 @@ def _consumed() -> list[str]:
 
 def _wake(job_id: str) -> None:
     """Run the most urgent stage, which need not be the one that the message tells of."""
-    told_of = next(stage for stage in StageName if task_name(stage) == current_task.name)
+    told_of = next(stage for stage in StageName if message_name(stage) == current_task.name)
     delivery = current_task.request.delivery_info
     assert delivery is not None, "it came from a broker"
     came_by = queue_of(str(delivery["routing_key"]))
@@ -80,4 +80,4 @@ def _wake(job_id: str) -> None:
 
 
 for stage in StageName:
-    app.task(name=task_name(stage), shared=False)(_wake)
+    app.task(name=message_name(stage), shared=False)(_wake)

@@ -17,7 +17,7 @@ from workers.pruning.model.measure import parameters, speeds
 from workers.pruning.model.pair import handover, kv_cache_bytes
 from workers.pruning.model.plan import BlockPlan, Blocks, kv_layer_map
 from workers.pruning.model.units import deleting
-from workers.pruning.search.engine import Engine
+from workers.pruning.search.engine import WholeEngine
 
 BATCHES = (1, 16)
 """Prompts that are answered together."""
@@ -44,7 +44,7 @@ def one_round(bench: Bench) -> Findings:
     model, windows = bench.shaped, random_tokens(bench, bench.size.shape_windows)
     blocks = len(block_stack(model).blocks)
     candidates = [deleting({block}) for block in range(blocks)]
-    engine = Engine(block_stack(model), windows, "cross_entropy", chunk_windows=len(windows))
+    engine = WholeEngine(block_stack(model), windows, "cross_entropy", chunk_windows=len(windows))
     models = pruned(model, candidates)
     ways: dict[str, Callable[[], Losses]] = {
         "plain loop": lambda: plain_losses(models, windows),

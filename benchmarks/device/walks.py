@@ -19,8 +19,8 @@ from workers.pruning.model.pair import pd_loss
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.streaming import load_streamed
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
-from workers.pruning.search.engine import Engine, PairEngine, WindowsEngine
-from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.engine import ChunkedEngine, PairEngine, WholeEngine
+from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import search
 
@@ -62,7 +62,7 @@ def single_removals(
     blocks = range(len(stack.blocks))
     singles = [NOTHING, *(deleting({block}) for block in blocks)]
     models = pruned(model, singles)
-    engine = Engine(stack, windows, "cross_entropy", chunk_windows=BATCH_WINDOWS)
+    engine = WholeEngine(stack, windows, "cross_entropy", chunk_windows=BATCH_WINDOWS)
     yield "cross-entropy", engine.losses(singles), plain_losses(models, windows)
 
     by_model = {units: quality(one, model, windows, batch=BATCH_WINDOWS).kl_to_dense for units, one in models.items()}
@@ -115,7 +115,7 @@ def walk(bench: Bench) -> Findings:
     model, reader = load_streamed(REFERENCE, dtype=place.dtype, device=place.device)
     windows = bench.windows["calibration"].to(place.device)
     singles = list(on_cpu["cross-entropy"])
-    streamed = Engine(block_stack(model), windows, "cross_entropy", chunk_windows=len(windows)).losses(singles)
+    streamed = WholeEngine(block_stack(model), windows, "cross_entropy", chunk_windows=len(windows)).losses(singles)
     where = f"{place.name}, blocks read from disk one at a time"
     compared(where, "cross-entropy", streamed, plain_losses(pruned(place.load(), singles), windows), place.tolerance)
     findings.judge(f"{where}, blocks read", reader.blocks_read, len(block_stack(model).blocks))
@@ -141,10 +141,12 @@ class Searcher:
         """How redundant each block is."""
         return block_scores(self.stack, self.windows, chunk_windows=self.chunk_windows).cosine
 
-    def engine(self, prefill: Units | None) -> WindowsEngine:
+    def engine(self, prefill: Units | None) -> ChunkedEngine:
         """On whole windows, or on continuations of prompts that a prefill model without these blocks processed."""
         if prefill is None:
-            return Engine(self.stack, self.windows, "kl", chunk_windows=self.chunk_windows, anchor_bytes=ANCHOR_BYTES)
+            return WholeEngine(
+                self.stack, self.windows, "kl", chunk_windows=self.chunk_windows, anchor_bytes=ANCHOR_BYTES
+            )
         return PairEngine(
             self.stack,
             self.windows,
@@ -155,7 +157,7 @@ class Searcher:
             anchor_bytes=ANCHOR_BYTES,
         )
 
-    def search(self, engine: WindowsEngine, remove: int, base: Units) -> Mapping[int, Found]:
+    def search(self, engine: ChunkedEngine, remove: int, base: Units) -> Mapping[int, MeasuredSet]:
         """The best set of every count by the search of a job that says nothing about it."""
         return search(
             Memo(engine.window_losses, engine.windows, racing=True, anchor=engine.anchor),

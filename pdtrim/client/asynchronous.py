@@ -11,8 +11,8 @@ from pydantic import PrivateAttr
 
 from pdtrim.client.blocking import without_id
 from pdtrim.client.core import PATIENCE_S, Jobs, Sender
-from pdtrim.client.notebook import ShownJob
-from pdtrim.client.transports import AsyncWire, options
+from pdtrim.client.notebook import NotebookJob
+from pdtrim.client.transports import AsyncTransport, options
 from pdtrim.client.webhooks import WebhookCalls
 from pdtrim.contract.jobs import Page
 
@@ -46,7 +46,7 @@ class _JobMethods:
     download = _of_job(Jobs["AsyncClientJob"].download_all)
 
 
-class AsyncClientJob(_JobMethods, ShownJob):
+class AsyncClientJob(_JobMethods, NotebookJob):
     """As `ClientJob`, with methods to be awaited; `events` and `artifacts` are for `async for`."""
 
     _jobs: Jobs[AsyncClientJob] = PrivateAttr()
@@ -64,7 +64,7 @@ class AsyncClient(Jobs[AsyncClientJob]):
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0, patience_s: float = PATIENCE_S
     ) -> None:
-        sender = Sender(AsyncWire(options(url, api_key, timeout_s)), url, patience_s)
+        sender = Sender(AsyncTransport(options(url, api_key, timeout_s)), url, patience_s)
         super().__init__(sender, AsyncClientJob, Page[AsyncClientJob], self._own)
         self.webhooks = WebhookCalls(sender)
 

@@ -11,8 +11,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from pydantic import PrivateAttr
 
 from pdtrim.client.core import PATIENCE_S, Jobs, Sender
-from pdtrim.client.notebook import ShownJob
-from pdtrim.client.transports import BlockingWire, iterate, options, run
+from pdtrim.client.notebook import NotebookJob
+from pdtrim.client.transports import BlockingTransport, iterate, options, run
 from pdtrim.client.webhooks import WebhookCalls
 from pdtrim.contract.jobs import Page
 
@@ -97,7 +97,7 @@ class _JobMethods:
     download = _of_job(Jobs["ClientJob"].download_all)
 
 
-class ClientJob(_JobMethods, ShownJob):
+class ClientJob(_JobMethods, NotebookJob):
     """A job as it was when it was fetched. Its methods ask the service, and return the job as it is then.
 
     >>> job = client.create(spec).wait(progress=True)
@@ -141,7 +141,7 @@ class Client:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0, patience_s: float = PATIENCE_S
     ) -> None:
-        sender = Sender(BlockingWire(options(url, api_key, timeout_s)), url, patience_s)
+        sender = Sender(BlockingTransport(options(url, api_key, timeout_s)), url, patience_s)
         self._url = sender.url
         self._jobs = Jobs(sender, ClientJob, Page[ClientJob], self._adopt)
         self.webhooks = Webhooks(WebhookCalls(sender))

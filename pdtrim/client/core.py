@@ -29,8 +29,8 @@ from pdtrim.client.errors import (
     silence,
     unexpected,
 )
-from pdtrim.client.notebook import ShownEstimate, ShownFrontier, live_progress
-from pdtrim.client.transports import Wire
+from pdtrim.client.notebook import NotebookEstimate, NotebookFrontier, live_progress
+from pdtrim.client.transports import Transport
 from pdtrim.contract.checkpoints import checkpoint_files
 from pdtrim.contract.jobs import Artifact, Event, Job, JobStatus, Page, StageName
 from pdtrim.contract.spec import JobSpec
@@ -49,7 +49,7 @@ ONE_AFTER_ANOTHER = 100
 class Sender:
     """Sends requests over a wire and reads the answers. Raises: ClientError, in one of its kinds."""
 
-    def __init__(self, wire: Wire, url: str, patience_s: float) -> None:
+    def __init__(self, wire: Transport, url: str, patience_s: float) -> None:
         self.wire = wire
         self.url = url.rstrip("/")
         self._patience_s = patience_s
@@ -124,9 +124,9 @@ class Jobs(Generic[J]):
         """
         return await self._submit("/v1/jobs", said(spec), idempotency_key)
 
-    async def estimate(self, spec: JobSpec | Mapping[str, Any]) -> ShownEstimate:
+    async def estimate(self, spec: JobSpec | Mapping[str, Any]) -> NotebookEstimate:
         """What a job would make and take; it is checked as by `create`, and not submitted."""
-        return await self._sender.fetch(ShownEstimate, "POST", "/v1/jobs/estimate", json=said(spec))
+        return await self._sender.fetch(NotebookEstimate, "POST", "/v1/jobs/estimate", json=said(spec))
 
     async def get(self, job_id: str) -> J:
         """The job as it is now."""
@@ -164,9 +164,9 @@ class Jobs(Generic[J]):
         """Delete a finished or paused job with its events and artifacts, for good."""
         await self._sender.ask("DELETE", job_path(job_id))
 
-    async def frontier(self, job_id: str) -> ShownFrontier:
+    async def frontier(self, job_id: str) -> NotebookFrontier:
         """The best loss that the job found for every number of removed blocks, with the sets."""
-        return await self._sender.fetch(ShownFrontier, "GET", f"{job_path(job_id)}/frontier")
+        return await self._sender.fetch(NotebookFrontier, "GET", f"{job_path(job_id)}/frontier")
 
     async def export(
         self,

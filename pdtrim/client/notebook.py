@@ -26,7 +26,7 @@ def html(renderable: RenderableType) -> str:
     return console.export_html(code_format=HTML, inline_styles=True)
 
 
-class ShownJob(Job):
+class NotebookJob(Job):
     """A job with a short `repr` and, in a notebook, its stages, error and report."""
 
     def __repr__(self) -> str:
@@ -37,14 +37,14 @@ class ShownJob(Job):
         return html(job_page(self))
 
 
-class ShownFrontier(Frontier):
+class NotebookFrontier(Frontier):
     """A frontier that is a table in a notebook."""
 
     def _repr_html_(self) -> str:
         return html(frontier_report(self))
 
 
-class ShownEstimate(Estimate):
+class NotebookEstimate(Estimate):
     """An estimate that is a table in a notebook."""
 
     def _repr_html_(self) -> str:

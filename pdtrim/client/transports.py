@@ -1,7 +1,8 @@
 """How the client's one implementation, which is asynchronous, reaches the service: with an event loop, or without.
 
-`BlockingWire` never waits for an event loop, so `run` drives what is built on it to its end in one step. That is how
-one set of coroutines serves both clients, and why the blocking one may be used where a loop runs already (a notebook).
+`BlockingTransport` never waits for an event loop, so `run` drives what is built on it to its end in one step. That is
+how one set of coroutines serves both clients, and why the blocking one may be used where a loop runs already (a
+notebook).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def options(url: str, api_key: str | None, timeout_s: float) -> Options:
     }
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """Requests, streams and pauses. Requests raise httpx.RequestError when they get no answer."""
 
     async def request(self, method: str, url: str, **request: Any) -> httpx.Response:
@@ -85,7 +86,7 @@ class Wire(Protocol):
         ...
 
 
-class AsyncWire:
+class AsyncTransport:
     """With asyncio."""
 
     def __init__(self, options: Options) -> None:
@@ -116,7 +117,7 @@ class AsyncWire:
         await self._http.aclose()
 
 
-class BlockingWire:
+class BlockingTransport:
     """Without an event loop: whatever takes time, blocks."""
 
     def __init__(self, options: Options) -> None:
@@ -152,7 +153,7 @@ class BlockingWire:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine on a `BlockingWire`."""
+    """The result of a coroutine on a `BlockingTransport`."""
     try:
         coroutine.send(None)
     except StopIteration as done:
@@ -163,7 +164,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def iterate(items: AsyncGenerator[T]) -> Iterator[T]:
-    """What an asynchronous generator on a `BlockingWire` yields."""
+    """What an asynchronous generator on a `BlockingTransport` yields."""
     try:
         while True:
             try:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from pdtrim.contract.jobs import Shown
+from pdtrim.contract.jobs import AnswerModel
 
 DEFAULT_PROJECT = "default"
 PROJECT_PATTERN = "^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -27,7 +27,7 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-class Quotas(Shown):
+class Quotas(AnswerModel):
     """How much there may be at once; None is any amount."""
 
     max_running_jobs: int | None = Field(default=None, ge=1)

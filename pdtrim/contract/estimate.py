@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from pdtrim.contract.jobs import Shown, StageName
+from pdtrim.contract.jobs import AnswerModel, StageName
 
 
-class CheckpointEstimate(Shown):
+class CheckpointEstimate(AnswerModel):
     """A checkpoint. Embeddings follow from the configuration, the rest is shared out evenly among the blocks.
 
     Where the job has a bound on perplexity, it is the smallest that may come out.
@@ -22,7 +22,7 @@ class CheckpointEstimate(Shown):
     kv_bytes_per_token: int | None = Field(description="Of the KV cache, in the checkpoint's own type.")
 
 
-class SearchEstimate(Shown):
+class SearchEstimate(AnswerModel):
     """Sets of blocks to compare, at most: greedy's, and annealing's or those of exhaustive search.
 
     Greedy's races compare most of its sets on some of the windows alone.
@@ -33,7 +33,7 @@ class SearchEstimate(Shown):
     control: int = Field(description="For the control without nesting.")
 
 
-class MemoryEstimate(Shown):
+class MemoryEstimate(AnswerModel):
     """Bytes on the accelerator, at least: weights, gradients and optimiser, without activations. Null where unknown.
 
     The search needs less where it reads weights from disk block by block.
@@ -43,21 +43,21 @@ class MemoryEstimate(Shown):
     distillation: int | None = Field(description="Null, too, where the job trains nothing.")
 
 
-class EarlierJob(Shown):
+class EarlierJob(AnswerModel):
     """The project's newest job that succeeded on the same model. Its specification may differ."""
 
     job_id: str
     seconds: dict[StageName, float] = Field(description="What each stage took.")
 
 
-class EstimateWarning(Shown):
+class EstimateWarning(AnswerModel):
     """Something to know before the job is submitted; nothing that keeps it from running."""
 
     message: str
     param: str | None = Field(default=None, description="The field of the specification that it is about.")
 
 
-class Estimate(Shown):
+class Estimate(AnswerModel):
     """What a job would make and take."""
 
     object: Literal["estimate"] = "estimate"

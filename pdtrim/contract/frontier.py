@@ -11,9 +11,9 @@ from pydantic_core import PydanticCustomError
 
 from pdtrim.contract.base import SpecModel
 from pdtrim.contract.errors import NoSuchPoint, SetsNotNested
-from pdtrim.contract.jobs import Shown
+from pdtrim.contract.jobs import AnswerModel
 from pdtrim.contract.results import Bound, FrontierSet, HalfPlan, Plan
-from pdtrim.contract.spec import MAX_BLOCKS, JobSpec, Labels, StageTarget
+from pdtrim.contract.spec import MAX_BLOCKS, HalfTarget, JobSpec, Labels
 
 
 class FrontierPoint(FrontierSet):
@@ -25,14 +25,14 @@ class FrontierPoint(FrontierSet):
     )
 
 
-class Chosen(Shown):
+class Chosen(AnswerModel):
     """What the job itself gave up in each half."""
 
     prefill: FrontierPoint
     decode: FrontierPoint
 
 
-class Frontier(Shown):
+class Frontier(AnswerModel):
     """The best loss found for every number of removed blocks.
 
     The losses of `decode` are of continuations, by the pair whose prefill half gives up what the first point of
@@ -121,7 +121,7 @@ def _chosen(half: HalfPlan, loss: float, points: Sequence[FrontierPoint]) -> Fro
     )
 
 
-class ExportTarget(SpecModel):
+class ExportHalf(SpecModel):
     """How many blocks a half of the export gives up."""
 
     remove_blocks: int = Field(ge=0, le=MAX_BLOCKS, description="A count on the frontier.", examples=[1])
@@ -132,8 +132,8 @@ class ExportSpec(SpecModel):
     same repository, it would take the place of that job's.
     """
 
-    prefill: ExportTarget
-    decode: ExportTarget
+    prefill: ExportHalf
+    decode: ExportHalf
     metadata: Labels | None = Field(default=None, description="Labels of the new job; by default those of the job.")
 
     @model_validator(mode="after")
@@ -151,7 +151,7 @@ class ExportSpec(SpecModel):
     def job(self, parent: JobSpec) -> JobSpec:
         """The specification of the job that makes this export from one of `parent`."""
         changes: dict[str, Any] = {"push_to_hub": None} | {
-            half: StageTarget(remove_blocks=count, mlp_width=given.mlp_width)
+            half: HalfTarget(remove_blocks=count, mlp_width=given.mlp_width)
             for half, count, given in (
                 ("prefill", self.prefill.remove_blocks, parent.prefill),
                 ("decode", self.decode.remove_blocks, parent.decode),

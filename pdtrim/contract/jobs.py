@@ -99,13 +99,13 @@ class StageStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
-class Shown(BaseModel):
+class AnswerModel(BaseModel):
     """Base of what the interface shows; filled from database rows."""
 
     model_config = ConfigDict(from_attributes=True)
 
 
-class ErrorInfo(Shown):
+class ErrorInfo(AnswerModel):
     """Why a job or stage failed."""
 
     code: str = Field(examples=["model_unsupported"])
@@ -113,7 +113,7 @@ class ErrorInfo(Shown):
     param: str | None = Field(default=None, description="The field of the specification at fault, if one is.")
 
 
-class Stage(Shown):
+class Stage(AnswerModel):
     """One stage of a job, with what it found. Each stage has a class of its own, which says what that is."""
 
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
@@ -195,7 +195,7 @@ RESULTS: Mapping[StageName, type[Result]] = {
 """What each stage finds."""
 
 
-class Job(Shown):
+class Job(AnswerModel):
     """A job with its stages."""
 
     object: Literal["job"] = "job"
@@ -221,7 +221,7 @@ class Job(Shown):
         return next((stage.metrics for stage in self.stages if isinstance(stage.metrics, kind)), None)
 
 
-class Event(Shown):
+class Event(AnswerModel):
     """Something that happened in a job. `number` counts from 1 within the job without gaps."""
 
     object: Literal["event"] = "event"
@@ -239,7 +239,7 @@ class Event(Shown):
         return float(done) if isinstance(done, int | float) else None
 
 
-class Artifact(Shown):
+class Artifact(AnswerModel):
     """A file that a stage left in the artifact store."""
 
     object: Literal["artifact"] = "artifact"

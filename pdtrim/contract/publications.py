@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pdtrim.contract.jobs import Shown
+from pdtrim.contract.jobs import AnswerModel
 
 
 class PublicationTarget(StrEnum):
@@ -26,7 +26,7 @@ class PublicationStatus(StrEnum):
     FAILED = "failed"
 
 
-class Publication(Shown):
+class Publication(AnswerModel):
     """A job's results on their way to a target. Whatever becomes of it, the job has succeeded."""
 
     object: Literal["publication"] = "publication"

@@ -49,7 +49,7 @@ BlockList = Annotated[
 CHANNEL_MULTIPLE = 8
 
 
-class StageTarget(SpecModel):
+class HalfTarget(SpecModel):
     """What one serving stage gives up: blocks (a count, as many as a bound on perplexity allows, or the lower), and
     channels of the MLP of every block that stays."""
 
@@ -380,8 +380,8 @@ class JobSpec(SpecModel):
     )
 
     model: Annotated[ModelSpec, BeforeValidator(_model_from_string, json_schema_input_type=ModelSpec | str)]
-    prefill: StageTarget
-    decode: StageTarget
+    prefill: HalfTarget
+    decode: HalfTarget
     data: DataSpec = DataSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     search: SearchSpec = SearchSpec()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, StrictBool
 
 from pdtrim.contract.base import NO_NUL, SpecModel, storable
-from pdtrim.contract.jobs import ErrorInfo, JobStatus, Shown, StageName
+from pdtrim.contract.jobs import AnswerModel, ErrorInfo, JobStatus, StageName
 
 MAX_WEBHOOKS = 50
 """For each project: every event of a job looks at all of them."""
@@ -88,7 +88,7 @@ class WebhookChange(SpecModel):
     enabled: StrictBool | None = Field(default=None, description="Enabling forgets earlier failures.")
 
 
-class Webhook(Shown):
+class Webhook(AnswerModel):
     """A webhook, without its secret."""
 
     object: Literal["webhook"] = "webhook"
@@ -109,7 +109,7 @@ class NewSecret(Webhook):
     secret: str = Field(description="Signs messages as Standard Webhooks has it.", examples=["whsec_…"])
 
 
-class DeliveryAttempt(Shown):
+class DeliveryAttempt(AnswerModel):
     """One attempt to deliver a message."""
 
     number: int = Field(ge=1)
@@ -120,7 +120,7 @@ class DeliveryAttempt(Shown):
     excerpt: str = Field(default="", description="Beginning of the answer's body.")
 
 
-class Delivery(Shown):
+class Delivery(AnswerModel):
     """A message to a webhook. Its id is what the receiver finds in the header `webhook-id`."""
 
     object: Literal["webhook.delivery"] = "webhook.delivery"
@@ -133,7 +133,7 @@ class Delivery(Shown):
     created_at: datetime
 
 
-class JobFacts(Shown):
+class JobFacts(AnswerModel):
     """What a message says about a job."""
 
     job_id: str
@@ -146,7 +146,7 @@ class JobFacts(Shown):
     error: ErrorInfo | None = Field(default=None, description="Why job or stage failed.")
 
 
-class TrialFacts(Shown):
+class TrialFacts(AnswerModel):
     """What a test message says."""
 
     webhook_id: str

@@ -47,7 +47,7 @@ REMEMBERED = 10_000
 READING = ("GET", "HEAD")
 JWT = re.compile(r"ey[\w-]*\.[\w-]+\.[\w-]*")
 
-# Only declares the scheme in the OpenAPI document; `Access` is what checks.
+# Only declares the scheme in the OpenAPI document; `GateMiddleware` is what checks.
 declared = Security(
     HTTPBearer(
         auto_error=False,
@@ -165,7 +165,7 @@ class Gate:
         return _of_claims(claims, self._settings)
 
 
-class Access:
+class GateMiddleware:
     """ASGI middleware: a path under /v1 needs `Authorization: Bearer …` with the scope for its method, not too often.
 
     What only reads may come with a browser's session instead. Routes find the `Caller` in the request's state.

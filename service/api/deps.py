@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 from pdtrim.contract.errors import ArtifactNotFound, CursorNotFound, DeliveryNotFound, JobNotFound, WebhookNotFound
 from service.api.auth import Caller
 from service.api.problems import UnsupportedMediaType
-from service.api.wakeups import Hub
+from service.api.wakeups import EventFeeds
 from service.db import jobs, webhooks
 from service.db.session import transaction
 from service.settings import Settings
@@ -52,9 +52,9 @@ async def _store(request: Request) -> ArtifactStore:
     return store
 
 
-async def _hub(request: Request) -> Hub:
-    hub: Hub = request.app.state.hub
-    return hub
+async def _event_feeds(request: Request) -> EventFeeds:
+    feeds: EventFeeds = request.app.state.feeds
+    return feeds
 
 
 async def _project(request: Request) -> str:
@@ -150,7 +150,7 @@ async def _after_delivery(
 SettingsDep = Annotated[Settings, Depends(_settings)]
 EngineDep = Annotated[Engine, Depends(_engine)]
 StoreDep = Annotated[ArtifactStore, Depends(_store)]
-HubDep = Annotated[Hub, Depends(_hub)]
+EventFeedsDep = Annotated[EventFeeds, Depends(_event_feeds)]
 Project = Annotated[str, Depends(_project)]
 ApiKeyPrefix = Annotated[str | None, Depends(_api_key)]
 JobId = Annotated[str, Depends(_job_id)]

@@ -19,9 +19,9 @@ from pdtrim.contract.errors import DependencyUnavailable, InvalidRequest, JobNot
 from pdtrim.contract.jobs import Event, JobStatus, Page
 from service.api import examples
 from service.api.auth import declared
-from service.api.deps import EngineDep, HubDep, JobId, Limit
+from service.api.deps import EngineDep, EventFeedsDep, JobId, Limit
 from service.api.problems import documented
-from service.api.wakeups import RETRY_SECONDS, Hub, frame
+from service.api.wakeups import RETRY_SECONDS, EventFeeds, frame
 from service.db import events, jobs, views
 from service.db.session import DATABASE_FAULTS, transaction
 
@@ -59,11 +59,11 @@ def wants_stream(request: Request) -> bool:
     return STREAM_TYPE in kinds
 
 
-async def stream(hub: Hub, engine: Engine, job_id: str, first: Batch, *, after: int) -> AsyncIterator[bytes]:
+async def stream(feeds: EventFeeds, engine: Engine, job_id: str, first: Batch, *, after: int) -> AsyncIterator[bytes]:
     """The first batch, then what follows it until the job ends or is deleted, with keep-alive comments in between."""
     frames: list[bytes] | None = [frame(event) for event in first.page.data]
     over, quiet_since = first.last, monotonic()
-    with hub.watching(job_id) as feed:
+    with feeds.watching(job_id) as feed:
         while True:
             if frames:
                 yield b"".join(frames)
@@ -88,7 +88,7 @@ async def _catch_up(engine: Engine, job_id: str, after: int) -> tuple[list[bytes
         batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
     except JobNotFound:  # It was deleted meanwhile.
         return [], True
-    except DATABASE_FAULTS:  # Too late for another answer. The hub says it in the log.
+    except DATABASE_FAULTS:  # Too late for another answer. The feeds say it in the log.
         await anyio.sleep(RETRY_SECONDS)
         return [], False
     return [frame(event) for event in batch.page.data], batch.last
@@ -115,7 +115,7 @@ def list_events(
     request: Request,
     job_id: JobId,
     engine: EngineDep,
-    hub: HubDep,
+    feeds: EventFeedsDep,
     after: Number = 0,
     limit: Limit = 20,
     last_event_id: Annotated[
@@ -134,4 +134,4 @@ def list_events(
     if batch.last and not batch.page.data:
         return Response(status_code=204)  # Browsers reconnect to a stream that ended, unless they get this.
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(stream(hub, engine, job_id, batch, after=after), headers=headers)
+    return EventSourceResponse(stream(feeds, engine, job_id, batch, after=after), headers=headers)

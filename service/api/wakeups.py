@@ -75,7 +75,7 @@ class Feed:
         return found is not None and found.last > (self.head or 0)
 
 
-class Hub:
+class EventFeeds:
     """The feeds of all jobs that are watched in this process."""
 
     def __init__(self, engine: Engine) -> None:
@@ -166,13 +166,13 @@ def _unforeseen(error: Exception) -> Exception | None:
 
 
 @asynccontextmanager
-async def running(engine: Engine) -> AsyncIterator[Hub]:
-    """A hub that works as long as the block lasts."""
-    hub, told = Hub(engine), notices.carried(engine)
+async def running(engine: Engine) -> AsyncIterator[EventFeeds]:
+    """The feeds of events, which work as long as the block lasts."""
+    feeds, told = EventFeeds(engine), notices.has_notices(engine)
     async with anyio.create_task_group() as group:
-        group.start_soon(hub.read)
-        group.start_soon(hub.sweep, SWEEP_SECONDS if told else POLL_SECONDS)
+        group.start_soon(feeds.read)
+        group.start_soon(feeds.sweep, SWEEP_SECONDS if told else POLL_SECONDS)
         if told:
-            group.start_soon(hub.listen)
-        yield hub
+            group.start_soon(feeds.listen)
+        yield feeds
         group.cancel_scope.cancel()

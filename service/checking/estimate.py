@@ -18,7 +18,7 @@ from pdtrim.contract.estimate import (
     SearchEstimate,
 )
 from pdtrim.contract.jobs import Stage, StageName
-from pdtrim.contract.spec import JobSpec, StageTarget
+from pdtrim.contract.spec import HalfTarget, JobSpec
 from service.checking.preflight import num_blocks
 from service.sources import ModelDescription
 from service.sources.safetensors_header import DTYPE_BITS
@@ -46,7 +46,7 @@ class _Shape:
     kv_width: int | None
     """Keys and values of one token in one block, in numbers."""
 
-    def checkpoint(self, role: Role, removed: int, target: StageTarget | None) -> CheckpointEstimate:
+    def checkpoint(self, role: Role, removed: int, target: HalfTarget | None) -> CheckpointEstimate:
         kept = self.blocks - removed
         parameters = None
         if self.total is not None and self.block is not None:
@@ -69,7 +69,7 @@ def estimate(spec: JobSpec, model: ModelDescription, earlier: tuple[str, Sequenc
     shape = _shape(model)
     prefill, decode = limits(spec, shape.blocks)
     unified = prefill == decode and spec.prefill.mlp_width == spec.decode.mlp_width
-    halves: list[tuple[Role, int, StageTarget]] = (
+    halves: list[tuple[Role, int, HalfTarget]] = (
         [("unified", prefill, spec.prefill)]
         if unified
         else [("prefill", prefill, spec.prefill), ("decode", decode, spec.decode)]

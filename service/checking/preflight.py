@@ -22,7 +22,7 @@ from pdtrim.contract.errors import (
     NoSuchQueue,
     SourceNotAllowed,
 )
-from pdtrim.contract.spec import MAX_BLOCKS, DataSpec, JobSpec, ModelSpec, StageTarget
+from pdtrim.contract.spec import MAX_BLOCKS, DataSpec, HalfTarget, JobSpec, ModelSpec
 from service.checking.targets import check_push
 from service.settings import Settings
 from service.sources import (
@@ -115,7 +115,7 @@ def _may_be_decoder_only(config: Mapping[str, Any]) -> bool:
     return named and not alien and isinstance(config.get("model_type"), str)
 
 
-def _check_mlp_width(stage: str, target: StageTarget, config: Mapping[str, Any]) -> None:
+def _check_mlp_width(stage: str, target: HalfTarget, config: Mapping[str, Any]) -> None:
     """Only one gated MLP a block can be narrowed, as wide in every block as `intermediate_size` says."""
     if target.mlp_width == 1:
         return

@@ -17,14 +17,14 @@ from service.db.session import waits
 CHANNEL = "pdtrim_events"
 
 
-def carried(by: Engine | Connection) -> bool:
+def has_notices(by: Engine | Connection) -> bool:
     """Whether a database carries notices."""
     return by.dialect.name == "postgresql"
 
 
 def send(session: Session, job_id: str) -> None:
     """Tell whoever listens that a job has changed, once the transaction is committed."""
-    if carried(session.get_bind()):
+    if has_notices(session.get_bind()):
         session.execute(select(func.pg_notify(CHANNEL, job_id)))
 
 

@@ -23,7 +23,7 @@ from service.sources.names import (
     check_allowed,
     parse_model_source,
 )
-from service.sources.numbers import Held, check_numbers
+from service.sources.numbers import TensorBounds, check_numbers
 from service.sources.weights import check_weights, headers_size, indexed_names, read_json, weight_names
 from service.stopping import Check, go_on
 from service.storage import S3Options
@@ -75,9 +75,9 @@ def _describe(files: FolderFiles | BucketFiles | HubFiles, max_bytes: int | None
     _check_size(files, _needed(files, weights), max_bytes)
     sizes = {name: files.size(name) for name in weights}
     if isinstance(files, FolderFiles) and headers_size(files) <= CHEAP_HEADER_BYTES:
-        held = Held.in_headers(check_weights(files))
+        held = TensorBounds.in_headers(check_weights(files))
     else:
-        held = Held.in_index(indexed_names(files), sum(sizes.values()))
+        held = TensorBounds.in_index(indexed_names(files), sum(sizes.values()))
     check_numbers(config, held, f"{CONFIG} of {files}")
     return ModelDescription(config, files.commit if isinstance(files, HubFiles) else None, sizes)
 
@@ -118,7 +118,7 @@ def fetch_model(
         files = FolderFiles(parse_model_source(source), target)
     # Of what came, which need not be what was there before.
     config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
-    check_numbers(config, Held.in_headers(check_weights(files)), f"{CONFIG} of {files}")
+    check_numbers(config, TensorBounds.in_headers(check_weights(files)), f"{CONFIG} of {files}")
     return files.folder
 
 

@@ -39,20 +39,20 @@ ELEMENTS_A_BYTE = 2
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorBounds:
     """What is known of a model's tensors: how many blocks they are of, and that no dimension is larger."""
 
     blocks: int
     largest: int
 
     @classmethod
-    def in_headers(cls, tensors: Mapping[str, TensorInfo]) -> Held:
+    def in_headers(cls, tensors: Mapping[str, TensorInfo]) -> TensorBounds:
         """By the headers of all weight files."""
         largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
         return cls(_blocks(tensors), largest)
 
     @classmethod
-    def in_index(cls, names: Iterable[str], weight_bytes: int) -> Held:
+    def in_index(cls, names: Iterable[str], weight_bytes: int) -> TensorBounds:
         """By the names that an index lists, and the bytes of all weight files; no names are as if there was none."""
         return cls(_blocks(names) or MAX_BLOCKS, ELEMENTS_A_BYTE * weight_bytes)
 
@@ -66,7 +66,7 @@ def _blocks(names: Iterable[str]) -> int:
     return max(map(len, numbers.values()), default=0)
 
 
-def check_numbers(config: Mapping[str, Any], held: Held, what: str) -> None:
+def check_numbers(config: Mapping[str, Any], held: TensorBounds, what: str) -> None:
     """Hold every number of the configuration `what` against the model's tensors. Raises: UnreadableSource."""
     for key, value in _numbers(config):
         if key in BLOCK_COUNT_KEYS:
@@ -80,7 +80,7 @@ def check_numbers(config: Mapping[str, Any], held: Held, what: str) -> None:
             )
 
 
-def _most(key: str, held: Held) -> int:
+def _most(key: str, held: TensorBounds) -> int:
     if key in SIZES:
         return held.largest
     if FREE.search(key):

@@ -222,7 +222,7 @@ async def _send_all(engine: Engine, settings: Settings, outbound: Outbound, clai
             group.start_soon(send, claim)
 
 
-def _record(engine: Engine, settings: Settings, claim: DeliveryClaim, outcome: webhooks.Outcome) -> None:
+def _record(engine: Engine, settings: Settings, claim: DeliveryClaim, outcome: webhooks.DeliveryOutcome) -> None:
     with transaction(engine) as session:
         if outcome.delivered:
             deliveries.succeed(session, claim, outcome.attempt)

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DeliveryOutcome:
     """What came of an attempt; `retry_in` is None where none is to follow."""
 
     attempt: DeliveryAttempt
@@ -55,7 +55,7 @@ def policy(settings: Settings) -> Policy:
     return Policy(tuple(settings.webhook_allowed_networks), settings.webhook_allow_http)
 
 
-async def send(outbound: Outbound, claim: DeliveryClaim) -> Outcome:
+async def send(outbound: Outbound, claim: DeliveryClaim) -> DeliveryOutcome:
     """Make one attempt."""
     at, began = now(), monotonic()
     answer, error = Answer(), ""
@@ -78,7 +78,7 @@ async def send(outbound: Outbound, claim: DeliveryClaim) -> Outcome:
         excerpt=answer.excerpt,
     )
     delay = None if delivered else retry_in(claim, answer.headers.get("retry-after"))
-    return Outcome(attempt, delivered, gone=answer.status == 410, retry_in=delay)
+    return DeliveryOutcome(attempt, delivered, gone=answer.status == 410, retry_in=delay)
 
 
 def _complaint(answer: Answer) -> str:

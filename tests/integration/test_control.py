@@ -197,7 +197,7 @@ def test_upload_download_and_evaluation_are_paused_and_cancelled(
     worker: Worker, proxy: Proxy, at_the_server: ArtifactStore, stop: Callable[..., None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("workers.stages.context.REPORT_INTERVAL_S", 0.0)
+    monkeypatch.setattr("workers.stages.context.PROGRESS_INTERVAL_S", 0.0)
     endless = {"windows": 4, "speed_tokens": 4096, "speed_repeats": 100}
     spec = tiny_spec(write_tiny_model(tmp_path / "tiny"), distillation=UNDISTILLED, evaluation=endless)
     job_id = create(worker, spec)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import check_complete, load_checkpoint
-from workers.pruning.model.sharding import load_sharded, placement
+from workers.pruning.model.sharding import load_placed, placement
 from workers.pruning.model.streaming import load_streamed, parameter_bytes
 from workers.pruning.search.engine import windows_in
 
@@ -67,7 +67,7 @@ def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel
         return load_model(folder, check)
     memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
     if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory, check=check)) is not None:
-        return _stoppable(load_sharded(folder, placed, dtype=compute_dtype(), check=check), check)
+        return _stoppable(load_placed(folder, placed, dtype=compute_dtype(), check=check), check)
     if not tensors.one_to_one:
         return load_model(folder, check)
     model, _ = load_streamed(folder, dtype=compute_dtype(), device=device(), check=check)

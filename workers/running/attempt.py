@@ -125,7 +125,7 @@ def _claim(worker: Worker, queues: Sequence[str]) -> Claim | None:
 def run(worker: Worker, claim: Claim) -> None:
     """Run a claimed stage; whatever happens is recorded, and nothing is recorded twice."""
     with (
-        tracing.receiving(queue.task_name(claim.stage), claim.trace),
+        tracing.receiving(queue.message_name(claim.stage), claim.trace),
         bound_contextvars(job_id=claim.job_id, stage=claim.stage.value, worker=worker.name, attempt=claim.attempt),
     ):
         tracing.describe(job_id=claim.job_id, stage=claim.stage.value, worker=worker.name, attempt=claim.attempt)

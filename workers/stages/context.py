@@ -23,7 +23,7 @@ from service.stopping import Check, interruptible
 from service.storage import ArtifactStore, ObjectNotFound
 from workers.inputs.faults import CorruptArtifact, PatientStore
 
-REPORT_INTERVAL_S = 1.0
+PROGRESS_INTERVAL_S = 1.0
 READ_BYTES = 1 << 22
 Figure = float | str | list[int]
 Report = Callable[[float, str, Mapping[str, Figure]], None]
@@ -80,7 +80,7 @@ class StageContext:
     def report(self, progress: float, message: str, **figures: Figure) -> None:
         """Announce progress (0…1), at most once a second. Raises: StopRequested, LeaseLost."""
         self.check()
-        if time.monotonic() - self._reported_at >= REPORT_INTERVAL_S:
+        if time.monotonic() - self._reported_at >= PROGRESS_INTERVAL_S:
             self._reported_at = time.monotonic()
             self.publish(progress, message, figures)
 

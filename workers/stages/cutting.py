@@ -12,7 +12,7 @@ from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import PLAN, SEARCH, Bounds, Losses, Plan, RemovalResult, ScoringResult
 from workers.pruning.model.units import deleting
 from workers.stages.context import Parent, StageContext
-from workers.stages.removal import Decided, Measured, load, read_scores, write_plan
+from workers.stages.removal import ChosenSets, Measured, load, read_scores, write_plan
 from workers.stages.searching import Searcher
 
 
@@ -55,7 +55,7 @@ def cut(context: StageContext) -> RemovalResult:
         sensitivity=plan.sensitivity or searcher.sensitivity(),
     )
     shutil.move(context.input(StageName.REMOVAL, SEARCH), context.out / SEARCH)
-    decided = Decided(prefill, decode, searcher.prompt_tokens)
+    decided = ChosenSets(prefill, decode, searcher.prompt_tokens)
     return RemovalResult(**dict(write_plan(context, scores, decided, measured, plan.frontier)))
 
 

@@ -38,13 +38,13 @@ from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
 from workers.stages.training import HELD_OUT_WINDOWS, Tensors, journal
 from workers.stages.training import settings as training_settings
-from workers.stages.width import StageChannels, narrowed, read_channels
+from workers.stages.width import HalfChannels, narrowed, read_channels
 
 PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainingWindows:
     """Token windows (windows, tokens) on the worker's device."""
 
     training: Tensor
@@ -63,7 +63,7 @@ def run(context: StageContext) -> DistillationResult:
             save_file({}, context.out / name)
         return DistillationResult(enabled=False)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
-    data = Data(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
+    data = TrainingWindows(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
     teacher = load_model(context.model_dir, context.check)
 
     prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
@@ -138,10 +138,10 @@ def _trained(
 def _distil_prefill(
     context: StageContext,
     plans: Plans,
-    channels: StageChannels,
+    channels: HalfChannels,
     weights: PreTrainedModel,
     teacher: PreTrainedModel,
-    data: Data,
+    data: TrainingWindows,
 ) -> tuple[Tensors, Healing | None]:
     """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
     student = drop_blocks(weights, plans.prefill.removed)
@@ -161,11 +161,11 @@ def _distil_prefill(
 def _distil_decode(
     context: StageContext,
     plans: Plans,
-    channels: StageChannels,
+    channels: HalfChannels,
     weights: PreTrainedModel,
     prefill_weights: PreTrainedModel,
     teacher: PreTrainedModel,
-    data: Data,
+    data: TrainingWindows,
 ) -> tuple[Tensors, Healing | None]:
     """`weights` hold what decode inherits of the prefill weights; those are also what it falls back to."""
     only_decode = _only_in_decode(plans).values()
@@ -201,7 +201,7 @@ def _distil(
     pruned: bool,
     blocks: list[int],
     frozen: set[str],
-    data: Data,
+    data: TrainingWindows,
     journal: Journal,
 ) -> tuple[Tensors, Healing | None]:
     """Heal `weights`, which `student` shares.

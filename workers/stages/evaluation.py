@@ -55,7 +55,7 @@ BATCH_WINDOWS = 8
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasuredModel:
     """A model under measurement, the folder it was loaded from, and what it gave up."""
 
     model: PreTrainedModel
@@ -77,10 +77,10 @@ def run(context: StageContext) -> EvaluationResult:
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.report(0.05, "Loading the exported checkpoints.")
     dense = load_model(context.model_dir, context.check)
-    subjects = {"dense": Subject(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
+    subjects = {"dense": MeasuredModel(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
     for role, (plan, _) in roles(plans).items():
         folder = context.input_folder(StageName.EXPORT, role)
-        subjects[role] = Subject(load_model(folder, context.check), folder, plan, channels.of(role))
+        subjects[role] = MeasuredModel(load_model(folder, context.check), folder, plan, channels.of(role))
 
     context.report(0.2, "Measuring speed.")
     spec = context.spec.evaluation
@@ -130,7 +130,7 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         card.write_text(model_card(pdtrim, inherited, findings.evaluation_tables()), encoding="utf-8")
 
 
-def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> dict[str, dict[str, TaskResult]]:
+def _measure_tasks(context: StageContext, subjects: Mapping[str, MeasuredModel]) -> dict[str, dict[str, TaskResult]]:
     """Task → model → metrics."""
     spec = context.spec.evaluation
     tasks = interruptible(context.check, partial(load_tasks, spec.tasks))
@@ -157,7 +157,7 @@ def _measure_tasks(context: StageContext, subjects: Mapping[str, Subject]) -> di
 
 
 def _describe(
-    context: StageContext, subject: Subject, speed: Speed, windows: Tensor, dense: PreTrainedModel
+    context: StageContext, subject: MeasuredModel, speed: Speed, windows: Tensor, dense: PreTrainedModel
 ) -> ModelFigures:
     context.check()
     undistilled = None
@@ -180,12 +180,14 @@ def _describe(
     )
 
 
-def _pruned(dense: PreTrainedModel, subject: Subject) -> PreTrainedModel:
+def _pruned(dense: PreTrainedModel, subject: MeasuredModel) -> PreTrainedModel:
     """What the subject was before distillation."""
     return drop_blocks(narrowed(dense, subject.channels), subject.plan.removed)
 
 
-def _measure_pair(context: StageContext, subjects: Mapping[str, Subject], plans: Plans, windows: Tensor) -> PairFigures:
+def _measure_pair(
+    context: StageContext, subjects: Mapping[str, MeasuredModel], plans: Plans, windows: Tensor
+) -> PairFigures:
     context.report(0.8, "Measuring the prefill/decode pair.")
     dense = subjects["dense"].model
     prefill_subject, decode_subject = (subjects.get(half) or subjects["unified"] for half in ("prefill", "decode"))

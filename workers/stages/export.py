@@ -28,7 +28,7 @@ from workers.stages.context import StageContext
 from workers.stages.kv_tokens import choose_rule, recorded
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
-from workers.stages.width import StageChannels, narrowed, read_channels
+from workers.stages.width import HalfChannels, narrowed, read_channels
 
 PROOF_TOKENS = 32
 GENERATED_TOKENS = 8
@@ -92,7 +92,7 @@ def _healed(
     return drop_blocks(weights, plan.removed)
 
 
-def _choose_rule(context: StageContext, plans: Plans, channels: StageChannels, windows: Tensor) -> KvTokenRule | None:
+def _choose_rule(context: StageContext, plans: Plans, channels: HalfChannels, windows: Tensor) -> KvTokenRule | None:
     """The KV token rule, when the job asks for one. A unified checkpoint hands its cache to another copy of itself."""
     asked = context.spec.kv_tokens
     if asked is None:

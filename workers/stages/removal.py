@@ -91,7 +91,7 @@ def run(context: StageContext) -> RemovalResult:
     found = write_plan(
         context,
         scores,
-        Decided(for_prefill.units, for_decode.units, searcher.prompt_tokens),
+        ChosenSets(for_prefill.units, for_decode.units, searcher.prompt_tokens),
         Measured(
             losses=Losses(
                 objective=spec.search.objective,
@@ -119,7 +119,7 @@ def run(context: StageContext) -> RemovalResult:
 
 
 @dataclass(frozen=True)
-class Decided:
+class ChosenSets:
     """The units that each half gives up."""
 
     prefill: Units
@@ -137,7 +137,7 @@ class Measured:
 
 
 def write_plan(
-    context: StageContext, scores: Scores, decided: Decided, measured: Measured, frontier: Frontiers
+    context: StageContext, scores: Scores, decided: ChosenSets, measured: Measured, frontier: Frontiers
 ) -> Removed:
     """Write the plan; returns what goes into the result, too."""
     prefill = _plan(context, scores, blocks_of(decided.prefill))

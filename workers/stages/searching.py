@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pdtrim.contract.blocks import limits
 from pdtrim.contract.results import BlockWorth, Bound, Controls, DenseLoss, SearchEffort, SearchPart, Sensitivity
-from pdtrim.contract.spec import StageTarget
+from pdtrim.contract.spec import HalfTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.units import NOTHING, Units, deleting
-from workers.pruning.search.engine import Engine, LossEngine, PairEngine
-from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.engine import LossEngine, PairEngine, WholeEngine
+from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.search.search import Algorithm, SearchResult, search
 from workers.stages.context import StageContext
@@ -27,10 +27,10 @@ SOUGHT: Mapping[SearchName, str] = {"prefill": "prefill", "decode": "decode", "c
 
 
 @dataclass(frozen=True)
-class HalfFound:
+class HalfSearched:
     """What one serving stage gives up, and how that was found."""
 
-    chosen: Found
+    chosen: MeasuredSet
     result: SearchResult
     bound: PerplexityBound | None
 
@@ -65,14 +65,14 @@ class Searcher:
         self._forced = deleting(self._spec.search.force)
         self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
-    def prefill(self, span: Span) -> HalfFound:
+    def prefill(self, span: Span) -> HalfSearched:
         """The units that prefill gives up: the least loss on whole windows."""
         engine = self._engine()
         bound = self._bound(self._spec.prefill, None, engine, dense=engine)
         memo = self._memo(self._phase(), engine)
         return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span)
 
-    def decode(self, prefill: Units, span: Span) -> HalfFound:
+    def decode(self, prefill: Units, span: Span) -> HalfSearched:
         """The units that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
         engine = self._pair(prefill)
         bound = self._bound(self._spec.decode, prefill, engine, dense=self._pair(NOTHING))
@@ -93,7 +93,7 @@ class Searcher:
             blocks=[BlockWorth(block=b, both=both[one], decode_only=decode[one]) for b, one in alone.items()],
         )
 
-    def controls(self, prefill: Units, decode: Found, span: Span) -> Controls:
+    def controls(self, prefill: Units, decode: MeasuredSet, span: Span) -> Controls:
         """Losses on continuations to hold the nested pair's against.
 
         `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing; `non_nested`: it
@@ -118,7 +118,7 @@ class Searcher:
         of_pair = self._memo(self._phase(prefill), self._pair(prefill))([decode])[decode]
         return of_prefill, of_pair
 
-    def _non_nested(self, prefill: Units, decode: Found, span: Span) -> Found:
+    def _non_nested(self, prefill: Units, decode: MeasuredSet, span: Span) -> MeasuredSet:
         if prefill == self._forced:
             return decode  # Nesting asked for nothing.
         phase = Phase(self._spec.search.objective, prefill, nested=False)
@@ -139,14 +139,14 @@ class Searcher:
         limit: int,
         bound: PerplexityBound | None,
         span: Span,
-    ) -> HalfFound:
+    ) -> HalfSearched:
         algorithm = self._spec.search.algorithm
         if bound is None:
             result = self._search(name, memo, base, limit, span, algorithm=algorithm)
-            return HalfFound(result.frontier[limit], result, None)
+            return HalfSearched(result.frontier[limit], result, None)
         bound.increase(base)
         result = self._search(name, memo, base, limit, span, algorithm=algorithm, acceptable=bound.holds)
-        return HalfFound(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
+        return HalfSearched(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
 
     def _search(
         self,
@@ -157,12 +157,12 @@ class Searcher:
         span: Span,
         *,
         algorithm: Algorithm,
-        acceptable: Callable[[Found], bool] | None = None,
+        acceptable: Callable[[MeasuredSet], bool] | None = None,
     ) -> SearchResult:
         start, end = span
         spec = self._spec.search
 
-        def on_progress(done: float, best: Found) -> None:
+        def on_progress(done: float, best: MeasuredSet) -> None:
             self._context.report(
                 start + (end - start) * done,
                 f"Searching what {SOUGHT[name]} gives up.",
@@ -189,7 +189,7 @@ class Searcher:
         return result
 
     def _bound(
-        self, target: StageTarget, prefill: Units | None, engine: LossEngine, *, dense: LossEngine
+        self, target: HalfTarget, prefill: Units | None, engine: LossEngine, *, dense: LossEngine
     ) -> PerplexityBound | None:
         if target.max_perplexity_increase is None:
             return None
@@ -205,7 +205,7 @@ class Searcher:
         return self._state.memo(phase, engine, racing=self._racing)
 
     def _engine(self) -> LossEngine:
-        return Engine(
+        return WholeEngine(
             self._stack,
             self._windows,
             self._spec.search.objective,

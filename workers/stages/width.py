@@ -20,7 +20,7 @@ CHANNELS = "channels.safetensors"
 
 
 @dataclass(frozen=True)
-class StageChannels:
+class HalfChannels:
     """The channels of every block of the dense model that a stage keeps; None for all of them.
 
     Both stages rank channels alike, so the narrower one keeps a part of what the other keeps.
@@ -58,15 +58,15 @@ def choose_channels(context: StageContext, stack: BlockStack, windows: Tensor, *
     )
 
 
-def read_channels(context: StageContext) -> StageChannels:
+def read_channels(context: StageContext) -> HalfChannels:
     """What the scoring stage chose."""
     if context.spec.prefill.mlp_width == context.spec.decode.mlp_width == 1:
-        return StageChannels(None, None)
+        return HalfChannels(None, None)
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, channels in load_file(context.input(StageName.SCORING, CHANNELS)).items():
         stage, block = name.split(".")
         found.setdefault(stage, {})[int(block)] = tuple(channels.tolist())
-    return StageChannels(found.get("prefill"), found.get("decode"))
+    return HalfChannels(found.get("prefill"), found.get("decode"))
 
 
 def narrowed(model: PreTrainedModel, channels: Channels | None) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from benchmarks.peer_methods import (
     shortgpt,
     sleb,
 )
-from benchmarks.spans import fit_spans
+from benchmarks.spans import fit_runs
 from tests.unit.workers.pruning.models import random_ids, reference_model, reference_windows, tiny_model
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
 from workers.pruning.model.measure import perplexity
@@ -27,7 +27,7 @@ from workers.pruning.model.plan import Blocks
 from workers.pruning.model.units import NOTHING, deleting
 from workers.pruning.repair.distill import load_tensors
 from workers.pruning.repair.training import Journal, TrainingSettings
-from workers.pruning.search.engine import Engine
+from workers.pruning.search.engine import WholeEngine
 from workers.pruning.search.memo import Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import search
@@ -111,7 +111,7 @@ def test_sleb_takes_greedys_steps_with_one_full_forward_a_candidate() -> None:
     model = model_with_uneven_blocks()
     stack = block_stack(model)
     greedy = search(
-        Memo(Engine(stack, IDS, "cross_entropy", chunk_windows=2).window_losses, len(IDS)),
+        Memo(WholeEngine(stack, IDS, "cross_entropy", chunk_windows=2).window_losses, len(IDS)),
         algorithm="greedy",
         num_blocks=NUM_BLOCKS,
         remove=3,
@@ -174,7 +174,7 @@ def test_the_block_that_stands_for_a_span_learns_to_map_its_start_to_its_end() -
     [(stand_in, (first, last))] = plan.spans.items()
     h = hidden_states(stack, IDS)
     settings = TrainingSettings(steps=20, batch_windows=4, learning_rate=5e-3, seed=0)
-    tensors, losses = fit_spans(
+    tensors, losses = fit_runs(
         model, plan.spans, frozen=set(), windows=IDS, held_out=IDS, settings=settings, journal=Journal()
     )
     before, after = losses[stand_in]
@@ -201,7 +201,7 @@ def test_on_the_reference_model_searching_by_the_loss_beats_what_never_sees_it()
     stack, windows = block_stack(model), reference_windows("calibration", 4, 64)
     names = ("ShortGPT", "angular span", "SLEB", "Shortened LLaMA Taylor+", "LLM-Streamline")
     removed = {name: deleting(PEERS[name](stack, windows, 2, chunk_windows=4).removed) for name in names}
-    losses = Engine(stack, windows, "cross_entropy", chunk_windows=4).losses(list(removed.values()))
+    losses = WholeEngine(stack, windows, "cross_entropy", chunk_windows=4).losses(list(removed.values()))
     loss = {name: losses[units] for name, units in removed.items()}
     assert loss["SLEB"] == min(loss.values())
     assert loss["SLEB"] < min(loss["angular span"], loss["Shortened LLaMA Taylor+"], loss["LLM-Streamline"])

@@ -48,7 +48,7 @@ def test_a_worker_discards_what_earlier_versions_asked_for_and_goes_on(empty_red
     app = queue.celery_app(settings.broker_url)
     woken: list[str] = []
 
-    @app.task(name=queue.task_name(StageName.SCORING), shared=False)
+    @app.task(name=queue.message_name(StageName.SCORING), shared=False)
     def wake(job_id: str) -> None:
         woken.append(job_id)
 

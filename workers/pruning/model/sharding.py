@@ -38,7 +38,7 @@ def placement(
     return None if "disk" in placed.values() else placed
 
 
-def load_sharded(
+def load_placed(
     folder: Path, placed: Placement, *, dtype: torch.dtype, check: Callable[[], None] = lambda: None
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode with every module where `placed` says; for walks, not for training.

@@ -14,7 +14,7 @@ from typing import Literal
 from workers.pruning.model.units import Unit, Units
 from workers.pruning.search.ascent import Ascent
 from workers.pruning.search.greedy import Greedy
-from workers.pruning.search.memo import Found
+from workers.pruning.search.memo import MeasuredSet
 
 PROPOSALS = 4
 """Swaps that are evaluated together; they share a pass over the weights. The best of them is taken or left."""
@@ -114,7 +114,7 @@ class Annealing:
             change = losses[best] - current.loss
             temperature = first * COOLING ** (1 - left / share)
             if change <= 0 or self._rng.random() < math.exp(-change / temperature):
-                current = Found(best, losses[best])
+                current = MeasuredSet(best, losses[best])
 
     def _affords_sets(self, candidates: Sequence[Units]) -> bool:
         """Whether the share of this count suffices for the candidates."""

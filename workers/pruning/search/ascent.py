@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from workers.pruning.model.units import Unit, Units
-from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.memo import MeasuredSet, Memo
 
 LOOKAHEAD = 2
 """Counts in a row without an acceptable set after which a search that may stop does: losses need not be monotone."""
 
-OnProgress = Callable[[float, Found], None]
-Acceptable = Callable[[Found], bool]
+OnProgress = Callable[[float, MeasuredSet], None]
+Acceptable = Callable[[MeasuredSet], bool]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Ascent:
         """Tell that `share` (0…1) of the work on `count` blocks is done, and the best set of so many."""
         self.tell(count, share, self.memo.best(count))
 
-    def tell(self, count: int, share: float, best: Found) -> None:
+    def tell(self, count: int, share: float, best: MeasuredSet) -> None:
         """The same with another set than the best of `count`."""
         done = (count - len(self.base) - 1 + share) / len(self.counts)
         start, end = self.progress

@@ -5,8 +5,8 @@ goes through the blocks in order and carries one hidden state for each distinct 
 begin alike, their common blocks run once. Candidates that are near a set which was walked before, the anchor, begin
 where they first differ from it, from hidden states that were held on its way.
 
-An engine belongs to one model, one set of windows and one objective. `Engine` takes whole windows; `PairEngine` the
-continuations of prompts that a prefill half processed, which is what a decode half is compared by.
+An engine belongs to one model, one set of windows and one objective. `WholeEngine` takes whole windows; `PairEngine`
+the continuations of prompts that a prefill half processed, which is what a decode half is compared by.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class LossEngine(Protocol):
         """Say that coming candidates are near `units`."""
 
 
-class WindowsEngine(ABC):
+class ChunkedEngine(ABC):
     """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
 
     Once told an anchor, it holds hidden states of that set in at most `anchor_bytes`. That changes no loss.
@@ -277,7 +277,7 @@ class WindowsEngine(ABC):
     ) -> dict[Units, list[float]]: ...
 
 
-class Engine(WindowsEngine):
+class WholeEngine(ChunkedEngine):
     """Losses of candidate sets on whole windows. Every token but the first of a window is scored.
 
     Objectives that look at the dense model keep its last hidden states: windows · tokens · hidden numbers.
@@ -334,7 +334,7 @@ class _Prompt:
     dense: Tensor  # (batch, continuation, hidden): the dense model's h_L for the same predictions
 
 
-class PairEngine(WindowsEngine):
+class PairEngine(ChunkedEngine):
     """Losses of what decode removes, on continuations of prompts that a prefill model without `prefill` processed.
 
     The first continued token is predicted by the prefill model, the others by the decode model, which reads the

@@ -19,7 +19,7 @@ DROPPED_AT = 3.0
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasuredSet:
     """A set of units and its calibration loss."""
 
     units: Units
@@ -107,7 +107,7 @@ class Memo:
     """Every set that this search asked for, and on how many windows."""
     visited: dict[Units, float] = field(default_factory=dict, init=False)
     """Those it asked for on all windows, in the order in which it first did, and their mean losses."""
-    _best: dict[int, Found] = field(default_factory=dict, init=False)
+    _best: dict[int, MeasuredSet] = field(default_factory=dict, init=False)
 
     def __call__(self, candidates: Sequence[Units]) -> dict[Units, float]:
         """Mean loss of every candidate on all windows."""
@@ -119,7 +119,7 @@ class Memo:
                 self.visited[units] = loss
                 best = self._best.get(len(units))
                 if best is None or (loss, sorted(units)) < (best.loss, sorted(best.units)):
-                    self._best[len(units)] = Found(units, loss)
+                    self._best[len(units)] = MeasuredSet(units, loss)
         return found
 
     def race(self, candidates: Sequence[Units]) -> Race:
@@ -151,7 +151,7 @@ class Memo:
                 break
         return True
 
-    def best(self, count: int) -> Found:
+    def best(self, count: int) -> MeasuredSet:
         """The best set of `count` units visited so far; ties go to the lowest blocks."""
         return self._best[count]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.pruning.model.units import Units
-from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.memo import MeasuredSet, Memo
 
 MAX_EXPONENT = 700.0
 """exp of more overflows; perplexities so high differ no longer."""
@@ -28,20 +28,20 @@ class PerplexityBound:
         """Perplexity without the blocks over the dense model's, less one."""
         return math.expm1(min(self.cross_entropy([units])[units] - self.dense, MAX_EXPONENT))
 
-    def holds(self, found: Found) -> bool:
+    def holds(self, found: MeasuredSet) -> bool:
         """Whether a set is within the bound."""
         return self.increase(found.units) <= self.max_increase
 
-    def largest(self, memo: Memo, smallest: Found) -> Found:
+    def largest(self, memo: Memo, smallest: MeasuredSet) -> MeasuredSet:
         """Of the sets that were held against the bound and kept it, the largest; of those, the one of least loss.
 
         `smallest` when there is none: it is what has to go in any case.
         """
-        measured = (Found(units, memo.visited[units]) for units in list(self.cross_entropy.visited))
+        measured = (MeasuredSet(units, memo.visited[units]) for units in list(self.cross_entropy.visited))
         kept = [found for found in measured if self.holds(found)]
         return min(kept, key=lambda f: (-len(f.units), f.loss, sorted(f.units)), default=smallest)
 
-    def to_json(self, chosen: Found, frontier: Iterable[Found]) -> dict[str, Any]:
+    def to_json(self, chosen: MeasuredSet, frontier: Iterable[MeasuredSet]) -> dict[str, Any]:
         """The bound, whether and how the chosen set keeps it, and the increase at every count that was walked."""
         return {
             "max_perplexity_increase": self.max_increase,

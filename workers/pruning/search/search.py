@@ -20,7 +20,7 @@ from workers.pruning.search.annealing import Annealing, EndedBy
 from workers.pruning.search.ascent import Acceptable, Ascent, OnProgress
 from workers.pruning.search.exhaustive import exhaustive
 from workers.pruning.search.greedy import Greedy
-from workers.pruning.search.memo import Effort, Found, Memo
+from workers.pruning.search.memo import Effort, MeasuredSet, Memo
 
 Algorithm = Literal["annealing", "greedy", "exhaustive"]
 GREEDY_SHARE = 0.3
@@ -31,8 +31,8 @@ GREEDY_SHARE = 0.3
 class SearchResult:
     """The best set for every count on the way (the frontier), and every set in the order it was first evaluated."""
 
-    frontier: Mapping[int, Found]
-    trajectory: Sequence[Found]
+    frontier: Mapping[int, MeasuredSet]
+    trajectory: Sequence[MeasuredSet]
     efforts: Mapping[Algorithm, Effort]
     """What each algorithm that took part asked for."""
     ended_by: EndedBy | None
@@ -111,5 +111,5 @@ def search(
         efforts[algorithm] = memo.effort() - before
 
     frontier = {count: memo.best(count) for count in range(len(base), last + 1)}
-    trajectory = [Found(units, loss) for units, loss in memo.visited.items()]
+    trajectory = [MeasuredSet(units, loss) for units, loss in memo.visited.items()]
     return SearchResult(frontier, trajectory, efforts, ended_by)

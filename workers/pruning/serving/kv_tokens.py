@@ -27,7 +27,7 @@ from workers.pruning.serving.pair_server import (
     visible,
 )
 
-ATTENTION_BLOCK = 256
+ATTENTION_TILE = 256
 """Queries, and keys, whose attention is computed at a time."""
 
 
@@ -54,7 +54,7 @@ def received_attention(
     *,
     scaling: float,
     window: int | None,
-    block: int = ATTENTION_BLOCK,
+    block: int = ATTENTION_TILE,
 ) -> Tensor:
     """The attention each key gets, (keys,) in float64: softmax probabilities summed over batch, heads and queries.
 

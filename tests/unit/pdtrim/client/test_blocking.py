@@ -14,7 +14,7 @@ import pytest
 from httpx_sse import ServerSentEvent
 
 from pdtrim.client import Client, ClientError, CorruptDownload, ServiceError, ServiceUnreachable, UnexpectedAnswer
-from pdtrim.client.transports import BlockingWire
+from pdtrim.client.transports import BlockingTransport
 from pdtrim.contract.errors import QueueQuotaExceeded
 from pdtrim.contract.jobs import Artifact, JobStatus, StageName
 from pdtrim.contract.spec import JobSpec
@@ -234,15 +234,15 @@ def test_a_stream_that_ends_early_is_taken_up_again_though_the_job_is_over(
 ) -> None:
     job_id = gateway.played.create()
     client.cancel(job_id)
-    whole, ends = BlockingWire.messages, iter([True])
+    whole, ends = BlockingTransport.messages, iter([True])
 
-    async def first_ends_after_one(wire: BlockingWire, response: httpx.Response) -> AsyncIterator[ServerSentEvent]:
+    async def first_ends_after_one(wire: BlockingTransport, response: httpx.Response) -> AsyncIterator[ServerSentEvent]:
         async for message in whole(wire, response):
             yield message
             if next(ends, False):
                 return
 
-    monkeypatch.setattr(BlockingWire, "messages", first_ends_after_one)
+    monkeypatch.setattr(BlockingTransport, "messages", first_ends_after_one)
     assert [event.type for event in client.events(job_id)] == ["job.created", "job.cancelled"]
 
 

@@ -13,8 +13,7 @@ from sqlalchemy import text
 from sqlmodel import Session
 
 from pdtrim.contract.jobs import StageName
-from service.api import events
-from service.api import wakeups as hub
+from service.api import events, wakeups
 from service.db import events as stored
 from service.db.events import News
 from service.db.session import transaction
@@ -23,8 +22,8 @@ from tests.gateway import Gateway, listening
 
 @pytest.fixture
 def address(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(hub, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(hub, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(wakeups, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(wakeups, "RETRY_SECONDS", 0.05)
     with listening(gateway.settings) as url:
         yield url
 
@@ -163,7 +162,7 @@ def test_a_quiet_stream_is_kept_alive_by_comments(
 
 
 def test_a_client_that_leaves_ends_the_reading(gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr(wakeups, "SWEEP_SECONDS", 0.05)
     reads: list[object] = []
     news = stored.news
 
@@ -186,7 +185,7 @@ def test_a_client_that_leaves_ends_the_reading(gateway: Gateway, address: str, m
 def test_a_stream_that_falls_behind_reads_what_is_no_longer_at_hand(
     gateway: Gateway, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "KEPT", 1)
+    monkeypatch.setattr(wakeups, "KEPT", 1)
     job_id = gateway.create()
 
     with following(address, job_id) as stream:

@@ -11,8 +11,8 @@ from anyio import to_thread
 from sqlalchemy import Engine, event, text
 
 from pdtrim.contract.spec import JobSpec
-from service.api import wakeups as hub
-from service.api.wakeups import Feed, Hub
+from service.api import wakeups
+from service.api.wakeups import EventFeeds, Feed
 from service.db import deletion, events, jobs
 from service.db.events import News
 from service.db.session import transaction
@@ -28,9 +28,9 @@ SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks often where looking is all there is, and hardly ever where the database tells."""
-    monkeypatch.setattr(hub, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(hub, "SWEEP_SECONDS", 3600.0)
-    monkeypatch.setattr(hub, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(wakeups, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(wakeups, "SWEEP_SECONDS", 3600.0)
+    monkeypatch.setattr(wakeups, "RETRY_SECONDS", 0.05)
 
 
 def found(*numbers: int, last: int, final: bool = False) -> News:
@@ -67,16 +67,16 @@ async def until(feed: Feed, condition: Callable[[], bool]) -> None:
             await feed.changed.wait()
 
 
-def run(engine: Engine, story: Callable[[Hub], Awaitable[None]]) -> None:
+def run(engine: Engine, story: Callable[[EventFeeds], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with hub.running(engine) as running:
+        async with wakeups.running(engine) as running:
             await story(running)
 
     anyio.run(main)
 
 
 def test_a_feed_has_the_events_after_a_number_as_long_as_they_are_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "KEPT", 3)
+    monkeypatch.setattr(wakeups, "KEPT", 3)
     feed = Feed()
     assert feed.after(0) == []
 
@@ -118,7 +118,7 @@ def test_a_feed_wakes_nobody_for_nothing() -> None:
 def test_an_event_is_read_once_for_all_who_watch(engine: Engine) -> None:
     job_id = new_job(engine)
 
-    async def story(running: Hub) -> None:
+    async def story(running: EventFeeds) -> None:
         feeds = []
 
         async def watch() -> None:
@@ -142,7 +142,7 @@ def test_an_event_is_read_once_for_all_who_watch(engine: Engine) -> None:
 def test_what_nobody_watches_any_more_is_not_read(engine: Engine) -> None:
     job_id = new_job(engine)
 
-    async def story(running: Hub) -> None:
+    async def story(running: EventFeeds) -> None:
         with running.watching(job_id) as feed:
             await until(feed, lambda: feed.head == 1)
         await anyio.sleep(0.3)  # What was being read is read to its end.
@@ -162,7 +162,7 @@ def test_a_deletion_ends_a_feed(engine: Engine) -> None:
         with transaction(engine) as session:
             deletion.mark(session, job_id)
 
-    async def story(running: Hub) -> None:
+    async def story(running: EventFeeds) -> None:
         with running.watching(job_id) as feed:
             await until(feed, lambda: feed.head == 2)
             await to_thread.run_sync(delete)
@@ -178,7 +178,7 @@ def test_a_feed_goes_on_after_a_read_that_failed(engine: Engine) -> None:
         with engine.begin() as connection:
             connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))
 
-    async def story(running: Hub) -> None:
+    async def story(running: EventFeeds) -> None:
         with running.watching(job_id) as feed:
             await until(feed, lambda: feed.head == 1)
             await to_thread.run_sync(rename, "jobs", "hidden")
@@ -207,7 +207,7 @@ def test_what_happened_while_the_listener_was_cut_off_is_read(engine: Engine) ->
             assert cut.scalar_one() >= 1  # One that was cut off before may be about to end.
         append(engine, job_id)
 
-    async def story(running: Hub) -> None:
+    async def story(running: EventFeeds) -> None:
         with running.watching(job_id) as feed:
             await until(feed, lambda: feed.head == 1)
             for head in (2, 3):

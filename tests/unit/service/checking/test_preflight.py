@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pdtrim.contract.errors import InvalidRequest, ModelUnsupported, PDTrimError, TooManyBlocks
-from pdtrim.contract.spec import JobSpec, StageTarget
+from pdtrim.contract.spec import HalfTarget, JobSpec
 from service.checking import preflight
 from service.settings import Settings
 from tests.gateway import Gateway, gateway, model, problem_of, write_model
@@ -134,7 +134,7 @@ def test_other_mlps_are_refused_at_the_width_s_field(change: dict[str, Any]) -> 
     [(1, 50, 50), (0.5, 48, 24), (0.75, 48, 32), (0.99, 50, 48), (1e-9, 48, 8), (0.5, 3, 3), (0.75, 12288, 9216)],
 )
 def test_a_width_is_a_share_of_the_channels_in_multiples_of_8(width: float, available: int, kept: int) -> None:
-    target = StageTarget(remove_blocks=0, mlp_width=width)
+    target = HalfTarget(remove_blocks=0, mlp_width=width)
     assert target.mlp_channels(available) == kept
 
 

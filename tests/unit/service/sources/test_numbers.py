@@ -8,12 +8,12 @@ import pytest
 
 from pdtrim.contract.spec import MAX_BLOCKS
 from service.sources import UnreadableSource, describe_model, fetch_model, models, reference_model
-from service.sources.numbers import Held, check_numbers
+from service.sources.numbers import TensorBounds, check_numbers
 from service.sources.safetensors_header import read_header
 from tests.gateway import write_model
 from tests.weights import safetensors_file
 
-HELD = Held(blocks=6, largest=97)
+HELD = TensorBounds(blocks=6, largest=97)
 FITTING: dict[str, Any] = {
     "num_hidden_layers": 6,
     "vocab_size": 97,
@@ -67,14 +67,14 @@ def test_a_number_beyond_what_the_tensors_hold_is_refused_by_its_key(change: dic
 def test_blocks_are_counted_by_the_numbers_in_tensors_names() -> None:
     names = ["embed.weight", *(f"model.layers.{block}.mlp.experts.{n}.weight" for block in (0, 2, 7) for n in range(9))]
 
-    assert Held.in_index(names, 10).blocks == 3
-    assert Held.in_index(["h.0.a", "h.1.a", "h.1.b"], 10).blocks == 2
+    assert TensorBounds.in_index(names, 10).blocks == 3
+    assert TensorBounds.in_index(["h.0.a", "h.1.a", "h.1.b"], 10).blocks == 2
 
 
 def test_the_reference_model_s_own_numbers_pass() -> None:
     path = reference_model() / "model.safetensors"
     with path.open("rb") as file:
-        held = Held.in_headers(read_header(file, path.stat().st_size))
+        held = TensorBounds.in_headers(read_header(file, path.stat().st_size))
 
     check_numbers(json.loads((reference_model() / "config.json").read_text()), held, "config.json")
     assert held.blocks == 12

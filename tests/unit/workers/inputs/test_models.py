@@ -12,7 +12,7 @@ from tests.tiny_job import write_tiny_model
 from tests.unit.workers.pruning.models import tiny_model
 from workers.inputs import models
 from workers.pruning.model.blocks import drop_blocks
-from workers.pruning.model.sharding import Placement, load_sharded
+from workers.pruning.model.sharding import Placement, load_placed
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -42,9 +42,9 @@ def test_a_model_that_fits_several_accelerators_together_is_sharded_before_it_is
     def load_here(folder: Path, placed: Placement, **options: Any) -> PreTrainedModel:
         """The two accelerators are this machine's memory and disk."""
         asked.append(placed)
-        return load_sharded(folder, {name: stand_ins[number] for name, number in placed.items()}, **options)
+        return load_placed(folder, {name: stand_ins[number] for name, number in placed.items()}, **options)
 
-    monkeypatch.setattr(models, "load_sharded", load_here)
+    monkeypatch.setattr(models, "load_placed", load_here)
     monkeypatch.setattr(models, "free_memory_bytes", lambda at: int(free))
     monkeypatch.setattr(models, "accelerators", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
     sharded = models.load_for_walks(tmp_path)

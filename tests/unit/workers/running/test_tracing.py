@@ -23,7 +23,7 @@ from pdtrim.contract.jobs import JobStatus, StageName
 from service.app import PROBES
 from service.observing import exporters as spans
 from service.observing import tracing
-from service.queue import task_name
+from service.queue import message_name
 from service.settings import Settings
 from service.upkeep.reconciler import sweep
 from tests.gateway import Gateway, serve, write_model
@@ -97,12 +97,12 @@ def test_one_job_is_one_trace_from_the_request_to_the_last_stage(
     assert len({span.context.trace_id for span in found.values() if span.context}) == 1
     assert {name: parent_name(span, found) for name, span in found.items()} == {
         "POST /v1/jobs": None,
-        **{task_name(stage): "POST /v1/jobs" for stage in StageName},
-        f"send {task_name(StageName.SCORING)}": "POST /v1/jobs",
-        **{f"send {task_name(after)}": task_name(before) for before, after in pairwise(StageName)},
+        **{message_name(stage): "POST /v1/jobs" for stage in StageName},
+        f"send {message_name(StageName.SCORING)}": "POST /v1/jobs",
+        **{f"send {message_name(after)}": message_name(before) for before, after in pairwise(StageName)},
     }
     for stage in StageName:
-        attributes = dict(found[task_name(stage)].attributes or {})
+        attributes = dict(found[message_name(stage)].attributes or {})
         assert attributes["pdtrim.attempt"] == 1
         assert attributes["pdtrim.outcome"] == "succeeded"
 

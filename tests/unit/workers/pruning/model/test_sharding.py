@@ -12,10 +12,10 @@ from torch import Tensor
 from tests.unit.workers.pruning.devices import FIRST, SECOND, accelerators
 from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, TOLERANCE, random_ids, tiny_model
 from workers.pruning.model.blocks import BlockStack, block_stack, prove
-from workers.pruning.model.sharding import Placement, load_sharded, placement
+from workers.pruning.model.sharding import Placement, load_placed, placement
 from workers.pruning.model.units import deleting
 from workers.pruning.model.width import channel_scores
-from workers.pruning.search.engine import Engine, Objective, PairEngine
+from workers.pruning.search.engine import Objective, PairEngine, WholeEngine
 from workers.pruning.search.scores import block_scores
 
 FLOAT = torch.float32
@@ -50,7 +50,7 @@ def sharded(family: str, folder: Path, *devices: torch.device) -> BlockStack:
 def losses(stack: BlockStack, ids: Tensor) -> dict[str, Any]:
     """What the engines find on each way that they have."""
     objectives: tuple[Objective, ...] = ("kl", "cross_entropy", "hidden")
-    whole = Engine(stack, ids, "kl", chunk_windows=2, anchor_bytes=2**20)
+    whole = WholeEngine(stack, ids, "kl", chunk_windows=2, anchor_bytes=2**20)
     found: dict[str, Any] = {objective: whole.losses(SETS, objective) for objective in objectives}
     whole.anchor(SETS[0])
     found["anchored"] = [whole.losses(SETS), whole.losses(SETS)]
@@ -80,7 +80,7 @@ def test_blocks_on_two_devices_give_what_they_give_on_one_bit_for_bit(family: st
     assert found == losses(one, ids.to(FIRST))
     assert block_scores(two, ids.to(FIRST), chunk_windows=2) == block_scores(one, ids.to(FIRST), chunk_windows=2)
     prove(two)
-    on_the_cpu = Engine(block_stack(tiny_model(family)), ids, "kl", chunk_windows=2).losses(SETS)
+    on_the_cpu = WholeEngine(block_stack(tiny_model(family)), ids, "kl", chunk_windows=2).losses(SETS)
     assert found["kl"] == pytest.approx(on_the_cpu, abs=TOLERANCE)
 
 
@@ -110,7 +110,7 @@ def test_a_sharded_checkpoint_is_loaded_and_walked_like_a_resident_one(family: s
     # Accelerate's own stand-ins for two accelerators here: weights in memory, and weights brought for each call.
     stand_ins: dict[object, str] = {0: "cpu", 1: "disk"}
     on = {name: stand_ins[number] for name, number in found.items()}
-    stack = block_stack(load_sharded(tmp_path, on, dtype=FLOAT))
+    stack = block_stack(load_placed(tmp_path, on, dtype=FLOAT))
     assert [next(block.parameters()).is_meta for block in stack.blocks] == [False, False, True, True, True]
     assert torch.equal(stack.model(input_ids=ids).logits, model(input_ids=ids).logits)
     assert losses(stack, ids) == losses(block_stack(model), ids)

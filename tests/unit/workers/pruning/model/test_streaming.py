@@ -9,7 +9,7 @@ from tests.unit.workers.pruning.models import FAMILIES, OTHERS, random_ids, tiny
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.streaming import load_streamed
 from workers.pruning.model.units import deleting
-from workers.pruning.search.engine import Engine, PairEngine
+from workers.pruning.search.engine import PairEngine, WholeEngine
 from workers.pruning.search.scores import block_scores
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def test_streamed_weights_give_what_resident_ones_give_bit_for_bit(family: str, 
     stacks = [block_stack(model), block_stack(streamed)]
     scores = [block_scores(stack, ids, chunk_windows=4) for stack in stacks]
     assert scores[0] == scores[1]
-    losses = [Engine(stack, ids, "kl", chunk_windows=4).losses(SINGLES) for stack in stacks]
+    losses = [WholeEngine(stack, ids, "kl", chunk_windows=4).losses(SINGLES) for stack in stacks]
     assert losses[0] == losses[1]
     pairs = [
         PairEngine(stack, ids, "cross_entropy", prefill=deleting({1}), prompt_tokens=6, chunk_windows=4)
@@ -38,7 +38,7 @@ def test_streamed_weights_give_what_resident_ones_give_bit_for_bit(family: str, 
 def test_a_round_reads_every_block_once_and_holds_one(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     model, reader = load_streamed(tmp_path, dtype=torch.float32, device=CPU)
-    engine = Engine(block_stack(model), random_ids(4, 12), "kl", chunk_windows=4)
+    engine = WholeEngine(block_stack(model), random_ids(4, 12), "kl", chunk_windows=4)
     before = reader.blocks_read
     engine.losses(SINGLES)
     assert reader.blocks_read - before == 5

@@ -13,7 +13,7 @@ from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.streaming import load_streamed
 from workers.pruning.model.units import NOTHING, Unit, Units, deleting, way_through
 from workers.pruning.search.anchor import Anchor, Trail
-from workers.pruning.search.engine import Engine, PairEngine, WindowsEngine
+from workers.pruning.search.engine import ChunkedEngine, PairEngine, WholeEngine
 from workers.pruning.search.memo import Memo
 from workers.pruning.search.search import SearchResult, search
 
@@ -28,11 +28,11 @@ def tiny_stack() -> BlockStack:
     return block_stack(tiny_model("llama", num_blocks=BLOCKS))
 
 
-def whole(stack: BlockStack, anchor_bytes: int) -> WindowsEngine:
-    return Engine(stack, random_ids(WINDOWS, TOKENS), "kl", chunk_windows=2, anchor_bytes=anchor_bytes)
+def whole(stack: BlockStack, anchor_bytes: int) -> ChunkedEngine:
+    return WholeEngine(stack, random_ids(WINDOWS, TOKENS), "kl", chunk_windows=2, anchor_bytes=anchor_bytes)
 
 
-def pair(stack: BlockStack, anchor_bytes: int) -> WindowsEngine:
+def pair(stack: BlockStack, anchor_bytes: int) -> ChunkedEngine:
     return PairEngine(
         stack,
         random_ids(WINDOWS, TOKENS),
@@ -44,20 +44,20 @@ def pair(stack: BlockStack, anchor_bytes: int) -> WindowsEngine:
     )
 
 
-def forwards(engine: WindowsEngine, candidates: Sequence[Units]) -> int:
+def forwards(engine: ChunkedEngine, candidates: Sequence[Units]) -> int:
     """Block-forwards that the losses of these take, over all chunks."""
     before = engine.block_forwards
     engine.losses(candidates)
     return engine.block_forwards - before
 
 
-def held_bytes(engine: WindowsEngine) -> int:
+def held_bytes(engine: ChunkedEngine) -> int:
     return sum(h.nbytes for states in engine._anchor._held.values() for h in states.values())
 
 
 @pytest.mark.parametrize("make", [whole, pair])
 def test_swaps_near_an_anchor_cost_fewer_block_forwards_and_the_same_losses(
-    make: Callable[[BlockStack, int], WindowsEngine],
+    make: Callable[[BlockStack, int], ChunkedEngine],
 ) -> None:
     stack = tiny_stack()
     plain, anchored = make(stack, 0), make(stack, AMPLE)
@@ -135,7 +135,7 @@ def test_blocks_before_the_first_change_are_not_read_from_disk(tmp_path: Path) -
     ids = random_ids(4, TOKENS)
     read = []
     for anchor_bytes in (0, AMPLE):
-        engine = Engine(block_stack(model), ids, "cross_entropy", chunk_windows=4, anchor_bytes=anchor_bytes)
+        engine = WholeEngine(block_stack(model), ids, "cross_entropy", chunk_windows=4, anchor_bytes=anchor_bytes)
         engine.anchor(CURRENT)
         engine.losses([CURRENT])
         before = reader.blocks_read
@@ -148,7 +148,7 @@ def test_annealing_near_its_current_set_finds_the_same_in_fewer_block_forwards()
     stack, ids = tiny_stack(), random_ids(2, TOKENS)
 
     def found(anchor_bytes: int) -> tuple[SearchResult, int]:
-        engine = Engine(stack, ids, "kl", chunk_windows=2, anchor_bytes=anchor_bytes)
+        engine = WholeEngine(stack, ids, "kl", chunk_windows=2, anchor_bytes=anchor_bytes)
         memo = Memo(engine.window_losses, engine.windows, anchor=engine.anchor)
         result = search(
             memo,

@@ -20,7 +20,7 @@ from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.pair import pd_loss
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
-from workers.pruning.search.engine import Engine, NonFiniteLoss, Objective, PairEngine, windows_in
+from workers.pruning.search.engine import NonFiniteLoss, Objective, PairEngine, WholeEngine, windows_in
 
 SETS = [deleting(s) for s in ((), (0,), (2,), (1, 3), (1, 4), (0, 1, 2), (4,))]
 
@@ -41,7 +41,7 @@ def plain_loss(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, obje
 @pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 def test_losses_equal_those_of_the_pruned_models_run_on_their_own(family: str, objective: Objective) -> None:
     model, ids = tiny_model(family), random_ids(5, 18)
-    engine = Engine(block_stack(model), ids, objective, chunk_windows=2)
+    engine = WholeEngine(block_stack(model), ids, objective, chunk_windows=2)
     found = engine.losses(SETS)
     expected = {s: plain_loss(drop_blocks(model, blocks_of(s)), model, ids, objective) for s in SETS}
     assert found == pytest.approx(expected, abs=TOLERANCE)
@@ -99,7 +99,7 @@ def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(fam
 def test_losses_can_be_asked_for_by_another_objective() -> None:
     stack, ids = block_stack(tiny_model("llama")), random_ids(3, 20)
     for make in (
-        lambda objective: Engine(stack, ids, objective, chunk_windows=2),
+        lambda objective: WholeEngine(stack, ids, objective, chunk_windows=2),
         lambda objective: PairEngine(stack, ids, objective, prefill=NOTHING, prompt_tokens=9, chunk_windows=2),
     ):
         assert make("kl").losses(SETS, "cross_entropy") == make("cross_entropy").losses(SETS)
@@ -108,20 +108,20 @@ def test_losses_can_be_asked_for_by_another_objective() -> None:
 def test_with_nothing_removed_every_loss_is_the_dense_models() -> None:
     model, ids = reference_model(), reference_windows("calibration", 4, 64)
     stack = block_stack(model)
-    whole = Engine(stack, ids, "cross_entropy", chunk_windows=2).losses([NOTHING])[NOTHING]
+    whole = WholeEngine(stack, ids, "cross_entropy", chunk_windows=2).losses([NOTHING])[NOTHING]
     pair = PairEngine(stack, ids, "cross_entropy", prefill=NOTHING, prompt_tokens=32, chunk_windows=2)
     log_p = model(input_ids=ids[:, :-1]).logits.log_softmax(-1)
     nll = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
     assert whole == pytest.approx(float(nll.mean()), abs=TOLERANCE)
     assert pair.losses([NOTHING])[NOTHING] == pytest.approx(float(nll[:, 31:].mean()), abs=TOLERANCE)
     for objective in ("kl", "hidden"):
-        assert Engine(stack, ids, objective, chunk_windows=4).losses([NOTHING])[NOTHING] == pytest.approx(
+        assert WholeEngine(stack, ids, objective, chunk_windows=4).losses([NOTHING])[NOTHING] == pytest.approx(
             0, abs=TOLERANCE
         )
 
 
 def test_candidates_share_the_blocks_before_they_differ() -> None:
-    engine = Engine(block_stack(tiny_model("llama")), random_ids(2, 8), "kl", chunk_windows=2)
+    engine = WholeEngine(block_stack(tiny_model("llama")), random_ids(2, 8), "kl", chunk_windows=2)
     engine.losses([deleting({block}) for block in range(5)])
     # The dense walk takes 5; a candidate that removes block i then runs the 4 − i blocks after it on its own.
     assert engine.block_forwards == 5 + (4 + 3 + 2 + 1 + 0)
@@ -130,7 +130,7 @@ def test_candidates_share_the_blocks_before_they_differ() -> None:
 def test_a_loss_that_is_not_finite_names_candidate_and_windows() -> None:
     model = tiny_model("llama")
     model.model.layers[3].mlp.down_proj.weight.fill_(torch.inf)
-    engine = Engine(block_stack(model), random_ids(3, 8), "cross_entropy", chunk_windows=2)
+    engine = WholeEngine(block_stack(model), random_ids(3, 8), "cross_entropy", chunk_windows=2)
     with pytest.raises(NonFiniteLoss, match=r"removing blocks \[1\] gives the loss nan on window 0"):
         engine.losses([deleting({1})])
 
@@ -170,7 +170,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
     short = block_stack(tiny_model("llama"))
     short_of_memory(short.model, windows=2)
     plain = block_stack(tiny_model("llama"))
-    whole = [Engine(stack, ids, "kl", chunk_windows=8).losses(candidates) for stack in (short, plain)]
+    whole = [WholeEngine(stack, ids, "kl", chunk_windows=8).losses(candidates) for stack in (short, plain)]
     assert whole[0] == pytest.approx(whole[1], abs=TOLERANCE)
     pair = [
         PairEngine(stack, ids, "kl", prefill=deleting({1}), prompt_tokens=6, chunk_windows=8).losses(candidates)
@@ -181,14 +181,14 @@ def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
 
 def test_a_window_that_does_not_fit_alone_is_reported_with_its_numbers() -> None:
     model = tiny_model("llama")
-    engine = Engine(block_stack(model), random_ids(2, 12), "kl", chunk_windows=2)
+    engine = WholeEngine(block_stack(model), random_ids(2, 12), "kl", chunk_windows=2)
     short_of_memory(model, windows=0)
     with pytest.raises(torch.OutOfMemoryError, match=r"one window in 2 streams .*: the allocator has no more"):
         engine.losses([deleting({1})])
 
 
 def test_the_dense_model_is_walked_once_for_all_rounds() -> None:
-    engine = Engine(block_stack(tiny_model("llama")), random_ids(4, 8), "kl", chunk_windows=2)
+    engine = WholeEngine(block_stack(tiny_model("llama")), random_ids(4, 8), "kl", chunk_windows=2)
     first, second = engine.losses([NOTHING, deleting({1})]), engine.losses([NOTHING, deleting({1})])
     assert first == second
     # Two chunks: the dense model's 5 blocks and the 3 after the gap; later the one before the gap and those 3.

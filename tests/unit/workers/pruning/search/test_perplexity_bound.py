@@ -5,7 +5,7 @@ import math
 import pytest
 
 from workers.pruning.model.units import blocks_of, deleting
-from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
 
 PERPLEXITY = {(): 10.0, (1,): 10.4, (2,): 10.2, (1, 2): 10.5, (1, 3): 10.49, (1, 2, 3): 11.0}
@@ -33,7 +33,7 @@ def test_the_largest_set_within_the_bound_is_chosen_and_of_those_the_one_of_leas
     max_increase: float, removed: set[int]
 ) -> None:
     limit, memo = bound(max_increase)
-    chosen = limit.largest(memo, smallest=Found(deleting({9}), 1.0))
+    chosen = limit.largest(memo, smallest=MeasuredSet(deleting({9}), 1.0))
     assert chosen.blocks == removed
     assert limit.to_json(chosen, [chosen])["met"] is True
 

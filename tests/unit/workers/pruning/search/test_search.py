@@ -10,8 +10,8 @@ from tests.unit.workers.pruning.models import reference_model, reference_windows
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.plan import Blocks
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, units_json
-from workers.pruning.search.engine import Engine
-from workers.pruning.search.memo import Found, Memo
+from workers.pruning.search.engine import WholeEngine
+from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.search import Algorithm, SearchResult, search
 
 NUM_BLOCKS, WINDOWS = 9, 16
@@ -53,8 +53,8 @@ def run(
     evaluations: int = 80,
     seed: int = 0,
     out_of_time: Callable[[], bool] = lambda: False,
-    acceptable: Callable[[Found], bool] | None = None,
-    on_progress: Callable[[float, Found], None] = lambda done, best: None,
+    acceptable: Callable[[MeasuredSet], bool] | None = None,
+    on_progress: Callable[[float, MeasuredSet], None] = lambda done, best: None,
 ) -> SearchResult:
     return search(
         memo,
@@ -245,7 +245,7 @@ def test_progress_is_told_after_every_batch_and_never_falls(algorithm: Algorithm
         batches += 1
         return rugged(candidates)
 
-    def note(done: float, best: Found) -> None:
+    def note(done: float, best: MeasuredSet) -> None:
         told.append((batches, done))
 
     run(memo_of(counting), algorithm, evaluations=120, on_progress=note)
@@ -261,7 +261,7 @@ def test_what_progress_raises_ends_the_search_within_a_step() -> None:
 
     memo = memo_of(rugged)
 
-    def stop(done: float, best: Found) -> None:
+    def stop(done: float, best: MeasuredSet) -> None:
         if len(memo.visited) > 60:
             raise Stop
 
@@ -303,7 +303,7 @@ def test_one_count_without_an_acceptable_set_does_not_end_a_search() -> None:
 
 
 def test_annealing_for_acceptable_sets_is_never_above_greedy() -> None:
-    def acceptable(found: Found) -> bool:
+    def acceptable(found: MeasuredSet) -> bool:
         return found.loss < 4
 
     greedy = run(memo_of(rugged), "greedy", remove=8, acceptable=acceptable).frontier
@@ -317,7 +317,7 @@ def test_on_the_reference_model_annealing_is_at_most_greedy_and_at_least_the_opt
     record_property: Callable[[str, object], None],
 ) -> None:
     model = reference_model()
-    engine = Engine(block_stack(model), reference_windows("calibration", 4, 64), "kl", chunk_windows=4)
+    engine = WholeEngine(block_stack(model), reference_windows("calibration", 4, 64), "kl", chunk_windows=4)
     known: dict[Units, list[float]] = {}  # every algorithm asks the same engine; nothing is computed twice
 
     def frontier(algorithm: Algorithm) -> SearchResult:
