@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 import redis
-from celery.contrib.testing.worker import start_worker
 from kombu import Queue
 from kombu.transport.filesystem import Transport
 
 from pdtrim.contract.jobs import StageName
 from service import queue
 from service.settings import Settings
-from tests.processes import wait_until
 from tests.servers import free_ports, restartable_valkey
 
 WAKE_UP = queue.WakeUp("job_1", StageName.SCORING)
@@ -41,24 +39,6 @@ def test_a_restart_of_the_broker_loses_no_message_that_is_sent_after_it() -> Non
                 assert broker.llen(queue.QUEUE) == 1
             valkey.terminate()
             valkey.start()
-
-
-def test_a_worker_discards_what_earlier_versions_asked_for_and_goes_on(empty_redis_url: str) -> None:
-    settings = Settings(broker_url=empty_redis_url)
-    app = queue.celery_app(settings.broker_url)
-    woken: list[str] = []
-
-    @app.task(name=queue.message_name(StageName.SCORING), shared=False)
-    def wake(job_id: str) -> None:
-        woken.append(job_id)
-
-    # Searches of 0.1 asked other workers so, at a priority that Redis keeps a list of its own for.
-    app.send_task("pdtrim.help", args=["job_1", 1, "cpu"], queue=queue.QUEUE, priority=6)
-    with start_worker(app, pool="solo", perform_ping_check=False), redis.Redis.from_url(empty_redis_url) as broker:
-        wait_until(lambda: broker.llen(f"{queue.QUEUE}\x06\x166") == 0, what="the old message to be taken")
-        queue.send(settings, WAKE_UP)
-        wait_until(lambda: woken == [WAKE_UP.job_id], what="the worker to go on")
-        wait_until(lambda: broker.hlen("unacked") == 0, what="both messages to be acknowledged")
 
 
 def test_a_broker_that_is_away_is_an_error_of_its_own_and_costs_no_job() -> None:
