@@ -200,11 +200,14 @@ def write_checkpoint(
     Raises: BrokenCheckpoint; KeyError when an override names no tensor of a kept block; UnsupportedArchitecture or
     ValueError when the channels do not fit the model.
     """
+    # What the pruned model is: its configuration, checked before anything is written.
     config = pruned_config(_read_config(source), kept)
     model = empty_model(source, check)
     names = BlockNames.of(block_stack(model))
     if kept_channels is not None:
         config["intermediate_size"] = _check_width(source, names, kept, kept_channels, AutoConfig.for_model(**config))
+
+    # The small files: configuration, tokenizer and the like, and what is said of the checkpoint.
     target.mkdir(parents=True)
     _write_json(target / "config.json", config)
     for path in (path for pattern in COPIED for path in source.glob(pattern)):
@@ -214,6 +217,7 @@ def write_checkpoint(
     _write_json(target / "pdtrim.json", pdtrim)
     (target / "README.md").write_text(model_card)
 
+    # Which tensors stay, under which names, and which of them were trained.
     tensors = check_complete(source, check)
     renamed = dict(_renamed(tensors.files, names, kept))
     replaced = {part: name for name in overrides.files for part in tensors.stored(name)}
@@ -221,7 +225,8 @@ def write_checkpoint(
         raise KeyError(f"no kept tensor is called {min(unknown)}")
     largest = max(path.stat().st_size for path in set(tensors.files.values()))
 
-    # The two stacks of a block's experts, whose parts lie between each other in the source.
+    # Each tensor as it is written: read, narrowed, replaced. Held are the two stacks of a block's experts, whose parts
+    # lie between each other in the source.
     @lru_cache(maxsize=2)
     def override(name: str) -> dict[str, Tensor]:
         parts = revert_weight_conversion(model, {name: overrides.read(name)})
@@ -235,6 +240,7 @@ def write_checkpoint(
             value = sliced_tensor(found[2], value, kept_channels[found[1]])
         return _override(old, override(replaced[old])[old], value) if old in replaced else value
 
+    # The weights, shard by shard.
     _write_shards(target, renamed, tensor, max_shard_bytes or largest)
 
 
