@@ -81,7 +81,7 @@ def test_no_more_of_a_model_is_built_than_its_tensors_could_fill(build: Any, tmp
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 100_000, "layer_types": None}))
     options = {"dtype": torch.float32, "device": CPU} if build is load_checkpoint else {}
 
-    with pytest.raises(NotThatLarge, match=r"more than 1\d{3} parts of a model, but there are \d\d tensors"):
+    with pytest.raises(NotThatLarge, match=r"a model of more than 1\d{3} parts, but there are \d\d tensors"):
         build(folder, **options)
 
 
