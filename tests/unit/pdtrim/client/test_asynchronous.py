@@ -16,6 +16,8 @@ from tests.found import plan
 from tests.gateway import model
 from tests.live_gateway import LiveGateway, live, relay
 
+pytestmark = pytest.mark.server
+
 __all__ = ["model"]
 
 

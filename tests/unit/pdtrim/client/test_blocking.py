@@ -26,6 +26,8 @@ from tests.live_gateway import LiveGateway, live, relay
 from tests.processes import wait_until
 from tests.servers import free_ports
 
+pytestmark = pytest.mark.server
+
 __all__ = ["model"]
 
 

@@ -22,6 +22,8 @@ from tests.processes import wait_until
 from tests.receiver import Reply, receiving
 from tests.servers import free_ports
 
+pytestmark = pytest.mark.server
+
 __all__ = ["model"]
 
 Command = Callable[..., Result]

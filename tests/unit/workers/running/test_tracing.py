@@ -33,6 +33,8 @@ from workers.running.attempt import Worker
 from workers.stages import STAGES
 from workers.stages.context import StageContext
 
+pytestmark = pytest.mark.server
+
 
 @cache
 def _exporter() -> InMemorySpanExporter:

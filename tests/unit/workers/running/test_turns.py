@@ -28,6 +28,8 @@ from tests.stored_jobs import store_job
 from workers.running.attempt import Worker, run_most_urgent
 from workers.stages import STAGES
 
+pytestmark = pytest.mark.server
+
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 QUEUES = ["default", "gpu-80g"]
 

@@ -24,6 +24,8 @@ from workers.pruning.repair.distill import (
 )
 from workers.pruning.repair.training import Journal, TrainingSettings
 
+pytestmark = pytest.mark.training
+
 FAST = TrainingSettings(steps=6, batch_windows=4, learning_rate=5e-4, seed=0)
 
 
