@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine as Database
+from sqlalchemy import text
 from sqlmodel import SQLModel
 
 from pdtrim.contract.jobs import StageName
@@ -21,16 +22,16 @@ BATCH = 100_000
 QUEUED_EVERY = 1000
 
 
-def _template(engine: Engine, spec: JobSpec) -> str:
+def _template(database: Database, spec: JobSpec) -> str:
     """A job that succeeded, with ten events."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         job_id = store_job(session, spec, project="template").id
     for stage in StageName:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             claim = stages.claim(session, job_id, stage, worker="w", lease_seconds=60)
             assert claim is not None
             stages.complete(session, claim, artifacts=[], metrics={}, versions={"torch": "2"})
-    with transaction(engine) as session:
+    with transaction(database) as session:
         count = jobs.get(session, job_id).last_event
         session.execute(text("DELETE FROM events WHERE job_id = :job AND number > 10"), {"job": job_id})
         session.execute(text("UPDATE jobs SET last_event = 10 WHERE id = :job"), {"job": job_id})
@@ -50,7 +51,7 @@ def _copies(table: type[SQLModel], changed: Mapping[str, str], key: str) -> str:
 
 
 def fill(
-    engine: Engine,
+    database: Database,
     spec: Mapping[str, Any],
     *,
     count: int,
@@ -61,7 +62,7 @@ def fill(
 
     Labels: `team`, one of 20; `run`, its own in every job. Of the `tables` alone that are given.
     """
-    template = _template(engine, JobSpec.model_validate(spec))
+    template = _template(database, JobSpec.model_validate(spec))
     waits = f"n % {QUEUED_EVERY} = 0"
     job = {
         "id": ID,
@@ -82,7 +83,7 @@ def fill(
         EventRow: _copies(EventRow, {"job_id": ID}, "job_id"),
     }
     for first in range(1, count + 1, BATCH):
-        with engine.begin() as connection:
+        with database.begin() as connection:
             # Copies refer to what the template referred to; checking sixteen million references takes minutes.
             connection.execute(text("SET LOCAL session_replication_role = replica"))
             for table in tables:
@@ -90,7 +91,7 @@ def fill(
                     text(copies[table]),
                     {"first": first, "last": min(first + BATCH - 1, count), "template": template, "count": count},
                 )
-    with transaction(engine) as session:
+    with transaction(database) as session:
         session.execute(text("DELETE FROM jobs WHERE id = :template"), {"template": template})
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))

@@ -17,7 +17,7 @@ import psutil
 import psycopg
 import uvicorn
 from fastapi import Depends
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.access import DEFAULT_PROJECT, Scope
 from pdtrim.contract.jobs import Job
@@ -49,7 +49,7 @@ class Target:
 
     url: str
     key: str
-    engine: Engine
+    database: Database
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
@@ -68,9 +68,9 @@ def gateway(postgres_url: str, redis_url: str, name: str, folder: Path) -> Itera
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     database_url = postgres_url.removesuffix("postgres") + name
-    engine = connect(database_url)
-    migrate(engine)
-    with transaction(engine) as session:
+    database = connect(database_url)
+    migrate(database)
+    with transaction(database) as session:
         _, key = keys.create(session, project=DEFAULT_PROJECT, name="load", scopes=[Scope.ADMIN])
     (port,) = servers.free_ports(1)
     given = {
@@ -93,11 +93,11 @@ def gateway(postgres_url: str, redis_url: str, name: str, folder: Path) -> Itera
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(url, process, log)
-        yield Target(url, key, engine, psutil.Process(process.pid))
+        yield Target(url, key, database, psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait(20)
-        engine.dispose()
+        database.dispose()
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -117,12 +117,12 @@ def serve() -> None:
     settings = Settings()
     logs.configure(settings)
     app = create_app(settings)
-    engine = connect(settings.database_url)
-    with transaction(engine) as session:
+    database = connect(settings.database_url)
+    with transaction(database) as session:
         row = store_job(session, JobSpec.model_validate(SPEC), project="nothing")
         shown = views.job(row, jobs.stages(session, [row.id])[row.id])
         session.rollback()
-    engine.dispose()
+    database.dispose()
 
     @app.post(NOTHING, status_code=201, dependencies=[declared, Depends(json_only)])
     def nothing(spec: JobSpec, settings: SettingsDep, project: Project, idempotency_key: IdempotencyKey) -> Job:

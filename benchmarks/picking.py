@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine as Database
+from sqlalchemy import text
 
 from benchmarks.filling import QUEUED_EVERY, fill
 from benchmarks.gateways import SPEC
@@ -23,10 +24,10 @@ PICKS = 200
 PROJECTS = 97
 
 
-def have_wait(engine: Engine, every: int, projects: int) -> int:
+def have_wait(database: Database, every: int, projects: int) -> int:
     """Have one of so many jobs wait for its first stage, spread over so many projects; returns how many wait."""
     number = "('x' || right(id, 8))::bit(32)::int"
-    with engine.begin() as connection:
+    with database.begin() as connection:
         connection.execute(text("SET LOCAL session_replication_role = replica"))
         waiting = connection.execute(
             text(
@@ -38,17 +39,17 @@ def have_wait(engine: Engine, every: int, projects: int) -> int:
             text("UPDATE stages SET status = 'queued', sent_at = now() WHERE position = 0 AND job_id = ANY(:ids)"),
             {"ids": list(waiting)},
         )
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))
         return int(connection.execute(text("SELECT count(*) FROM stages WHERE status = 'queued'")).scalar_one())
 
 
-def pick_ms(engine: Engine) -> list[float]:
+def pick_ms(database: Database) -> list[float]:
     """Milliseconds of each of some picks, a transaction each, in ascending order."""
     took = []
     for _ in range(PICKS):
         began = time.perf_counter()
-        with transaction(engine) as session:
+        with transaction(database) as session:
             assert most_urgent(session, ["default"], max_running_jobs=10**6) is not None
         took.append(1000 * (time.perf_counter() - began))
     return sorted(took)
@@ -60,15 +61,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=10**6)
     count = parser.parse_args().jobs
     with servers.postgres() as url:
-        engine = connect(url)
-        migrate(engine)
-        fill(engine, SPEC, count=count, project="serving", tables=(JobRow, StageRow))
+        database = connect(url)
+        migrate(database)
+        fill(database, SPEC, count=count, project="serving", tables=(JobRow, StageRow))
         print("| jobs | of them waiting | projects | median ms | p99 ms |\n|---|---|---|---|---|", flush=True)
         for every, projects in ((QUEUED_EVERY, 1), (QUEUED_EVERY, PROJECTS), (QUEUED_EVERY // 10, PROJECTS)):
-            waiting = have_wait(engine, every, projects)
-            took = pick_ms(engine)
+            waiting = have_wait(database, every, projects)
+            took = pick_ms(database)
             print(f"| {count:,} | {waiting:,} | {projects} | {took[PICKS // 2]:.1f} | {took[-3]:.1f} |", flush=True)
-        engine.dispose()
+        database.dispose()
 
 
 if __name__ == "__main__":

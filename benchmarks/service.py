@@ -183,25 +183,25 @@ def filtered(count: int) -> list[tuple[str, str]]:
 
 def streaming(load: Load, target: Target, *, streams: int, reports: int, a_second: float) -> None:
     """Print what `streams` streams of one job receive, and what they cost."""
-    with transaction(target.engine) as session:
+    with transaction(target.database) as session:
         job_id = store_job(session, JobSpec.model_validate(SPEC), project=DEFAULT_PROJECT).id
     before, events = target.resident_bytes(), reports + REPORT_EVENTS
     load.begin(target, "streams", path=f"/v1/jobs/{job_id}/events", connections=streams, events=events)
     assert load.result() == "open"
-    with transaction(target.engine) as session:
+    with transaction(target.database) as session:
         claim = stages.claim(session, job_id, StageName.SCORING, worker="w", lease_seconds=600)
     assert claim is not None
     used, started = target.cpu_seconds(), time.monotonic()
     resident = 0
     for number in range(reports):
         time.sleep(max(0.0, started + number / a_second - time.monotonic()))
-        with transaction(target.engine) as session:
+        with transaction(target.database) as session:
             data = {"sent": time.time()}
-            stages.report(session, claim, progress=number / reports, message="Working.", data=data)
+            stages.record_progress(session, claim, progress=number / reports, message="Working.", data=data)
         resident = max(resident, target.resident_bytes())
-    with transaction(target.engine) as session:
+    with transaction(target.database) as session:
         jobs.request_cancel(session, job_id)
-    with transaction(target.engine) as session:
+    with transaction(target.database) as session:
         stages.stopped(session, claim)
     found = load.result()
     cpu = (target.cpu_seconds() - used) / (time.monotonic() - started)
@@ -215,7 +215,7 @@ def streaming(load: Load, target: Target, *, streams: int, reports: int, a_secon
 
 
 def machine(target: Target) -> str:
-    with target.engine.connect() as connection:
+    with target.database.connect() as connection:
         server = connection.execute(text("SHOW server_version")).scalar()
     packages = ", ".join(f"{name} {version(name)}" for name in ("fastapi", "uvicorn", "sqlalchemy", "psycopg"))
     return f"Python {platform.python_version()}, {packages}, PostgreSQL {server}."
@@ -239,9 +239,9 @@ def main() -> None:
         submissions(load, few, rounds=args.rounds, seconds=args.seconds)
         started = time.monotonic()
         for target, count in ((few, FEW), (many, args.jobs)):
-            with target.engine.begin() as connection:
+            with target.database.begin() as connection:
                 connection.execute(text("TRUNCATE jobs CASCADE"))
-            fill(target.engine, SPEC, count=count, project=DEFAULT_PROJECT)
+            fill(target.database, SPEC, count=count, project=DEFAULT_PROJECT)
         print(f"Filling took {time.monotonic() - started:.0f} s.\n", flush=True)
         reading(load, few, many, args.jobs, rounds=args.rounds, seconds=args.seconds)
         streaming(load, many, streams=args.streams, reports=args.reports, a_second=4)

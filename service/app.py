@@ -90,21 +90,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     counted: GatewayMetrics = app.state.metrics
-    engine = connect(settings.database_url)
-    await run_in_threadpool(migrate, engine)
-    await run_in_threadpool(warn_if_open, engine, settings)
-    app.state.engine = engine
+    database = connect(settings.database_url)
+    await run_in_threadpool(migrate, database)
+    await run_in_threadpool(warn_if_open, database, settings)
+    app.state.database = database
     app.state.store = open_store(
         settings.artifacts_url,
         endpoint_url=settings.s3_endpoint_url,
         public_endpoint_url=settings.s3_public_endpoint_url,
         region=settings.s3_region,
     )
-    reconciling = Reconciler(engine, settings, app.state.store, counted.leases_expired)
+    reconciling = Reconciler(database, settings, app.state.store, counted.leases_expired)
     try:
-        async with wakeups.running(engine) as app.state.feeds:
-            figures = counted.of_jobs(engine, settings.queues)
+        async with wakeups.running(database) as app.state.feeds:
+            figures = counted.of_jobs(database, settings.queues)
             with figures, reconciling if settings.reconcile_in_gateway else nullcontext():
                 yield
     finally:
-        engine.dispose()
+        database.dispose()

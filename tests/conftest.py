@@ -86,9 +86,9 @@ def postgres_url() -> Iterator[str]:
 def migrated_database(postgres_url: str) -> Iterator[str]:
     """Name of a PostgreSQL database with the schema and no rows, to copy: a copy is made faster than a migration."""
     with servers.postgres_database(postgres_url, template="template1") as url:
-        engine = connect(url)
-        migrate(engine)
-        engine.dispose()  # What is connected to cannot be copied.
+        database = connect(url)
+        migrate(database)
+        database.dispose()  # What is connected to cannot be copied.
         yield url.rpartition("/")[2]
 
 

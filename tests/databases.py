@@ -23,7 +23,7 @@ def provide(url: str) -> None:
 def _migrated() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "migrated.db"
-        engine = connect(f"sqlite:///{path}")
-        migrate(engine)
-        engine.dispose()  # Which writes what was in the log into the file.
+        database = connect(f"sqlite:///{path}")
+        migrate(database)
+        database.dispose()  # Which writes what was in the log into the file.
         return path.read_bytes()

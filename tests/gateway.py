@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.jobs import ErrorInfo, StageName
 from service.app import create_app
@@ -37,7 +37,7 @@ class Gateway:
     client: httpx2.Client
     app: FastAPI
     settings: Settings
-    engine: Engine
+    database: Database
     spec: Mapping[str, Any]
 
     def create(self, **changes: Any) -> str:
@@ -49,20 +49,20 @@ class Gateway:
 
     def claim(self, job_id: str, stage: StageName) -> stages.Claim:
         """Take a queued stage as a worker does."""
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             claim = stages.claim(session, job_id, stage, worker="test", lease_seconds=60)
         assert claim is not None
         return claim
 
     def report(self, claim: stages.Claim, progress: float) -> None:
         """Report a stage's progress."""
-        with transaction(self.engine) as session:
-            stages.report(session, claim, progress=progress, message="halfway", data={"loss": 1.5})
+        with transaction(self.database) as session:
+            stages.record_progress(session, claim, progress=progress, message="halfway", data={"loss": 1.5})
 
     def complete(self, claim: stages.Claim, artifacts: Sequence[stages.NewArtifact] = ()) -> None:
         """Record a stage's success."""
         metrics = RESULTS[claim.stage].model_dump(mode="json")
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             stages.complete(session, claim, artifacts=artifacts, metrics=metrics, versions={"torch": "2"})
 
     def store(self, job_id: str, stage: StageName, files: Mapping[str, bytes]) -> None:
@@ -89,7 +89,7 @@ class Gateway:
     def fail(self, job_id: str, stage: StageName, error: ErrorInfo) -> None:
         """Fail a queued stage."""
         claim = self.claim(job_id, stage)
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             stages.fail(session, claim, error)
 
 
@@ -110,7 +110,7 @@ def serve(settings: Settings, model: Path) -> Iterator[Gateway]:
     databases.provide(settings.database_url)
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as client:
-        yield Gateway(client, app, settings, app.state.engine, spec)
+        yield Gateway(client, app, settings, app.state.database, spec)
 
 
 @contextmanager

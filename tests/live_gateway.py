@@ -27,12 +27,12 @@ class LiveGateway:
         self.settings = settings
         self.url = f"http://127.0.0.1:{settings.port}"
         databases.provide(settings.database_url)
-        engine = connect(settings.database_url)
-        migrate(engine)
+        database = connect(settings.database_url)
+        migrate(database)
         app = create_app(settings)
         app.state.store = open_store(settings.artifacts_url)
         spec = {"model": model.as_uri(), "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
-        self.played = Gateway(httpx2.Client(base_url=self.url, trust_env=False), app, settings, engine, spec)
+        self.played = Gateway(httpx2.Client(base_url=self.url, trust_env=False), app, settings, database, spec)
         self.start()
 
     def start(self) -> None:
@@ -62,7 +62,7 @@ def live(settings: Settings, model: Path) -> Iterator[LiveGateway]:
     finally:
         gateway.stop()
         gateway.played.client.close()
-        gateway.played.engine.dispose()
+        gateway.played.database.dispose()
 
 
 class Relay:

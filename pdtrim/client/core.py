@@ -321,9 +321,9 @@ class Jobs(Generic[J]):
                 raise refusal(self._sender.url, response)
             with partial_file.open("ab" if response.status_code == 206 else "wb") as file:
                 held = file.tell()
-                async for piece in wire.pieces(response):
-                    file.write(piece)
-                    held += len(piece)
+                async for chunk in wire.chunks(response):
+                    file.write(chunk)
+                    held += len(chunk)
                     on_bytes(held)
 
     async def ready(self) -> bool:

@@ -65,7 +65,7 @@ class Transport(Protocol):
         """Read the body of a streamed answer."""
         ...
 
-    def pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
         """The body of a streamed answer as it comes."""
         ...
 
@@ -101,7 +101,7 @@ class AsyncTransport:
     async def read(self, response: httpx.Response) -> None:
         await response.aread()
 
-    def pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
         return response.aiter_bytes(READ_BYTES)
 
     def messages(self, response: httpx.Response) -> AsyncIterator[ServerSentEvent]:
@@ -134,9 +134,9 @@ class BlockingTransport:
     async def read(self, response: httpx.Response) -> None:
         response.read()
 
-    async def pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        for piece in response.iter_bytes(READ_BYTES):
-            yield piece
+    async def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        for chunk in response.iter_bytes(READ_BYTES):
+            yield chunk
 
     async def messages(self, response: httpx.Response) -> AsyncIterator[ServerSentEvent]:
         for message in EventSource(response).iter_sse():

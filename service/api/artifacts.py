@@ -23,7 +23,7 @@ from pdtrim.contract.errors import (
 from pdtrim.contract.jobs import Artifact, Page, StageName
 from service.api import examples, ranges
 from service.api.auth import declared
-from service.api.deps import AfterArtifact, ArtifactId, EngineDep, JobId, Limit, SettingsDep, StoreDep
+from service.api.deps import AfterArtifact, ArtifactId, DatabaseDep, JobId, Limit, SettingsDep, StoreDep
 from service.api.problems import documented, problem
 from service.db import artifacts, jobs, views
 from service.db.session import transaction
@@ -56,13 +56,13 @@ CONTENT: dict[str, Any] = {"*/*": {}}
 )
 def list_artifacts(
     job_id: JobId,
-    engine: EngineDep,
+    database: DatabaseDep,
     after: AfterArtifact,
     limit: Limit = 20,
     stage: Annotated[StageName | SkipJsonSchema[None], Query(description="Only what this stage left.")] = None,
 ) -> Page[Artifact]:
     """What finished stages left, with size and SHA-256. Read on with `after` set to the page's `last_id`."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         jobs.get(session, job_id)
         rows, has_more = artifacts.page(session, job_id, stage=stage, after=after, limit=limit)
         return views.artifacts(rows, has_more)
@@ -95,11 +95,11 @@ def get_artifact_content(
     job_id: JobId,
     artifact_id: ArtifactId,
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     store: StoreDep,
 ) -> Response:
     """Redirects to the store, or streams a local file; honours `Range`, `If-Range` and `If-None-Match`."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row = artifacts.get(session, job_id, artifact_id)
     link = store.presigned_url(row.key, expires_s=settings.presign_seconds, filename=_file_name(row))
     if link is not None:
@@ -124,9 +124,9 @@ def get_artifact_content(
         **documented(Unauthorized, MissingScope, ArtifactNotFound, JobNotFound, DependencyUnavailable),
     },
 )
-def head_artifact_content(job_id: JobId, artifact_id: ArtifactId, engine: EngineDep) -> Response:
+def head_artifact_content(job_id: JobId, artifact_id: ArtifactId, database: DatabaseDep) -> Response:
     """Size, SHA-256 and name; never a redirect, as a presigned link is good for GET alone."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row = artifacts.get(session, job_id, artifact_id)
     return Response(headers={**_headers(row), "Content-Length": str(row.size)})
 
@@ -134,12 +134,12 @@ def head_artifact_content(job_id: JobId, artifact_id: ArtifactId, engine: Engine
 def _content(store: ArtifactStore, row: ArtifactRow, part: ranges.ByteRange | None) -> Response:
     whole = ranges.ByteRange(0, row.size)
     sent = part or whole
-    pieces = store.read_range(row.key, sent.start, sent.stop)
+    chunks = store.read_range(row.key, sent.start, sent.stop)
     headers = {**_headers(row), "Content-Length": str(len(sent))}
     if part is None:
-        return StreamingResponse(pieces, headers=headers)
+        return StreamingResponse(chunks, headers=headers)
     headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{row.size}"
-    return StreamingResponse(pieces, status_code=206, headers=headers)
+    return StreamingResponse(chunks, status_code=206, headers=headers)
 
 
 def _headers(row: ArtifactRow) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import Request, Security
 from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPBearer
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
@@ -99,12 +99,12 @@ class Gate:
         self._rates = Rates(settings.broker_url)
         self._opened = _Opened()
 
-    def enter(self, engine: Engine, token: str, *, address: str, method: str) -> tuple[Caller, Allowance | None]:
+    def enter(self, database: Database, token: str, *, address: str, method: str) -> tuple[Caller, Allowance | None]:
         """Whose request it is, and what is left to them. `token` is decoded as headers are, as Latin-1.
 
         Raises: Refused; database faults.
         """
-        caller = self._known(engine, token, address)
+        caller = self._known(database, token, address)
         if caller is None:
             # Who sends nothing guesses nothing, but is counted nevertheless.
             policy, rate = (
@@ -122,25 +122,25 @@ class Gate:
             raise Refused(missing, {"WWW-Authenticate": challenge, **_told(allowance)})
         return caller, allowance
 
-    def _known(self, engine: Engine, token: str, address: str) -> Caller | None:
+    def _known(self, database: Database, token: str, address: str) -> Caller | None:
         """Whoever the token stands for. Raises: Refused."""
         # What opened lately is no guess: it need not wait for those who share its address and do guess.
         if token and token not in self._opened:
             _granted(self._rates.look(FAILED, self._settings.failed_auth_limit, address))
-        caller = self._caller(engine, token, address)
+        caller = self._caller(database, token, address)
         if token and caller is not None:
             self._opened.add(token)
         else:
             self._opened.discard(token)
         return caller
 
-    def _caller(self, engine: Engine, token: str, address: str) -> Caller | None:
+    def _caller(self, database: Database, token: str, address: str) -> Caller | None:
         # Header values are decoded as Latin-1; encoding them so gives the bytes that were sent.
         if self._key is not None and hmac.compare_digest(token.encode("latin-1"), self._key):
             return Caller(DEFAULT_PROJECT, frozenset({Scope.ADMIN}), "key", "operator")
         if self._provider is not None and JWT.fullmatch(token):
             return self._of_provider(self._provider, token)
-        with transaction(engine) as session:
+        with transaction(database) as session:
             row = keys.valid(session, token)
             if row is not None:
                 scopes = frozenset(map(Scope, row.scopes))
@@ -184,7 +184,7 @@ class GateMiddleware:
         try:
             caller, allowance = await run_in_threadpool(
                 self._gate.enter,
-                scope["app"].state.engine,
+                scope["app"].state.database,
                 self._token(request),
                 address=address_of(scope),
                 method=request.method,
@@ -233,9 +233,9 @@ class _Opened:
             self._hashes.pop(_hash(token), None)
 
 
-def warn_if_open(engine: Engine, settings: Settings) -> None:
+def warn_if_open(database: Database, settings: Settings) -> None:
     """Say in the log that no key is asked for."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         if settings.api_key is None and settings.oidc_issuer is None and not keys.exist(session):
             log.warning("no API key is set: everyone on this machine can use http://%s", settings.host)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import ArtifactNotFound, CursorNotFound, DeliveryNotFound, JobNotFound, WebhookNotFound
 from service.api.auth import Caller
@@ -42,9 +42,9 @@ async def _settings(request: Request) -> Settings:
     return settings
 
 
-async def _engine(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
+async def _database(request: Request) -> Database:
+    database: Database = request.app.state.database
+    return database
 
 
 async def _store(request: Request) -> ArtifactStore:
@@ -69,7 +69,7 @@ def _api_key(request: Request) -> str | None:
 
 def _job_id(
     job_id: Annotated[str, Path(examples=["job_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])],
-    engine: Annotated[Engine, Depends(_engine)],
+    database: Annotated[Database, Depends(_database)],
     project: Annotated[str, Depends(_project)],
 ) -> str:
     """The id of a job of the caller's project: what takes a `JobId` cannot reach across the border.
@@ -78,7 +78,7 @@ def _job_id(
     """
     if not JOB_ID.fullmatch(job_id):
         raise JobNotFound("No such job exists: an id is `job_` and 32 hexadecimal digits. List jobs with GET /v1/jobs.")
-    with transaction(engine) as session:
+    with transaction(database) as session:
         jobs.check_project(session, job_id, project)
     return job_id
 
@@ -91,13 +91,13 @@ async def _artifact_id(artifact_id: Annotated[str, Path(examples=["art_0198a3f2a
 
 def _webhook_id(
     webhook_id: Annotated[str, Path(examples=["wh_0198a3f25e0e7c52b3a0d1f3b6a4c7de"])],
-    engine: Annotated[Engine, Depends(_engine)],
+    database: Annotated[Database, Depends(_database)],
     project: Annotated[str, Depends(_project)],
 ) -> str:
     """The id of a webhook of the caller's project, as with jobs."""
     if not WEBHOOK_ID.fullmatch(webhook_id):
         raise WebhookNotFound("No such webhook exists: an id is `wh_` and 32 hexadecimal digits.")
-    with transaction(engine) as session:
+    with transaction(database) as session:
         webhooks.check_project(session, webhook_id, project)
     return webhook_id
 
@@ -148,7 +148,7 @@ async def _after_delivery(
 
 
 SettingsDep = Annotated[Settings, Depends(_settings)]
-EngineDep = Annotated[Engine, Depends(_engine)]
+DatabaseDep = Annotated[Database, Depends(_database)]
 StoreDep = Annotated[ArtifactStore, Depends(_store)]
 EventFeedsDep = Annotated[EventFeeds, Depends(_event_feeds)]
 Project = Annotated[str, Depends(_project)]

@@ -13,13 +13,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import DependencyUnavailable, InvalidRequest, JobNotFound, MissingScope, Unauthorized
 from pdtrim.contract.jobs import Event, JobStatus, Page
 from service.api import examples
 from service.api.auth import declared
-from service.api.deps import EngineDep, EventFeedsDep, JobId, Limit
+from service.api.deps import DatabaseDep, EventFeedsDep, JobId, Limit
 from service.api.problems import documented
 from service.api.wakeups import RETRY_SECONDS, EventFeeds, frame
 from service.db import events, jobs, views
@@ -44,9 +44,9 @@ class Batch:
     last: bool
 
 
-def read(engine: Engine, job_id: str, *, after: int, limit: int) -> Batch:
+def read(database: Database, job_id: str, *, after: int, limit: int) -> Batch:
     """Events above `after`, in a transaction of its own. Raises: JobNotFound."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         # The job before its events: a job that is final here has written its last event already.
         final = JobStatus(jobs.get(session, job_id).status).final
         rows, has_more = events.page(session, job_id, after=after, limit=limit)
@@ -59,7 +59,9 @@ def wants_stream(request: Request) -> bool:
     return STREAM_TYPE in kinds
 
 
-async def stream(feeds: EventFeeds, engine: Engine, job_id: str, first: Batch, *, after: int) -> AsyncIterator[bytes]:
+async def stream(
+    feeds: EventFeeds, database: Database, job_id: str, first: Batch, *, after: int
+) -> AsyncIterator[bytes]:
     """The first batch, then what follows it until the job ends or is deleted, with keep-alive comments in between."""
     frames: list[bytes] | None = [frame(event) for event in first.page.data]
     over, quiet_since = first.last, monotonic()
@@ -73,7 +75,7 @@ async def stream(feeds: EventFeeds, engine: Engine, job_id: str, first: Batch, *
             changed, over = feed.changed, feed.over
             frames = feed.after(after)
             if frames is None:
-                frames, over = await _catch_up(engine, job_id, after)
+                frames, over = await _catch_up(database, job_id, after)
             elif not frames and not over:
                 with anyio.move_on_after(KEEP_ALIVE_SECONDS - (monotonic() - quiet_since)):
                     await changed.wait()
@@ -82,10 +84,10 @@ async def stream(feeds: EventFeeds, engine: Engine, job_id: str, first: Batch, *
                 quiet_since = monotonic()
 
 
-async def _catch_up(engine: Engine, job_id: str, after: int) -> tuple[list[bytes], bool]:
+async def _catch_up(database: Database, job_id: str, after: int) -> tuple[list[bytes], bool]:
     """Events that are no longer at hand, and whether the stream ends; nothing while the database is away."""
     try:
-        batch = await run_in_threadpool(read, engine, job_id, after=after, limit=BATCH)
+        batch = await run_in_threadpool(read, database, job_id, after=after, limit=BATCH)
     except JobNotFound:  # It was deleted meanwhile.
         return [], True
     except DATABASE_FAULTS:  # Too late for another answer. The feeds say it in the log.
@@ -114,7 +116,7 @@ async def _catch_up(engine: Engine, job_id: str, after: int) -> tuple[list[bytes
 def list_events(
     request: Request,
     job_id: JobId,
-    engine: EngineDep,
+    database: DatabaseDep,
     feeds: EventFeedsDep,
     after: Number = 0,
     limit: Limit = 20,
@@ -128,10 +130,10 @@ def list_events(
     A stream stays open until the job's final event and sends a comment every 15 s while nothing happens.
     """
     if not wants_stream(request):
-        return read(engine, job_id, after=after, limit=limit).page
+        return read(database, job_id, after=after, limit=limit).page
     after = after if last_event_id is None else last_event_id
-    batch = read(engine, job_id, after=after, limit=BATCH)
+    batch = read(database, job_id, after=after, limit=BATCH)
     if batch.last and not batch.page.data:
         return Response(status_code=204)  # Browsers reconnect to a stream that ended, unless they get this.
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(stream(feeds, engine, job_id, batch, after=after), headers=headers)
+    return EventSourceResponse(stream(feeds, database, job_id, batch, after=after), headers=headers)

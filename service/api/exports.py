@@ -20,7 +20,7 @@ from pdtrim.contract.frontier import ExportSpec, Frontier
 from pdtrim.contract.jobs import Job
 from service.api import examples
 from service.api.auth import declared
-from service.api.deps import EngineDep, JobId, SettingsDep, StoreDep, json_only
+from service.api.deps import DatabaseDep, JobId, SettingsDep, StoreDep, json_only
 from service.api.problems import documented
 from service.api.submission import HEADERS, SUBMISSION_REFUSALS, NewJob, Submit
 from service.checking import preflight
@@ -42,12 +42,12 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[d
         **documented(Unauthorized, MissingScope, JobNotFound, ArtifactNotFound, NoFrontier, DependencyUnavailable),
     },
 )
-def get_frontier(job_id: JobId, engine: EngineDep, store: StoreDep) -> Frontier:
+def get_frontier(job_id: JobId, database: DatabaseDep, store: StoreDep) -> Frontier:
     """What giving up ever more blocks costs, in each half and in both. There as soon as the stage `removal` ended.
 
     `POST /v1/jobs/{job_id}/exports` makes the checkpoints of another point of it.
     """
-    return read_frontier(engine, store, job_id)
+    return read_frontier(database, store, job_id)
 
 
 @router.post(
@@ -66,7 +66,7 @@ def create_export(
     job_id: JobId,
     wanted: Annotated[ExportSpec, Body(openapi_examples=examples.EXPORT_REQUESTS)],
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     store: StoreDep,
     submit: Submit,
 ) -> Job:
@@ -77,10 +77,10 @@ def create_export(
     """
 
     def prepare() -> NewJob:
-        read_frontier(engine, store, job_id).cut(
+        read_frontier(database, store, job_id).cut(
             prefill=wanted.prefill.remove_blocks, decode=wanted.decode.remove_blocks
         )
-        with transaction(engine) as session:
+        with transaction(database) as session:
             parent = jobs.get(session, job_id)
         spec = wanted.job(spec_of(parent))
         # The scores are of that commit.

@@ -10,12 +10,12 @@ import anyio
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import DependencyUnavailable
 from service import queue
 from service.api import examples
-from service.api.deps import EngineDep, SettingsDep, StoreDep
+from service.api.deps import DatabaseDep, SettingsDep, StoreDep
 from service.api.problems import documented, problem
 from service.db.session import schema_is_current
 
@@ -61,7 +61,9 @@ def healthz() -> Alive:
         **documented(DependencyUnavailable),
     },
 )
-async def readyz(request: Request, settings: SettingsDep, engine: EngineDep, store: StoreDep) -> Readiness | Response:
+async def readyz(
+    request: Request, settings: SettingsDep, database: DatabaseDep, store: StoreDep
+) -> Readiness | Response:
     """Database schema current, broker reachable, store writable; else 503 whose `checks` name what is wrong."""
     checks: dict[str, Check] = {}
 
@@ -69,7 +71,7 @@ async def readyz(request: Request, settings: SettingsDep, engine: EngineDep, sto
         checks[name] = await _outcome(name, check)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(run, "database", lambda: _check_schema(engine))
+        group.start_soon(run, "database", lambda: _check_schema(database))
         group.start_soon(run, "broker", lambda: queue.check(settings))
         group.start_soon(run, "store", store.check_writable)
     wrong = [f"{name}: {check.detail}" for name, check in sorted(checks.items()) if not check.ok]
@@ -91,8 +93,8 @@ async def _outcome(name: str, check: Callable[[], None]) -> Check:
     return Check(ok=True)
 
 
-def _check_schema(engine: Engine) -> None:
-    if not schema_is_current(engine):
+def _check_schema(database: Database) -> None:
+    if not schema_is_current(database):
         raise DependencyUnavailable("the schema is not the newest; restart the gateway, which migrates it")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Request
 from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import InvalidIdempotencyKey
 from service.db import idempotency
@@ -68,7 +68,7 @@ def fingerprint(body: BaseModel, cut_from: str | None = None) -> str:
 
 
 @contextmanager
-def claimed(engine: Engine, project: str, key: str | None, said: str) -> Iterator[KeyClaim | Answered | None]:
+def claimed(database: Database, project: str, key: str | None, said: str) -> Iterator[KeyClaim | Answered | None]:
     """The right to create a job under `key`, or the answer given before; None without a key.
 
     `said` is the body's fingerprint. A block that raises frees the key. Raises: IdempotencyKeyReused, RequestInFlight.
@@ -76,12 +76,12 @@ def claimed(engine: Engine, project: str, key: str | None, said: str) -> Iterato
     if key is None:
         yield None
         return
-    with transaction(engine) as session:
+    with transaction(database) as session:
         found = idempotency.claim(session, project, key, said)
     try:
         yield found
     except Exception:
         if isinstance(found, KeyClaim):
-            with transaction(engine) as session:
+            with transaction(database) as session:
                 idempotency.release(session, found)
         raise

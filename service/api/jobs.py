@@ -31,7 +31,7 @@ from pdtrim.contract.spec import JobSpec, Labels
 from service import queue
 from service.api import examples
 from service.api.auth import declared
-from service.api.deps import AfterJob, EngineDep, JobId, Limit, Project, SettingsDep, json_only
+from service.api.deps import AfterJob, DatabaseDep, JobId, Limit, Project, SettingsDep, json_only
 from service.api.problems import documented
 from service.api.submission import (
     BODY_REFUSALS,
@@ -105,7 +105,7 @@ def create_job(
 def estimate_job(
     spec: Annotated[JobSpec, Body(openapi_examples=examples.REQUESTS)],
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     project: Project,
 ) -> Estimate:
     """Check a job as `POST /v1/jobs` does, and say what would come of it: sizes, memory, sets to evaluate, warnings.
@@ -113,7 +113,7 @@ def estimate_job(
     Times are those of the project's newest finished job on the same model, where there is one.
     """
     model = preflight.check(spec, settings)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         earlier = jobs.newest_like(session, project, spec.model.source)
     return estimate(spec, model, earlier)
 
@@ -141,7 +141,7 @@ def estimate_job(
     },
 )
 def list_jobs(
-    engine: EngineDep,
+    database: DatabaseDep,
     project: Project,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
     after: AfterJob,
@@ -149,7 +149,7 @@ def list_jobs(
     status: Annotated[JobStatus | SkipJsonSchema[None], Query(description="Only jobs in this state.")] = None,
 ) -> Page[Job]:
     """Newest first. Read on with `after` set to the page's `last_id` while `has_more` is true."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         rows, has_more = jobs.page(session, project, limit=limit, after=after, status=status, metadata=metadata)
         return views.jobs(rows, jobs.stages(session, [row.id for row in rows]), has_more)
 
@@ -164,9 +164,9 @@ def list_jobs(
         **documented(Unauthorized, MissingScope, JobNotFound, DependencyUnavailable),
     },
 )
-def get_job(job_id: JobId, engine: EngineDep) -> Job:
+def get_job(job_id: JobId, database: DatabaseDep) -> Job:
     """The job: status, stages with progress and metrics, error, specification, library versions."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return views.job(jobs.get(session, job_id), jobs.stages(session, [job_id])[job_id])
 
 
@@ -183,12 +183,12 @@ def get_job(job_id: JobId, engine: EngineDep) -> Job:
         **documented(Unauthorized, MissingScope, JobNotFound, JobNotCancellable, DependencyUnavailable),
     },
 )
-def cancel_job(job_id: JobId, engine: EngineDep) -> Job:
+def cancel_job(job_id: JobId, database: DatabaseDep) -> Job:
     """Stop a job. What finished stages left stays. Cancelling twice is no error; cancelling a finished job is.
 
     A job whose last stage ends while it is cancelling has succeeded. A resume takes a cancelled job up again.
     """
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row = jobs.request_cancel(session, job_id)
         return views.job(row, jobs.stages(session, [job_id])[job_id])
 
@@ -206,9 +206,9 @@ def cancel_job(job_id: JobId, engine: EngineDep) -> Job:
         **documented(Unauthorized, MissingScope, JobNotFound, JobNotPausable, DependencyUnavailable),
     },
 )
-def pause_job(job_id: JobId, engine: EngineDep) -> Job:
+def pause_job(job_id: JobId, database: DatabaseDep) -> Job:
     """Stop a job for a while and free its worker. Pausing twice is no error; pausing a finished job is."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row = jobs.request_pause(session, job_id)
         return views.job(row, jobs.stages(session, [job_id])[job_id])
 
@@ -233,12 +233,12 @@ def pause_job(job_id: JobId, engine: EngineDep) -> Job:
         ),
     },
 )
-def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
+def resume_job(job_id: JobId, settings: SettingsDep, database: DatabaseDep) -> Job:
     """Go on where the job stopped: finished stages are not repeated, the one after them starts from its saved state.
 
     What counted against the stage's attempts is forgiven.
     """
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row, stage = jobs.resume(session, job_id, limits=settings.quotas)
         stages = jobs.stages(session, [job_id])[job_id]
         shown = views.job(row, stages)
@@ -258,7 +258,7 @@ def resume_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Job:
         **documented(Unauthorized, MissingScope, JobNotFound, JobNotDeletable, DependencyUnavailable),
     },
 )
-def delete_job(job_id: JobId, engine: EngineDep) -> None:
+def delete_job(job_id: JobId, database: DatabaseDep) -> None:
     """Delete a finished or paused job with its stages, events and artifacts, for good."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         deletion.mark(session, job_id)

@@ -24,7 +24,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 
 from pdtrim.contract.jobs import StageName
@@ -60,9 +60,9 @@ class GatewayMetrics:
         )
 
     @contextmanager
-    def of_jobs(self, engine: Engine, queues: Sequence[str]) -> Iterator[None]:
+    def of_jobs(self, database: Database, queues: Sequence[str]) -> Iterator[None]:
         """Add the state of the jobs in a database, as long as the block lasts. `queues` are shown when empty, too."""
-        collector = JobsCollector(engine, queues)
+        collector = JobsCollector(database, queues)
         self.registry.register(collector)
         try:
             yield
@@ -73,8 +73,8 @@ class GatewayMetrics:
 class JobsCollector(Collector):
     """Jobs by state and what waits for a worker. A database that does not answer is a figure too, not a failure."""
 
-    def __init__(self, engine: Engine, queues: Sequence[str]) -> None:
-        self._engine = engine
+    def __init__(self, database: Database, queues: Sequence[str]) -> None:
+        self._database = database
         self._queues = queues
         self._lock = Lock()
         self._found: list[Metric] = []
@@ -92,7 +92,7 @@ class JobsCollector(Collector):
     def _read(self) -> list[Metric]:
         up = GaugeMetricFamily("pdtrim_database_up", "Whether the database answered; without it, no figures of jobs.")
         try:
-            with transaction(self._engine) as session:
+            with transaction(self._database) as session:
                 jobs, queued, at = figures.jobs_by_status(session), figures.queued_stages(session), now()
         except SQLAlchemyError as error:
             log.warning("no figures of jobs: %s", error)

@@ -16,7 +16,7 @@ from pdtrim.contract.jobs import Page
 from pdtrim.contract.publications import Publication
 from service.api import examples
 from service.api.auth import declared
-from service.api.deps import EngineDep, JobId, SettingsDep
+from service.api.deps import DatabaseDep, JobId, SettingsDep
 from service.api.problems import documented
 from service.checking.targets import check_push, targets
 from service.db import jobs, publications, views
@@ -36,9 +36,9 @@ router = APIRouter(prefix="/v1/jobs/{job_id}/publications", tags=["publications"
         **documented(Unauthorized, MissingScope, JobNotFound, DependencyUnavailable),
     },
 )
-def list_publications(job_id: JobId, engine: EngineDep) -> Page[Publication]:
+def list_publications(job_id: JobId, database: DatabaseDep) -> Page[Publication]:
     """Where the job's results go once it has succeeded: to MLflow, to the hub. A failure here is none of the job's."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return views.publications(publications.of_job(session, job_id))
 
 
@@ -53,9 +53,9 @@ def list_publications(job_id: JobId, engine: EngineDep) -> Page[Publication]:
         **documented(Unauthorized, MissingScope, JobNotFound, PushNotAllowed, NothingToPublish, DependencyUnavailable),
     },
 )
-def publish_job(job_id: JobId, settings: SettingsDep, engine: EngineDep) -> Page[Publication]:
+def publish_job(job_id: JobId, settings: SettingsDep, database: DatabaseDep) -> Page[Publication]:
     """Hand the job on to all that the service has now, in seconds, or when it succeeds. What a target has, it keeps."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         spec = spec_of(jobs.get(session, job_id))
         check_push(spec, settings)
         wanted = targets(spec, settings)

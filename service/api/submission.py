@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Response
 from pydantic import BaseModel
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import (
     ArtifactQuotaExceeded,
@@ -32,7 +32,7 @@ from pdtrim.contract.errors import (
 from pdtrim.contract.jobs import Job, StageName
 from pdtrim.contract.spec import JobSpec
 from service import queue
-from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
+from service.api.deps import ApiKeyPrefix, DatabaseDep, Project, SettingsDep
 from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, claimed, fingerprint
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from service.checking.targets import targets
@@ -85,7 +85,7 @@ class Submission:
 
     response: Response
     settings: Settings
-    engine: Engine
+    database: Database
     project: str
     api_key: str | None
     idempotency_key: str | None
@@ -96,12 +96,12 @@ class Submission:
         Raises: what `prepare` raises; IdempotencyKeyReused, RequestInFlight; QueueQuotaExceeded, ArtifactQuotaExceeded.
         """
         said = fingerprint(body, cut_from)
-        with claimed(self.engine, self.project, self.idempotency_key, said) as found:
+        with claimed(self.database, self.project, self.idempotency_key, said) as found:
             if isinstance(found, Answered):
                 self.response.headers.update({"Location": f"/v1/jobs/{found.job_id}", REPLAYED: "true"})
                 return Job.model_validate(found.response)
             new = prepare()
-            with transaction(self.engine) as session:
+            with transaction(self.database) as session:
                 row, stages, sent = jobs.insert_new(
                     session,
                     new.spec,
@@ -125,12 +125,12 @@ class Submission:
 async def _submission(
     response: Response,
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     project: Project,
     api_key: ApiKeyPrefix,
     idempotency_key: IdempotencyKey,
 ) -> Submission:
-    return Submission(response, settings, engine, project, api_key, idempotency_key)
+    return Submission(response, settings, database, project, api_key, idempotency_key)
 
 
 Submit = Annotated[Submission, Depends(_submission)]

@@ -17,7 +17,7 @@ import anyio
 import psycopg
 from anyio import CapacityLimiter, to_thread
 from fastapi.sse import format_sse_event
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.jobs import Event
 from service.db import events, notices
@@ -78,8 +78,8 @@ class Feed:
 class EventFeeds:
     """The feeds of all jobs that are watched in this process."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._feeds: dict[str, Feed] = {}
         self._stale: dict[str, Feed] = {}
         self._called = anyio.Event()
@@ -134,7 +134,7 @@ class EventFeeds:
                 self.wake(job_id)
 
     def _news(self, feeds: dict[str, Feed]) -> dict[str, News]:
-        with transaction(self._engine) as session:
+        with transaction(self._database) as session:
             return events.news(session, {job_id: feed.head for job_id, feed in feeds.items()}, limit=BATCH)
 
     async def listen(self) -> None:
@@ -142,7 +142,7 @@ class EventFeeds:
         away = False
         while True:
             try:
-                async for job_id in notices.listen(self._engine):
+                async for job_id in notices.listen(self._database):
                     if job_id is None:
                         away = False
                         self.wake_all()  # Nobody told what happened before.
@@ -166,9 +166,9 @@ def _unforeseen(error: Exception) -> Exception | None:
 
 
 @asynccontextmanager
-async def running(engine: Engine) -> AsyncIterator[EventFeeds]:
+async def running(database: Database) -> AsyncIterator[EventFeeds]:
     """The feeds of events, which work as long as the block lasts."""
-    feeds, told = EventFeeds(engine), notices.has_notices(engine)
+    feeds, told = EventFeeds(database), notices.has_notices(database)
     async with anyio.create_task_group() as group:
         group.start_soon(feeds.read)
         group.start_soon(feeds.sweep, SWEEP_SECONDS if told else POLL_SECONDS)

@@ -33,8 +33,8 @@ from service.api.auth import declared
 from service.api.deps import (
     AfterDelivery,
     AfterWebhook,
+    DatabaseDep,
     DeliveryId,
-    EngineDep,
     Limit,
     Project,
     SettingsDep,
@@ -75,12 +75,12 @@ def create_webhook(
     spec: Annotated[WebhookSpec, Body(openapi_examples=examples.WEBHOOK_REQUESTS)],
     response: Response,
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     project: Project,
 ) -> NewSecret:
     """Have events of the project's jobs sent to a URL, signed as Standard Webhooks has it."""
     checked = spec.model_copy(update={"url": _allowed(spec.url, settings)})
-    with transaction(engine) as session:
+    with transaction(database) as session:
         created = NewSecret.model_validate(webhooks.create(session, checked, project=project))
     response.headers.update({"Location": f"/v1/webhooks/{created.id}", "Cache-Control": "no-store"})
     return created
@@ -96,9 +96,9 @@ def create_webhook(
         **documented(Unauthorized, MissingScope, InvalidRequest, CursorNotFound, DependencyUnavailable),
     },
 )
-def list_webhooks(engine: EngineDep, project: Project, after: AfterWebhook, limit: Limit = 20) -> Page[Webhook]:
+def list_webhooks(database: DatabaseDep, project: Project, after: AfterWebhook, limit: Limit = 20) -> Page[Webhook]:
     """Newest first. Read on with `after` set to the page's `last_id` while `has_more` is true."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return views.webhooks(*webhooks.page(session, project, limit=limit, after=after))
 
 
@@ -109,9 +109,9 @@ def list_webhooks(engine: EngineDep, project: Project, after: AfterWebhook, limi
     response_model=Webhook,
     responses={200: examples.response(examples.WEBHOOK, "The webhook, without its secret."), **documented(*REFUSED)},
 )
-def get_webhook(webhook_id: WebhookId, engine: EngineDep) -> Webhook:
+def get_webhook(webhook_id: WebhookId, database: DatabaseDep) -> Webhook:
     """Where it sends what, and whether it works."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return Webhook.model_validate(webhooks.get(session, webhook_id))
 
 
@@ -130,7 +130,7 @@ def update_webhook(
     webhook_id: WebhookId,
     change: Annotated[WebhookChange, Body(openapi_examples=examples.WEBHOOK_CHANGES)],
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
 ) -> Webhook:
     """Change what the body names: URL, events, description, format, or whether it is enabled.
 
@@ -138,7 +138,7 @@ def update_webhook(
     """
     if change.url is not None:
         change = change.model_copy(update={"url": _allowed(change.url, settings)})
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return Webhook.model_validate(webhooks.change(session, webhook_id, change))
 
 
@@ -150,9 +150,9 @@ def update_webhook(
     response_class=Response,
     responses={204: {"description": "The webhook is gone, with its deliveries."}, **documented(*REFUSED)},
 )
-def delete_webhook(webhook_id: WebhookId, engine: EngineDep) -> None:
+def delete_webhook(webhook_id: WebhookId, database: DatabaseDep) -> None:
     """Delete a webhook; what waits to be sent to it never is."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         webhooks.delete(session, webhook_id)
 
 
@@ -166,10 +166,10 @@ def delete_webhook(webhook_id: WebhookId, engine: EngineDep) -> None:
         **documented(*REFUSED),
     },
 )
-def rotate_webhook_secret(webhook_id: WebhookId, response: Response, engine: EngineDep) -> NewSecret:
+def rotate_webhook_secret(webhook_id: WebhookId, response: Response, database: DatabaseDep) -> NewSecret:
     """Make a new secret. For a day messages are signed with the one before, too, so that receivers can change over."""
     response.headers["Cache-Control"] = "no-store"
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return NewSecret.model_validate(webhooks.rotate(session, webhook_id))
 
 
@@ -186,9 +186,9 @@ def rotate_webhook_secret(webhook_id: WebhookId, response: Response, engine: Eng
         **documented(*REFUSED, WebhookDisabled),
     },
 )
-def test_webhook(webhook_id: WebhookId, engine: EngineDep) -> Delivery:
+def test_webhook(webhook_id: WebhookId, database: DatabaseDep) -> Delivery:
     """Send a message of type `webhook.test`, once. What came of it is in the webhook's deliveries."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return Delivery.model_validate(deliveries.try_out(session, webhook_id))
 
 
@@ -204,13 +204,13 @@ def test_webhook(webhook_id: WebhookId, engine: EngineDep) -> Delivery:
 )
 def list_deliveries(
     webhook_id: WebhookId,
-    engine: EngineDep,
+    database: DatabaseDep,
     after: AfterDelivery,
     limit: Limit = 20,
     status: Annotated[DeliveryStatus | None, Query(description="Only deliveries in this state.")] = None,
 ) -> Page[Delivery]:
     """Messages of the last 30 days with the attempts to deliver them, newest first."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return views.deliveries(*deliveries.page(session, webhook_id, limit=limit, after=after, status=status))
 
 
@@ -225,9 +225,9 @@ def list_deliveries(
         **documented(*REFUSED, DeliveryNotFound, WebhookDisabled),
     },
 )
-def resend_delivery(webhook_id: WebhookId, delivery_id: DeliveryId, engine: EngineDep) -> Delivery:
+def resend_delivery(webhook_id: WebhookId, delivery_id: DeliveryId, database: DatabaseDep) -> Delivery:
     """Send a message again, delivered or not, under the same `webhook-id` and with all its attempts before it."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return Delivery.model_validate(deliveries.resend(session, webhook_id, delivery_id))
 
 

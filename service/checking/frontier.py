@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import NoFrontier
 from pdtrim.contract.frontier import Frontier
@@ -13,9 +13,9 @@ from service.db.session import transaction
 from service.storage import ArtifactStore
 
 
-def read_frontier(engine: Engine, store: ArtifactStore, job_id: str) -> Frontier:
+def read_frontier(database: Database, store: ArtifactStore, job_id: str) -> Frontier:
     """The job's frontier. Raises: JobNotFound, NoFrontier, ObjectNotFound, StoreUnavailable."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         jobs.get(session, job_id)
         plan = artifacts.named(session, job_id, StageName.REMOVAL, PLAN)
         removal = next(row for row in jobs.stages(session, [job_id])[job_id] if row.name == StageName.REMOVAL)

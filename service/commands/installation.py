@@ -117,9 +117,9 @@ def _database(url: str | None) -> Finding:
     parsed = make_url(url or "")
     if parsed.get_backend_name() == "sqlite" and (new := _not_there_yet(Path(parsed.database or ""))):
         return new
-    engine = connect(parsed.render_as_string(hide_password=False))
+    database = connect(parsed.render_as_string(hide_password=False))
     try:
-        with engine.connect() as connection:
+        with database.connect() as connection:
             release = ".".join(map(str, connection.dialect.server_version_info or ()))
     except Exception as error:
         raise Wrong(
@@ -127,7 +127,7 @@ def _database(url: str | None) -> Finding:
             "Start it, or set PDTRIM_DATABASE_URL to where it is, with a user that may create tables.",
         ) from error
     finally:
-        engine.dispose()
+        database.dispose()
     return _finding("ok", f"{parsed.render_as_string()} answers: {parsed.get_backend_name()} {release}.")
 
 
@@ -135,13 +135,13 @@ def _migrations(url: str | None) -> Finding:
     parsed = make_url(url or "")
     if parsed.get_backend_name() == "sqlite" and (new := _not_there_yet(Path(parsed.database or ""))):
         return new
-    engine = connect(parsed.render_as_string(hide_password=False))
+    database = connect(parsed.render_as_string(hide_password=False))
     try:
-        current = schema_is_current(engine)
+        current = schema_is_current(database)
     except Exception as error:
         raise Wrong(f"The schema cannot be read: {_first_line(error)}", "See the database.") from error
     finally:
-        engine.dispose()
+        database.dispose()
     if not current:
         raise Wrong("The schema is not this version's.", "pdtrim migrate; or start a gateway, which does the same.")
     return _finding("ok", "The schema is this version's, or a newer one's.")

@@ -149,11 +149,11 @@ for command_name, command in COMMANDS.items():
 
 @contextmanager
 def _database() -> Iterator[Session]:
-    engine = connect(configured().database_url)
+    database = connect(configured().database_url)
     try:
-        if not schema_is_current(engine):
+        if not schema_is_current(database):
             fail("the database's schema is not the newest; run `pdtrim migrate` first")
-        with transaction(engine) as session:
+        with transaction(database) as session:
             yield session
     finally:
-        engine.dispose()
+        database.dispose()

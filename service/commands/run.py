@@ -169,15 +169,15 @@ def reconcile() -> None:
     settings = configured()
     logs.configure(settings)
     tracing.configure("pdtrim-reconciler")
-    engine = connect(settings.database_url)
+    database = connect(settings.database_url)
     store = open_store(settings.artifacts_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with Reconciler(engine, settings, store):
+    with Reconciler(database, settings, store):
         logging.getLogger(__name__).info("the reconciler is running")
         stopping.wait()
-    engine.dispose()
+    database.dispose()
 
 
 def migrate() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from psycopg import AsyncConnection
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, func, select
+from sqlalchemy import Engine as Database
 from sqlmodel import Session
 
 from service.db.session import waits
@@ -17,7 +18,7 @@ from service.db.session import waits
 CHANNEL = "pdtrim_events"
 
 
-def has_notices(by: Engine | Connection) -> bool:
+def has_notices(by: Database | Connection) -> bool:
     """Whether a database carries notices."""
     return by.dialect.name == "postgresql"
 
@@ -28,13 +29,13 @@ def send(session: Session, job_id: str) -> None:
         session.execute(select(func.pg_notify(CHANNEL, job_id)))
 
 
-async def listen(engine: Engine) -> AsyncIterator[str | None]:
+async def listen(database: Database) -> AsyncIterator[str | None]:
     """None once it listens, then the ids of jobs that changed. It has a connection of its own.
 
     Raises: psycopg.Error when the connection cannot be made, or ends.
     """
-    _, given = engine.dialect.create_connect_args(engine.url)
-    async with await AsyncConnection.connect(**{**waits(engine.url), **given}, autocommit=True) as connection:
+    _, given = database.dialect.create_connect_args(database.url)
+    async with await AsyncConnection.connect(**{**waits(database.url), **given}, autocommit=True) as connection:
         await connection.execute(f"LISTEN {CHANNEL}")
         yield None
         async for notice in connection.notifies():

@@ -13,7 +13,8 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, create_engine, event, make_url
+from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -37,50 +38,50 @@ POSTGRESQL_WAITS = {
 log = logging.getLogger(__name__)
 
 
-def connect(url: str) -> Engine:
-    """An engine for `url`; SQLite gets WAL, foreign keys and write locks taken at the start of a transaction."""
+def connect(url: str) -> Database:
+    """Connections to `url`; SQLite gets WAL, foreign keys and write locks taken at the start of a transaction."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        engine = create_engine(parsed, connect_args=waits(parsed))
-        _ping_idle_connections(engine)
-        return engine
+        database = create_engine(parsed, connect_args=waits(parsed))
+        _ping_idle_connections(database)
+        return database
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
+    database = create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
 
-    @event.listens_for(engine, "connect")
+    @event.listens_for(database, "connect")
     def _configure(connection: Any, record: Any) -> None:
         # sqlite3's own transaction handling would begin too late to be serialisable.
         connection.isolation_level = None
         for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=NORMAL"):
             connection.execute(f"PRAGMA {pragma}")
 
-    @event.listens_for(engine, "begin")
+    @event.listens_for(database, "begin")
     def _begin(connection: Any) -> None:
         # A deferred transaction that reads and then writes fails at once when another wrote meanwhile.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    return engine
+    return database
 
 
-def _ping_idle_connections(engine: Engine) -> None:
+def _ping_idle_connections(database: Database) -> None:
     """As SQLAlchemy's `pool_pre_ping`, but not of connections that were in use just now: it is one more round trip.
 
     When the server restarts, the first statement to fail takes all its connections out of the pool.
     """
 
-    @event.listens_for(engine, "checkin")
+    @event.listens_for(database, "checkin")
     def _note(connection: Any, record: ConnectionPoolEntry) -> None:
         record.info["used_at"] = time.monotonic()
 
-    @event.listens_for(engine, "checkout")
+    @event.listens_for(database, "checkout")
     def _ping(connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
         used_at = record.info.get("used_at")
         if used_at is None or time.monotonic() - used_at < IDLE_SECONDS:
             return
         try:
-            engine.dialect.do_ping(connection)
-        except engine.dialect.loaded_dbapi.Error as error:
+            database.dialect.do_ping(connection)
+        except database.dialect.loaded_dbapi.Error as error:
             raise DisconnectionError from error  # The pool then takes a new one.
 
 
@@ -91,42 +92,42 @@ def waits(url: URL) -> dict[str, Any]:
 
 
 @contextmanager
-def transaction(engine: Engine) -> Iterator[Session]:
+def transaction(database: Database) -> Iterator[Session]:
     """A session that commits at the end of the block, or rolls back when the block raises."""
-    with Session(engine, expire_on_commit=False) as session, session.begin():
+    with Session(database, expire_on_commit=False) as session, session.begin():
         yield session
 
 
-def _alembic_config(engine: Engine) -> Config:
+def _alembic_config(database: Database) -> Config:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    config.attributes["engine"] = engine
+    config.attributes["database"] = database
     return config
 
 
-def migrate(engine: Engine, to: str = "head") -> None:
+def migrate(database: Database, to: str = "head") -> None:
     """Bring the database to the newest schema, or to a revision. Safe to call from several processes at once.
 
     A schema that a newer version made is left as it is: both versions run while an upgrade is rolled out, or back.
     """
-    if _is_newer(engine):
+    if _is_newer(database):
         log.warning("the database's schema is newer than this version of the service")
         return
-    command.upgrade(_alembic_config(engine), to)
+    command.upgrade(_alembic_config(database), to)
 
 
-def schema_is_current(engine: Engine) -> bool:
+def schema_is_current(database: Database) -> bool:
     """Whether every migration of this version has been applied, be it by a newer one."""
-    head = ScriptDirectory.from_config(_alembic_config(engine)).get_current_head()
-    return _revision(engine) == head or _is_newer(engine)
+    head = ScriptDirectory.from_config(_alembic_config(database)).get_current_head()
+    return _revision(database) == head or _is_newer(database)
 
 
-def _revision(engine: Engine) -> str | None:
-    with engine.connect() as connection:
+def _revision(database: Database) -> str | None:
+    with database.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 
-def _is_newer(engine: Engine) -> bool:
+def _is_newer(database: Database) -> bool:
     """Whether the schema's revision is none that this version knows."""
-    known = {script.revision for script in ScriptDirectory.from_config(_alembic_config(engine)).walk_revisions()}
-    return (revision := _revision(engine)) is not None and revision not in known
+    known = {script.revision for script in ScriptDirectory.from_config(_alembic_config(database)).walk_revisions()}
+    return (revision := _revision(database)) is not None and revision not in known

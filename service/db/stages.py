@@ -131,7 +131,7 @@ def renew(session: Session, claim: Claim, *, lease_seconds: float) -> bool:
     return job.status in STOPPING
 
 
-def report(session: Session, claim: Claim, *, progress: float, message: str, data: Mapping[str, Any]) -> None:
+def record_progress(session: Session, claim: Claim, *, progress: float, message: str, data: Mapping[str, Any]) -> None:
     """Record progress (0…1) and announce it. Raises: LeaseLost."""
     _, row = _current(session, claim)
     row.progress, row.message = min(max(progress, 0.0), 1.0), message

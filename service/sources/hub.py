@@ -82,9 +82,9 @@ class HubFiles:
             hf_raise_for_status(response)
             if not whole and response.status_code != 206:
                 raise StoreUnavailable(f"{constants.ENDPOINT} did not give {name} of {self} in parts; try again")
-            for piece in response.iter_bytes():
+            for chunk in response.iter_bytes():
                 check()
-                data += piece
+                data += chunk
                 if len(data) > stop - start:
                     break
         if len(data) != stop - start:

@@ -47,19 +47,19 @@ class LocalStore:
 
     def download(self, key: str, path: Path, check: Check = go_on) -> None:
         with self._reading(key) as source, written_whole(path) as target:
-            for piece in checked(iter(lambda: source.read(READ_BYTES), b""), check):
-                target.write(piece)
+            for chunk in checked(iter(lambda: source.read(READ_BYTES), b""), check):
+                target.write(chunk)
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
         self.stat(key)
-        return self._pieces(key, start, end)
+        return self._chunks(key, start, end)
 
-    def _pieces(self, key: str, start: int, end: int) -> Iterator[bytes]:
+    def _chunks(self, key: str, start: int, end: int) -> Iterator[bytes]:
         with self._reading(key) as file, self._failures():
             file.seek(start)
-            while start < end and (piece := file.read(min(READ_BYTES, end - start))):
-                start += len(piece)
-                yield piece
+            while start < end and (chunk := file.read(min(READ_BYTES, end - start))):
+                start += len(chunk)
+                yield chunk
 
     def stat(self, key: str) -> ObjectInfo:
         path = self._path(key)
@@ -125,17 +125,17 @@ class LocalStore:
             raise ValueError(f"not a key of the artifact store: {key!r} leads out of {self._root}")
         return path
 
-    def _write(self, key: str, pieces: Iterable[bytes]) -> StoredObject:
+    def _write(self, key: str, chunks: Iterable[bytes]) -> StoredObject:
         path = self._path(key)
         digest, size = hashlib.sha256(), 0
         with self._failures():
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as target:
-                for piece in pieces:
-                    digest.update(piece)
-                    size += len(piece)
-                    target.write(piece)
-                    if size // SYNC_BYTES > (size - len(piece)) // SYNC_BYTES:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    target.write(chunk)
+                    if size // SYNC_BYTES > (size - len(chunk)) // SYNC_BYTES:
                         sync(target)
                 sync(target)
             _sync_folder(path.parent)
@@ -180,11 +180,11 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def checked(pieces: Iterable[bytes], check: Check) -> Iterator[bytes]:
-    """The pieces, and `check` asked before each."""
-    for piece in pieces:
+def checked(chunks: Iterable[bytes], check: Check) -> Iterator[bytes]:
+    """The chunks, and `check` asked before each."""
+    for chunk in chunks:
         check()
-        yield piece
+        yield chunk
 
 
 def sync(file: BinaryIO) -> None:

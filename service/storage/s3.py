@@ -131,9 +131,9 @@ class S3Store:
         data = bytearray()
         with self._failures(key):
             body = self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"]
-        for piece in self._pieces(key, body):
+        for chunk in self._chunks(key, body):
             check()
-            data += piece
+            data += chunk
         return bytes(data)
 
     def download(self, key: str, path: Path, check: Check = go_on) -> None:
@@ -149,9 +149,9 @@ class S3Store:
         with self._failures(key):
             wanted = f"bytes={start}-{end - 1}"
             body = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=wanted)["Body"]
-        return self._pieces(key, body)
+        return self._chunks(key, body)
 
-    def _pieces(self, key: str, body: StreamingBody) -> Iterator[bytes]:
+    def _chunks(self, key: str, body: StreamingBody) -> Iterator[bytes]:
         with closing(body), self._failures(key):
             yield from body.iter_chunks(READ_BYTES)
 

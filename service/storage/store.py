@@ -79,9 +79,9 @@ class ArtifactStore(Protocol):
         ...
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` up to but without `end`, as far as there are, in pieces.
+        """The bytes from `start` up to but without `end`, as far as there are, in chunks.
 
-        Raises: ObjectNotFound at the call, not at the first piece.
+        Raises: ObjectNotFound at the call, not at the first chunk.
         """
         ...
 

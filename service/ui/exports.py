@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import ValidationError
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from uuid_utils import uuid7
 
 from pdtrim.contract.errors import InvalidRequest, PDTrimError
@@ -15,7 +15,7 @@ from pdtrim.contract.frontier import ExportSpec
 from pdtrim.contract.spec import MAX_BLOCKS
 from service.api import exports as api
 from service.api import jobs
-from service.api.deps import ApiKeyPrefix, EngineDep, JobId, Project, SettingsDep, StoreDep
+from service.api.deps import ApiKeyPrefix, DatabaseDep, JobId, Project, SettingsDep, StoreDep
 from service.api.problems import field_and_reason
 from service.api.submission import Submission
 from service.storage import ArtifactStore
@@ -31,10 +31,10 @@ Count = Annotated[int | None, Query(ge=0, le=MAX_BLOCKS)]
 
 @router.get("/new")
 def show(
-    request: Request, job_id: JobId, engine: EngineDep, store: StoreDep, prefill: Count = None, decode: Count = None
+    request: Request, job_id: JobId, database: DatabaseDep, store: StoreDep, prefill: Count = None, decode: Count = None
 ) -> Response:
     """The frontier with a point of it, and what the export there would give up."""
-    return _show(request, job_id, engine, store, prefill, decode)
+    return _show(request, job_id, database, store, prefill, decode)
 
 
 @router.post("")
@@ -42,7 +42,7 @@ def cut(
     request: Request,
     job_id: JobId,
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     store: StoreDep,
     project: Project,
     api_key: ApiKeyPrefix,
@@ -50,12 +50,12 @@ def cut(
 ) -> Response:
     """Create the job that makes the export."""
     given = {half: {"remove_blocks": form.get(half, "")} for half in ("prefill", "decode")}
-    submission = Submission(Response(), settings, engine, project, api_key, key_of(form))
+    submission = Submission(Response(), settings, database, project, api_key, key_of(form))
     try:
-        job = api.create_export(job_id, _wanted(given), settings, engine, store, submission)
+        job = api.create_export(job_id, _wanted(given), settings, database, store, submission)
     except PDTrimError as refusal:
         counts = [int(text) if (text := at["remove_blocks"]).isdecimal() else None for at in given.values()]
-        return _show(request, job_id, engine, store, counts[0], counts[1], refusal=refusal)
+        return _show(request, job_id, database, store, counts[0], counts[1], refusal=refusal)
     return go(f"/ui/jobs/{job.id}")
 
 
@@ -70,14 +70,14 @@ def _wanted(given: Mapping[str, object]) -> ExportSpec:
 def _show(
     request: Request,
     job_id: str,
-    engine: Engine,
+    database: Database,
     store: ArtifactStore,
     prefill: int | None,
     decode: int | None,
     *,
     refusal: PDTrimError | None = None,
 ) -> Response:
-    job, frontier = jobs.get_job(job_id, engine), api.get_frontier(job_id, engine, store)
+    job, frontier = jobs.get_job(job_id, database), api.get_frontier(job_id, database, store)
     prefill = frontier.chosen.prefill.remove_blocks if prefill is None else prefill
     decode = max(prefill, frontier.chosen.decode.remove_blocks) if decode is None else decode
     cut = None

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import NoFrontier, PDTrimError
 from pdtrim.contract.frontier import Frontier
@@ -17,7 +17,7 @@ from pdtrim.contract.jobs import Action, Artifact, Job, JobStatus, StageName
 from pdtrim.contract.results import SEARCH, SearchRecord
 from service.api import artifacts, events
 from service.api import jobs as api
-from service.api.deps import AfterJob, EngineDep, JobId, Project, SettingsDep, StoreDep
+from service.api.deps import AfterJob, DatabaseDep, JobId, Project, SettingsDep, StoreDep
 from service.api.exports import get_frontier
 from service.db import artifacts as stored
 from service.db import jobs
@@ -48,7 +48,7 @@ def home() -> Response:
 @router.get("/jobs")
 def list_jobs(
     request: Request,
-    engine: EngineDep,
+    database: DatabaseDep,
     project: Project,
     after: AfterJob,
     status: Annotated[JobStatus | str, Query(max_length=20)] = "",
@@ -60,7 +60,7 @@ def list_jobs(
     error, page = None, None
     try:
         labels = _labels({name: value} if name else {})
-        page = api.list_jobs(engine, project, labels, after, PAGE, wanted)
+        page = api.list_jobs(database, project, labels, after, PAGE, wanted)
     except RequestValidationError:
         error = "A label filter is `key=value`; a key has letters, digits and `._-`."
     if name and not equals:
@@ -88,28 +88,28 @@ def _labels(pairs: Mapping[str, str]) -> dict[str, str]:
 
 
 @router.get("/jobs/{job_id}")
-def show_job(request: Request, job_id: JobId, engine: EngineDep, store: StoreDep) -> Response:
+def show_job(request: Request, job_id: JobId, database: DatabaseDep, store: StoreDep) -> Response:
     """All about a job."""
-    return page_of(request, job_id, engine, store)
+    return page_of(request, job_id, database, store)
 
 
 def page_of(
-    request: Request, job_id: str, engine: Engine, store: ArtifactStore, refusal: PDTrimError | None = None
+    request: Request, job_id: str, database: Database, store: ArtifactStore, refusal: PDTrimError | None = None
 ) -> Response:
     """A job's page; `refusal` says why what was asked of it did not happen."""
-    job = api.get_job(job_id, engine)
-    with transaction(engine) as session:
+    job = api.get_job(job_id, database)
+    with transaction(database) as session:
         last = jobs.get(session, job_id).last_event
-    found = events.read(engine, job_id, after=max(0, last - SHOWN_EVENTS), limit=SHOWN_EVENTS).page.data
+    found = events.read(database, job_id, after=max(0, last - SHOWN_EVENTS), limit=SHOWN_EVENTS).page.data
     frontier, search, unread = None, None, False
     try:
-        frontier, search = _frontier(job_id, engine, store), _search(job_id, engine, store)
+        frontier, search = _frontier(job_id, database, store), _search(job_id, database, store)
     except (ObjectNotFound, StoreUnavailable) as error:
         log.error("artifact store: %s", error)
         unread = True
     page = views.job_page(
         job,
-        artifacts=_artifacts(job_id, engine),
+        artifacts=_artifacts(job_id, database),
         events=found,
         frontier=frontier,
         search=search,
@@ -119,36 +119,36 @@ def page_of(
     return render(request, "job.html", status=status, page=page, job=job, refusal=refusal, unread=unread)
 
 
-def _artifacts(job_id: str, engine: Engine) -> list[Artifact]:
+def _artifacts(job_id: str, database: Database) -> list[Artifact]:
     found: list[Artifact] = []
     after, more = None, True
     while more and len(found) < MAX_ARTIFACTS:
-        page = artifacts.list_artifacts(job_id, engine, after, 100, None)
+        page = artifacts.list_artifacts(job_id, database, after, 100, None)
         found += page.data
         after, more = page.last_id, page.has_more
     return found
 
 
-def _frontier(job_id: str, engine: Engine, store: ArtifactStore) -> Frontier | None:
+def _frontier(job_id: str, database: Database, store: ArtifactStore) -> Frontier | None:
     try:
-        return get_frontier(job_id, engine, store)
+        return get_frontier(job_id, database, store)
     except NoFrontier:
         return None
 
 
-def _search(job_id: str, engine: Engine, store: ArtifactStore) -> SearchRecord | None:
-    with transaction(engine) as session:
+def _search(job_id: str, database: Database, store: ArtifactStore) -> SearchRecord | None:
+    with transaction(database) as session:
         row = next((row for row in stored.of_stage(session, job_id, StageName.REMOVAL) if row.name == SEARCH), None)
     if row is None or row.size > MAX_SEARCH_BYTES:
         return None
     return SearchRecord.model_validate_json(store.get_bytes(row.key))
 
 
-ACTIONS: Mapping[Action, Callable[[str, Settings, Engine], Job | None]] = {
-    Action.CANCEL: lambda job_id, settings, engine: api.cancel_job(job_id, engine),
-    Action.PAUSE: lambda job_id, settings, engine: api.pause_job(job_id, engine),
-    Action.RESUME: lambda job_id, settings, engine: api.resume_job(job_id, settings, engine),
-    Action.DELETE: lambda job_id, settings, engine: api.delete_job(job_id, engine),
+ACTIONS: Mapping[Action, Callable[[str, Settings, Database], Job | None]] = {
+    Action.CANCEL: lambda job_id, settings, database: api.cancel_job(job_id, database),
+    Action.PAUSE: lambda job_id, settings, database: api.pause_job(job_id, database),
+    Action.RESUME: lambda job_id, settings, database: api.resume_job(job_id, settings, database),
+    Action.DELETE: lambda job_id, settings, database: api.delete_job(job_id, database),
 }
 
 
@@ -158,13 +158,13 @@ def change_job(
     job_id: JobId,
     action: Action,
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     store: StoreDep,
     form: Posted,
 ) -> Response:
     """Cancel, pause, resume or delete a job."""
     try:
-        ACTIONS[action](job_id, settings, engine)
+        ACTIONS[action](job_id, settings, database)
     except PDTrimError as refusal:
-        return page_of(request, job_id, engine, store, refusal)
+        return page_of(request, job_id, database, store, refusal)
     return go("/ui/jobs" if action is Action.DELETE else f"/ui/jobs/{job_id}")

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from pdtrim.contract.errors import Unauthorized
 from service.api.auth import Refused
-from service.api.deps import EngineDep
+from service.api.deps import DatabaseDep
 from service.api.sessions import COOKIE, MAX_TOKEN_BYTES, Session
 from service.ui.pages import HOME, go, keep, local, render
 from service.ui.visits import Posted, SessionDep, enter
@@ -26,7 +26,7 @@ def show(request: Request, session: SessionDep, next: Annotated[str, Query(max_l
 
 
 @router.post("/login")
-def login(request: Request, session: SessionDep, engine: EngineDep, form: Posted) -> Response:
+def login(request: Request, session: SessionDep, database: DatabaseDep, form: Posted) -> Response:
     """Start a session with the key, if it opens."""
     wanted = local(form.get("next", HOME))
     # As it comes in a header: its bytes, decoded as Latin-1.
@@ -34,7 +34,7 @@ def login(request: Request, session: SessionDep, engine: EngineDep, form: Posted
     if len(token) > MAX_TOKEN_BYTES:
         return render(request, "login.html", status=422, next=wanted, error=LONG)
     try:
-        enter(request, engine, token, method="GET")
+        enter(request, database, token, method="GET")
     except Refused as refused:
         error = WRONG if isinstance(refused.error, Unauthorized) else refused.error.message
         return render(request, "login.html", status=refused.error.status, next=wanted, error=error)

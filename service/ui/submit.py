@@ -11,7 +11,7 @@ from uuid_utils import uuid7
 from pdtrim.contract.errors import PDTrimError
 from pdtrim.contract.estimate import Estimate
 from service.api import jobs as api
-from service.api.deps import ApiKeyPrefix, EngineDep, Project, SettingsDep
+from service.api.deps import ApiKeyPrefix, DatabaseDep, Project, SettingsDep
 from service.api.submission import Submission
 from service.settings import Settings
 from service.ui import forms, views
@@ -34,13 +34,13 @@ def show_form(request: Request, settings: SettingsDep) -> Response:
 def submit(
     request: Request,
     settings: SettingsDep,
-    engine: EngineDep,
+    database: DatabaseDep,
     project: Project,
     api_key: ApiKeyPrefix,
     form: Posted,
 ) -> Response:
     """Create the job that the form describes, or show the form with what is wrong at its fields."""
-    submission = Submission(Response(), settings, engine, project, api_key, key_of(form))
+    submission = Submission(Response(), settings, database, project, api_key, key_of(form))
     try:
         job = api.create_job(forms.to_spec(form), settings, submission)
     except forms.Unreadable as unreadable:
@@ -51,11 +51,13 @@ def submit(
 
 
 @router.post("/estimate")
-def estimate(request: Request, settings: SettingsDep, engine: EngineDep, project: Project, form: Posted) -> Response:
+def estimate(
+    request: Request, settings: SettingsDep, database: DatabaseDep, project: Project, form: Posted
+) -> Response:
     """The form with the estimate beside it; to a script, the estimate alone."""
     found: Estimate | None = None
     try:
-        found = api.estimate_job(forms.to_spec(form), settings, engine, project)
+        found = api.estimate_job(forms.to_spec(form), settings, database, project)
         shown = forms.filled(form, settings.queues)
     except forms.Unreadable as unreadable:
         shown = forms.filled(form, settings.queues, unreadable.errors)

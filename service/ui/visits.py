@@ -7,11 +7,11 @@ from typing import Annotated
 from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import PDTrimError, Unauthorized
 from service.api.auth import Caller, Gate, Refused, address_of
-from service.api.deps import EngineDep
+from service.api.deps import DatabaseDep
 from service.api.sessions import Session, Sessions
 
 FORM = "application/x-www-form-urlencoded"
@@ -45,17 +45,17 @@ async def _session(request: Request) -> Session:
 SessionDep = Annotated[Session, Depends(_session)]
 
 
-def enter(request: Request, engine: Engine, token: str, *, method: str) -> Caller:
+def enter(request: Request, database: Database, token: str, *, method: str) -> Caller:
     """Let a token in as the HTTP interface would: by the same keys, scopes and rates. Raises: Refused."""
     gate: Gate = request.app.state.gate
-    caller, _ = gate.enter(engine, token, address=address_of(request.scope), method=method)
+    caller, _ = gate.enter(database, token, address=address_of(request.scope), method=method)
     return caller
 
 
-def entered(request: Request, session: SessionDep, engine: EngineDep) -> Caller:
+def entered(request: Request, session: SessionDep, database: DatabaseDep) -> Caller:
     """The caller, also for the dependencies of the HTTP interface. Raises: LoginNeeded, Refused."""
     try:
-        caller = enter(request, engine, session.token, method=request.method)
+        caller = enter(request, database, session.token, method=request.method)
     except Refused as refused:
         if isinstance(refused.error, Unauthorized):
             raise LoginNeeded from refused

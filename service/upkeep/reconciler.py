@@ -20,7 +20,7 @@ from types import TracebackType
 import anyio
 from anyio import to_thread
 from prometheus_client import Counter
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from tenacity import RetryCallState, Retrying
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
@@ -59,7 +59,7 @@ class Reconciler:
     """Context manager: reconciles in threads of its own, through every outage of what it works on."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, store: ArtifactStore, leases_expired: Counter | None = None
+        self, database: Database, settings: Settings, store: ArtifactStore, leases_expired: Counter | None = None
     ) -> None:
         self._stopping = Event()
         pause_s = settings.reconcile_seconds
@@ -67,10 +67,10 @@ class Reconciler:
         self._threads = [
             Thread(target=_repeat, args=(action, pause_s, self._stopping), name=name, daemon=True)
             for name, action, pause_s in (
-                ("sweep", partial(sweep, engine, settings, leases_expired), pause_s),
-                ("purge", partial(purge, engine, settings, store), pause_s),
-                ("deliver", partial(deliver, engine, settings), pause_s),
-                ("publish", partial(publish, engine, settings, store), pause_s),
+                ("sweep", partial(sweep, database, settings, leases_expired), pause_s),
+                ("purge", partial(purge, database, settings, store), pause_s),
+                ("deliver", partial(deliver, database, settings), pause_s),
+                ("publish", partial(publish, database, settings, store), pause_s),
                 ("uploads", partial(abandon_uploads, settings, store), max(pause_s, UPLOADS_PAUSE_S)),
             )
         ]
@@ -114,28 +114,28 @@ def _log_first_failure(state: RetryCallState) -> None:
         log.error("the reconciler failed; it tries again until it works: %s", error, exc_info=unforeseen)
 
 
-def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = None) -> int:
+def sweep(database: Database, settings: Settings, leases_expired: Counter | None = None) -> int:
     """Retire dead leases and count them, end overdue stages, send every queued stage that is due.
 
     Returns how many stages were sent. Raises: BrokerUnavailable; what was not sent is due at once.
     """
     limit_s, grace_s = settings.stage_deadline_seconds, settings.lease_seconds
-    with transaction(engine) as session:
+    with transaction(database) as session:
         dead = stages.expired(session)
         overdue = stages.overdue(session, deadline_seconds=limit_s, grace_seconds=grace_s)
         idempotency.forget(session)
         deliveries.forget(session)
     for job_id, stage in dead:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             retired = stages.retire(session, job_id, stage, max_attempts=settings.max_attempts)
         if retired:
             log.warning("a worker fell silent", extra={"job_id": job_id, "stage": stage.value})
             if leases_expired is not None:
                 leases_expired.inc()
     for job_id, stage in overdue:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             stages.time_out(session, job_id, stage, deadline_seconds=limit_s, grace_seconds=grace_s)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         waiting = stages.due(
             session, resend_seconds=settings.resend_seconds, max_running_jobs=settings.max_running_jobs
         )
@@ -144,13 +144,13 @@ def sweep(engine: Engine, settings: Settings, leases_expired: Counter | None = N
         try:
             queue.send(settings, queue.WakeUp(job_id, stage, queues[job_id]))
         except queue.BrokerUnavailable:
-            with transaction(engine) as session:
+            with transaction(database) as session:
                 stages.not_sent(session, [job_id for job_id, _ in waiting[sent:]])
             raise
     return len(waiting)
 
 
-def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
+def purge(database: Database, settings: Settings, store: ArtifactStore) -> int:
     """Delete the files of jobs that were deleted or are too old, then their rows; returns how many jobs went.
 
     A lease's length passes first: whoever lost a stage of such a job has stopped writing by then.
@@ -158,24 +158,24 @@ def purge(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
     """
     if settings.retention_days is not None:
         old = now() - timedelta(days=settings.retention_days)
-        with transaction(engine) as session:
+        with transaction(database) as session:
             for job_id in deletion.mark_finished(session, before=old, limit=MARKED_AT_ONCE):
                 log.info("deleting %s, which finished more than %g days ago", job_id, settings.retention_days)
     if settings.retention_bytes is not None:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             for job_id in deletion.mark_beyond(session, most_bytes=settings.retention_bytes):
                 log.info("deleting %s to keep no more than %d bytes", job_id, settings.retention_bytes)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         waited = now() - timedelta(seconds=settings.lease_seconds)
         found = deletion.marked(session, before=waited, limit=PURGED_AT_ONCE)
     for job_id in found:
         try:
             store.delete_prefix(job_prefix(job_id))
         except Exception:
-            with transaction(engine) as session:
+            with transaction(database) as session:
                 deletion.postpone(session, job_id)
             raise
-        with transaction(engine) as session:
+        with transaction(database) as session:
             deletion.remove(session, job_id)
         log.info("deleted %s with all it left", job_id)
     return len(found)
@@ -189,14 +189,14 @@ def abandon_uploads(settings: Settings, store: ArtifactStore) -> int:
     return abandoned
 
 
-def deliver(engine: Engine, settings: Settings, outbound: Outbound | None = None) -> int:
+def deliver(database: Database, settings: Settings, outbound: Outbound | None = None) -> int:
     """Send the messages to webhooks that are due; returns how many attempts were made.
 
     No transaction is open while one is sent. Who dies before recording it leaves it to be sent again.
     """
     attempts, stop_at = 0, time.monotonic() + DELIVERING_SECONDS
     while time.monotonic() < stop_at:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             claimed = deliveries.claim(
                 session,
                 limit=DELIVERED_AT_ONCE,
@@ -207,23 +207,23 @@ def deliver(engine: Engine, settings: Settings, outbound: Outbound | None = None
         if not claimed:
             break
         outbound = outbound or Outbound(webhooks.policy(settings))
-        anyio.run(_send_all, engine, settings, outbound, claimed)
+        anyio.run(_send_all, database, settings, outbound, claimed)
         attempts += len(claimed)
     return attempts
 
 
-async def _send_all(engine: Engine, settings: Settings, outbound: Outbound, claimed: list[DeliveryClaim]) -> None:
+async def _send_all(database: Database, settings: Settings, outbound: Outbound, claimed: list[DeliveryClaim]) -> None:
     async def send(claim: DeliveryClaim) -> None:
         outcome = await webhooks.send(outbound, claim)
-        await to_thread.run_sync(partial(_record, engine, settings, claim, outcome))
+        await to_thread.run_sync(partial(_record, database, settings, claim, outcome))
 
     async with anyio.create_task_group() as group:
         for claim in claimed:
             group.start_soon(send, claim)
 
 
-def _record(engine: Engine, settings: Settings, claim: DeliveryClaim, outcome: webhooks.DeliveryOutcome) -> None:
-    with transaction(engine) as session:
+def _record(database: Database, settings: Settings, claim: DeliveryClaim, outcome: webhooks.DeliveryOutcome) -> None:
+    with transaction(database) as session:
         if outcome.delivered:
             deliveries.succeed(session, claim, outcome.attempt)
             return

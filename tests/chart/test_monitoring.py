@@ -34,12 +34,12 @@ def selected(expression: str) -> set[str]:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """What gateways and workers export: each family's name and type as they stand in the text, with its series."""
-    engine = connect(f"sqlite:///{tmp_path_factory.mktemp('metrics')}/jobs.db")
-    migrate(engine)
+    database = connect(f"sqlite:///{tmp_path_factory.mktemp('metrics')}/jobs.db")
+    migrate(database)
     gateway, worker = GatewayMetrics(), WorkerMetrics()
-    with gateway.of_jobs(engine, ["default"]):
+    with gateway.of_jobs(database, ["default"]):
         families = [*gateway.registry.collect(), *worker.registry.collect()]
-    engine.dispose()
+    database.dispose()
     return {family.name: set(_series(family)) for family in families}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine as Database
+from sqlalchemy import text
 from sqlmodel import Session
 
 from pdtrim.contract.jobs import StageName, StageStatus
@@ -19,10 +20,10 @@ SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks"
 
 
 @pytest.fixture
-def engine(postgres_database_url: str) -> Iterator[Engine]:
-    engine = connect(postgres_database_url)
-    yield engine
-    engine.dispose()
+def database(postgres_database_url: str) -> Iterator[Database]:
+    database = connect(postgres_database_url)
+    yield database
+    database.dispose()
 
 
 def submit(session: Session, status: StageStatus, queue: str | None = None, *, held: bool = False) -> None:
@@ -32,12 +33,12 @@ def submit(session: Session, status: StageStatus, queue: str | None = None, *, h
     row.status, row.sent_at = status, None if held else now()
 
 
-def test_waiting_and_running_stages_count_for_the_pool_that_takes_them(engine: Engine) -> None:
+def test_waiting_and_running_stages_count_for_the_pool_that_takes_them(database: Database) -> None:
     demand = {
         name.removeprefix("pdtrim-worker-"): scaled["spec"]["triggers"][0]["metadata"]["query"]
         for name, scaled in of_kind(render(KEDA), "ScaledObject").items()
     }
-    with transaction(engine) as session:
+    with transaction(database) as session:
         for status in StageStatus:
             submit(session, status)
         for status in (StageStatus.QUEUED, StageStatus.QUEUED, StageStatus.RUNNING, StageStatus.SUCCEEDED):

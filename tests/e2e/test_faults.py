@@ -41,9 +41,9 @@ def test_the_reconciler_waits_for_its_database_and_ends_when_it_is_told_to(
     log, data_dir = tmp_path / "reconciler.log", Path(environment["PDTRIM_DATA_DIR"])
     with running(["reconcile"], environment | {"PDTRIM_RECONCILE_SECONDS": "0.1"}, log) as reconciler:
         wait_until(lambda: "the reconciler failed" in log.read_text(), what="the reconciler to miss its tables")
-        engine = connect(f"sqlite:///{data_dir / 'pdtrim.db'}")
-        migrate(engine)
-        engine.dispose()
+        database = connect(f"sqlite:///{data_dir / 'pdtrim.db'}")
+        migrate(database)
+        database.dispose()
         wait_until(lambda: "the reconciler works again" in log.read_text(), what="the reconciler to find its tables")
         reconciler.send_signal(signal.SIGTERM)
         assert reconciler.wait(10) == 0

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from pdtrim.contract.spec import JobSpec
@@ -27,8 +27,8 @@ STAGE = StageName.DISTILLATION
 LONG_HEALING = {"heal_tokens": 20_480, "batch_windows": 4, "threshold": 1.0}
 
 
-def stage_row(engine: Engine, job_id: str) -> StageRow:
-    with transaction(engine) as session:
+def stage_row(database: Database, job_id: str) -> StageRow:
+    with transaction(database) as session:
         return session.get_one(StageRow, (job_id, STAGE))
 
 
@@ -47,35 +47,35 @@ def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
         "PDTRIM_LEASE_SECONDS": "600",
         "PDTRIM_SHUTDOWN_SECONDS": "0",
     }  # fmt: skip
-    engine = connect(postgres_database_url)
+    database = connect(postgres_database_url)
     spec = tiny_spec(write_tiny_model(tmp_path / "model"), distillation=LONG_HEALING)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         job_id = store_job(session, JobSpec.model_validate(spec)).id
     settings = Settings(data_dir=tmp_path / "data", broker_url=empty_redis_url)
     queue.send(settings, queue.WakeUp(job_id, StageName.SCORING))
 
     with ExitStack() as stack:
         workers = [stack.enter_context(running(["worker"], production, tmp_path / f"{n}.log")) for n in range(2)]
-        wait_until(lambda: stage_row(engine, job_id).progress > 0, what="healing to be on its way")
-        busy_child = int((stage_row(engine, job_id).worker or "").rpartition(":")[2])
+        wait_until(lambda: stage_row(database, job_id).progress > 0, what="healing to be on its way")
+        busy_child = int((stage_row(database, job_id).worker or "").rpartition(":")[2])
         busy = next(worker for worker in workers if worker.pid == psutil.Process(busy_child).ppid())
         asked_at = time.monotonic()
         busy.terminate()
-        wait_until(lambda: stage_row(engine, job_id).attempt == 2, seconds=60, what="the other to take the stage")
+        wait_until(lambda: stage_row(database, job_id).attempt == 2, seconds=60, what="the other to take the stage")
         record_property("A worker asked to end: its stage is another's after", f"{time.monotonic() - asked_at:.1f} s")
         assert busy.wait(30) == 0
         record_property("A worker asked to end: gone after", f"{time.monotonic() - asked_at:.1f} s")
 
         def ended() -> bool:
-            with transaction(engine) as session:
+            with transaction(database) as session:
                 return JobStatus(jobs.get(session, job_id).status).final
 
         wait_until(ended, what="the job to end")
 
-    row = stage_row(engine, job_id)
+    row = stage_row(database, job_id)
     assert (row.status, row.attempt, row.attempts_forgiven) == (StageStatus.SUCCEEDED, 2, 1)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         assert jobs.get(session, job_id).status == JobStatus.SUCCEEDED
         told = [event.message for event in events.page(session, job_id, after=0, limit=1000)[0] if event.stage == STAGE]
     assert [message for message in told if "is being stopped; stage distillation is queued again" in message]
-    engine.dispose()
+    database.dispose()

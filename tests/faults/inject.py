@@ -185,7 +185,7 @@ class Injector:
 
 def running_stages(cluster: Cluster) -> list[tuple[str, int]]:
     """Jobs with a running stage and the process that runs it, of which there may be none any more."""
-    with transaction(cluster.engine) as session:
+    with transaction(cluster.database) as session:
         rows = session.exec(select(StageRow).where(StageRow.status == StageStatus.RUNNING)).all()
     return [(row.job_id, int(row.worker.rpartition(":")[2])) for row in rows if row.worker]
 

@@ -119,7 +119,7 @@ class Run:
         """How many jobs and how many stages are done; also kills who works on poison, and follows events."""
         ids = dict(self.submitter.ids)
         poison = {ids[job.number] for job in self.jobs if job.poison and job.number in ids}
-        with transaction(self.cluster.engine) as session:
+        with transaction(self.cluster.database) as session:
             final = [status for status in JobStatus if status.final]
             jobs_done = session.exec(select(func.count()).where(col(JobRow.status).in_(final))).one()
             ended = (StageStatus.SUCCEEDED, StageStatus.FAILED, StageStatus.CANCELLED)
@@ -160,7 +160,7 @@ class Run:
             faults.add_row(f"{kind}: left out, {self.cluster.no_full_disk}", f"({times})")
         faults.add_row("total", str(sum(self.injector.done.values())), style="bold")
         outcomes = Table("planned", "ended", "jobs", title=f"{len(self.jobs)} jobs in {seconds:.0f} s")
-        with transaction(self.cluster.engine) as session:
+        with transaction(self.cluster.database) as session:
             rows = {row.id: checks.outcome_of(row) for row in session.exec(select(JobRow)).all()}
             attempts = session.exec(select(StageRow.attempt)).all()
         ended = Counter((job.outcome, rows.get(self.submitter.ids.get(job.number, ""), "lost")) for job in self.jobs)

@@ -66,9 +66,9 @@ def worker(
         s3_endpoint_url=f"http://127.0.0.1:{proxy.port}",
         allowed_sources=["builtin:", "hf://", tmp_path.as_uri()],
     )
-    engine = connect(settings.database_url)
-    yield Worker(settings, engine, open_store(s3_url, endpoint_url=settings.s3_endpoint_url), name="test")
-    engine.dispose()
+    database = connect(settings.database_url)
+    yield Worker(settings, database, open_store(s3_url, endpoint_url=settings.s3_endpoint_url), name="test")
+    database.dispose()
 
 
 def create(worker: Worker, spec: dict[str, Any], revision: str | None = None) -> str:

@@ -56,11 +56,11 @@ def test_messages_go_out_for_as_many_jobs_as_may_run(gateways: tuple[Gateway, Ga
         sent = [broker.llen(QUEUE)]
         claim = first.claim(waiting[0], StageName.SCORING)
         second.claim(waiting[1], StageName.SCORING)
-        sent.append(sweep(first.engine, first.settings))
+        sent.append(sweep(first.database, first.settings))
         first.complete(claim)
         for stage in list(StageName)[1:]:
             first.complete(first.claim(waiting[0], stage))
-        sent.append(sweep(second.engine, second.settings))
+        sent.append(sweep(second.database, second.settings))
         (message, *_) = broker.lrange(QUEUE, 0, -1)
 
     assert sent == [2, 0, 1]

@@ -63,7 +63,7 @@ def on_the_dashboard(gateway: Gateway) -> tuple[Job, str]:
     found = RESULTS | {StageName.REMOVAL: REMOVAL, StageName.EVALUATION: EVALUATION}
     for stage in StageName:
         held = gateway.claim(job_id, stage)
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             metrics = found[stage].model_dump(mode="json")
             stages.complete(session, held, artifacts=[], metrics=metrics, versions={})
     job = Job.model_validate(gateway.client.get(f"/v1/jobs/{job_id}").json())

@@ -39,7 +39,7 @@ from workers.running.lease import Lease, StopRequested, WorkerStopping
 from workers.running.metrics import Outcome, WorkerMetrics
 from workers.running.scratch import attempt_folder
 from workers.stages import STAGES, TAKEN_OVER
-from workers.stages.context import Figure, Parent, Report, StageContext, StoredInput
+from workers.stages.context import Figure, Parent, Say, StageContext, StoredInput
 
 MANIFEST = "manifest.json"
 VERSIONED = ("pdtrim", "torch", "transformers", "tokenizers", "safetensors")
@@ -232,16 +232,16 @@ def _finished_before(worker: Worker, claim: Claim, check: Check) -> Finished | N
 def _execute(worker: Worker, claim: Claim, check: Check) -> Finished:
     assert worker.settings.scratch_dir is not None
     with attempt_folder(worker.settings.scratch_dir, claim) as workdir:
-        context = _stage_context(worker, claim, workdir, check, _publisher(worker, claim))
+        context = _stage_context(worker, claim, workdir, check, _progress_recorder(worker, claim))
         run = STAGES[claim.stage] if context.parent is None else TAKEN_OVER[claim.stage]
         return _push(worker, claim, context.out, run(context), check)
 
 
-def _publisher(worker: Worker, claim: Claim) -> Report:
+def _progress_recorder(worker: Worker, claim: Claim) -> Say:
     def publish(progress: float, message: str, figures: Mapping[str, Figure]) -> None:
         try:
             with transaction(worker.database) as session:
-                stages.report(session, claim, progress=progress, message=message, data=figures)
+                stages.record_progress(session, claim, progress=progress, message=message, data=figures)
         except DATABASE_FAULTS as error:
             # No reason to stop working: whether the stage is still ours, the lease finds out.
             log.warning("progress of %s is not recorded: %s", claim, error)
@@ -249,7 +249,7 @@ def _publisher(worker: Worker, claim: Claim) -> Report:
     return publish
 
 
-def _stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, publish: Report) -> StageContext:
+def _stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, publish: Say) -> StageContext:
     """What a stage may touch; the model's files are fetched. Raises: as `model_folder`."""
 
     def read(session: Session) -> tuple[JobRow, list[ArtifactRow], Parent | None]:

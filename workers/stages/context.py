@@ -26,7 +26,7 @@ from workers.inputs.faults import CorruptArtifact, PatientStore
 PROGRESS_INTERVAL_S = 1.0
 READ_BYTES = 1 << 22
 Figure = float | str | list[int]
-Report = Callable[[float, str, Mapping[str, Figure]], None]
+Say = Callable[[float, str, Mapping[str, Figure]], None]
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -65,7 +65,7 @@ class StageContext:
     documents: Callable[[], Iterable[str] | None]
     """Opens the job's text; None stands for the Python standard library."""
     check: Check
-    publish: Report
+    publish: Say
     parent: Parent | None = None
     """Where the stage's work was done before, if this job was cut from another."""
     _reported_at: float = field(default=0.0, init=False)
@@ -77,7 +77,7 @@ class StageContext:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def report(self, progress: float, message: str, **figures: Figure) -> None:
+    def say(self, progress: float, message: str, **figures: Figure) -> None:
         """Announce progress (0…1), at most once a second. Raises: StopRequested, LeaseLost."""
         self.check()
         if time.monotonic() - self._reported_at >= PROGRESS_INTERVAL_S:
@@ -100,9 +100,9 @@ class StageContext:
     def _sha256(self, path: Path) -> str:
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            while piece := file.read(READ_BYTES):
+            while chunk := file.read(READ_BYTES):
                 self.check()
-                digest.update(piece)
+                digest.update(chunk)
         return digest.hexdigest()
 
     def read(self, stage: StageName, name: str, kind: type[Content]) -> Content:
@@ -155,5 +155,5 @@ class StageContext:
         return None
 
     def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a safetensors file of any size. Raises: as `report`."""
+        """Write a safetensors file of any size. Raises: as `say`."""
         interruptible(self.check, partial(save_file, dict(tensors), path))

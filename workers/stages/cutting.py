@@ -20,7 +20,7 @@ def take_scores(context: StageContext) -> ScoringResult:
     """The windows, scores and channels of the parent, as they are."""
     for stage, name in context.inputs:
         if stage == StageName.SCORING:
-            context.report(0.5, "Taking over the scores.")
+            context.say(0.5, "Taking over the scores.")
             shutil.move(context.input(stage, name), context.out / name)
     found = _parent(context).result
     assert isinstance(found, ScoringResult)
@@ -44,9 +44,9 @@ def cut(context: StageContext) -> RemovalResult:
     stack, windows = load(context)
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
     prefill, decode = deleting(points.prefill.removed), deleting(points.decode.removed)
-    context.report(0.5, "Measuring the pair.")
+    context.say(0.5, "Measuring the pair.")
     losses = searcher.losses(prefill, decode)
-    context.report(0.7, "Measuring the controls.")
+    context.say(0.7, "Measuring the controls.")
     controls = searcher.simple_controls(prefill, decode)
     measured = Measured(
         losses=Losses(objective=spec.search.objective, prefill=losses[0], decode=losses[1], controls=controls),

@@ -75,14 +75,14 @@ def run(context: StageContext) -> EvaluationResult:
     """
     plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
-    context.report(0.05, "Loading the exported checkpoints.")
+    context.say(0.05, "Loading the exported checkpoints.")
     dense = load_model(context.model_dir, context.check)
     subjects = {"dense": MeasuredModel(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
     for role, (plan, _) in roles(plans).items():
         folder = context.input_folder(StageName.EXPORT, role)
         subjects[role] = MeasuredModel(load_model(folder, context.check), folder, plan, channels.of(role))
 
-    context.report(0.2, "Measuring speed.")
+    context.say(0.2, "Measuring speed.")
     spec = context.spec.evaluation
     timed = speeds(
         {name: subject.model for name, subject in subjects.items()},
@@ -90,14 +90,14 @@ def run(context: StageContext) -> EvaluationResult:
         new_tokens=spec.speed_tokens,
         repeats=spec.speed_repeats,
     )
-    context.report(0.5, "Measuring perplexity.")
+    context.say(0.5, "Measuring perplexity.")
     report = EvaluationResult(
         models={name: _describe(context, subject, timed[name], windows, dense) for name, subject in subjects.items()},
         pair=_measure_pair(context, subjects, plans, windows),
         tasks=_measure_tasks(context, subjects),
     )
     context.write_json(REPORT, report)
-    context.report(0.99, "Writing the report.")
+    context.say(0.99, "Writing the report.")
     _write_report(context, report)
     return report
 
@@ -140,7 +140,7 @@ def _measure_tasks(context: StageContext, subjects: Mapping[str, MeasuredModel])
     found: dict[str, dict[str, TaskResult]] = {}
     for number, (name, subject) in enumerate(subjects.items()):
         progress = 0.85 + 0.15 * number / len(subjects)
-        ask = partial(context.report, progress, f"Asking the {name} model the evaluation tasks.")
+        ask = partial(context.say, progress, f"Asking the {name} model the evaluation tasks.")
         measure = partial(
             measure_tasks,
             subject.model,
@@ -188,7 +188,7 @@ def _pruned(dense: PreTrainedModel, subject: MeasuredModel) -> PreTrainedModel:
 def _measure_pair(
     context: StageContext, subjects: Mapping[str, MeasuredModel], plans: Plans, windows: Tensor
 ) -> PairFigures:
-    context.report(0.8, "Measuring the prefill/decode pair.")
+    context.say(0.8, "Measuring the prefill/decode pair.")
     dense = subjects["dense"].model
     prefill_subject, decode_subject = (subjects.get(half) or subjects["unified"] for half in ("prefill", "decode"))
     prefill, decode = prefill_subject.model, decode_subject.model

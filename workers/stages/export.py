@@ -55,7 +55,7 @@ def run(context: StageContext) -> ExportResult:
     proofs = {}
     for number, (role, (plan, trained)) in enumerate(roles(plans).items()):
         start = 0.4 + 0.3 * number
-        context.report(start, f"Writing the {role} checkpoint.")
+        context.say(start, f"Writing the {role} checkpoint.")
         overrides = context.input(StageName.DISTILLATION, trained)
         target = context.out / role
         pdtrim = pdtrim_json(context, role, plan, plans, rule)
@@ -71,7 +71,7 @@ def run(context: StageContext) -> ExportResult:
             check=context.check,
         )
         interruptible(context.check, write)
-        context.report(start + 0.15, f"Proving the {role} checkpoint.")
+        context.say(start + 0.15, f"Proving the {role} checkpoint.")
         expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
         difference = _prove(target, expected, proof, context.check)
         files = [path for path in target.iterdir() if path.is_file()]
@@ -97,7 +97,7 @@ def _choose_rule(context: StageContext, plans: Plans, channels: HalfChannels, wi
     asked = context.spec.kv_tokens
     if asked is None:
         return None
-    context.report(0.0, "Choosing the KV tokens that decode is sent.")
+    context.say(0.0, "Choosing the KV tokens that decode is sent.")
     models = [_healed(context, plan, channels.of(role), trained) for role, (plan, trained) in roles(plans).items()]
     dense = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False, local_files_only=True)
     layer_map = kv_layer_map(plans.prefill, plans.decode)

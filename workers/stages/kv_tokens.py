@@ -45,7 +45,7 @@ def choose_rule(
 
     def loss(rule: KvTokenRule) -> float:
         nonlocal tried
-        context.report(0.3 * tried / (2 * len(layer_map)), "Choosing the KV tokens that decode is sent.", tried=tried)
+        context.say(0.3 * tried / (2 * len(layer_map)), "Choosing the KV tokens that decode is sent.", tried=tried)
         tried += 1
         return pd_loss_with_rule(*halves, layer_map, rule, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS)
 

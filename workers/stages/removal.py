@@ -84,7 +84,7 @@ def run(context: StageContext) -> RemovalResult:
 
     for_prefill = searcher.prefill((0.0, 0.3))
     for_decode = searcher.decode(for_prefill.units, (0.3, 0.6))
-    context.report(0.6, "Measuring what each block is worth.")
+    context.say(0.6, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
     controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.65, 1.0))
 

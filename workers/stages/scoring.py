@@ -28,14 +28,14 @@ def run(context: StageContext) -> ScoringResult:
 
     Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable; as `load_tasks`.
     """
-    context.report(0.0, "Loading the evaluation tasks.")
+    context.say(0.0, "Loading the evaluation tasks.")
     # What they lack should show now, not after hours of work.
     interruptible(context.check, partial(load_tasks, context.spec.evaluation.tasks))
-    context.report(0.05, "Cutting the text into windows.")
+    context.say(0.05, "Cutting the text into windows.")
     windows = interruptible(context.check, partial(_windows, context))
     save_file(windows, context.out / WINDOWS)
 
-    context.report(0.4, "Scoring blocks.")
+    context.say(0.4, "Scoring blocks.")
     try:
         stack = block_stack(load_for_walks(context.model_dir, context.check))
         if not is_tested(stack.model.config.model_type):
@@ -48,7 +48,7 @@ def run(context: StageContext) -> ScoringResult:
     chunk_windows = windows_at_once(stack.model, calibration.shape[1])
     scores = block_scores(stack, calibration, chunk_windows=chunk_windows)
     context.write_json(SCORES, BlockScores.model_validate(scores.to_json()))
-    context.report(0.9, "Scoring MLP channels.")
+    context.say(0.9, "Scoring MLP channels.")
     choose_channels(context, stack, calibration, chunk_windows=chunk_windows)
     return ScoringResult(
         blocks=num_blocks,

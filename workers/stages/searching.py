@@ -20,7 +20,7 @@ from workers.pruning.search.search import Algorithm, SearchResult, search
 from workers.stages.context import StageContext
 from workers.stages.search_state import Phase, SearchName, SearchState
 
-Span = tuple[float, float]
+ProgressRange = tuple[float, float]
 """The part of the stage's progress that something takes: where it begins and ends, of 1."""
 SOUGHT: Mapping[SearchName, str] = {"prefill": "prefill", "decode": "decode", "control": "decode without nesting"}
 """Whose units a search looks for, in messages."""
@@ -65,19 +65,19 @@ class Searcher:
         self._forced = deleting(self._spec.search.force)
         self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
-    def prefill(self, span: Span) -> HalfSearched:
+    def prefill(self, progress_range: ProgressRange) -> HalfSearched:
         """The units that prefill gives up: the least loss on whole windows."""
         engine = self._engine()
         bound = self._bound(self._spec.prefill, None, engine, dense=engine)
         memo = self._memo(self._phase(), engine)
-        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, span)
+        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, progress_range)
 
-    def decode(self, prefill: Units, span: Span) -> HalfSearched:
+    def decode(self, prefill: Units, progress_range: ProgressRange) -> HalfSearched:
         """The units that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
         engine = self._pair(prefill)
         bound = self._bound(self._spec.decode, prefill, engine, dense=self._pair(NOTHING))
         memo = self._memo(self._phase(prefill), engine)
-        return self._half("decode", memo, prefill, self._decode_limit, bound, span)
+        return self._half("decode", memo, prefill, self._decode_limit, bound, progress_range)
 
     def sensitivity(self) -> Sensitivity:
         """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
@@ -93,15 +93,15 @@ class Searcher:
             blocks=[BlockWorth(block=b, both=both[one], decode_only=decode[one]) for b, one in alone.items()],
         )
 
-    def controls(self, prefill: Units, decode: MeasuredSet, span: Span) -> Controls:
+    def controls(self, prefill: Units, decode: MeasuredSet, progress_range: ProgressRange) -> Controls:
         """Losses on continuations to hold the nested pair's against.
 
         `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing; `non_nested`: it
         gives up `prefill`, but projects keys and values for every block, so that decode gives up any blocks (of the
         count in `decode`, whose set is among those tried: this loss is never higher).
         """
-        self._context.report(span[0], "Measuring the controls.")
-        free = self._non_nested(prefill, decode, span)
+        self._context.say(progress_range[0], "Measuring the controls.")
+        free = self._non_nested(prefill, decode, progress_range)
         simple = self.simple_controls(prefill, decode.units)
         removed = sorted(free.blocks)
         return simple.model_copy(update={"non_nested": free.loss, "non_nested_removed": removed})
@@ -118,7 +118,7 @@ class Searcher:
         of_pair = self._memo(self._phase(prefill), self._pair(prefill))([decode])[decode]
         return of_prefill, of_pair
 
-    def _non_nested(self, prefill: Units, decode: MeasuredSet, span: Span) -> MeasuredSet:
+    def _non_nested(self, prefill: Units, decode: MeasuredSet, progress_range: ProgressRange) -> MeasuredSet:
         if prefill == self._forced:
             return decode  # Nesting asked for nothing.
         phase = Phase(self._spec.search.objective, prefill, nested=False)
@@ -128,7 +128,7 @@ class Searcher:
         # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
         algorithm = "annealing" if algorithm == "exhaustive" else algorithm
         count = len(decode.units)
-        result = self._search("control", memo, self._forced, count, span, algorithm=algorithm)
+        result = self._search("control", memo, self._forced, count, progress_range, algorithm=algorithm)
         return result.frontier[count]
 
     def _half(
@@ -138,14 +138,14 @@ class Searcher:
         base: Units,
         limit: int,
         bound: PerplexityBound | None,
-        span: Span,
+        progress_range: ProgressRange,
     ) -> HalfSearched:
         algorithm = self._spec.search.algorithm
         if bound is None:
-            result = self._search(name, memo, base, limit, span, algorithm=algorithm)
+            result = self._search(name, memo, base, limit, progress_range, algorithm=algorithm)
             return HalfSearched(result.frontier[limit], result, None)
         bound.increase(base)
-        result = self._search(name, memo, base, limit, span, algorithm=algorithm, acceptable=bound.holds)
+        result = self._search(name, memo, base, limit, progress_range, algorithm=algorithm, acceptable=bound.holds)
         return HalfSearched(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
 
     def _search(
@@ -154,16 +154,16 @@ class Searcher:
         memo: Memo,
         base: Units,
         remove: int,
-        span: Span,
+        progress_range: ProgressRange,
         *,
         algorithm: Algorithm,
         acceptable: Callable[[MeasuredSet], bool] | None = None,
     ) -> SearchResult:
-        start, end = span
+        start, end = progress_range
         spec = self._spec.search
 
         def on_progress(done: float, best: MeasuredSet) -> None:
-            self._context.report(
+            self._context.say(
                 start + (end - start) * done,
                 f"Searching what {SOUGHT[name]} gives up.",
                 evaluated=len(memo.asked),

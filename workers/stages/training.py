@@ -30,14 +30,14 @@ def settings(context: StageContext, tokens: int, window_tokens: int) -> Training
     )
 
 
-def journal(context: StageContext, phase: str, span: tuple[float, float], message: str) -> Journal:
-    """Progress between the two fractions of `span`, and a state in the store every so often."""
+def journal(context: StageContext, phase: str, progress_range: tuple[float, float], message: str) -> Journal:
+    """Progress between the two fractions of `progress_range`, and a state in the store every so often."""
     saved_at = time.monotonic()
     name = f"{phase}.safetensors"
 
-    def report(step: int, steps: int, loss: float) -> None:
-        start, end = span
-        context.report(start + (end - start) * step / steps, message, step=step, steps=steps, loss=round(loss, 5))
+    def progress(step: int, steps: int, loss: float) -> None:
+        start, end = progress_range
+        context.say(start + (end - start) * step / steps, message, step=step, steps=steps, loss=round(loss, 5))
 
     def save_now_and_then(last: bool, state: Callable[[], Tensors]) -> None:
         nonlocal saved_at
@@ -45,4 +45,4 @@ def journal(context: StageContext, phase: str, span: tuple[float, float], messag
             saved_at = time.monotonic()
             context.save_tensors(name, state())
 
-    return Journal(report, save_now_and_then, context.load_tensors(name))
+    return Journal(progress, save_now_and_then, context.load_tensors(name))

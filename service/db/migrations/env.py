@@ -1,4 +1,4 @@
-"""Alembic's entry point: runs the migrations on the engine that the caller hands over."""
+"""Alembic's entry point: runs the migrations on the database that the caller hands over."""
 
 from alembic import context
 from sqlalchemy import text
@@ -11,8 +11,8 @@ from service.settings import Settings
 # Any constant will do; it only has to be the same in every process that migrates.
 LOCK_NUMBER = 7_364_401
 
-engine = context.config.attributes.get("engine") or connect(Settings().database_url)
-with engine.connect() as connection:
+database = context.config.attributes.get("database") or connect(Settings().database_url)
+with database.connect() as connection:
     context.configure(connection=connection, target_metadata=SQLModel.metadata, render_as_batch=True)
     with context.begin_transaction():
         if connection.dialect.name == "postgresql":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.publications import PublicationTarget
 from service.checking.targets import check_push
@@ -30,22 +30,22 @@ MAX_ERROR = 2000
 log = logging.getLogger(__name__)
 
 
-def publish(engine: Engine, settings: Settings, store: ArtifactStore) -> int:
+def publish(database: Database, settings: Settings, store: ArtifactStore) -> int:
     """Make one attempt at everything that is due; returns how many were made. Raises: what the database raises."""
     made = 0
     while True:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             claim = publications.claim(session, lease=LEASE, max_tries=MAX_TRIES)
         if claim is None:
             return made
-        _attempt(engine, settings, store, claim)
+        _attempt(database, settings, store, claim)
         made += 1
 
 
-def _attempt(engine: Engine, settings: Settings, store: ArtifactStore, claim: PublicationClaim) -> None:
+def _attempt(database: Database, settings: Settings, store: ArtifactStore, claim: PublicationClaim) -> None:
     try:
-        urls = TAKERS[claim.target](_record(engine, settings, store, claim), settings)
-        _conclude(engine, partial(publications.succeed, claim=claim, urls=urls))
+        urls = TAKERS[claim.target](_record(database, settings, store, claim), settings)
+        _conclude(database, partial(publications.succeed, claim=claim, urls=urls))
         log.info("published", extra={"job_id": claim.job_id, "target": claim.target.value})
     except (PublicationLost, *DATABASE_FAULTS):
         # Not the target's fault: it falls due again when the lease has run out, if it is still there.
@@ -55,23 +55,23 @@ def _attempt(engine: Engine, settings: Settings, store: ArtifactStore, claim: Pu
         log.warning("publishing failed", exc_info=True, extra={"job_id": claim.job_id, "target": claim.target.value})
         told = f"{type(error).__name__}: {error}"[:MAX_ERROR]
         retry_in = DELAYS[claim.tries - 1] if claim.tries < MAX_TRIES else None
-        _conclude(engine, partial(publications.fail, claim=claim, error=told, retry_in=retry_in))
+        _conclude(database, partial(publications.fail, claim=claim, error=told, retry_in=retry_in))
 
 
-def _conclude(engine: Engine, change: Callable[..., None]) -> None:
+def _conclude(database: Database, change: Callable[..., None]) -> None:
     try:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             change(session)
     except PublicationLost as error:
         log.warning("stepping back: %s", error)
 
 
-def _record(engine: Engine, settings: Settings, store: ArtifactStore, claim: PublicationClaim) -> Record:
+def _record(database: Database, settings: Settings, store: ArtifactStore, claim: PublicationClaim) -> Record:
     def renew() -> None:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             publications.renew(session, claim, lease=LEASE)
 
-    with transaction(engine) as session:
+    with transaction(database) as session:
         publications.renew(session, claim, lease=LEASE)
         job = views.job(jobs.get(session, claim.job_id), jobs.stages(session, [claim.job_id])[claim.job_id])
         stages = [stage.name for stage in job.stages]

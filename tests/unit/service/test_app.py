@@ -33,11 +33,11 @@ def test_the_reconciler_outlives_a_failure_and_sends_what_no_worker_got(
         job_id = gateway.create()
         for message in messages.iterdir():
             message.unlink()
-        with gateway.engine.begin() as connection:
+        with gateway.database.begin() as connection:
             connection.execute(text("UPDATE stages SET sent_at = NULL WHERE name = 'scoring'"))
             connection.execute(text("ALTER TABLE stages RENAME TO hidden"))
         failed = eventually(lambda: "the reconciler failed" in caplog.text)
-        with gateway.engine.begin() as connection:
+        with gateway.database.begin() as connection:
             connection.execute(text("ALTER TABLE hidden RENAME TO stages"))
         sent = eventually(lambda: any(job_id in message.read_text() for message in messages.iterdir()))
 

@@ -114,7 +114,7 @@ def scene(postgres_database_url: str, tmp_path: Path, monkeypatch: pytest.Monkey
     }
     bearer = {"authorization": f"Bearer {IN_ENVIRONMENT['PDTRIM_API_KEY']}"}
     with logged(settings) as log, TestClient(app, headers=bearer, raise_server_exceptions=False) as client:
-        yield Scene(client, Worker(settings, app.state.engine, app.state.store, "w"), log, spec)
+        yield Scene(client, Worker(settings, app.state.database, app.state.store, "w"), log, spec)
     redaction._known.cache_clear()
 
 

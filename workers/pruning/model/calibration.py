@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "calibration", "validation"]
-PIECE_CHARACTERS = 1 << 20
+PART_CHARACTERS = 1 << 20
 LINE_START = re.compile(r"(?<=\n)(?=\S)")
 EXCLUDED_PARTS = {"site-packages", "test", "tests", "lib2to3", "__pycache__"}
 
@@ -48,9 +48,9 @@ def token_stream(
     """
     ids: list[int] = []
     for document in documents:
-        for piece in pieces(document):
+        for part in parts(document):
             check()
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if at_least is not None and len(ids) >= at_least:
@@ -58,14 +58,14 @@ def token_stream(
     return torch.tensor(ids, dtype=torch.long)
 
 
-def pieces(document: str) -> Iterator[str]:
+def parts(document: str) -> Iterator[str]:
     """A long document in parts that are tokenized by themselves: a gigabyte at once takes many times its memory.
 
     Where a line begins without white space, which tokenizers hardly ever join to the line before.
     """
     start = 0
-    while len(document) - start > PIECE_CHARACTERS:
-        border = LINE_START.search(document, start + PIECE_CHARACTERS)
+    while len(document) - start > PART_CHARACTERS:
+        border = LINE_START.search(document, start + PART_CHARACTERS)
         if border is None:
             break
         yield document[start : border.start()]

@@ -65,12 +65,12 @@ class _Progress:
 class Journal:
     """How a run tells of itself and survives its process.
 
-    `report(step, steps, loss)` may raise to stop. `save(last, state)` may call `state()` and keep what it returns, and
-    should when it is the last. A run that is given a kept state as `resume` ends with the same bits as one that was
-    never interrupted.
+    `progress(step, steps, loss)` may raise to stop. `save(last, state)` may call `state()` and keep what it
+    returns, and should when it is the last. A run that is given a kept state as `resume` ends with the same bits
+    as one that was never interrupted.
     """
 
-    report: Callable[[int, int, float], None] = lambda step, steps, loss: None
+    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None
     save: Callable[[bool, Callable[[], dict[str, Tensor]]], None] = lambda last, state: None
     resume: Mapping[str, Tensor] | None = None
 
@@ -103,7 +103,7 @@ def train(
     """Train `parameters` in place on `windows` (windows, tokens) and leave the weights with the lowest held-out loss.
 
     The weights before training count too, so a run that does harm changes nothing.
-    Raises: NonFiniteTraining naming the step; whatever `journal.report` raises.
+    Raises: NonFiniteTraining naming the step; whatever `journal.progress` raises.
     """
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
     best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -130,7 +130,7 @@ def train(
                 for name, parameter in parameters.items():
                     best[name].copy_(parameter.detach())
         journal.save(at.ended(settings), partial(_state, at, parameters, optimizer, best))
-        journal.report(at.step, settings.steps, loss)
+        journal.progress(at.step, settings.steps, loss)
 
     with torch.no_grad():
         for name, parameter in parameters.items():

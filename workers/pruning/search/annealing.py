@@ -67,7 +67,7 @@ class Annealing:
             return
         if self._affords_sets([redundant]) and self._affords_time(known=self._memo.knows([redundant])):
             self._memo([redundant])
-            self._ascent.report(count, 0.0)
+            self._ascent.tell_progress(count, 0.0)
 
     def _extend_best_below(self, count: int) -> None:
         """Take greedy's step from the best set of one block less, where that is not one from which greedy took it."""
@@ -81,7 +81,7 @@ class Annealing:
             race = self._memo.race(extensions)
             self._memo([race.winner])
             self._gaps[count] = race.typical_gap
-            self._ascent.report(count, 0.0)
+            self._ascent.tell_progress(count, 0.0)
 
     def _anneal(self, count: int) -> None:
         """Swap units of the best set of `count` until the share of this count is spent or no swap is new."""
@@ -107,7 +107,7 @@ class Annealing:
             # Measure them, near the current set.
             self._memo.anchor(current.units)
             losses = self._memo(proposals)
-            self._ascent.report(count, 1 - left / share)
+            self._ascent.tell_progress(count, 1 - left / share)
 
             # Take the best of them, or stay.
             best = min(proposals, key=lambda units: (losses[units], sorted(units)))

@@ -55,7 +55,7 @@ class Ascent:
             (units - {out}) | {into} for out in sorted(units - self.base) for into in self.offered if into not in units
         ]
 
-    def report(self, count: int, share: float) -> None:
+    def tell_progress(self, count: int, share: float) -> None:
         """Tell that `share` (0…1) of the work on `count` blocks is done, and the best set of so many."""
         self.tell(count, share, self.memo.best(count))
 
@@ -69,7 +69,7 @@ class Ascent:
         """Let an algorithm ascend, as far as there are acceptable sets. Returns the last count it was done with."""
         last, missed = len(self.base), 0
         for count in counts:
-            self.report(count, 1.0)
+            self.tell_progress(count, 1.0)
             last = count
             if acceptable is not None:
                 missed = 0 if acceptable(self.memo.best(count)) else missed + 1

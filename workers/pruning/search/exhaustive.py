@@ -23,5 +23,5 @@ def exhaustive(ascent: Ascent) -> Iterator[int]:
         while batch := list(itertools.islice(sets, BATCH)):
             ascent.memo(batch)
             done += len(batch)
-            ascent.report(count, done / total)
+            ascent.tell_progress(count, done / total)
         yield count

@@ -36,14 +36,14 @@ class Greedy:
             self._ascent.tell(count, 0.0, self._ascent.memo.best(len(self._ascent.base)))
         self._ascent.memo(self._path)
         for count in self._ascent.counts[-1:]:
-            self._ascent.report(count, 1.0)
+            self._ascent.tell_progress(count, 1.0)
 
     def _counts(self) -> Iterator[int]:
         """Each count once the exact loss of its set is known."""
         for count in self._ascent.counts:
             self._step(count)
             self._ascent.memo(self._path[-1:])
-            self._ascent.report(count, 0.0)
+            self._ascent.tell_progress(count, 0.0)
             yield count
 
     def _step(self, count: int) -> None:

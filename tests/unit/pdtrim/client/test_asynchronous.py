@@ -100,7 +100,7 @@ def test_an_artifact_that_would_lie_elsewhere_is_not_downloaded(gateway: LiveGat
     with Client(gateway.url) as client:
         for stage in list(StageName)[:4]:
             gateway.played.store(job_id, stage, {"model.safetensors": b"1"} if stage == StageName.EXPORT else {})
-        with gateway.played.engine.begin() as connection:
+        with gateway.played.database.begin() as connection:
             connection.exec_driver_sql("UPDATE artifacts SET name = '../model.safetensors'")
 
         with pytest.raises(UnsafeName, match="outside"):

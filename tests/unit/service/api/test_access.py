@@ -52,7 +52,7 @@ def bearer(key: str) -> dict[str, str]:
 
 def new_key(gateway: Gateway, project: str, *scopes: Scope, days: float | None = None) -> str:
     expires_at = None if days is None else now() + timedelta(days=days)
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         return keys.create(session, project=project, name="test", scopes=scopes, expires_at=expires_at)[1]
 
 
@@ -174,7 +174,7 @@ def test_what_does_not_open_is_refused_without_telling_why(guarded: Gateway) -> 
     expired = new_key(guarded, "ours", Scope.ADMIN, days=-1)
     revoked = new_key(guarded, "ours", Scope.ADMIN)
     wrong = good[:-1] + ("0" if good[-1] != "0" else "1")
-    with transaction(guarded.engine) as session:
+    with transaction(guarded.database) as session:
         keys.revoke(session, revoked.split("_")[1])
 
     answers = [
@@ -199,7 +199,7 @@ def test_the_first_key_closes_an_open_gateway_and_revoking_it_does_not_open_it(g
     key = new_key(gateway, "default", Scope.ADMIN)
     opened = gateway.client.get(f"/v1/jobs/{job_id}", headers=bearer(key))
     problem_of(gateway.client.get("/v1/jobs"), 401, "unauthorized")
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         keys.revoke(session, key.split("_")[1])
 
     assert opened.status_code == 200

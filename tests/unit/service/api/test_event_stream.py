@@ -84,10 +84,10 @@ def test_a_stream_waits_for_a_database_that_is_away(gateway: Gateway, address: s
 
     with following(address, job_id) as stream:
         types = [next(stream).event]
-        with gateway.engine.begin() as connection:
+        with gateway.database.begin() as connection:
             connection.execute(text("ALTER TABLE events RENAME TO hidden"))
         time.sleep(0.3)
-        with gateway.engine.begin() as connection:
+        with gateway.database.begin() as connection:
             connection.execute(text("ALTER TABLE hidden RENAME TO events"))
         gateway.client.post(f"/v1/jobs/{job_id}/cancel")
         types += [event.event for event in stream]
@@ -190,7 +190,7 @@ def test_a_stream_that_falls_behind_reads_what_is_no_longer_at_hand(
 
     with following(address, job_id) as stream:
         received = [int(next(stream).id)]
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             for _ in range(8):
                 stored.append(session, job_id, "stage.progress", "")
         gateway.client.post(f"/v1/jobs/{job_id}/cancel")

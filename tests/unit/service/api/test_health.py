@@ -40,7 +40,7 @@ def test_an_unreachable_broker_is_named(gateway_settings: Settings, model: Path)
 
 
 def test_an_outdated_schema_is_named(gateway: Gateway) -> None:
-    with gateway.engine.begin() as connection:
+    with gateway.database.begin() as connection:
         connection.execute(text("DELETE FROM alembic_version"))
 
     body = problem_of(gateway.client.get("/readyz"), 503, "dependency_unavailable")

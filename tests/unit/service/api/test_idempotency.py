@@ -53,7 +53,7 @@ def test_another_body_is_refused(gateway: Gateway) -> None:
 
 def test_a_request_that_is_not_answered_yet_holds_its_key(gateway: Gateway) -> None:
     said = fingerprint(JobSpec.model_validate(gateway.spec))
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         idempotency.claim(session, DEFAULT_PROJECT, KEY["Idempotency-Key"].strip('"'), said)
 
     refused = gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=KEY)
@@ -64,9 +64,9 @@ def test_a_request_that_is_not_answered_yet_holds_its_key(gateway: Gateway) -> N
 
 
 def test_the_key_of_a_gateway_that_died_is_free_after_a_while(gateway: Gateway) -> None:
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         dead = idempotency.claim(session, DEFAULT_PROJECT, KEY["Idempotency-Key"].strip('"'), "0" * 64)
-    with gateway.engine.begin() as connection:
+    with gateway.database.begin() as connection:
         connection.execute(text("UPDATE idempotency_keys SET reserved_at = '2020-01-01'"))
 
     assert gateway.client.post("/v1/jobs", json=dict(gateway.spec), headers=KEY).status_code == 201

@@ -92,7 +92,7 @@ def test_a_job_waits_in_the_queue_that_it_names_or_in_the_first(gateway_settings
         refused = gateway.client.post("/v1/jobs", json={**gateway.spec, "queue": "default"})
 
         shown = [gateway.client.get(f"/v1/jobs/{job_id}").json() for job_id in (named, unnamed)]
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             queues = jobs.queues(session, [named, unnamed])
 
     problem = problem_of(refused, 422, "no_such_queue")
@@ -345,14 +345,14 @@ def test_files_and_rows_of_a_deleted_job_go_and_those_of_another_stay(gateway: G
     gateway.client.delete(f"/v1/jobs/{job_id}")
     at_once = gateway.settings.model_copy(update={"lease_seconds": 0.0})
 
-    assert purge(gateway.engine, at_once, store) == 1
+    assert purge(gateway.database, at_once, store) == 1
 
     assert list(store.list_keys(f"jobs/{job_id}")) == []
     assert len(list(store.list_keys(f"jobs/{kept}"))) == 2
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         for table in (JobRow.id, StageRow.job_id, EventRow.job_id, ArtifactRow.job_id):
             assert set(session.exec(select(table)).all()) == {kept}
-    assert purge(gateway.engine, at_once, store) == 0
+    assert purge(gateway.database, at_once, store) == 0
 
 
 def test_unfinished_job_cannot_be_deleted(gateway: Gateway) -> None:

@@ -73,7 +73,7 @@ def test_a_request_that_breaks_counts_as_500(gateway: Gateway) -> None:
 def test_jobs_are_shown_by_state_and_the_queue_by_its_oldest(gateway: Gateway) -> None:
     waiting, failed = gateway.create(), gateway.create()
     gateway.fail(failed, StageName.SCORING, ErrorInfo(code="x", message="y"))
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         session.get_one(EventRow, (waiting, 1)).created_at -= timedelta(seconds=100)
 
     found = scrape(gateway.client)
@@ -96,7 +96,7 @@ def test_nothing_is_named(gateway: Gateway) -> None:
 
 
 def test_without_a_database_the_gateways_own_figures_stay(gateway: Gateway) -> None:
-    with gateway.engine.begin() as connection:
+    with gateway.database.begin() as connection:
         connection.execute(text("ALTER TABLE stages RENAME TO hidden"))
 
     found = scrape(gateway.client)
@@ -132,7 +132,7 @@ def test_a_lease_that_the_reconciler_takes_back_is_counted(gateway_settings: Set
     settings = gateway_settings.model_copy(update={"reconcile_seconds": 0.02})
     with serve(settings, model) as gateway:
         gateway.claim(gateway.create(), StageName.SCORING)
-        with gateway.engine.begin() as connection:
+        with gateway.database.begin() as connection:
             connection.execute(text("UPDATE stages SET lease_expires_at = '2020-01-01' WHERE status = 'running'"))
         for _ in range(500):
             if counted := scrape(gateway.client)["pdtrim_leases_expired_total",]:

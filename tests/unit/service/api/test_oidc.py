@@ -71,7 +71,7 @@ def test_what_does_not_open_is_refused_without_telling_why(gateway: Gateway, run
 
 
 def test_keys_open_beside_tokens_and_nothing_is_open_without_either(gateway: Gateway) -> None:
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         key = keys.create(session, project="ours", name="ci", scopes={Scope.READ})[1]
 
     assert ask(gateway, key).status_code == 200
@@ -129,7 +129,7 @@ def test_a_provider_that_is_away_is_a_problem_and_keys_go_on(
             assert ask(gateway, known).status_code == 200
         monkeypatch.setattr(oidc, "PAUSE_S", 0.0)
         away = ask(gateway, unknown)
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             key = keys.create(session, project="ours", name="ci", scopes={Scope.READ})[1]
 
         assert ask(gateway, known).status_code == 200

@@ -126,7 +126,7 @@ def test_a_server_that_fails_is_a_503_that_does_not_say_where_it_is(gateway: Gat
 
 
 def test_unreachable_database_is_503(gateway: Gateway, tmp_path: Path) -> None:
-    gateway.app.state.engine = create_engine(f"sqlite:///{tmp_path}/missing/pdtrim.db")
+    gateway.app.state.database = create_engine(f"sqlite:///{tmp_path}/missing/pdtrim.db")
 
     response = gateway.client.get("/v1/jobs")
 

@@ -78,7 +78,7 @@ def test_beyond_the_bytes_quota_a_job_is_refused_until_another_is_deleted(small:
 
 
 def test_the_quotas_of_the_key_that_is_sent_hold_too(small: Gateway) -> None:
-    with transaction(small.engine) as session:
+    with transaction(small.database) as session:
         most = Quotas(max_queued_jobs=1)
         key = keys.create(session, project="ours", name="ci", scopes={Scope.SUBMIT}, quotas=most)[1]
     headers = {"Authorization": f"Bearer {key}"}
@@ -97,12 +97,12 @@ def test_a_job_that_has_to_wait_is_sent_when_it_may_run(small: Gateway) -> None:
     assert shown["status"] == "queued"
     assert shown["stages"][0]["message"].startswith("Waits until fewer jobs")
     assert messages(small) == 1
-    assert sweep(small.engine, small.settings) == 0
+    assert sweep(small.database, small.settings) == 0
     small.client.post(f"/v1/jobs/{running}/cancel")
-    with transaction(small.engine) as session:
+    with transaction(small.database) as session:
         stages.stopped(session, claim)
 
-    assert sweep(small.engine, small.settings) == 1
+    assert sweep(small.database, small.settings) == 1
     assert messages(small) == 2
     small.claim(waiting, StageName.SCORING)
 

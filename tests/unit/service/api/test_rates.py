@@ -150,7 +150,7 @@ def limited(gateway_settings: Settings, model: Path, broker_url: str) -> Iterato
 
 
 def new_key(gateway: Gateway, rate_limit: str | None = None) -> str:
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         scopes = {Scope.READ}
         return keys.create(session, project="ours", name="test", scopes=scopes, rate_limit=rate_limit)[1]
 
@@ -221,7 +221,7 @@ def test_whoever_was_in_lately_is_not_kept_out_by_a_neighbour_who_guesses(limite
         pass
 
     assert ask(limited, key).status_code == 200
-    with transaction(limited.engine) as session:
+    with transaction(limited.database) as session:
         keys.revoke(session, key.split("_")[1])
     assert ask(limited, key).status_code == 429
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import anyio
 import pytest
 from anyio import to_thread
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine as Database
+from sqlalchemy import event, text
 
 from pdtrim.contract.spec import JobSpec
 from service.api import wakeups
@@ -18,9 +19,9 @@ from service.db.events import News
 from service.db.session import transaction
 from service.db.tables import EventRow
 from tests.stored_jobs import store_job
-from tests.unit.service.db.conftest import engine
+from tests.unit.service.db.conftest import database
 
-__all__ = ["engine"]
+__all__ = ["database"]
 
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
@@ -38,26 +39,26 @@ def found(*numbers: int, last: int, final: bool = False) -> News:
     return News(final=final, last=last, events=rows)
 
 
-def new_job(engine: Engine) -> str:
-    with transaction(engine) as session:
+def new_job(database: Database) -> str:
+    with transaction(database) as session:
         return store_job(session, SPEC).id
 
 
-def append(engine: Engine, job_id: str, type_: str = "stage.progress") -> None:
-    with transaction(engine) as session:
+def append(database: Database, job_id: str, type_: str = "stage.progress") -> None:
+    with transaction(database) as session:
         events.append(session, job_id, type_, "")
 
 
 @contextmanager
-def statements(engine: Engine) -> Iterator[list[str]]:
+def statements(database: Database) -> Iterator[list[str]]:
     seen: list[str] = []
 
     def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
         seen.append(statement)
 
-    event.listen(engine, "before_cursor_execute", note)
+    event.listen(database, "before_cursor_execute", note)
     yield seen
-    event.remove(engine, "before_cursor_execute", note)
+    event.remove(database, "before_cursor_execute", note)
 
 
 async def until(feed: Feed, condition: Callable[[], bool]) -> None:
@@ -67,9 +68,9 @@ async def until(feed: Feed, condition: Callable[[], bool]) -> None:
             await feed.changed.wait()
 
 
-def run(engine: Engine, story: Callable[[EventFeeds], Awaitable[None]]) -> None:
+def run(database: Database, story: Callable[[EventFeeds], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with wakeups.running(engine) as running:
+        async with wakeups.running(database) as running:
             await story(running)
 
     anyio.run(main)
@@ -115,8 +116,8 @@ def test_a_feed_wakes_nobody_for_nothing() -> None:
     assert feed.changed is not before
 
 
-def test_an_event_is_read_once_for_all_who_watch(engine: Engine) -> None:
-    job_id = new_job(engine)
+def test_an_event_is_read_once_for_all_who_watch(database: Database) -> None:
+    job_id = new_job(database)
 
     async def story(running: EventFeeds) -> None:
         feeds = []
@@ -126,40 +127,40 @@ def test_an_event_is_read_once_for_all_who_watch(engine: Engine) -> None:
                 feeds.append(feed)
                 await until(feed, lambda: feed.head == 2)
 
-        with statements(engine) as seen:
+        with statements(database) as seen:
             async with anyio.create_task_group() as group:
                 for _ in range(50):
                     group.start_soon(watch)
                 while not feeds or feeds[0].head is None:
                     await anyio.sleep(0.01)
-                await to_thread.run_sync(append, engine, job_id)
+                await to_thread.run_sync(append, database, job_id)
         assert len(set(map(id, feeds))) == 1
         assert sum("FROM events" in statement for statement in seen) == 1
 
-    run(engine, story)
+    run(database, story)
 
 
-def test_what_nobody_watches_any_more_is_not_read(engine: Engine) -> None:
-    job_id = new_job(engine)
+def test_what_nobody_watches_any_more_is_not_read(database: Database) -> None:
+    job_id = new_job(database)
 
     async def story(running: EventFeeds) -> None:
         with running.watching(job_id) as feed:
             await until(feed, lambda: feed.head == 1)
         await anyio.sleep(0.3)  # What was being read is read to its end.
-        with statements(engine) as seen:
+        with statements(database) as seen:
             await anyio.sleep(0.3)
         assert seen == []
 
-    run(engine, story)
+    run(database, story)
 
 
-def test_a_deletion_ends_a_feed(engine: Engine) -> None:
-    job_id = new_job(engine)
-    with transaction(engine) as session:
+def test_a_deletion_ends_a_feed(database: Database) -> None:
+    job_id = new_job(database)
+    with transaction(database) as session:
         jobs.request_pause(session, job_id)
 
     def delete() -> None:
-        with transaction(engine) as session:
+        with transaction(database) as session:
             deletion.mark(session, job_id)
 
     async def story(running: EventFeeds) -> None:
@@ -168,14 +169,14 @@ def test_a_deletion_ends_a_feed(engine: Engine) -> None:
             await to_thread.run_sync(delete)
             await until(feed, lambda: feed.over)
 
-    run(engine, story)
+    run(database, story)
 
 
-def test_a_feed_goes_on_after_a_read_that_failed(engine: Engine) -> None:
-    job_id = new_job(engine)
+def test_a_feed_goes_on_after_a_read_that_failed(database: Database) -> None:
+    job_id = new_job(database)
 
     def rename(old: str, new: str) -> None:
-        with engine.begin() as connection:
+        with database.begin() as connection:
             connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))
 
     async def story(running: EventFeeds) -> None:
@@ -185,19 +186,19 @@ def test_a_feed_goes_on_after_a_read_that_failed(engine: Engine) -> None:
             running.wake(job_id)
             await anyio.sleep(0.2)
             await to_thread.run_sync(rename, "hidden", "jobs")
-            await to_thread.run_sync(append, engine, job_id)
+            await to_thread.run_sync(append, database, job_id)
             await until(feed, lambda: feed.head == 2)
 
-    run(engine, story)
+    run(database, story)
 
 
-def test_what_happened_while_the_listener_was_cut_off_is_read(engine: Engine) -> None:
-    if engine.dialect.name == "sqlite":
+def test_what_happened_while_the_listener_was_cut_off_is_read(database: Database) -> None:
+    if database.dialect.name == "sqlite":
         pytest.skip("SQLite has no listener")
-    job_id = new_job(engine)
+    job_id = new_job(database)
 
     def cut_off_and_append() -> None:
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             cut = connection.execute(
                 text(
                     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
@@ -205,21 +206,21 @@ def test_what_happened_while_the_listener_was_cut_off_is_read(engine: Engine) ->
                 )
             )
             assert cut.scalar_one() >= 1  # One that was cut off before may be about to end.
-        append(engine, job_id)
+        append(database, job_id)
 
     async def story(running: EventFeeds) -> None:
         with running.watching(job_id) as feed:
             await until(feed, lambda: feed.head == 1)
             for head in (2, 3):
-                while "LISTEN" not in await to_thread.run_sync(listening, engine):
+                while "LISTEN" not in await to_thread.run_sync(listening, database):
                     await anyio.sleep(0.02)
                 await to_thread.run_sync(cut_off_and_append)
                 await until(feed, lambda head=head: feed.head == head)  # type: ignore[misc]
 
-    run(engine, story)
+    run(database, story)
 
 
-def listening(engine: Engine) -> str:
-    with engine.connect() as connection:
+def listening(database: Database) -> str:
+    with database.connect() as connection:
         rows = connection.execute(text("SELECT query FROM pg_stat_activity WHERE datname = current_database()"))
         return " ".join(row[0] for row in rows if row[0].startswith("LISTEN"))

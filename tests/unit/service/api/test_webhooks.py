@@ -179,7 +179,7 @@ def test_deliveries_are_listed_by_state_in_pages_and_sent_again(quiet: Gateway) 
     path = f"/v1/webhooks/{new_hook(quiet)['id']}/deliveries"
     job_id = quiet.create()
     quiet.client.post(f"/v1/jobs/{job_id}/cancel")
-    with transaction(quiet.engine) as session:
+    with transaction(quiet.database) as session:
         (claim, *_) = deliveries.claim(session, limit=1, per_webhook=1, lease=deliveries.KEPT, max_tries=8)
 
     first = quiet.client.get(path, params={"limit": 1}).json()

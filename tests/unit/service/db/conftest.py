@@ -4,20 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from service.db.session import connect
 from tests import databases
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     """A migrated, empty database of each kind that is supported."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path}/jobs.db"
         databases.provide(url)
     else:
         url = request.getfixturevalue("postgres_database_url")
-    engine = connect(url)
-    yield engine
-    engine.dispose()
+    database = connect(url)
+    yield database
+    database.dispose()

@@ -6,7 +6,7 @@ import anyio
 import psycopg
 import pytest
 from anyio import to_thread
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.spec import JobSpec
 from service.db import deletion, events, jobs, notices
@@ -16,29 +16,29 @@ from tests.stored_jobs import store_job
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
-def new_job(engine: Engine, count: int = 1) -> str:
+def new_job(database: Database, count: int = 1) -> str:
     """A job with so many events."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         job_id = store_job(session, SPEC).id
         for number in range(2, count + 1):
             events.append(session, job_id, "stage.progress", f"{number}")
     return job_id
 
 
-def test_news_are_the_events_after_those_that_are_known(engine: Engine) -> None:
+def test_news_are_the_events_after_those_that_are_known(database: Database) -> None:
     long, short, quiet, unread, deleted = (
-        new_job(engine, 6),
-        new_job(engine, 3),
-        new_job(engine),
-        new_job(engine),
-        new_job(engine),
+        new_job(database, 6),
+        new_job(database, 3),
+        new_job(database),
+        new_job(database),
+        new_job(database),
     )
-    with transaction(engine) as session:
+    with transaction(database) as session:
         jobs.request_cancel(session, short)
         jobs.request_cancel(session, deleted)
         deletion.mark(session, deleted)
 
-    with transaction(engine) as session:
+    with transaction(database) as session:
         known = {long: 1, short: 2, quiet: 1, unread: None, deleted: 0, "job_none": 0}
         found = events.news(session, known, limit=3)
 
@@ -56,9 +56,9 @@ def test_news_are_the_events_after_those_that_are_known(engine: Engine) -> None:
     }
 
 
-def test_a_new_job_has_the_first_event(engine: Engine) -> None:
-    job_id = new_job(engine)
-    with transaction(engine) as session:
+def test_a_new_job_has_the_first_event(database: Database) -> None:
+    job_id = new_job(database)
+    with transaction(database) as session:
         rows, more = events.page(session, job_id, after=0, limit=5)
         assert jobs.get(session, job_id).last_event == 1
     assert [(row.number, row.type) for row in rows] == [(1, "job.created")]
@@ -66,22 +66,22 @@ def test_a_new_job_has_the_first_event(engine: Engine) -> None:
 
 
 def test_who_listens_hears_of_what_was_committed_to_jobs_that_exist(postgres_database_url: str) -> None:
-    engine = connect(postgres_database_url)
+    database = connect(postgres_database_url)
 
     def write() -> str:
-        undone = new_job(engine)
-        with transaction(engine) as session:
+        undone = new_job(database)
+        with transaction(database) as session:
             events.append(session, undone, "job.paused", "")
             session.rollback()
-        job_id = new_job(engine)
-        with transaction(engine) as session:
+        job_id = new_job(database)
+        with transaction(database) as session:
             events.append(session, job_id, "stage.progress", "")
             events.append(session, job_id, "stage.progress", "")
         return job_id
 
     async def heard() -> tuple[str, str | None]:
         with anyio.fail_after(10):
-            listening = notices.listen(engine)
+            listening = notices.listen(database)
             assert await anext(listening) is None
             written = await to_thread.run_sync(write)
             first = await anext(listening)
@@ -89,7 +89,7 @@ def test_who_listens_hears_of_what_was_committed_to_jobs_that_exist(postgres_dat
             return written, first
 
     written, first = anyio.run(heard)
-    engine.dispose()
+    database.dispose()
     assert first == written
 
 

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine as Database
+from sqlalchemy import text
 from sqlmodel import select
 
 from pdtrim.contract.access import DEFAULT_PROJECT
@@ -21,75 +22,75 @@ from tests.stored_jobs import store_job
 SPEC = JobSpec.model_validate({"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}})
 
 
-def take(engine: Engine, *, project: str = "default", fingerprint: str = "a") -> KeyClaim | Answered:
-    with transaction(engine) as session:
+def take(database: Database, *, project: str = "default", fingerprint: str = "a") -> KeyClaim | Answered:
+    with transaction(database) as session:
         return idempotency.claim(session, project, "key", fingerprint)
 
 
-def taken(engine: Engine, **changes: str) -> KeyClaim:
-    claim = take(engine, **changes)
+def taken(database: Database, **changes: str) -> KeyClaim:
+    claim = take(database, **changes)
     assert isinstance(claim, KeyClaim)
     return claim
 
 
-def create(engine: Engine, claim: KeyClaim) -> str:
-    with transaction(engine) as session:
+def create(database: Database, claim: KeyClaim) -> str:
+    with transaction(database) as session:
         job_id = store_job(session, SPEC).id
         idempotency.settle(session, claim, job_id, {"id": job_id})
     return job_id
 
 
-def age(engine: Engine, by: timedelta) -> None:
-    with transaction(engine) as session:
+def age(database: Database, by: timedelta) -> None:
+    with transaction(database) as session:
         for row in session.exec(select(IdempotencyRow)):
             row.reserved_at = now() - by
 
 
-def test_a_settled_key_gives_the_answer_to_the_same_body_alone(engine: Engine) -> None:
-    job_id = create(engine, taken(engine))
+def test_a_settled_key_gives_the_answer_to_the_same_body_alone(database: Database) -> None:
+    job_id = create(database, taken(database))
 
-    assert take(engine) == Answered(job_id, {"id": job_id})
+    assert take(database) == Answered(job_id, {"id": job_id})
     with pytest.raises(IdempotencyKeyReused):
-        take(engine, fingerprint="b")
+        take(database, fingerprint="b")
 
 
-def test_every_project_has_keys_of_its_own(engine: Engine) -> None:
-    create(engine, taken(engine))
+def test_every_project_has_keys_of_its_own(database: Database) -> None:
+    create(database, taken(database))
 
-    assert taken(engine, project="other")
+    assert taken(database, project="other")
 
 
-def test_a_released_key_is_free_and_a_settled_one_is_not_released(engine: Engine) -> None:
-    first = taken(engine)
-    with transaction(engine) as session:
+def test_a_released_key_is_free_and_a_settled_one_is_not_released(database: Database) -> None:
+    first = taken(database)
+    with transaction(database) as session:
         idempotency.release(session, first)
-    second = taken(engine, fingerprint="b")
-    job_id = create(engine, second)
-    with transaction(engine) as session:
+    second = taken(database, fingerprint="b")
+    job_id = create(database, second)
+    with transaction(database) as session:
         idempotency.release(session, second)
 
-    assert take(engine, fingerprint="b") == Answered(job_id, {"id": job_id})
+    assert take(database, fingerprint="b") == Answered(job_id, {"id": job_id})
 
 
-def test_a_request_whose_claim_was_taken_over_creates_nothing(engine: Engine) -> None:
-    slow = taken(engine)
+def test_a_request_whose_claim_was_taken_over_creates_nothing(database: Database) -> None:
+    slow = taken(database)
     with pytest.raises(RequestInFlight):
-        take(engine)
-    age(engine, timedelta(minutes=1))
-    fast = taken(engine)
+        take(database)
+    age(database, timedelta(minutes=1))
+    fast = taken(database)
 
     with pytest.raises(RequestInFlight):
-        create(engine, slow)
-    job_id = create(engine, fast)
+        create(database, slow)
+    job_id = create(database, fast)
 
-    with transaction(engine) as session:
+    with transaction(database) as session:
         assert [row.id for row in jobs.page(session, DEFAULT_PROJECT, limit=10)[0]] == [job_id]
 
 
-def test_of_many_requests_at_once_one_gets_the_key(engine: Engine) -> None:
+def test_of_many_requests_at_once_one_gets_the_key(database: Database) -> None:
     def attempt(_: int) -> KeyClaim | Answered | None:
         try:
-            return take(engine)
+            return take(database)
         except RequestInFlight:
             return None
 
@@ -99,27 +100,27 @@ def test_of_many_requests_at_once_one_gets_the_key(engine: Engine) -> None:
     assert sum(outcome is not None for outcome in outcomes) == 1
 
 
-def test_keys_are_forgotten_after_a_day_and_their_jobs_are_not(engine: Engine) -> None:
-    job_id = create(engine, taken(engine))
-    age(engine, timedelta(hours=23))
-    with transaction(engine) as session:
+def test_keys_are_forgotten_after_a_day_and_their_jobs_are_not(database: Database) -> None:
+    job_id = create(database, taken(database))
+    age(database, timedelta(hours=23))
+    with transaction(database) as session:
         idempotency.forget(session)
-    assert isinstance(take(engine), Answered)
+    assert isinstance(take(database), Answered)
 
-    age(engine, timedelta(hours=25))
-    with transaction(engine) as session:
+    age(database, timedelta(hours=25))
+    with transaction(database) as session:
         idempotency.forget(session)
 
-    assert taken(engine)
-    with transaction(engine) as session:
+    assert taken(database)
+    with transaction(database) as session:
         assert jobs.get(session, job_id).id == job_id
 
 
-def test_a_deleted_job_takes_its_key_along(engine: Engine) -> None:
-    job_id = create(engine, taken(engine))
-    with engine.begin() as connection:
+def test_a_deleted_job_takes_its_key_along(database: Database) -> None:
+    job_id = create(database, taken(database))
+    with database.begin() as connection:
         connection.execute(text("DELETE FROM jobs"))
 
-    assert taken(engine)
-    with pytest.raises(JobNotFound), transaction(engine) as session:
+    assert taken(database)
+    with pytest.raises(JobNotFound), transaction(database) as session:
         jobs.get(session, job_id)

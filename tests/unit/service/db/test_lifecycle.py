@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from sqlmodel import Session, col, select
 
 from pdtrim.contract.access import DEFAULT_PROJECT
@@ -117,7 +117,7 @@ class Expected:
 class Lifecycle(RuleBasedStateMachine):
     """`engine` is a SQLite database that all runs share; each run looks at the jobs it created."""
 
-    engine: Engine
+    database: Database
 
     job_ids = Bundle("job_ids")
 
@@ -129,9 +129,9 @@ class Lifecycle(RuleBasedStateMachine):
     def change(self, refusal: type[Exception] | None, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do something in a transaction of its own that is to be refused with `refusal`, or done when that is None."""
         if refusal is None:
-            with transaction(self.engine) as session:
+            with transaction(self.database) as session:
                 return action(session, *args, **kwargs)
-        with pytest.raises(refusal) as refused, transaction(self.engine) as session:
+        with pytest.raises(refusal) as refused, transaction(self.database) as session:
             action(session, *args, **kwargs)
         if isinstance(refused.value, PDTrimError) and refused.value.status == 409:
             job_id = args[0]
@@ -147,7 +147,7 @@ class Lifecycle(RuleBasedStateMachine):
         return multiple() if len(self.expected) == MAX_JOBS else self.create_job(finished)
 
     def create_job(self, finished: int) -> str:
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             job_id = store_job(session, SPEC).id
         self.expected[job_id], self.claims[job_id] = Expected(), []
         for position in range(finished):
@@ -229,7 +229,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert recorded[1] == (job.status in (JobStatus.CANCELLING, JobStatus.PAUSING))
 
     def report(self, job_id: str, back: int) -> None:
-        self.record(job_id, back, stages.report, progress=0.5, message="halfway", data={})
+        self.record(job_id, back, stages.record_progress, progress=0.5, message="halfway", data={})
 
     # Time and the reconciler
 
@@ -240,7 +240,7 @@ class Lifecycle(RuleBasedStateMachine):
     def fall_silent(self, job_id: str) -> None:
         job = self.expected[job_id]
         if job.running is not None and not job.removed:
-            with transaction(self.engine) as session:
+            with transaction(self.database) as session:
                 row = session.get_one(StageRow, (job_id, STAGES[job.running]))
                 row.lease_expires_at = now() - timedelta(seconds=1)
             job.silent = True
@@ -323,7 +323,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @invariant()
     def the_database_is_as_expected(self) -> None:
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             # These jobs are the newest, so that others can only come behind them.
             listed = {row.id for row in jobs.page(session, DEFAULT_PROJECT, limit=MAX_JOBS)[0]}
             for job_id, job in self.expected.items():
@@ -384,16 +384,16 @@ def check_events(types: list[str], status: JobStatus) -> None:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Engine]:
-    engine = connect(f"sqlite:///{tmp_path}/jobs.db")
-    migrate(engine)
-    yield engine
-    engine.dispose()
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = connect(f"sqlite:///{tmp_path}/jobs.db")
+    migrate(database)
+    yield database
+    database.dispose()
 
 
-def test_jobs_keep_their_rules_whatever_happens_in_whatever_order(database: Engine) -> None:
+def test_jobs_keep_their_rules_whatever_happens_in_whatever_order(database: Database) -> None:
     class OnDatabase(Lifecycle):
-        engine = database
+        database = database
 
     run_state_machine_as_test(
         OnDatabase,

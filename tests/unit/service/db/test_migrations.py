@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine as Database
+from sqlalchemy import text
 
 from pdtrim.contract.jobs import RESULTS, JobStatus, StageName
 from pdtrim.contract.spec import JobSpec
@@ -72,9 +73,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
-def _fill(engine: Engine, revision: str) -> None:
-    migrate(engine, revision)
-    with engine.begin() as connection:
+def _fill(database: Database, revision: str) -> None:
+    migrate(database, revision)
+    with database.begin() as connection:
         for table, row in _rows():
             columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
             connection.execute(text(f"INSERT INTO {table} ({columns}) VALUES ({values})"), row)
@@ -84,9 +85,9 @@ def _fill(engine: Engine, revision: str) -> None:
 def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
     database_url: str, revision: str, tmp_path: Path
 ) -> None:
-    engine = connect(database_url)
-    _fill(engine, revision)
-    assert not schema_is_current(engine)
+    database = connect(database_url)
+    _fill(database, revision)
+    assert not schema_is_current(database)
 
     settings = Settings(data_dir=tmp_path / "data", database_url=database_url)
     with serve(settings, write_model(tmp_path / "tiny")) as gateway:
@@ -98,7 +99,7 @@ def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
         gateway.run(WAITING)
         waiting = gateway.client.get(f"/v1/jobs/{WAITING}").json()
 
-    assert schema_is_current(engine)
+    assert schema_is_current(database)
     assert [job["id"] for job in listed["data"]] == [WAITING, DONE]
     assert (done["status"], done["versions"]) == (JobStatus.SUCCEEDED, {"torch": "2.13.0"})
     assert JobSpec.model_validate(done["spec"]) == JobSpec.model_validate(SPEC)
@@ -108,30 +109,30 @@ def test_what_an_earlier_version_left_is_read_and_worked_on_after_the_migration(
     assert [event["type"] for event in events["data"]] == ["job.created"]
     assert [artifact["id"] for artifact in artifacts["data"]] == [ARTIFACT]
     assert waiting["status"] == JobStatus.SUCCEEDED
-    with transaction(engine) as session:
+    with transaction(database) as session:
         assert stages.claim(session, DONE, StageName.SCORING, worker="test", lease_seconds=1) is None
-    engine.dispose()
+    database.dispose()
 
 
 def test_what_a_job_kept_before_there_were_quotas_counts(database_url: str) -> None:
-    engine = connect(database_url)
-    _fill(engine, "0005")
-    with engine.begin() as connection:
+    database = connect(database_url)
+    _fill(database, "0005")
+    with database.begin() as connection:
         connection.execute(text("UPDATE artifacts SET size = 5000000000"))
 
-    migrate(engine)
+    migrate(database)
 
-    with transaction(engine) as session:
+    with transaction(database) as session:
         assert [jobs.get(session, job_id).artifact_bytes for job_id in (DONE, WAITING)] == [5_000_000_000, 0]
-    engine.dispose()
+    database.dispose()
 
 
 def test_a_schema_of_a_newer_version_is_left_as_it_is_and_worked_with(database_url: str) -> None:
-    engine = connect(database_url)
-    migrate(engine)
-    with engine.begin() as connection:
+    database = connect(database_url)
+    migrate(database)
+    with database.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = 'from-the-future'"))
 
-    migrate(engine)
-    assert schema_is_current(engine)
-    engine.dispose()
+    migrate(database)
+    assert schema_is_current(database)
+    database.dispose()

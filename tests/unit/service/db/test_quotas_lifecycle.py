@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from sqlmodel import Session, col, select
 
 from pdtrim.contract.access import Quotas
@@ -51,7 +51,7 @@ class Life(RuleBasedStateMachine):
     jobs.
     """
 
-    engine: Engine
+    database: Database
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Life(RuleBasedStateMachine):
     def submit(self, queue: int, priority: Priority) -> None:
         spec = SPEC.model_copy(update={"queue": self.queues[queue], "priority": priority})
         try:
-            with transaction(self.engine) as session:
+            with transaction(self.database) as session:
                 job_id = store_job(session, spec, project=self.project, limits=LIMITS).id
                 self.send(session, job_id)
                 self.jobs.append(job_id)
@@ -86,7 +86,7 @@ class Life(RuleBasedStateMachine):
     def ask(self, data: st.DataObject, what: str) -> None:
         job_id = data.draw(st.sampled_from(self.jobs[-6:]))
         try:
-            with transaction(self.engine) as session:
+            with transaction(self.database) as session:
                 USERS[what](session, job_id)
                 if what == "resume":
                     self.send(session, job_id)
@@ -116,7 +116,7 @@ class Life(RuleBasedStateMachine):
     def sweep(self, hours: int) -> None:
         self.hours += hours
         at = now() + timedelta(hours=self.hours)
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             due = stages.due(session, resend_seconds=1, max_running_jobs=LIMITS.max_running_jobs, at=at)
             queues = jobs.queues(session, [job_id for job_id, _ in due])
         self.messages += [queues[job_id] for job_id, _ in due]
@@ -148,7 +148,7 @@ class Life(RuleBasedStateMachine):
     def wake(self, queue: str, taken_from: Sequence[str]) -> None:
         """As `workers.running.attempt.run_most_urgent` does."""
         most = LIMITS.max_running_jobs
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             found = most_urgent(session, taken_from, max_running_jobs=most)
             if found is None:
                 return
@@ -160,7 +160,7 @@ class Life(RuleBasedStateMachine):
 
     def end(self, claim: Claim, outcome: str) -> None:
         error = ErrorInfo(code="x", message="x")
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             try:
                 if outcome == "complete":
                     following = stages.complete(session, claim, artifacts=[], metrics={}, versions={})
@@ -180,16 +180,16 @@ class Life(RuleBasedStateMachine):
                 assert jobs.get(session, claim.job_id).status != JobStatus.RUNNING
 
     def states(self) -> Counter[Any]:
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             found = select(JobRow.status).where(JobRow.project == self.project, col(JobRow.deleted_at).is_(None))
             return Counter(session.exec(found).all())
 
 
 def test_in_any_order_quotas_hold_and_nothing_waits_for_ever(tmp_path: Path) -> None:
     class OnDatabase(Life):
-        engine = connect(f"sqlite:///{tmp_path}/jobs.db")
+        database = connect(f"sqlite:///{tmp_path}/jobs.db")
 
-    migrate(OnDatabase.engine)
+    migrate(OnDatabase.database)
     run_state_machine_as_test(
         OnDatabase,
         settings=settings(
@@ -202,4 +202,4 @@ def test_in_any_order_quotas_hold_and_nothing_waits_for_ever(tmp_path: Path) -> 
             suppress_health_check=list(HealthCheck),
         ),
     )
-    OnDatabase.engine.dispose()
+    OnDatabase.database.dispose()

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine as Database
+from sqlalchemy import event
 from sqlmodel import Session
 
 from benchmarks.filling import fill
@@ -23,27 +24,27 @@ JOB = f"job_{COUNT // 2:032x}"
 
 
 @pytest.fixture(scope="module")
-def filled(postgres_url: str, migrated_database: str) -> Iterator[Engine]:
+def filled(postgres_url: str, migrated_database: str) -> Iterator[Database]:
     with servers.postgres_database(postgres_url, template=migrated_database) as url:
-        engine = connect(url)
-        fill(engine, SPEC, count=COUNT, project="serving")
-        yield engine
-        engine.dispose()
+        database = connect(url)
+        fill(database, SPEC, count=COUNT, project="serving")
+        yield database
+        database.dispose()
 
 
-def plans(engine: Engine, query: Callable[[Session], object]) -> list[str]:
+def plans(database: Database, query: Callable[[Session], object]) -> list[str]:
     """How PostgreSQL goes about the statements of a query."""
     seen: list[tuple[str, object]] = []
 
     def note(connection: object, cursor: object, statement: str, parameters: object, *rest: object) -> None:
         seen.append((statement, parameters))
 
-    event.listen(engine, "before_cursor_execute", note)
-    with transaction(engine) as session:
+    event.listen(database, "before_cursor_execute", note)
+    with transaction(database) as session:
         query(session)
         session.rollback()
-    event.remove(engine, "before_cursor_execute", note)
-    with engine.connect() as connection:
+    event.remove(database, "before_cursor_execute", note)
+    with database.connect() as connection:
         return [
             "\n".join(row[0] for row in connection.exec_driver_sql(f"EXPLAIN {statement}", parameters))  # type: ignore[arg-type]
             for statement, parameters in seen
@@ -69,14 +70,16 @@ def plans(engine: Engine, query: Callable[[Session], object]) -> list[str]:
         ("ix_jobs_deleted_at", lambda session: deletion.marked(session, before=now(), limit=5)),
     ],
 )
-def test_a_query_reads_no_table_from_end_to_end(filled: Engine, index: str, query: Callable[[Session], object]) -> None:
+def test_a_query_reads_no_table_from_end_to_end(
+    filled: Database, index: str, query: Callable[[Session], object]
+) -> None:
     found = plans(filled, query)
     assert any(index in plan for plan in found), found
     # Of keys there are few.
     assert not any("Seq Scan" in line and "api_keys" not in line for plan in found for line in plan.splitlines()), found
 
 
-def test_jobs_are_listed_by_all_their_labels(filled: Engine) -> None:
+def test_jobs_are_listed_by_all_their_labels(filled: Database) -> None:
     with transaction(filled) as session:
         both, _ = jobs.page(session, "serving", limit=20, metadata={"team": "team-7", "run": "run-27"})
         neither, _ = jobs.page(session, "serving", limit=20, metadata={"team": "team-8", "run": "run-27"})

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 
 from pdtrim.contract.spec import JobSpec
 from service.db import jobs, views
@@ -19,33 +19,33 @@ def spec_of_search(search: dict[str, Any]) -> JobSpec:
     return JobSpec.model_validate(SPEC | {"search": {"protect": [3], "objective": "hidden"} | search})
 
 
-def read(engine: Engine, stored: dict[str, Any]) -> JobSpec:
+def read(database: Database, stored: dict[str, Any]) -> JobSpec:
     """What is read of a job whose row has entries of `search` as an earlier version stored them."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row = store_job(session, spec_of_search({}))
         row.spec = row.spec | {"search": row.spec["search"] | stored}
         job_id = row.id
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row = jobs.get(session, job_id)
         assert stored.items() <= row.spec["search"].items()
         return views.job(row, jobs.stages(session, [job_id])[job_id]).spec
 
 
-def test_a_stored_job_that_asked_for_lazy_greedy_is_read_as_one_of_greedy(engine: Engine) -> None:
-    assert read(engine, {"algorithm": "lazy_greedy"}) == spec_of_search({"algorithm": "greedy"})
+def test_a_stored_job_that_asked_for_lazy_greedy_is_read_as_one_of_greedy(database: Database) -> None:
+    assert read(database, {"algorithm": "lazy_greedy"}) == spec_of_search({"algorithm": "greedy"})
 
 
-def test_a_stored_job_that_let_other_workers_help_its_search_is_read_as_one_that_did_not(engine: Engine) -> None:
-    assert read(engine, {"parallelism": 4}) == spec_of_search({})
+def test_a_stored_job_that_let_other_workers_help_its_search_is_read_as_one_that_did_not(database: Database) -> None:
+    assert read(database, {"parallelism": 4}) == spec_of_search({})
 
 
-def test_a_stored_job_that_had_merges_fitted_is_read_without(engine: Engine) -> None:
+def test_a_stored_job_that_had_merges_fitted_is_read_without(database: Database) -> None:
     asked = JobSpec.model_validate(SPEC | {"distillation": {"heal_tokens": 5}})
-    with transaction(engine) as session:
+    with transaction(database) as session:
         row = store_job(session, asked)
         row.spec = row.spec | {"distillation": row.spec["distillation"] | {"merge_tokens": 32_768}}
         job_id = row.id
-    with transaction(engine) as session:
+    with transaction(database) as session:
         assert spec_of(jobs.get(session, job_id)) == asked
 
 

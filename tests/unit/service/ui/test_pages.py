@@ -60,7 +60,7 @@ class Browser:
 
 
 def make_key(gateway: Gateway, scope: Scope, project: str = "default") -> str:
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         return keys.create(session, project=project, name="test", scopes=[scope])[1]
 
 
@@ -97,7 +97,7 @@ def test_the_cookie_is_secure_where_the_browser_came_by_https(locked: Gateway) -
 def test_a_revoked_key_ends_the_session_and_guessing_has_its_limit(locked: Gateway) -> None:
     browser, key = Browser(locked), make_key(locked, Scope.ADMIN)
     assert browser.login(key).status_code == 303
-    with transaction(locked.engine) as session:
+    with transaction(locked.database) as session:
         keys.revoke(session, key.split("_")[1])
     assert browser.get("/ui/jobs").headers["location"] == "/ui/login"
     answers = [browser.login("wrong").status_code for _ in range(40)]
@@ -258,5 +258,5 @@ def play(gateway: Gateway, job: str, stage: StageName, result: Result, files: di
         key = f"jobs/{job}/{stage.value}/1/{name}"
         stored = gateway.app.state.store.put_bytes(key, content)
         recorded.append(stages.NewArtifact(name=name, key=key, **vars(stored)))
-    with transaction(gateway.engine) as session:
+    with transaction(gateway.database) as session:
         stages.complete(session, claim, artifacts=recorded, metrics=metrics, versions={})

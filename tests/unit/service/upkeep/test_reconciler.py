@@ -12,7 +12,7 @@ from threading import enumerate as enumerate_threads
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from sqlmodel import Session, select
 
 from pdtrim.contract.jobs import JobStatus, StageName
@@ -38,11 +38,11 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def engine(settings: Settings) -> Iterator[Engine]:
-    engine = connect(settings.database_url)
-    migrate(engine)
-    yield engine
-    engine.dispose()
+def database(settings: Settings) -> Iterator[Database]:
+    database = connect(settings.database_url)
+    migrate(database)
+    yield database
+    database.dispose()
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def store(settings: Settings) -> ArtifactStore:
     return open_store(settings.artifacts_url)
 
 
-def deleted(engine: Engine, store: ArtifactStore, files: int = 3) -> str:
+def deleted(database: Database, store: ArtifactStore, files: int = 3) -> str:
     """A job that is marked as deleted, with files."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         job_id = store_job(session, SPEC).id
         jobs.request_cancel(session, job_id)
         deletion.mark(session, job_id)
@@ -61,8 +61,8 @@ def deleted(engine: Engine, store: ArtifactStore, files: int = 3) -> str:
     return job_id
 
 
-def exists(engine: Engine, job_id: str) -> bool:
-    with transaction(engine) as session:
+def exists(database: Database, job_id: str) -> bool:
+    with transaction(database) as session:
         return session.get(JobRow, job_id) is not None
 
 
@@ -70,32 +70,32 @@ def exists(engine: Engine, job_id: str) -> bool:
     ("ask", "ended"), [(jobs.request_pause, JobStatus.PAUSED), (jobs.request_cancel, JobStatus.CANCELLED)]
 )
 def test_a_job_whose_worker_died_before_it_stopped_is_stopped(
-    ask: Callable[[Session, str], JobRow], ended: JobStatus, engine: Engine, settings: Settings
+    ask: Callable[[Session, str], JobRow], ended: JobStatus, database: Database, settings: Settings
 ) -> None:
-    with transaction(engine) as session:
+    with transaction(database) as session:
         job_id = store_job(session, SPEC).id
         stages.claim(session, job_id, StageName.SCORING, worker="dead", lease_seconds=0.0)
         assert ask(session, job_id).status != ended
 
-    assert sweep(engine, settings) == 0
+    assert sweep(database, settings) == 0
 
-    with transaction(engine) as session:
+    with transaction(database) as session:
         assert jobs.get(session, job_id).status == ended
 
 
-def test_a_lease_passes_before_files_go(engine: Engine, store: ArtifactStore, settings: Settings) -> None:
-    job_id = deleted(engine, store)
+def test_a_lease_passes_before_files_go(database: Database, store: ArtifactStore, settings: Settings) -> None:
+    job_id = deleted(database, store)
 
-    assert purge(engine, settings.model_copy(update={"lease_seconds": 60.0}), store) == 0
+    assert purge(database, settings.model_copy(update={"lease_seconds": 60.0}), store) == 0
 
-    assert exists(engine, job_id)
+    assert exists(database, job_id)
     assert len(list(store.list_keys(f"jobs/{job_id}"))) == 3
 
 
 def test_a_process_that_dies_between_files_and_rows_leaves_the_rest_to_the_next(
-    engine: Engine, store: ArtifactStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    database: Database, store: ArtifactStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = deleted(engine, store)
+    job_id = deleted(database, store)
 
     def die(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -104,18 +104,18 @@ def test_a_process_that_dies_between_files_and_rows_leaves_the_rest_to_the_next(
         with monkeypatch.context() as patch:
             patch.setattr(place, die)
             with pytest.raises(KeyboardInterrupt):
-                purge(engine, settings, store)
-        assert exists(engine, job_id)
+                purge(database, settings, store)
+        assert exists(database, job_id)
 
-    assert purge(engine, settings, store) == 1
-    assert not exists(engine, job_id)
+    assert purge(database, settings, store) == 1
+    assert not exists(database, job_id)
     assert list(store.list_keys("")) == []
 
 
 def test_a_job_whose_files_cannot_be_deleted_keeps_no_other_waiting(
-    engine: Engine, store: ArtifactStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    database: Database, store: ArtifactStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stuck, other = deleted(engine, store), deleted(engine, store)
+    stuck, other = deleted(database, store), deleted(database, store)
     rmdir = os.rmdir
 
     def refuse(path: str | Path, **where: int) -> None:
@@ -126,22 +126,22 @@ def test_a_job_whose_files_cannot_be_deleted_keeps_no_other_waiting(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", refuse)
         with pytest.raises(StoreUnavailable, match="Permission denied"):
-            purge(engine, settings, store)
+            purge(database, settings, store)
         with pytest.raises(StoreUnavailable, match="Permission denied"):
-            purge(engine, settings, store)
-    assert [exists(engine, job_id) for job_id in (stuck, other)] == [True, False]
+            purge(database, settings, store)
+    assert [exists(database, job_id) for job_id in (stuck, other)] == [True, False]
 
-    assert purge(engine, settings, store) == 1
+    assert purge(database, settings, store) == 1
 
 
-def test_two_reconcilers_delete_side_by_side(engine: Engine, store: ArtifactStore, settings: Settings) -> None:
-    job_ids = [deleted(engine, store, files=15) for _ in range(3)]
+def test_two_reconcilers_delete_side_by_side(database: Database, store: ArtifactStore, settings: Settings) -> None:
+    job_ids = [deleted(database, store, files=15) for _ in range(3)]
     together = Barrier(3)
 
     def purge_all(number: int) -> None:
         together.wait()
-        while any(exists(engine, job_id) for job_id in job_ids):
-            purge(engine, settings, store)
+        while any(exists(database, job_id) for job_id in job_ids):
+            purge(database, settings, store)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(purge_all, range(3)))
@@ -150,10 +150,10 @@ def test_two_reconcilers_delete_side_by_side(engine: Engine, store: ArtifactStor
 
 
 def test_finished_jobs_go_when_they_are_older_than_the_retention(
-    engine: Engine, store: ArtifactStore, settings: Settings
+    database: Database, store: ArtifactStore, settings: Settings
 ) -> None:
     long_ago = now() - timedelta(days=3)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         old, resumed, young, paused = (store_job(session, SPEC) for _ in range(4))
         for job in (old, resumed, young):
             jobs.request_cancel(session, job.id)
@@ -165,17 +165,17 @@ def test_finished_jobs_go_when_they_are_older_than_the_retention(
     for job in (old, young):
         store.put_bytes(f"jobs/{job.id}/scoring/1/file", b"x")
 
-    assert purge(engine, settings, store) == 0
-    assert purge(engine, settings.model_copy(update={"retention_days": 2.0}), store) == 1
+    assert purge(database, settings, store) == 0
+    assert purge(database, settings.model_copy(update={"retention_days": 2.0}), store) == 1
 
-    assert [exists(engine, job.id) for job in (old, resumed, young, paused)] == [False, True, True, True]
+    assert [exists(database, job.id) for job in (old, resumed, young, paused)] == [False, True, True, True]
     assert list(store.list_keys("")) == [f"jobs/{young.id}/scoring/1/file"]
 
 
 def test_finished_jobs_go_in_their_order_while_more_is_kept_than_the_retention(
-    engine: Engine, store: ArtifactStore, settings: Settings
+    database: Database, store: ArtifactStore, settings: Settings
 ) -> None:
-    with transaction(engine) as session:
+    with transaction(database) as session:
         found = [store_job(session, SPEC) for _ in range(5)]
         paused, *finished = found
         jobs.request_pause(session, paused.id)
@@ -186,11 +186,11 @@ def test_finished_jobs_go_in_their_order_while_more_is_kept_than_the_retention(
             job.artifact_bytes = 100
         finished[2].artifact_bytes = 0
 
-    assert purge(engine, settings.model_copy(update={"retention_bytes": 400}), store) == 0
-    assert purge(engine, settings.model_copy(update={"retention_bytes": 399}), store) == 1
-    assert [exists(engine, job.id) for job in finished] == [True, True, True, False]
-    assert purge(engine, settings.model_copy(update={"retention_bytes": 1}), store) == 2
-    assert [exists(engine, job.id) for job in found] == [True, False, False, True, False]
+    assert purge(database, settings.model_copy(update={"retention_bytes": 400}), store) == 0
+    assert purge(database, settings.model_copy(update={"retention_bytes": 399}), store) == 1
+    assert [exists(database, job.id) for job in finished] == [True, True, True, False]
+    assert purge(database, settings.model_copy(update={"retention_bytes": 1}), store) == 2
+    assert [exists(database, job.id) for job in found] == [True, False, False, True, False]
 
 
 def test_an_outage_is_told_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
@@ -232,9 +232,9 @@ def test_a_stop_does_not_wait_for_the_next_try() -> None:
 
 
 def test_what_a_broker_that_is_away_did_not_take_is_sent_as_soon_as_it_is_back(
-    engine: Engine, settings: Settings, redis_url: str
+    database: Database, settings: Settings, redis_url: str
 ) -> None:
-    with transaction(engine) as session:
+    with transaction(database) as session:
         for _ in range(2):
             store_job(session, SPEC)
         for row in session.exec(select(StageRow)):
@@ -242,9 +242,9 @@ def test_what_a_broker_that_is_away_did_not_take_is_sent_as_soon_as_it_is_back(
 
     (closed,) = free_ports(1)
     with pytest.raises(BrokerUnavailable):
-        sweep(engine, settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{closed}/0"}))
+        sweep(database, settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{closed}/0"}))
 
-    assert sweep(engine, settings.model_copy(update={"broker_url": redis_url})) == 2
+    assert sweep(database, settings.model_copy(update={"broker_url": redis_url})) == 2
 
 
 def test_a_gateway_that_is_told_so_leaves_it_to_others(settings: Settings) -> None:
@@ -254,13 +254,13 @@ def test_a_gateway_that_is_told_so_leaves_it_to_others(settings: Settings) -> No
 
 
 def test_a_gateway_deletes_by_itself(settings: Settings, store: ArtifactStore) -> None:
-    engine = connect(settings.database_url)
-    migrate(engine)
-    job_id = deleted(engine, store)
+    database = connect(settings.database_url)
+    migrate(database)
+    job_id = deleted(database, store)
     quick = settings.model_copy(update={"reconcile_seconds": 0.05})
 
     with TestClient(create_app(quick)):
-        wait_until(lambda: not exists(engine, job_id), what="the reconciler to delete the job")
+        wait_until(lambda: not exists(database, job_id), what="the reconciler to delete the job")
 
     assert list(store.list_keys("")) == []
-    engine.dispose()
+    database.dispose()

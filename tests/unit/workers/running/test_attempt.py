@@ -66,9 +66,9 @@ def worker(tmp_path: Path) -> Worker:
         lease_seconds=5,
         retry_seconds=0.2,
     )
-    engine = connect(settings.database_url)
-    migrate(engine)
-    return Worker(settings, engine, open_store(settings.artifacts_url), name="test")
+    database = connect(settings.database_url)
+    migrate(database)
+    return Worker(settings, database, open_store(settings.artifacts_url), name="test")
 
 
 @pytest.fixture
@@ -765,7 +765,7 @@ def test_a_database_that_is_away_when_progress_is_told_stops_no_work(
         raise OperationalError("UPDATE stages", {}, Exception("the server closed the connection"))
 
     job_id = create(worker, tiny_spec(model))
-    monkeypatch.setattr(stages, "report", away)
+    monkeypatch.setattr(stages, "record_progress", away)
     run_stage(worker, job_id, StageName.SCORING)
     assert stage_row(worker, job_id, StageName.SCORING).status == StageStatus.SUCCEEDED
     assert "stage.progress" not in event_types(worker, job_id)

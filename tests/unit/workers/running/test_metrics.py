@@ -35,9 +35,9 @@ Stage = Callable[[StageContext], Result]
 @pytest.fixture
 def worker(tmp_path: Path) -> Worker:
     settings = Settings(data_dir=tmp_path / "data", log_format="json", retry_seconds=0.2)
-    engine = connect(settings.database_url)
-    migrate(engine)
-    return Worker(settings, engine, open_store(settings.artifacts_url), name="host:1")
+    database = connect(settings.database_url)
+    migrate(database)
+    return Worker(settings, database, open_store(settings.artifacts_url), name="host:1")
 
 
 def run(worker: Worker, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> str:

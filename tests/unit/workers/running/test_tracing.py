@@ -116,7 +116,7 @@ def test_a_job_whose_message_was_lost_stays_in_its_trace(
     for message in (settings.data_dir / "broker" / "messages").iterdir():
         message.unlink()
     again = settings.model_copy(update={"resend_seconds": 0.001})
-    wait_until(lambda: sweep(gateway.engine, again, gateway.app.state.metrics.leases_expired) == 1, seconds=10)
+    wait_until(lambda: sweep(gateway.database, again, gateway.app.state.metrics.leases_expired) == 1, seconds=10)
     with working(settings, monkeypatch):
         finished(gateway, job_id)
 
@@ -134,7 +134,7 @@ def test_a_stage_that_fails_is_an_error_without_its_message(
 
     monkeypatch.setitem(STAGES, StageName.SCORING, fail)
     job_id = gateway.create()
-    run_stage(Worker(settings, gateway.engine, gateway.app.state.store, "w"), job_id, StageName.SCORING)
+    run_stage(Worker(settings, gateway.database, gateway.app.state.store, "w"), job_id, StageName.SCORING)
 
     span = by_name(exporter.get_finished_spans(), job_id)["pdtrim.scoring"]
     assert not span.status.is_ok

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kombu import Queue
-from sqlalchemy import Engine
+from sqlalchemy import Engine as Database
 from sqlmodel import Session, col, select
 
 from pdtrim.contract.jobs import JobStatus, StageName
@@ -45,34 +45,34 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 @pytest.fixture
-def engine(settings: Settings) -> Iterator[Engine]:
-    engine = connect(settings.database_url)
-    migrate(engine)
-    yield engine
-    engine.dispose()
+def database(settings: Settings) -> Iterator[Database]:
+    database = connect(settings.database_url)
+    migrate(database)
+    yield database
+    database.dispose()
 
 
 def create(session: Session, priority: Priority = Priority.NORMAL, queue: str = "default") -> str:
     return store_job(session, SPEC.model_copy(update={"priority": priority, "queue": queue})).id
 
 
-def submit(engine: Engine, settings: Settings, **wanted: Priority | str) -> str:
-    with transaction(engine) as session:
+def submit(database: Database, settings: Settings, **wanted: Priority | str) -> str:
+    with transaction(database) as session:
         job_id = create(session, **wanted)  # type: ignore[arg-type]
         came_to = jobs.queues(session, [job_id])[job_id]
     queue.send(settings, WakeUp(job_id, StageName.SCORING, came_to))
     return job_id
 
 
-def started(engine: Engine) -> list[str]:
+def started(database: Database) -> list[str]:
     """The jobs whose stages were started, in that order."""
-    with transaction(engine) as session:
+    with transaction(database) as session:
         rows = session.exec(select(EventRow).where(EventRow.type == "stage.started").order_by(col(EventRow.created_at)))
         return [row.job_id for row in rows]
 
 
-def all_ended(engine: Engine) -> bool:
-    with transaction(engine) as session:
+def all_ended(database: Database) -> bool:
+    with transaction(database) as session:
         return all(JobStatus(status).final for status in session.exec(select(JobRow.status)))
 
 
@@ -88,29 +88,29 @@ def under_way(settings: Settings) -> Counter[tuple[str, str, str]]:
 
 
 def test_six_jobs_submitted_at_once_to_one_worker_end_one_after_the_other(
-    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    six = [submit(engine, settings) for _ in range(6)]
+    six = [submit(database, settings) for _ in range(6)]
     with working(settings, monkeypatch):
-        wait_until(lambda: all_ended(engine), seconds=60, what="all jobs to end")
-    assert started(engine) == [job_id for job_id in six for _ in StageName]
+        wait_until(lambda: all_ended(database), seconds=60, what="all jobs to end")
+    assert started(database) == [job_id for job_id in six for _ in StageName]
 
 
 def test_priorities_count_where_the_broker_keeps_messages_as_files(
-    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_priority = {priority: submit(engine, settings, priority=priority) for priority in reversed(Priority)}
+    by_priority = {priority: submit(database, settings, priority=priority) for priority in reversed(Priority)}
     with working(settings, monkeypatch):
-        wait_until(lambda: all_ended(engine), seconds=60, what="all jobs to end")
-    assert started(engine) == [by_priority[priority] for priority in Priority for _ in StageName]
+        wait_until(lambda: all_ended(database), seconds=60, what="all jobs to end")
+    assert started(database) == [by_priority[priority] for priority in Priority for _ in StageName]
 
 
 def test_messages_of_the_version_before_wake_a_worker(
-    settings: Settings, engine: Engine, empty_redis_url: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, database: Database, empty_redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PDTRIM_BROKER_URL", empty_redis_url)
     at_redis = settings.model_copy(update={"broker_url": empty_redis_url})
-    with transaction(engine) as session:
+    with transaction(database) as session:
         waiting = [create(session) for _ in range(3)]
     app = queue.celery_app(empty_redis_url)
     # It had a list for each priority. A message of its own may be late, too.
@@ -122,30 +122,30 @@ def test_messages_of_the_version_before_wake_a_worker(
     ]:
         app.send_task(task, args=[job_id], queue=queue.QUEUE, priority=priority)
     with working(at_redis, monkeypatch):
-        wait_until(lambda: all_ended(engine), seconds=60, what="all jobs to end")
-    assert started(engine) == [job_id for job_id in waiting for _ in StageName]
+        wait_until(lambda: all_ended(database), seconds=60, what="all jobs to end")
+    assert started(database) == [job_id for job_id in waiting for _ in StageName]
 
 
 def test_a_worker_woken_by_one_queue_that_takes_a_stage_of_another_leaves_a_message_in_the_first(
-    settings: Settings, engine: Engine
+    settings: Settings, database: Database
 ) -> None:
-    with transaction(engine) as session:
+    with transaction(database) as session:
         normal, urgent = create(session), create(session, Priority.HIGH, "gpu-80g")
-    worker = Worker(settings, engine, open_store(settings.artifacts_url), "w")
+    worker = Worker(settings, database, open_store(settings.artifacts_url), "w")
 
     run_most_urgent(worker, QUEUES, WakeUp(normal, StageName.SCORING))
 
-    assert started(engine) == [urgent]
+    assert started(database) == [urgent]
     assert under_way(settings) == {
         ("default", "pdtrim.scoring", normal): 1,
         ("gpu-80g", "pdtrim.removal", urgent): 1,
     }
 
 
-def test_a_worker_that_is_woken_for_nothing_does_and_sends_nothing(settings: Settings, engine: Engine) -> None:
-    worker = Worker(settings, engine, open_store(settings.artifacts_url), "w")
-    with transaction(engine) as session:
+def test_a_worker_that_is_woken_for_nothing_does_and_sends_nothing(settings: Settings, database: Database) -> None:
+    worker = Worker(settings, database, open_store(settings.artifacts_url), "w")
+    with transaction(database) as session:
         elsewhere = create(session, queue="gpu-80g")
     run_most_urgent(worker, ["default"], WakeUp(elsewhere, StageName.SCORING))
-    assert started(engine) == []
+    assert started(database) == []
     assert not under_way(settings)

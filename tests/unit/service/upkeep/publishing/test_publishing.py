@@ -89,12 +89,12 @@ def play(gateway: Gateway, job_id: str, model: Path) -> None:
                 stages.NewArtifact(name=name, key=key, **vars(gateway.app.state.store.put_bytes(key, content)))
             )
         metrics = FOUND[stage].model_dump(mode="json")
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             stages.complete(session, claim, artifacts=recorded, metrics=metrics, versions={"torch": "2"})
 
 
 def publish(gateway: Gateway) -> int:
-    return outbox.publish(gateway.engine, gateway.settings, gateway.app.state.store)
+    return outbox.publish(gateway.database, gateway.settings, gateway.app.state.store)
 
 
 def shown(gateway: Gateway, job_id: str) -> dict[str, Any]:
@@ -223,19 +223,19 @@ def test_a_publisher_whose_lease_ran_out_records_nothing_and_one_that_keeps_dyin
         job_id = gateway.create(**SHORT)
         gateway.run(job_id)
         lease = timedelta(seconds=-1)
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             dead = publications.claim(session, lease=lease, max_tries=2)
             alive = publications.claim(session, lease=lease, max_tries=2)
         assert dead is not None
         assert alive is not None
-        with transaction(gateway.engine) as session, pytest.raises(publications.PublicationLost):
+        with transaction(gateway.database) as session, pytest.raises(publications.PublicationLost):
             publications.succeed(session, dead, ["x"])
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             assert publications.claim(session, lease=lease, max_tries=2) is None
         assert shown(gateway, job_id)["status"] == PublicationStatus.FAILED
         gateway.client.post(f"/v1/jobs/{job_id}/publications")
         gateway.client.delete(f"/v1/jobs/{job_id}")
-        with transaction(gateway.engine) as session:
+        with transaction(gateway.database) as session:
             assert publications.claim(session, lease=lease, max_tries=2) is None
             due = session.exec(select(PublicationRow)).one().next_attempt_at
         assert due is not None

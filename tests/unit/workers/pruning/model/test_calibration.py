@@ -64,7 +64,7 @@ def test_a_stream_is_split_into_parts_that_each_hold_a_window() -> None:
 def test_a_long_document_is_tokenized_in_pieces_that_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     document = "".join(f"def f_{n}(x):\n\n    return x + {n}\n\n\n" for n in range(200))
     whole = token_stream([document], reference_tokenizer())
-    monkeypatch.setattr(calibration, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(calibration, "PART_CHARACTERS", 100)
     asked = 0
 
     def check() -> None:
@@ -72,7 +72,7 @@ def test_a_long_document_is_tokenized_in_pieces_that_give_the_same_tokens(monkey
         asked += 1
 
     found = token_stream([document], reference_tokenizer(), check=check)
-    parts = list(calibration.pieces(document))
+    parts = list(calibration.parts(document))
     assert "".join(parts) == document
     assert asked == len(parts) > 30
     assert torch.equal(found, whole)
@@ -80,5 +80,5 @@ def test_a_long_document_is_tokenized_in_pieces_that_give_the_same_tokens(monkey
 
 @pytest.mark.parametrize("document", ["", "x" * 500, "a\n" + " b\n" * 200])
 def test_a_document_without_a_place_to_cut_stays_whole(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "PIECE_CHARACTERS", 100)
-    assert list(calibration.pieces(document)) == [document]
+    monkeypatch.setattr(calibration, "PART_CHARACTERS", 100)
+    assert list(calibration.parts(document)) == [document]

@@ -78,7 +78,7 @@ def test_training_stops_when_the_held_out_loss_has_not_fallen_for_long_and_leave
 
     settings = replace(SETTINGS, patience=2)  # 20 steps with a check every second one
     announced: list[bool] = []
-    journal = Journal(report=note, save=lambda last, state: announced.append(last))
+    journal = Journal(progress=note, save=lambda last, state: announced.append(last))
     result = train({"w": problem.weight}, problem.loss, lambda: next(losses), problem.windows, settings, journal)
     assert result == TrainingResult(before=5.0, after=3.0, steps=10)
     assert torch.equal(problem.weight, best[0])
@@ -91,8 +91,8 @@ def test_a_batch_in_parts_trains_as_the_whole_batch_does(parts: int) -> None:
     settings = TrainingSettings(steps=20, batch_windows=6, learning_rate=0.05, seed=1)
     losses: dict[int, list[float]] = {1: [], parts: []}
     for problem, count in ((whole, 1), (in_parts, parts)):
-        report = partial(lambda kept, step, steps, loss: kept.append(loss), losses[count])
-        problem.run(Journal(report=report), replace(settings, parts=count))
+        progress = partial(lambda kept, step, steps, loss: kept.append(loss), losses[count])
+        problem.run(Journal(progress=progress), replace(settings, parts=count))
     torch.testing.assert_close(in_parts.weight, whole.weight, rtol=1e-6, atol=1e-6)
     assert losses[parts] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
 
@@ -109,7 +109,7 @@ def test_reporting_may_stop_the_run() -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        Regression().run(Journal(report=stop))
+        Regression().run(Journal(progress=stop))
 
 
 def test_a_loss_that_is_not_finite_names_the_step() -> None:
