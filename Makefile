@@ -38,7 +38,7 @@ FAST := not server and not process and not browser and not training
 fast: $(VENV)/.test ## The tests of `make check`
 	STATE_MACHINE_EXAMPLES=15 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal --timeout 60 --durations 10 -m '$(FAST)'
 
-test: $(VENV)/.test ## All tests, on real servers that pip installs; some ten minutes
+test: $(VENV)/.test $(VENV)-clients/.ready ## All tests, on real servers that pip installs; some ten minutes
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --numprocesses 3 --dist worksteal --durations 10
 	$(BIN)/coverage combine --quiet
@@ -92,10 +92,16 @@ state-machine: $(VENV)/.test ## Jobs through 2,000 random lives
 	STATE_MACHINE_EXAMPLES=$(STATE_MACHINE_EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/unit/service/db/test_lifecycle.py
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) pdtrim-data .coverage* .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-clients pdtrim-data .coverage* .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+# Generators of clients, and what their clients need; some have bounds on packages that ours do not keep.
+$(VENV)-clients/.ready: tests/generators.txt
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
 
 $(VENV)/.worker: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[worker]'

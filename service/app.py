@@ -9,6 +9,8 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.telemetry import TelemetryConfig
+from fastapi_offline import FastAPIOffline
+from starlette.responses import RedirectResponse
 
 from service import ui
 from service.api import (
@@ -59,7 +61,8 @@ TELEMETRY: TelemetryConfig = {
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI application; by default configured by the environment."""
     settings = settings or Settings()
-    app = FastAPI(
+    # Its pages /docs and /redoc bring their scripts along: a cluster without the internet shows them too.
+    app = FastAPIOffline(
         title="PDTrim Service",
         summary="Prunes language models for prefill/decode serving.",
         version=version("pdtrim"),
@@ -74,16 +77,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     nouns = (jobs, events, artifacts, exports, publications, webhooks, methods, health, metrics)
     for router in (noun.router for noun in nouns):
         app.include_router(router)
-    app.webhooks.include_router(webhooks.outgoing)
     problems.install(app)
     problems.document(app)
     ui.install(app)
+    app.get("/", include_in_schema=False)(_to_the_dashboard)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(GateMiddleware, gate=app.state.gate, sessions=app.state.sessions)
     app.add_middleware(RequestIds)
     app.add_middleware(AccessLog, metrics=app.state.metrics)
     return app
+
+
+async def _to_the_dashboard() -> RedirectResponse:
+    return RedirectResponse("/ui")
 
 
 @asynccontextmanager

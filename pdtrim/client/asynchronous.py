@@ -12,7 +12,7 @@ from pydantic import PrivateAttr
 from pdtrim.client.blocking import without_id
 from pdtrim.client.core import PATIENCE_S, Jobs, Sender
 from pdtrim.client.notebook import NotebookJob
-from pdtrim.client.transports import AsyncTransport, options
+from pdtrim.client.transports import AsyncTransport, address, options
 from pdtrim.client.webhooks import WebhookCalls
 from pdtrim.contract.jobs import Page
 
@@ -53,7 +53,7 @@ class AsyncClientJob(_JobMethods, NotebookJob):
 
 
 class AsyncClient(Jobs[AsyncClientJob]):
-    """As `Client`, with methods to be awaited; `events` and `artifacts` are for `async for`.
+    """As `Client`, with methods to be awaited; `jobs`, `events` and `artifacts` are for `async for`.
 
     >>> async with AsyncClient("http://127.0.0.1:8000") as client:
     ...     job = await client.create(spec)
@@ -62,8 +62,14 @@ class AsyncClient(Jobs[AsyncClientJob]):
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0, patience_s: float = PATIENCE_S
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 30.0,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        url, api_key = address(url, api_key)
         sender = Sender(AsyncTransport(options(url, api_key, timeout_s)), url, patience_s)
         super().__init__(sender, AsyncClientJob, Page[AsyncClientJob], self._own)
         self.webhooks = WebhookCalls(sender)

@@ -12,7 +12,7 @@ from pydantic import PrivateAttr
 
 from pdtrim.client.core import PATIENCE_S, Jobs, Sender
 from pdtrim.client.notebook import NotebookJob
-from pdtrim.client.transports import BlockingTransport, iterate, options, run
+from pdtrim.client.transports import BlockingTransport, address, iterate, options, run
 from pdtrim.client.webhooks import WebhookCalls
 from pdtrim.contract.jobs import Page
 
@@ -130,8 +130,11 @@ class Client:
 
     >>> with Client("http://127.0.0.1:8000") as client:
     ...     job = client.create({"model": "reference", "prefill": {"remove_blocks": 2}, "decode": {"remove_blocks": 4}})
-    ...     job = job.wait(progress=True)
+    ...     job = job.wait(progress=True)  # Raises JobFailed, with what to do about it.
     ...     job.download("model", only="decode/")
+
+    The service is at `url`, by default where PDTRIM_URL says or on this machine; the key is `api_key`, by default
+    PDTRIM_API_KEY.
 
     Every method raises ServiceError for what the service refuses, ServiceUnreachable when nothing answers, and
     UnexpectedAnswer when something else does. A limit (429) is waited for, within `patience_s`, where sending again is
@@ -139,8 +142,14 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0, patience_s: float = PATIENCE_S
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 30.0,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        url, api_key = address(url, api_key)
         sender = Sender(BlockingTransport(options(url, api_key, timeout_s)), url, patience_s)
         self._url = sender.url
         self._jobs = Jobs(sender, ClientJob, Page[ClientJob], self._adopt)
@@ -163,7 +172,8 @@ class Client:
     create = _blocking(Jobs[ClientJob].create)
     estimate = _blocking(Jobs[ClientJob].estimate)
     get = _blocking(Jobs[ClientJob].get)
-    jobs = _blocking(Jobs[ClientJob].jobs)
+    jobs = _iterating(Jobs[ClientJob].jobs)
+    page = _blocking(Jobs[ClientJob].page)
     wait = _blocking(Jobs[ClientJob].wait)
     events = _iterating(Jobs[ClientJob].events)
     cancel = _blocking(Jobs[ClientJob].cancel)

@@ -19,6 +19,8 @@ from pdtrim.client.errors import (
     AnswerLost,
     ClientError,
     CorruptDownload,
+    JobFailed,
+    NothingToDownload,
     Patience,
     ServiceError,
     UnsafeName,
@@ -43,7 +45,7 @@ PATIENCE_S = 60.0
 """How long streams and downloads keep trying to reach a service that went away."""
 STREAM_TIMEOUT_S = 60.0
 SAFE = {"GET", "HEAD"}
-ONE_AFTER_ANOTHER = 100
+PAGE = 100
 
 
 class Sender:
@@ -133,6 +135,19 @@ class Jobs(Generic[J]):
         return await self._fetch("GET", job_path(job_id))
 
     async def jobs(
+        self, *, status: JobStatus | None = None, metadata: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[J]:
+        """Every job, newest first, page by page; only those in a state, and with every label of `metadata`."""
+        after: str | None = None
+        while True:
+            page = await self.page(limit=PAGE, after=after, status=status, metadata=metadata)
+            for job in page.data:
+                yield job
+            if not page.has_more:
+                return
+            after = page.last_id
+
+    async def page(
         self,
         *,
         limit: int = 20,
@@ -140,7 +155,7 @@ class Jobs(Generic[J]):
         status: JobStatus | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Page[J]:
-        """A page of jobs, newest first; only those with every label of `metadata`."""
+        """A page of jobs, newest first; read on with `after` set to its `last_id` while `has_more` is true."""
         params = given(limit=limit, after=after, status=status)
         params |= {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
         page = await self._sender.fetch(self._page, "GET", "/v1/jobs", params=params)
@@ -186,19 +201,23 @@ class Jobs(Generic[J]):
         return await self._submit(f"{job_path(job_id)}/exports", counts | labels, idempotency_key)
 
     async def wait(self, job_id: str, *, progress: bool | Callable[[Event], None] = False) -> J:
-        """The job once it has ended, whichever way; a paused one is waited for.
+        """The job once it has succeeded; a paused one is waited for.
 
         With `progress`, bars (on a terminal or in a notebook) or lines show how far it is, or a function is told.
+        Raises: JobFailed, which has the job, when it failed or was cancelled.
         """
         with live_progress() if progress is True else nullcontext(progress or _ignore) as show:
             async with aclosing(self.events(job_id)) as events:
                 async for event in events:
                     show(event)
-        return await self.get(job_id)
+        ended = await self.get(job_id)
+        if ended.status != JobStatus.SUCCEEDED:
+            raise JobFailed(ended)
+        return ended
 
     async def artifacts(self, job_id: str, *, stage: StageName | None = None) -> AsyncGenerator[Artifact]:
         """Every artifact of a job, page by page."""
-        params = given(limit=ONE_AFTER_ANOTHER, stage=stage)
+        params = given(limit=PAGE, stage=stage)
         while True:
             page = await self._sender.fetch(Page[Artifact], "GET", f"{job_path(job_id)}/artifacts", params=params)
             for artifact in page.data:
@@ -261,10 +280,12 @@ class Jobs(Generic[J]):
         """Download a job's checkpoints below `folder`, or what `stage` left; where the files are now.
 
         `only` takes files whose names begin with it (`decode/`), and `on_bytes` hears how many bytes of each are there.
-        Raises: as `download`; UnsafeName, before anything is downloaded.
+        Raises: as `download`; before anything is downloaded, NothingToDownload and UnsafeName.
         """
         found = [file async for file in self.artifacts(job_id, stage=stage)]
         wanted = [file for file in (found if stage else checkpoint_files(found)) if file.name.startswith(only)]
+        if not wanted:
+            raise NothingToDownload(await self.get(job_id), "checkpoints" if stage is None else stage, only)
         targets = [_below(Path(folder), file.name) for file in wanted]
         for file, target in zip(wanted, targets, strict=True):
             await self.download(job_id, file, target, on_bytes=partial(on_bytes, file))

@@ -8,6 +8,8 @@ import httpx
 from pydantic import ValidationError
 
 from pdtrim.contract.errors import Problem, RequestInFlight
+from pdtrim.contract.jobs import Job
+from pdtrim.display.remedies import REMEDIES
 
 RETRY_S = 0.5
 PASSING_STATUSES = {502, 503, 504}
@@ -46,6 +48,29 @@ class UnexpectedAnswer(ClientError):
 
 class CorruptDownload(ClientError):
     """A downloaded file's SHA-256 is not the recorded one."""
+
+
+class JobFailed(ClientError):
+    """A job that was waited for failed, or was cancelled. `job` is the job as it ended.
+
+    `code` is its error's, to program against, and `remedy` what to do about it; None where the job was cancelled.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.code = job.error.code if job.error else None
+        self.remedy = REMEDIES.get(job.error.code) if job.error else None
+        why = f"failed: {job.error.message} ({job.error.code})" if job.error else f"was {job.status}"
+        super().__init__(" ".join(part for part in (job.id, why, self.remedy) if part))
+
+
+class NothingToDownload(ClientError):
+    """The job has no file of those that were asked for."""
+
+    def __init__(self, job: Job, what: str, prefix: str) -> None:
+        named = f" whose name begins with {prefix!r}" if prefix else ""
+        told = f"{job.id} is {job.status} and has no file of its {what}{named}"
+        super().__init__(f"{told}; `pdtrim artifacts {job.id}` lists what it has")
 
 
 class UnsafeName(ClientError):

@@ -7,6 +7,7 @@ notebook).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -30,6 +31,16 @@ class Options(TypedDict):
     timeout: float
     follow_redirects: bool
     trust_env: bool
+
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Where `pdtrim up` answers."""
+
+
+def address(url: str | None, api_key: str | None) -> tuple[str, str | None]:
+    """Where the service is and the key to it: as given, else as PDTRIM_URL and PDTRIM_API_KEY say, else on this machine
+    and without a key."""
+    return url or os.environ.get("PDTRIM_URL") or DEFAULT_URL, api_key or os.environ.get("PDTRIM_API_KEY") or None
 
 
 def options(url: str, api_key: str | None, timeout_s: float) -> Options:

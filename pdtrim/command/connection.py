@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ errors = Console(stderr=True)
 Url = Annotated[str, typer.Option("--url", envvar="PDTRIM_URL", help="Where the service is.")]
 Key = Annotated[str | None, typer.Option("--api-key", envvar="PDTRIM_API_KEY", help="Key the service asks for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 USAGE = 2
 """Exit code of a command that was called wrongly."""
 COMPLETION_SECONDS = 2.0
@@ -33,11 +31,14 @@ def complete_jobs(context: typer.Context, incomplete: str) -> list[tuple[str, st
 
     A service that does not answer offers nothing: a shell has no place for errors.
     """
-    url = context.params.get("url") or os.environ.get("PDTRIM_URL") or DEFAULT_URL
-    api_key = context.params.get("api_key") or os.environ.get("PDTRIM_API_KEY")
     try:
-        with Client(url, api_key=api_key, timeout_s=COMPLETION_SECONDS, patience_s=0.0) as client:
-            found = client.jobs(limit=COMPLETED).data
+        with Client(
+            context.params.get("url"),
+            api_key=context.params.get("api_key"),
+            timeout_s=COMPLETION_SECONDS,
+            patience_s=0.0,
+        ) as client:
+            found = client.page(limit=COMPLETED).data
     except (ClientError, ValueError):
         return []
     return [(job.id, f"{job.status}, {job.spec.model.source}") for job in found if job.id.startswith(incomplete)]

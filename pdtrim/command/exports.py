@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pdtrim.client.transports import DEFAULT_URL
 from pdtrim.command.connection import (
-    DEFAULT_URL,
     USAGE,
     JobId,
     Json,

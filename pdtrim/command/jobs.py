@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from pdtrim.client import Client, ClientJob
+from pdtrim.client.transports import DEFAULT_URL
 from pdtrim.command.connection import (
-    DEFAULT_URL,
     USAGE,
     JobId,
     Json,
@@ -92,7 +92,7 @@ def jobs(
     Example: `pdtrim jobs --status running`
     """
     with connected(url, api_key) as client:
-        page = client.jobs(limit=limit, status=status)
+        page = client.page(limit=limit, status=status)
     if as_json:
         print_json(page)
     else:
@@ -235,9 +235,6 @@ def download(
     """
     with connected(url, api_key) as client:
         paths = fetch(client, job, to, stage, only)
-    if not paths:
-        where = "its checkpoints" if stage is None else stage
-        fail(f"{job} has no file of {where} whose name begins with {only!r}; list them with `pdtrim artifacts {job}`")
     if as_json:
         sys.stdout.write(json.dumps([str(path) for path in paths], indent=2) + "\n")
     else:

@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from pdtrim.command.connection import DEFAULT_URL, Json, Key, Url, connected, console, print_json
+from pdtrim.client.transports import DEFAULT_URL
+from pdtrim.command.connection import Json, Key, Url, connected, console, print_json
 from pdtrim.contract.webhooks import Delivery, DeliveryStatus, MessageFormat, Webhook, WebhookEvent
 from pdtrim.display.jobs import when
 

@@ -25,12 +25,15 @@ from service.api import examples, ranges
 from service.api.auth import declared
 from service.api.deps import AfterArtifact, ArtifactId, DatabaseDep, JobId, Limit, SettingsDep, StoreDep
 from service.api.problems import documented, problem
+from service.api.suggestions import only_known_parameters
 from service.db import artifacts, jobs, views
 from service.db.session import transaction
 from service.db.tables import ArtifactRow
 from service.storage import ArtifactStore, content_disposition
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/artifacts", tags=["artifacts"], dependencies=[declared])
+router = APIRouter(
+    prefix="/v1/jobs/{job_id}/artifacts", tags=["artifacts"], dependencies=[declared, only_known_parameters]
+)
 
 HEADERS: dict[str, Any] = {
     name: {"description": description, "schema": {"type": "string"}}

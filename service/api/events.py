@@ -21,11 +21,12 @@ from service.api import examples
 from service.api.auth import declared
 from service.api.deps import DatabaseDep, EventFeedsDep, JobId, Limit
 from service.api.problems import documented
+from service.api.suggestions import only_known_parameters
 from service.api.wakeups import RETRY_SECONDS, EventFeeds, frame
 from service.db import events, jobs, views
 from service.db.session import DATABASE_FAULTS, transaction
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"], dependencies=[declared])
+router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"], dependencies=[declared, only_known_parameters])
 
 KEEP_ALIVE_SECONDS = 15.0
 BATCH = 100

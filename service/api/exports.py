@@ -23,13 +23,14 @@ from service.api.auth import declared
 from service.api.deps import DatabaseDep, JobId, SettingsDep, StoreDep, json_only
 from service.api.problems import documented
 from service.api.submission import HEADERS, SUBMISSION_REFUSALS, NewJob, Submit
+from service.api.suggestions import only_known_parameters
 from service.checking import preflight
 from service.checking.frontier import read_frontier
 from service.db import jobs
 from service.db.session import transaction
 from service.db.specs import spec_of
 
-router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[declared])
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[declared, only_known_parameters])
 
 
 @router.get(

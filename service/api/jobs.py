@@ -41,6 +41,7 @@ from service.api.submission import (
     NewJob,
     Submit,
 )
+from service.api.suggestions import only_known_parameters
 from service.checking import preflight
 from service.checking.estimate import estimate
 from service.db import deletion, jobs, views
@@ -54,7 +55,7 @@ class _JobConvertor(StringConvertor):
 
 
 register_url_convertor("job", _JobConvertor())
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[declared, only_known_parameters])
 
 FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 LABELS: TypeAdapter[dict[str, str]] = TypeAdapter(Labels)

@@ -9,8 +9,9 @@ from pdtrim.contract.jobs import Page
 from pdtrim.contract.methods import Method, methods
 from service.api.auth import declared
 from service.api.problems import documented
+from service.api.suggestions import only_known_parameters
 
-router = APIRouter(prefix="/v1/methods", tags=["methods"], dependencies=[declared])
+router = APIRouter(prefix="/v1/methods", tags=["methods"], dependencies=[declared, only_known_parameters])
 
 
 @router.get(

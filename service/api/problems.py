@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from pdtrim.contract.errors import (
     RequestInFlight,
     Unauthorized,
 )
+from service.api import suggestions
 from service.db.session import DATABASE_FAULTS
 from service.observing.redaction import redact, scrub
 from service.storage import ObjectNotFound, StoreUnavailable
@@ -131,11 +132,16 @@ def _from_validation(request: Request, error: RequestValidationError) -> Respons
     if found and found[0]["type"] == "json_invalid":
         reason, position = found[0]["ctx"]["error"], found[0]["loc"][-1]
         return problem(request, MalformedBody(f"The body is not valid JSON: {reason} at character {position}."))
-    named = [field_and_reason(one) for one in found]
-    listed = [f"{field}: {reason}" if field else reason for field, reason in named[:MAX_LISTED_ERRORS]]
-    if len(named) > MAX_LISTED_ERRORS:
-        listed.append(f"and {len(named) - MAX_LISTED_ERRORS} more errors")
-    return problem(request, InvalidRequest("; ".join(listed), param=named[0][0] if named else None))
+    schema, document = suggestions.body_schema(request), request.app.openapi()
+    listed, param = [], None
+    for one in found[:MAX_LISTED_ERRORS]:
+        told = suggestions.with_suggestion({**one, "loc": one["loc"][1:]}, schema, document)
+        field, reason = field_and_reason({**told, "loc": one["loc"]})
+        listed.append(f"{field}: {reason}" if field else reason)
+        param = param if len(listed) > 1 else field
+    if len(found) > MAX_LISTED_ERRORS:
+        listed.append(f"and {len(found) - MAX_LISTED_ERRORS} more errors")
+    return problem(request, InvalidRequest("; ".join(listed), param=param))
 
 
 def _from_http(request: Request, error: HTTPException) -> Response:
@@ -227,6 +233,15 @@ def _example(error: type[PDTrimError]) -> dict[str, Any]:
     ).model_dump(exclude_none=True)
 
 
+def _operations(paths: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The operations of some paths, and those that they call back."""
+    for operations in paths.values():
+        for operation in operations.values():
+            yield operation
+            for called in operation.get("callbacks", {}).values():
+                yield from _operations(called)
+
+
 def document(app: FastAPI) -> None:
     """Make the app's OpenAPI document say what `install` does: problems in place of FastAPI's validation errors."""
     generate = app.openapi
@@ -243,10 +258,9 @@ def document(app: FastAPI) -> None:
         for path, operations in schema["paths"].items():
             for operation in operations.values() if path.startswith("/v1/") else ():
                 _add_access(operation["responses"])
-        for operations in (*schema["paths"].values(), *schema["webhooks"].values()):
-            for operation in operations.values():
-                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
-                    del operation["responses"]["422"]  # It takes an id alone and answers 404, or is not ours.
+        for operation in _operations(schema["paths"]):
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]  # It takes an id alone and answers 404, or is not ours.
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

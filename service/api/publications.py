@@ -18,12 +18,15 @@ from service.api import examples
 from service.api.auth import declared
 from service.api.deps import DatabaseDep, JobId, SettingsDep
 from service.api.problems import documented
+from service.api.suggestions import only_known_parameters
 from service.checking.targets import check_push, targets
 from service.db import jobs, publications, views
 from service.db.session import transaction
 from service.db.specs import spec_of
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/publications", tags=["publications"], dependencies=[declared])
+router = APIRouter(
+    prefix="/v1/jobs/{job_id}/publications", tags=["publications"], dependencies=[declared, only_known_parameters]
+)
 
 
 @router.get(

@@ -42,18 +42,35 @@ from service.api.deps import (
     json_only,
 )
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType, documented
+from service.api.suggestions import only_known_parameters
 from service.db import deliveries, views, webhooks
 from service.db.session import transaction
 from service.settings import Settings
 from service.upkeep import webhooks as messages
 from service.upkeep.outbound import NotAllowed, check_url
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], dependencies=[declared])
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], dependencies=[declared, only_known_parameters])
 outgoing = APIRouter()
-"""What the service sends to webhooks, for the OpenAPI document."""
+"""What the service sends to webhooks, for the OpenAPI document: a callback of the request that makes one. Generators of
+clients make a method, and wrong code, of what stands in the document's own section of webhooks."""
 
 REFUSED_BODIES = (MalformedBody, BodyTooLarge, UnsupportedMediaType, InvalidRequest, UrlNotAllowed)
 REFUSED = (Unauthorized, MissingScope, WebhookNotFound, DependencyUnavailable)
+
+
+@outgoing.post(
+    "{$request.body#/url}",
+    tags=["webhooks"],
+    summary="An event, sent to a webhook",
+    operation_id="receive_message",
+    status_code=204,
+    responses={
+        204: {"description": "Taken, as is any answer of 200 to 299."},
+        410: {"description": "Send nothing more: the webhook is disabled. After anything else the message is retried."},
+    },
+)
+def receive_message(message: WebhookMessage) -> None:
+    """Signed with the headers `webhook-id`, `webhook-timestamp` and `webhook-signature` (standardwebhooks.com)."""
 
 
 @router.post(
@@ -61,6 +78,7 @@ REFUSED = (Unauthorized, MissingScope, WebhookNotFound, DependencyUnavailable)
     status_code=201,
     summary="Create a webhook",
     operation_id="create_webhook",
+    callbacks=outgoing.routes,
     response_model=NewSecret,
     dependencies=[Depends(json_only)],
     responses={
@@ -229,21 +247,6 @@ def resend_delivery(webhook_id: WebhookId, delivery_id: DeliveryId, database: Da
     """Send a message again, delivered or not, under the same `webhook-id` and with all its attempts before it."""
     with transaction(database) as session:
         return Delivery.model_validate(deliveries.resend(session, webhook_id, delivery_id))
-
-
-@outgoing.post(
-    "message",
-    tags=["webhooks"],
-    summary="An event, sent to a webhook",
-    operation_id="receive_message",
-    status_code=204,
-    responses={
-        204: {"description": "Taken, as is any answer of 200 to 299."},
-        410: {"description": "Send nothing more: the webhook is disabled. After anything else the message is retried."},
-    },
-)
-def receive_message(message: WebhookMessage) -> None:
-    """Signed with the headers `webhook-id`, `webhook-timestamp` and `webhook-signature` (standardwebhooks.com)."""
 
 
 def _allowed(url: str, settings: Settings) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from service.sources.errors import ForbiddenSource, InvalidSource
 from service.storage.store import checked_key
@@ -15,6 +15,7 @@ MAX_LENGTH = 1024
 TEXT_SUFFIXES = (".txt", ".jsonl")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)*")
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+HUB_URL = re.compile(r"https://huggingface\.co/(datasets/)?")
 HUB_CONFIG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 
 
@@ -99,7 +100,10 @@ def parse_model_source(text: str) -> ModelSource:
         if len(parts) != 2 or parts[0] == "datasets" or not all(map(HUB_NAME.fullmatch, parts)):
             raise InvalidSource("A model on the hub is given as hf://organisation/name.")
         return HubModel("/".join(parts))
-    raise InvalidSource("A model is given as reference, file:///folder, s3://bucket/prefix or hf://organisation/name.")
+    raise InvalidSource(
+        "A model is given as reference, file:///folder, s3://bucket/prefix or hf://organisation/name."
+        + _meant(text, hub="hf://")
+    )
 
 
 def parse_text_source(text: str) -> TextSource:
@@ -127,8 +131,24 @@ def parse_text_source(text: str) -> TextSource:
         return HubDataset("/".join(parts[:2]), *parts[2:])
     raise InvalidSource(
         "A text is given as builtin:stdlib, file:///….txt, file:///….jsonl, s3://bucket/….txt, s3://bucket/….jsonl or "
-        "hf://datasets/organisation/name."
+        "hf://datasets/organisation/name." + _meant(text, hub="hf://datasets/")
     )
+
+
+def _meant(text: str, *, hub: str) -> str:
+    """What a source without its scheme may have meant, as a sentence; nothing where that cannot be told."""
+    repo = HUB_URL.sub("", text)
+    if (
+        not text.startswith(("/", ".", "~"))
+        and len(parts := repo.split("/")) == 2
+        and all(map(HUB_NAME.fullmatch, parts))
+    ):
+        return f" Did you mean {hub}{repo}?"
+    if text.startswith("/"):
+        return f" Did you mean file://{quote(text)}?"
+    if text.startswith(("./", "../", "~")):
+        return " A path on this machine is given whole, as file:///home/me/model."
+    return ""
 
 
 def check_prefix(prefix: str) -> None:

@@ -13,10 +13,12 @@ from pydantic import ValidationError
 
 from pdtrim.contract.spec import JobSpec
 from service.api.problems import field_and_reason
+from service.api.suggestions import with_suggestion
 
 REST = "rest"
 """The field for JSON that the other fields do not cover."""
 LABELS = "metadata"
+MAX_ERRORS = 50
 WHOLE = ""
 """Where errors go that belong to no field."""
 SECTIONS: Mapping[str, Mapping[str, str]] = {
@@ -138,12 +140,18 @@ def to_spec(typed: Mapping[str, str]) -> JobSpec:
         return JobSpec.model_validate(content)
     except ValidationError as error:
         found: dict[str, list[str]] = {}
-        for one in error.errors():
-            path, reason = field_and_reason({**one, "loc": ("body", *one["loc"])})
+        for one in error.errors()[:MAX_ERRORS]:
+            told = with_suggestion(one, _schema(), _schema())
+            path, reason = field_and_reason({**told, "loc": ("body", *one["loc"])})
             at = place(path)
             named = path is None or at == path or at.startswith(f"{path}.")
             found.setdefault(at, []).append(reason if named else f"{path}: {reason}")
         raise Unreadable(found) from error
+
+
+@cache
+def _schema() -> Mapping[str, Any]:
+    return JobSpec.model_json_schema()
 
 
 def place(path: str | None) -> str:

@@ -62,7 +62,7 @@ def test_a_job_is_made_followed_cut_and_downloaded_without_blocking(gateway: Liv
             (path,) = await job.download(tmp_path / "to", only="decode/")
             assert path.read_bytes() == b"{}"
             assert [one.name async for one in job.artifacts(stage=StageName.REMOVAL)] == ["plan.json"]
-            assert [one.id for one in (await client.jobs(metadata={"cut": "smaller"})).data] == [other.id]
+            assert [one.id for one in (await client.page(metadata={"cut": "smaller"})).data] == [other.id]
             with pytest.raises(ServiceError, match="no set of 5"):
                 await job.export(prefill=2, decode=5)
 
@@ -89,7 +89,7 @@ def test_an_export_whose_answer_is_lost_is_sent_again_and_makes_one_job(gateway:
     with relay(gateway.settings.port, break_after=[1]) as broken, Client(broken.url, patience_s=20) as through:
         cut = through.export(job_id, prefill=2, decode=4)
 
-        assert [job.id for job in through.jobs().data] == [cut.id, job_id]
+        assert [job.id for job in through.page().data] == [cut.id, job_id]
         assert through.create(gateway.played.spec, idempotency_key="k") == through.create(
             gateway.played.spec, idempotency_key="k"
         )

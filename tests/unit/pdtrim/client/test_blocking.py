@@ -13,10 +13,20 @@ import httpx
 import pytest
 from httpx_sse import ServerSentEvent
 
-from pdtrim.client import Client, ClientError, CorruptDownload, ServiceError, ServiceUnreachable, UnexpectedAnswer
+from pdtrim.client import (
+    Client,
+    ClientError,
+    CorruptDownload,
+    JobFailed,
+    NothingToDownload,
+    ServiceError,
+    ServiceUnreachable,
+    UnexpectedAnswer,
+    core,
+)
 from pdtrim.client.transports import BlockingTransport
 from pdtrim.contract.errors import QueueQuotaExceeded
-from pdtrim.contract.jobs import Artifact, JobStatus, StageName
+from pdtrim.contract.jobs import Artifact, ErrorInfo, JobStatus, StageName
 from pdtrim.contract.spec import JobSpec
 from service.api import events as api_events
 from service.api import problems
@@ -62,11 +72,35 @@ def test_jobs_are_created_shown_listed_and_cancelled(gateway: LiveGateway, clien
     cancelled = client.cancel(second.id)
 
     assert client.get(first.id).spec == spec
-    assert [job.id for job in client.jobs().data] == [second.id, first.id]
-    assert [job.id for job in client.jobs(limit=1, after=second.id).data] == [first.id]
-    assert [job.id for job in client.jobs(status=JobStatus.CANCELLED).data] == [second.id]
-    assert [job.id for job in client.jobs(metadata={"team": "serving"}).data] == [first.id]
+    assert [job.id for job in client.page().data] == [second.id, first.id]
+    assert [job.id for job in client.page(limit=1, after=second.id).data] == [first.id]
+    assert [job.id for job in client.page(status=JobStatus.CANCELLED).data] == [second.id]
+    assert [job.id for job in client.page(metadata={"team": "serving"}).data] == [first.id]
     assert cancelled.status == JobStatus.CANCELLED
+
+
+def test_all_jobs_come_page_by_page(client: Client, gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "PAGE", 2)
+    made = [client.create({**gateway.played.spec, "metadata": {"of": str(number % 2)}}).id for number in range(5)]
+
+    assert [job.id for job in client.jobs()] == made[::-1]
+    assert [job.id for job in client.jobs(metadata={"of": "0"})] == made[::-2]
+    assert next(client.jobs()).cancel().status == JobStatus.CANCELLED
+
+
+def test_waiting_for_a_job_that_fails_says_why_and_what_to_do(gateway: LiveGateway, client: Client) -> None:
+    failed = client.create(gateway.played.spec)
+    gateway.played.fail(failed.id, StageName.SCORING, ErrorInfo(code="out_of_memory", message="the GPU is full"))
+    cancelled = client.create(gateway.played.spec).cancel()
+
+    with pytest.raises(JobFailed, match=r"the GPU is full \(out_of_memory\) Resume it on a worker with more") as raised:
+        failed.wait()
+    assert (raised.value.code, raised.value.job.status) == ("out_of_memory", JobStatus.FAILED)
+    with pytest.raises(JobFailed, match=f"{cancelled.id} was cancelled") as stopped:
+        cancelled.wait()
+    assert (stopped.value.code, stopped.value.remedy) == (None, None)
+    with pytest.raises(NothingToDownload, match=f"{failed.id} is failed and has no file of its checkpoints"):
+        failed.download()
 
 
 def test_a_refusal_carries_the_problem(client: Client) -> None:
@@ -89,9 +123,23 @@ def test_an_id_stays_one_part_of_the_path(client: Client, job_id: str) -> None:
 def test_a_key_is_sent(tmp_path: Path, model: Path) -> None:
     settings = Settings(data_dir=tmp_path / "data", api_key="secret", allowed_sources=["builtin:"])
     with live(settings, model) as gateway, Client(gateway.url) as keyless, Client(gateway.url, api_key="secret") as one:
-        assert one.jobs().data == []
+        assert one.page().data == []
         with pytest.raises(ServiceError, match="API key"):
-            keyless.jobs()
+            keyless.page()
+
+
+def test_the_environment_says_where_the_service_is_and_its_key(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PDTRIM_URL", raising=False)
+    assert repr(Client()) == "Client('http://127.0.0.1:8000')"
+    settings = Settings(data_dir=tmp_path / "data", api_key="secret", allowed_sources=["builtin:"])
+    with live(settings, model) as gateway:
+        monkeypatch.setenv("PDTRIM_URL", gateway.url)
+        monkeypatch.setenv("PDTRIM_API_KEY", "secret")
+        assert list(Client().jobs()) == []
+        with pytest.raises(ServiceError, match="API key"):
+            Client(api_key="another").page()
 
 
 def test_a_proxy_is_not_asked_for_this_machine(gateway: LiveGateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +169,7 @@ def test_a_service_that_is_not_there_is_named() -> None:
     with Client(url, patience_s=0) as client:
         assert not client.ready()
         with pytest.raises(ServiceUnreachable, match=rf"{url} does not answer.*pdtrim up"):
-            client.jobs()
+            client.page()
         with pytest.raises(ServiceUnreachable, match=f"{url} has not answered"):
             list(client.events("job_1"))
 
@@ -252,7 +300,7 @@ def test_a_create_whose_answer_is_lost_is_sent_again_and_makes_one_job(gateway: 
     with relay(gateway.settings.port, break_after=[1, 40]) as broken, Client(broken.url, patience_s=20) as through:
         job = through.create(gateway.played.spec)
 
-    assert [listed.id for listed in client.jobs().data] == [job.id]
+    assert [listed.id for listed in client.page().data] == [job.id]
     assert sum(request.startswith(b"POST /v1/jobs") for request in broken.requests) == 3
 
 
@@ -384,10 +432,10 @@ def test_reading_waits_as_long_as_the_service_asks(tmp_path: Path, model: Path) 
 
 def test_a_wait_beyond_the_clients_patience_is_an_error_at_once(tmp_path: Path, model: Path) -> None:
     with limited(tmp_path, model, rate_limit="1/hour") as gateway, Client(gateway.url, patience_s=5) as client:
-        client.jobs()
+        client.page()
         started = time.monotonic()
         with pytest.raises(ServiceError, match="Too many requests") as refused:
-            client.jobs()
+            client.page()
 
     assert refused.value.retry_after is not None
     assert refused.value.retry_after > 5
@@ -413,4 +461,4 @@ def test_a_create_waits_for_room_in_the_queue(tmp_path: Path, model: Path, monke
         threading.Timer(0.2, gateway.played.claim, (first.id, StageName.SCORING)).start()
         second = client.create(gateway.played.spec)
 
-        assert [job.id for job in client.jobs().data] == [second.id, first.id]
+        assert [job.id for job in client.page().data] == [second.id, first.id]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,8 +98,7 @@ def test_the_document_refers_only_to_schemas_it_has(document: dict[str, Any]) ->
                 yield from references(value)
 
     schemas = document["components"]["schemas"]
-    for part in ("paths", "webhooks"):
-        assert {name.rpartition("/")[2] for name in references(document[part])} <= schemas.keys()
+    assert {name.rpartition("/")[2] for name in references(document["paths"])} <= schemas.keys()
     assert "HTTPValidationError" not in schemas
     assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
 
@@ -122,9 +122,9 @@ def test_webhook_examples_are_valid() -> None:
 
 
 def test_the_message_that_webhooks_are_sent_is_described(document: dict[str, Any]) -> None:
-    (message,) = document["webhooks"].values()
+    (called,) = document["paths"]["/v1/webhooks"]["post"]["callbacks"]["receive_message"].values()
 
-    assert message["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/WebhookMessage")
+    assert called["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/WebhookMessage")
 
 
 def test_response_examples_are_what_the_models_give() -> None:
@@ -164,6 +164,22 @@ def test_a_client_can_be_generated_that_has_a_type_for_the_result_of_each_stage(
 
 def test_documentation_page_is_there(gateway: Gateway) -> None:
     assert "/openapi.json" in gateway.client.get("/docs").text
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_the_pages_of_the_interface_load_nothing_from_elsewhere(gateway: Gateway, path: str) -> None:
+    page = gateway.client.get(path).text
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
+
+    assert len(loaded) >= 2
+    assert all(gateway.client.get(one).status_code == 200 for one in loaded)
+    assert "//" not in "".join(loaded)
+
+
+def test_the_root_leads_to_the_dashboard(gateway: Gateway) -> None:
+    answer = gateway.client.get("/", follow_redirects=False)
+
+    assert (answer.status_code, answer.headers["location"]) == (307, "/ui")
 
 
 def test_methods_come_with_a_schema_that_names_every_parameter(gateway: Gateway) -> None:

@@ -44,11 +44,11 @@ def test_a_key_is_made_used_listed_and_revoked(settings: Settings, model: Path, 
         with Client(gateway.url, api_key=made["key"]) as client:
             job = client.create(gateway.played.spec)
             listed = [json.loads(line) for line in pdtrim_keys("list", "--json").output.splitlines()]
-            assert [one.id for one in client.jobs().data] == [job.id]
+            assert [one.id for one in client.page().data] == [job.id]
 
             revoked = json.loads(pdtrim_keys("revoke", made["prefix"], "--json").output)
             with pytest.raises(ServiceError, match="API key"):
-                client.jobs()
+                client.page()
 
     assert listed == [{name: value for name, value in made.items() if name != "key"}]
     assert (made["project"], made["scopes"], made["revoked_at"]) == ("serving", ["read", "submit"], None)

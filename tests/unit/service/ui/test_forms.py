@@ -54,7 +54,7 @@ def test_an_unticked_box_is_false() -> None:
         ({"metadata": "serving"}, "metadata", "key=value"),
         ({"metadata": "bad key=1"}, "metadata", "pattern"),
         ({"rest": '{"search": {"protect": [1, 1]}}'}, "rest", "search.protect: block 1 is listed twice"),
-        ({"rest": '{"serach": {}}'}, "rest", "serach: Extra inputs"),
+        ({"rest": '{"serach": {}}'}, "rest", "serach: there is no such field; did you mean search?"),
         ({"rest": "{"}, "rest", "line 1, column 2"),
         ({"rest": "[1]"}, "rest", "object"),
         ({"rest": '{"a": ' * 30 + "1" + "}" * 30}, "rest", "too deeply"),
