@@ -74,7 +74,7 @@ class Frontier(AnswerModel):
         searched = self.decode[0]
         of_prefill = self._point("prefill", [self.chosen.prefill, searched, *self.prefill], prefill)
         if prefill == decode:
-            return Cut(of_prefill, of_prefill)
+            return Cut(of_prefill, of_prefill, of_prefill.loss)
         of_decode = self._point("decode", [self.chosen.decode, *self.decode], decode)
         if missing := set(of_prefill.removed) - set(of_decode.removed):
             raise SetsNotNested(
@@ -83,7 +83,8 @@ class Frontier(AnswerModel):
                 f"that gives up {searched.remove_blocks}; take that, equal counts, or a new job.",
                 param="decode.remove_blocks",
             )
-        return Cut(of_prefill, of_decode)
+        beside_searched = set(of_prefill.removed) == set(searched.removed)
+        return Cut(of_prefill, of_decode, of_decode.loss if beside_searched else None)
 
     def _point(self, half: str, points: Sequence[FrontierPoint], count: int) -> FrontierPoint:
         found = next((point for point in points if point.remove_blocks == count), None)
@@ -103,6 +104,9 @@ class Cut:
 
     prefill: FrontierPoint
     decode: FrontierPoint
+    loss: float | None
+    """Of the pair, or of the one checkpoint for both; None where the search measured this decode half beside another
+    prefill half alone."""
 
 
 def _points(found: Sequence[FrontierSet], bound: Bound | None) -> list[FrontierPoint]:

@@ -119,7 +119,8 @@ class ExportPage:
     prefill_counts: Sequence[int]
     decode_counts: Sequence[int]
     map: BlockMap | None
-    losses: Mapping[str, str]
+    measured: str
+    """What the search knows of the two halves that are chosen, as a sentence."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,22 @@ def export_page(job: Job, frontier: Frontier, prefill: int, decode: int, cut: Cu
         prefill_counts=_counts(frontier.prefill, frontier.chosen.prefill, prefill),
         decode_counts=_counts([*frontier.decode, *frontier.unified], frontier.chosen.decode, decode),
         map=made,
-        losses={} if cut is None else {"prefill": f"{cut.prefill.loss:.4f}", "decode": f"{cut.decode.loss:.4f}"},
+        measured="" if cut is None else _measured(cut, frontier),
+    )
+
+
+def _measured(cut: Cut, frontier: Frontier) -> str:
+    """What the search knows of a cut."""
+    prefill = f"{cut.prefill.loss:.4f}"
+    if cut.prefill == cut.decode:
+        return f"One unified checkpoint for both halves: loss {prefill}. It is before distillation."
+    if cut.loss is not None:
+        of_pair = f"{cut.loss:.4f} for the pair on continuations"
+        return f"A pair: loss {prefill} for prefill, {of_pair}. Both are before distillation."
+    return (
+        f"A pair: loss {prefill} for prefill, before distillation. The two were not measured together: the search put "
+        f"this decode half beside a prefill half that gives up {frontier.decode[0].remove_blocks}, where it lost "
+        f"{cut.decode.loss:.4f}. The new job measures them."
     )
 
 

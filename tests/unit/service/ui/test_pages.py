@@ -220,6 +220,10 @@ def test_a_jobs_page_shows_what_was_found_and_what_an_export_would_give_up(unloc
 
     export = browser.get(f"/ui/jobs/{job}/exports/new?prefill=1&decode=2").text
     assert "0.3000 for the pair" in export
+    apart = browser.get(f"/ui/jobs/{job}/exports/new?prefill=0&decode=2").text
+    assert "were not measured together" in apart
+    assert "beside a prefill half that gives up 1, where it lost 0.3000" in apart
+    assert "for the pair on continuations" not in apart
     impossible = browser.get(f"/ui/jobs/{job}/exports/new?prefill=1&decode=5")
     assert impossible.status_code == 422
     assert "no set of 5 blocks" in impossible.text
