@@ -7,7 +7,8 @@ from typing import Any
 
 import reference
 
-MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- generated: (\w+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
+"""Between the two stands, for readers of the repository, where to find what is put in its place."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

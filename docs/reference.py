@@ -95,7 +95,8 @@ def http() -> str:
         sections.append(f"## {tag['name'].capitalize()}\n\n{tag['description']}")
         sections += [_operation(title, one, link) for name, title, one in operations if name == tag["name"]]
     sections.append("## Messages to webhooks")
-    sections += [_operation(name, way["post"], link) for name, way in document["webhooks"].items()]
+    called = document["paths"]["/v1/webhooks"]["post"]["callbacks"]
+    sections += [_operation(name, way["post"], link) for name, ways in called.items() for way in ways.values()]
     sections.append("## Objects")
     for name in named:
         if "properties" in (schema := schemas[name]):
