@@ -1,4 +1,4 @@
-"""Gateway processes under load: as `pdtrim serve` runs them, with one route more that does nothing."""
+"""Gateway processes under load: as `pdtrim gateway` runs them, with one route more that does nothing."""
 
 from __future__ import annotations
 

@@ -54,4 +54,4 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"PDTRIM_PORT\"]}/healthz', timeout=2)"]
 ENTRYPOINT ["pdtrim"]
-CMD ["serve"]
+CMD ["gateway"]

@@ -27,7 +27,7 @@ class Operating(NamedTuple):
 OPERATING = {
     "demo": Operating("worker", "Prune the reference model once, end to end over HTTP."),
     "up": Operating("worker", "Run the whole service here: gateway, worker, SQLite and a folder of artifacts."),
-    "serve": Operating("service", "Run the gateway alone; workers run elsewhere."),
+    "gateway": Operating("service", "Run the gateway alone; workers run elsewhere."),
     "worker": Operating("worker", "Run one worker, on the GPU if there is one."),
     "ping": Operating("service", "Ask the workers of this machine for a sign of life."),
     "reconcile": Operating("service", "Run the reconciler alone."),

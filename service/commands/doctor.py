@@ -23,7 +23,7 @@ def doctor(as_json: Json = False) -> None:
 
     Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… PDTRIM_BROKER_URL=redis://… pdtrim doctor`
     """
-    # As for `serve`: the S3 library takes its time to import.
+    # As for `gateway`: the S3 library takes its time to import.
     from service.commands.installation import examine
 
     found = []

@@ -141,7 +141,7 @@ class Embedded:
             "PDTRIM_SHUTDOWN_SECONDS": "0",
             "PYTHONUNBUFFERED": "1",
         }
-        self._gateway = Child("gateway", "serve", environment, self.logs / "gateway.log")
+        self._gateway = Child("gateway", "gateway", environment, self.logs / "gateway.log")
         self._worker = Child("worker", "worker", environment, self.logs / "worker.log")
         self._stopping, self._ended = Event(), Event()
         self._failure: EmbeddedFailure | None = None

@@ -74,10 +74,10 @@ def _require_worker() -> None:
         fail(f"a worker needs {', '.join(missing)}: pip install 'pdtrim[worker]'")
 
 
-def serve() -> None:
+def gateway() -> None:
     """Run the gateway alone, on PDTRIM_HOST and PDTRIM_PORT; workers run elsewhere.
 
-    Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… PDTRIM_BROKER_URL=redis://… pdtrim serve`
+    Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… PDTRIM_BROKER_URL=redis://… pdtrim gateway`
     """
     # Only this command needs the web framework, and every command waits for what is imported above.
     import uvicorn
@@ -162,7 +162,7 @@ def reconcile() -> None:
 
     Example: `PDTRIM_DATABASE_URL=… PDTRIM_BROKER_URL=… PDTRIM_ARTIFACTS_URL=… pdtrim reconcile`
     """
-    # As for `serve`: the S3 library takes its time to import.
+    # As for `gateway`: the S3 library takes its time to import.
     from service.storage import open_store
     from service.upkeep.reconciler import Reconciler
 

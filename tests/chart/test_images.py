@@ -50,7 +50,7 @@ def test_an_image_is_not_root_and_hears_its_signals(dockerfile: Path) -> None:
     (entry_point,), (command,) = instructions(dockerfile, "ENTRYPOINT"), instructions(dockerfile, "CMD")[-1:]
     # As JSON lists no shell comes between the process and its signals.
     assert json.loads(entry_point) == ["pdtrim"]
-    assert json.loads(command) in (["serve"], ["worker"])
+    assert json.loads(command) in (["gateway"], ["worker"])
     assert instructions(dockerfile, "STOPSIGNAL") == ["SIGTERM"]
     assert len(instructions(dockerfile, "HEALTHCHECK")) == 1
 

@@ -1,4 +1,4 @@
-"""The gateway, as `pdtrim serve` starts it, and requests whose head has no end."""
+"""The gateway, as `pdtrim gateway` starts it, and requests whose head has no end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PIECE = b"x: " + b"y" * 4093 + b"\r\n"
 @pytest.fixture
 def address(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[str, int]]:
     (port,) = free_ports(1)
-    with running(["serve"], environment | {"PDTRIM_PORT": str(port)}, tmp_path / "gateway.log"):
+    with running(["gateway"], environment | {"PDTRIM_PORT": str(port)}, tmp_path / "gateway.log"):
         wait_until(lambda: _answers(port), what="the gateway to answer")
         yield ("127.0.0.1", port)
 

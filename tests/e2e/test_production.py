@@ -43,7 +43,7 @@ def test_a_job_whose_message_was_lost_gives_a_pair_whose_files_alone_reproduce_t
 ) -> None:
     model = write_tiny_model(tmp_path / "model")
     url = f"http://127.0.0.1:{production['PDTRIM_PORT']}"
-    with running(["serve"], production, tmp_path / "gateway.log"), Client(url, api_key="a-long-secret") as client:
+    with running(["gateway"], production, tmp_path / "gateway.log"), Client(url, api_key="a-long-secret") as client:
         wait_until(client.ready, what="the gateway to be ready")
         job_id = client.create(tiny_spec(model, queue="gpu-80g")).id
         with redis.Redis.from_url(production["PDTRIM_BROKER_URL"]) as broker:

@@ -27,7 +27,7 @@ from tests.servers import Postgres
 ROOT = Path(__file__).parents[2]
 SCRATCH_BYTES = 48 << 20
 STOP_SECONDS = 20.0
-COMMANDS = {"gateway": "serve", "worker": "worker", "reconciler": "reconcile"}
+COMMANDS = {"gateway": "gateway", "worker": "worker", "reconciler": "reconcile"}
 MEMBERS = ("gateway", "gateway", "worker", "worker", "reconciler")
 
 

@@ -73,7 +73,7 @@ def main(kills: int, seed: int) -> int:
         (port,) = free_ports(1)
         environment = _environment(data_dir, kills) | {"PDTRIM_PORT": str(port)}
         url = f"http://127.0.0.1:{port}"
-        with running(["serve"], environment, folder / "gateway.log"), Client(url) as client:
+        with running(["gateway"], environment, folder / "gateway.log"), Client(url) as client:
             wait_until(client.ready, what="the gateway to be ready")
             unbroken = client.create(spec).id
             _end(client, unbroken, environment, folder)

@@ -32,7 +32,7 @@ def test_every_extra_that_is_named_exists() -> None:
 
 
 def test_a_command_whose_extra_is_missing_says_how_to_install_it() -> None:
-    for name, extra in (("up", "worker"), ("serve", "service"), ("keys", "service")):
+    for name, extra in (("up", "worker"), ("gateway", "service"), ("keys", "service")):
         run = [sys.executable, "-c", WITHOUT_SERVICE, name, "--port", "1", "create"]
         ended = subprocess.run(run, capture_output=True, text=True, check=False)
         assert (ended.returncode, f"pip install 'pdtrim[{extra}]'" in ended.stderr) == (1, True), ended.stderr
