@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pdtrim.command import exports, jobs, webhooks
+from pdtrim.command import exports, jobs, serve, webhooks
 from pdtrim.command.operating import OPERATING, operating_commands
 
 
@@ -49,6 +49,7 @@ JOBS: tuple[Callable[..., None], ...] = (
     exports.frontier,
     exports.export,
     exports.compare,
+    serve.serve,
 )
 for command in JOBS:
     app.command(rich_help_panel="Jobs")(command)
