@@ -19,6 +19,7 @@ from service.api import (
     exports,
     health,
     jobs,
+    manifests,
     methods,
     metrics,
     problems,
@@ -74,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = GatewayMetrics()
     app.state.gate, app.state.sessions = Gate(settings), Sessions(settings.session_secret)
-    nouns = (jobs, events, artifacts, exports, publications, webhooks, methods, health, metrics)
+    nouns = (jobs, events, artifacts, exports, manifests, publications, webhooks, methods, health, metrics)
     for router in (noun.router for noun in nouns):
         app.include_router(router)
     problems.install(app)

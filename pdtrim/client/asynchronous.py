@@ -42,6 +42,7 @@ class _JobMethods:
     delete = _of_job(Jobs["AsyncClientJob"].delete)
     frontier = _of_job(Jobs["AsyncClientJob"].frontier)
     export = _of_job(Jobs["AsyncClientJob"].export)
+    manifests = _of_job(Jobs["AsyncClientJob"].manifests)
     artifacts = _of_job(Jobs["AsyncClientJob"].artifacts)
     download = _of_job(Jobs["AsyncClientJob"].download_all)
 

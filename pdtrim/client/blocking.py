@@ -93,6 +93,7 @@ class _JobMethods:
     delete = _of_job(Jobs["ClientJob"].delete)
     frontier = _of_job(Jobs["ClientJob"].frontier)
     export = _of_job(Jobs["ClientJob"].export)
+    manifests = _of_job(Jobs["ClientJob"].manifests)
     artifacts = _iterating_of_job(Jobs["ClientJob"].artifacts)
     download = _of_job(Jobs["ClientJob"].download_all)
 
@@ -181,6 +182,7 @@ class Client:
     resume = _blocking(Jobs[ClientJob].resume)
     delete = _blocking(Jobs[ClientJob].delete)
     frontier = _blocking(Jobs[ClientJob].frontier)
+    manifests = _blocking(Jobs[ClientJob].manifests)
     export = _blocking(Jobs[ClientJob].export)
     artifacts = _iterating(Jobs[ClientJob].artifacts)
     download = _blocking(Jobs[ClientJob].download)

@@ -35,6 +35,7 @@ from pdtrim.client.notebook import NotebookEstimate, NotebookFrontier, live_prog
 from pdtrim.client.transports import Transport
 from pdtrim.contract.checkpoints import checkpoint_files
 from pdtrim.contract.jobs import Artifact, Event, Job, JobStatus, Page, StageName
+from pdtrim.contract.manifests import Runtime
 from pdtrim.contract.spec import JobSpec
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -199,6 +200,20 @@ class Jobs(Generic[J]):
         counts: dict[str, Any] = {"prefill": {"remove_blocks": prefill}, "decode": {"remove_blocks": decode}}
         labels = {} if metadata is None else {"metadata": dict(metadata)}
         return await self._submit(f"{job_path(job_id)}/exports", counts | labels, idempotency_key)
+
+    async def manifests(
+        self,
+        job_id: str,
+        runtime: Runtime | str,
+        *,
+        device: str | None = None,
+        sequences: int | None = None,
+        tokens: int | None = None,
+        image: str | None = None,
+    ) -> str:
+        """YAML that serves the job's checkpoints by a runtime, such as `compose` or `vllm` (plain Kubernetes)."""
+        params = given(runtime=runtime, device=device, sequences=sequences, tokens=tokens, image=image)
+        return (await self._sender.ask("GET", f"{job_path(job_id)}/manifests", params=params)).text
 
     async def wait(self, job_id: str, *, progress: bool | Callable[[Event], None] = False) -> J:
         """The job once it has succeeded; a paused one is waited for.

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pdtrim.command import exports, jobs, serve, webhooks
+from pdtrim.command import exports, jobs, manifests, serve, webhooks
 from pdtrim.command.operating import OPERATING, operating_commands
 
 
@@ -50,6 +50,7 @@ JOBS: tuple[Callable[..., None], ...] = (
     exports.export,
     exports.compare,
     serve.serve,
+    manifests.manifests,
 )
 for command in JOBS:
     app.command(rich_help_panel="Jobs")(command)

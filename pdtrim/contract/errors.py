@@ -71,6 +71,10 @@ class NoFrontier(PDTrimError):
     code, title, status = "no_frontier", "The job has no frontier yet", 409
 
 
+class NoCheckpoints(PDTrimError):
+    code, title, status = "no_checkpoints", "The job has no checkpoints yet", 409
+
+
 class NoSuchPoint(PDTrimError):
     code, title, status = "no_such_point", "The frontier has no set of that size", 422
 

@@ -144,6 +144,8 @@ def paired(prefill: ServedCheckpoint, decode: ServedCheckpoint) -> ServedPair:
         raise NotServable(f"a {prefill.role} and a {decode.role} checkpoint are no pair")
     if prefill.job != decode.job:
         raise NotServable(f"the halves come from different jobs, {prefill.job} and {decode.job}")
+    if prefill.first_token != decode.first_token:
+        raise NotServable("the halves name different first tokens: one of them was edited")
     if prefill.kv_layer_map != decode.kv_layer_map:
         raise NotServable("the halves have different KV layer maps: one of them was edited")
     if len(decode.kv_layer_map) != decode.layers or any(

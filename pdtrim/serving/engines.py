@@ -10,10 +10,15 @@ from typing import Literal
 from pdtrim.serving.checkpoints import Half, ServedPair, Sizes
 
 Device = Literal["cpu", "cuda"]
-CONNECTOR = "PDTrimNixlAnyProxyConnector"
-CONNECTOR_MODULE = "prototype"
-FIRST_TOKEN = "prototype:FirstTokenOfPrefill"
-"""The logits processor that has decode say prefill's first token."""
+CONNECTOR = "PDTrimConnector"
+CONNECTOR_MODULE = "pdtrim_vllm.connector"
+FIRST_TOKEN: Mapping[Device, str] = {
+    "cpu": "pdtrim_vllm.first_token:FirstToken",
+    "cuda": "pdtrim_vllm.first_token_v2:FirstToken",
+}
+"""The logits processor that has decode say prefill's first token where the pair is made for that, and refuses requests
+that cannot be answered right. On GPUs vLLM's model runner takes those of its second kind.
+"""
 VLLM_VERSION = "0.32.0"
 ROUTER_VERSION = "0.1.17"
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
@@ -72,8 +77,8 @@ def engine_options(serving: Serving, half: Half) -> tuple[str, ...]:
     if pair.windowed:
         # The halves share memory between their layers differently otherwise, and the map could not be applied.
         options.append("--disable-hybrid-kv-cache-manager")
-    if half == "decode" and not pair.unified and pair.decode.first_token == "prefill":
-        options += ["--logits-processors", FIRST_TOKEN]
+    if half == "decode":
+        options += ["--logits-processors", FIRST_TOKEN[serving.device]]
     if serving.device == "cpu":
         # Compiling takes minutes there, and gains nothing for a trial.
         options.append("--enforce-eager")

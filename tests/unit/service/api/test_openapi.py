@@ -46,6 +46,7 @@ def test_operations_have_readable_ids_tags_and_summaries(document: dict[str, Any
         "head_artifact_content",
         "get_frontier",
         "create_export",
+        "get_manifests",
         "list_publications",
         "publish_job",
         "create_webhook",
