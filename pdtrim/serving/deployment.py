@@ -21,6 +21,13 @@ CHECKPOINTS = "/checkpoints"
 SIDE_PORT = 5600
 GIB = 1 << 30
 START_MINUTES = 30
+USER = 10001
+UNPRIVILEGED: Manifest = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "runAsNonRoot": True,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 
 
 @dataclass(frozen=True)
@@ -120,11 +127,7 @@ def engine_container(
         "readinessProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5},
         "livenessProbe": {**health, "periodSeconds": 20, "timeoutSeconds": 10, "failureThreshold": 6},
         "resources": engine_resources(deployment, half),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": UNPRIVILEGED,
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *mounts],
     }
 
@@ -143,14 +146,13 @@ def fetch_containers(deployment: Deployment, half: Half) -> list[Manifest]:
             "name": "checkpoint",
             "image": FETCH_IMAGE,
             "args": fetch_arguments(deployment, folder),
-            "env": [{"name": name, "value": value} for name, value in store_variables(deployment).items()],
+            "env": [
+                {"name": name, "value": value}
+                for name, value in {"HOME": "/tmp", **store_variables(deployment)}.items()
+            ],
             "envFrom": [{"secretRef": {"name": STORE_SECRET, "optional": True}}],
             "resources": {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
-            "securityContext": {
-                "allowPrivilegeEscalation": False,
-                "capabilities": {"drop": ["ALL"]},
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
+            "securityContext": {**UNPRIVILEGED, "runAsUser": USER},
             "volumeMounts": [{"name": "checkpoints", "mountPath": CHECKPOINTS}],
         }
     ]

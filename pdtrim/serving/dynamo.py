@@ -69,7 +69,7 @@ def image(deployment: Deployment) -> str:
 def _component(deployment: Deployment, half: Half) -> Manifest:
     container = engine_container(deployment, half, name="main", port=PORT, mounts=[CHECKPOINTS_MOUNT])
     model, folder, *rest = container["args"]
-    # Dynamo's worker has no server of its own, and the operator gives it ports and probes.
+    # Dynamo's worker has no server of its own; the operator gives it ports and probes, its image a user.
     kept = {name: part for name, part in container.items() if name not in _OPERATORS}
     main = {
         **kept,
@@ -88,7 +88,7 @@ def _component(deployment: Deployment, half: Half) -> Manifest:
     }
 
 
-_OPERATORS = ("ports", "startupProbe", "readinessProbe", "livenessProbe")
+_OPERATORS = ("ports", "securityContext", "startupProbe", "readinessProbe", "livenessProbe")
 
 
 def _without(options: list[str], *names: str) -> list[str]:

@@ -7,6 +7,7 @@ from pdtrim.serving.deployment import (
     CHECKPOINTS_MOUNT,
     HALVES,
     SHARED_MEMORY,
+    UNPRIVILEGED,
     Deployment,
     Manifest,
     checkpoints_volume,
@@ -82,11 +83,7 @@ def _router_pod(deployment: Deployment) -> Manifest:
                 "startupProbe": {**health, "periodSeconds": 5, "failureThreshold": 400},
                 "readinessProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5},
                 "resources": {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "capabilities": {"drop": ["ALL"]},
-                    "seccompProfile": {"type": "RuntimeDefault"},
-                },
+                "securityContext": UNPRIVILEGED,
             }
         ],
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from functools import cache
 from typing import Any
 
 import helm_python
@@ -39,15 +38,6 @@ WARNING = 2
 scenarios = pytest.mark.parametrize("values", SCENARIOS.values(), ids=SCENARIOS.keys())
 
 
-@pytest.fixture
-def _schemas_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise all definitions, some megabytes, are read again for each document."""
-    monkeypatch.setattr(utils, "schema_contents", _schema_contents)
-
-
-_schema_contents = cache(utils.schema_contents)
-
-
 @scenarios
 def test_helm_finds_nothing_to_complain_about(values: Document) -> None:
     found = helm_python.lint(str(CHART), values, strict=True, namespace="ml", kube_version="1.33.0")
@@ -55,7 +45,6 @@ def test_helm_finds_nothing_to_complain_about(values: Document) -> None:
     assert [message for message in found["messages"] if message["severity"] >= WARNING] == []
 
 
-@pytest.mark.usefixtures("_schemas_read_once")
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @scenarios
 def test_every_document_is_one_that_kubernetes_knows(values: Document, version: str) -> None:
@@ -75,7 +64,6 @@ def test_every_kind_is_rendered_by_some_scenario() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.usefixtures("_schemas_read_once")
 def test_a_misspelt_key_would_be_found() -> None:
     (deployment,) = [d for d in render({}) if d["metadata"]["name"] == "pdtrim-gateway" and d["kind"] == "Deployment"]
     deployment = deepcopy(deployment)
