@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -68,8 +69,6 @@ def test_engines_on_one_device_leave_room_for_each_other() -> None:
 
 
 def test_a_command_can_be_pasted_into_a_shell() -> None:
-    import shlex
-
     for command in planned():
         words = shlex.split(command.shell().replace("\\\n", " "))
         assert words == [*(f"{name}={text}" for name, text in command.variables.items()), *command.arguments]
