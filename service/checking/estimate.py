@@ -213,8 +213,8 @@ def _warnings(
         )
     if prefill != decode:
         yield EstimateWarning(
-            message="Prefill and decode get different depths: the serving side has to hand over the KV cache by "
-            "`kv_layer_map` of pdtrim.json. Equal counts give one checkpoint that every runtime serves.",
+            message="Prefill and decode get different depths: vLLM serves such a pair with pdtrim-vllm (`pdtrim "
+            "serve`). Equal counts give one checkpoint that every runtime serves.",
             param="prefill.remove_blocks",
         )
     if max(evaluations.prefill, evaluations.decode) > MANY_SETS:
