@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pdtrim.command.connection import DEFAULT_URL, JobId, Key, Url, connected
+from pdtrim.client.transports import DEFAULT_URL
+from pdtrim.command.connection import JobId, Key, Url, connected
 from pdtrim.contract.manifests import Runtime
 
 

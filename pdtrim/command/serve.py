@@ -18,8 +18,9 @@ from typing import Annotated
 import httpx
 import typer
 
+from pdtrim.client.transports import DEFAULT_URL
 from pdtrim.command.children import ChildDied, Children, taken
-from pdtrim.command.connection import DEFAULT_URL, USAGE, Key, Url, connected, console, fail
+from pdtrim.command.connection import USAGE, Key, Url, connected, console, fail
 from pdtrim.command.jobs import fetch
 from pdtrim.serving.checkpoints import (
     Half,
@@ -89,10 +90,10 @@ def serve(
 
     Example: `pdtrim serve job_0198a3f25e0e7c52b3a0d1f3b6a4c7de --python vllm/bin/python`
     """
-    folders = _folders(checkpoints, data_dir, url, api_key)
     installed = _installed(python)
     if not dry_run:
         _require(python, installed)
+    folders = _folders(checkpoints, data_dir, url, api_key)
     pair = _pair(folders)
     try:
         serving = Serving(
@@ -137,8 +138,7 @@ def _folders(checkpoints: list[str], data_dir: Path, url: str, api_key: str | No
         fail(f"{one} is neither a folder nor a job. The gateway alone is started by `pdtrim gateway`.", code=USAGE)
     folder = (data_dir / "serving" / one).resolve()
     with connected(url, api_key) as client:
-        if not fetch(client, one, folder, None, ""):
-            fail(f"{one} has no checkpoints; `pdtrim show {one}` says how far it is")
+        fetch(client, one, folder, None, "")
     unified = folder / "unified"
     if unified.is_dir():
         return {"prefill": unified, "decode": unified}

@@ -74,7 +74,7 @@ def test_an_estimate_is_shown_with_its_warnings(gateway: LiveGateway, pdtrim: Pd
     shown = pdtrim("estimate", "-", input=said).output
 
     assert "Sets to evaluate" in shown
-    assert "kv_layer_map" in shown
+    assert "pdtrim-vllm" in shown
     assert json.loads(pdtrim("estimate", "-", "--json", input=said).output)["dense"]["blocks"] == 6
     refused = pdtrim("estimate", "-", input=said.replace('"remove_blocks": 2', '"remove_blocks": 60'))
     assert (refused.exit_code, "decode.remove_blocks" in refused.output) == (1, True)

@@ -119,7 +119,7 @@ def test_a_jobs_checkpoints_are_downloaded_first_and_have_manifests(tmp_path: Pa
         shown = serve(job, "--dry-run", "--data-dir", tmp_path / "here", "--url", gateway.url)
         applied = CliRunner().invoke(app, ["manifests", job, "--runtime", "vllm", "--url", gateway.url]).output
     assert [one["kind"] for one in yaml.safe_load_all(applied)] == ["Deployment", "Service"] * 3
-    assert (early.exit_code, "has no checkpoints" in early.output) == (1, True)
+    assert (early.exit_code, "has no file of its checkpoints" in early.output) == (1, True), early.output
     folder = tmp_path / "here" / "serving" / job
     assert f"--model {folder / 'prefill'}" in shown.output
     assert (folder / "decode" / "model.safetensors").read_bytes() == b"weights"
