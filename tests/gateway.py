@@ -21,6 +21,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
 from pdtrim.contract.jobs import ErrorInfo, StageName
+from pdtrim.contract.results import Result
 from service.app import create_app
 from service.db import stages
 from service.db.session import transaction
@@ -59,9 +60,11 @@ class Gateway:
         with transaction(self.database) as session:
             stages.record_progress(session, claim, progress=progress, message="halfway", data={"loss": 1.5})
 
-    def complete(self, claim: stages.Claim, artifacts: Sequence[stages.NewArtifact] = ()) -> None:
+    def complete(
+        self, claim: stages.Claim, artifacts: Sequence[stages.NewArtifact] = (), result: Result | None = None
+    ) -> None:
         """Record a stage's success."""
-        metrics = RESULTS[claim.stage].model_dump(mode="json")
+        metrics = (result or RESULTS[claim.stage]).model_dump(mode="json")
         with transaction(self.database) as session:
             stages.complete(session, claim, artifacts=artifacts, metrics=metrics, versions={"torch": "2"})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -34,6 +35,23 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pdtrim {version('pdtrim')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version_wanted: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What the help says stands at `app`."""
+
+
 JOBS: tuple[Callable[..., None], ...] = (
     exports.estimate,
     jobs.submit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from pdtrim.command.connection import (
     print_json,
 )
 from pdtrim.contract.jobs import Artifact, Job, JobStatus, StageName
-from pdtrim.display.jobs import artifact_table, job_page, job_table
+from pdtrim.display.jobs import artifact_table, job_page, job_table, what_next
 from pdtrim.display.progress import LiveProgress
 
 Watch = Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")]
@@ -61,6 +62,7 @@ def submitted(client: Client, job: Job, *, watch: bool, as_json: bool) -> None:
         print_json(job)
     elif watch:
         console.print(job_page(job))
+        console.print(what_next(job))
     else:
         console.print(job.id, highlight=False)
     if watch:
@@ -95,8 +97,12 @@ def jobs(
         page = client.page(limit=limit, status=status)
     if as_json:
         print_json(page)
+    elif page.data:
+        console.print(job_table(page.data, datetime.now(UTC)))
+    elif status is None:
+        console.print("There are no jobs yet. `pdtrim submit` makes one, its --help has an example.", soft_wrap=True)
     else:
-        console.print(job_table(page.data))
+        console.print(f"No job is {status}.")
 
 
 def show(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json = False) -> None:
@@ -126,6 +132,7 @@ def watch(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None, as_json: Json
         else:
             ended = follow(client, job)
             console.print(job_page(ended))
+            console.print(what_next(ended))
     _exit_with(ended)
 
 

@@ -47,7 +47,9 @@ class EarlierJob(AnswerModel):
     """The project's newest job that succeeded on the same model. Its specification may differ."""
 
     job_id: str
-    seconds: dict[StageName, float] = Field(description="What each stage took.")
+    seconds: dict[StageName, float] = Field(
+        description="What each stage took; without distillation, where that job healed nothing and this one will."
+    )
 
 
 class EstimateWarning(AnswerModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -21,6 +21,7 @@ from pdtrim.contract.results import (
     RemovalResult,
     ScoringResult,
 )
+from pdtrim.contract.spec import HalfTarget
 from pdtrim.display.quantities import duration, size
 from pdtrim.display.remedies import REMEDIES
 from pdtrim.display.rendering import evaluation_report, search_report
@@ -38,17 +39,37 @@ COLOURS = {
 }
 
 
-def job_table(jobs: Iterable[Job]) -> Table:
-    """One line a job."""
-    table = Table(box=None, header_style="bold")
+def job_table(jobs: Iterable[Job], now: datetime) -> Table:
+    """One line of at most 80 columns a job; `now` is what ages are counted from."""
+    table = Table(box=None, header_style="bold", caption="gives up: blocks of prefill, blocks of decode")
     table.add_column("job", no_wrap=True, min_width=ID_WIDTH)
-    for column in ("status", "model", "removes", "created"):
-        table.add_column(column, overflow="fold")
+    table.add_column("status", no_wrap=True)
+    table.add_column("gives up", no_wrap=True)
+    table.add_column("age", no_wrap=True, justify="right")
+    table.add_column("model", overflow="ellipsis")
     for job in jobs:
-        removes = f"prefill {job.spec.prefill}, decode {job.spec.decode}"
-        colour = COLOURS[job.status]
-        table.add_row(job.id, f"[{colour}]{job.status}", escape(job.spec.model.source), removes, when(job.created_at))
+        status, source = f"[{COLOURS[job.status]}]{job.status}", job.spec.model.source
+        gives_up = f"{_target(job.spec.prefill)}, {_target(job.spec.decode)}"
+        table.add_row(job.id, status, gives_up, age(now - job.created_at), escape(source.removeprefix("hf://")))
     return table
+
+
+def _target(half: HalfTarget) -> str:
+    bound = half.max_perplexity_increase
+    return str(half.remove_blocks) if bound is None else f"≤{bound:.0%}"
+
+
+def what_next(job: Job) -> str:
+    """The commands that people want of a job that has ended."""
+    if job.status == JobStatus.SUCCEEDED:
+        return (
+            f"\nNext: `pdtrim download {job.id} --to model` fetches the checkpoints,\n"
+            f"`pdtrim serve {job.id}` serves them,\n`pdtrim frontier {job.id}` shows what fewer blocks cost."
+        )
+    return (
+        f"\nNext: `pdtrim resume {job.id}` has it go on from its last saved state,\n"
+        f"`pdtrim delete {job.id}` deletes it with all that it left."
+    )
 
 
 def artifact_table(artifacts: Iterable[Artifact]) -> Table:
@@ -115,6 +136,15 @@ def _healed(found: Healing) -> str:
 
 def _removed(plan: HalfPlan) -> str:
     return ", ".join(map(str, plan.removed)) or "nothing"
+
+
+def age(passed: timedelta) -> str:
+    """About how long ago, in one unit."""
+    seconds = max(0, int(passed.total_seconds()))
+    for unit, long in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= long:
+            return f"{seconds // long} {unit}"
+    return f"{seconds} s"
 
 
 def when(moment: datetime) -> str:

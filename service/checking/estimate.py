@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from pdtrim.contract.architectures import architecture, is_tested
 from pdtrim.contract.blocks import limits
 from pdtrim.contract.estimate import (
@@ -17,7 +19,8 @@ from pdtrim.contract.estimate import (
     MemoryEstimate,
     SearchEstimate,
 )
-from pdtrim.contract.jobs import Stage, StageName
+from pdtrim.contract.jobs import AnyStage, StageName
+from pdtrim.contract.results import DistillationResult
 from pdtrim.contract.spec import HalfTarget, JobSpec
 from service.checking.preflight import num_blocks
 from service.sources import ModelDescription
@@ -31,6 +34,7 @@ MANY_SETS = 100_000
 HALF_PRECISION, SINGLE_PRECISION = 2, 4
 OPTIMISER = 12
 """Bytes for each trained parameter besides its weight: the gradient, and AdamW's two moments."""
+STAGE: TypeAdapter[AnyStage] = TypeAdapter(AnyStage)
 Role = Literal["dense", "unified", "prefill", "decode"]
 
 
@@ -83,7 +87,7 @@ def estimate(spec: JobSpec, model: ModelDescription, earlier: tuple[str, Sequenc
         checkpoints=checkpoints,
         evaluations=evaluations,
         memory_bytes=_memory(spec, shape, checkpoints),
-        earlier=None if earlier is None else _earlier(*earlier),
+        earlier=None if earlier is None else _earlier(spec, *earlier),
         warnings=list(_warnings(spec, model, shape, evaluations, prefill, decode)),
     )
 
@@ -160,8 +164,13 @@ def _memory(spec: JobSpec, shape: _Shape, checkpoints: Sequence[CheckpointEstima
     return MemoryEstimate(search=dense, distillation=dense + weights + OPTIMISER * trained)
 
 
-def _earlier(job_id: str, stages: Sequence[Any]) -> EarlierJob:
-    found = [Stage.model_validate(stage) for stage in stages]
+def _earlier(spec: JobSpec, job_id: str, stages: Sequence[Any]) -> EarlierJob:
+    """What an earlier job took; of distillation nothing, where it healed nothing and this job will."""
+    found = [
+        stage
+        for stage in map(STAGE.validate_python, stages)
+        if not (_heals(spec) and isinstance(stage.metrics, DistillationResult) and not stage.metrics.healed)
+    ]
     return EarlierJob(
         job_id=job_id,
         seconds={

@@ -26,6 +26,7 @@ from pdtrim.contract.spec import MAX_BLOCKS, DataSpec, HalfTarget, JobSpec, Mode
 from service.checking.targets import check_push
 from service.settings import Settings
 from service.sources import (
+    ForbiddenSource,
     ModelDescription,
     SourceError,
     check_allowed,
@@ -153,7 +154,15 @@ def _check_text(data: DataSpec, settings: Settings) -> None:
     if data.text is not None:
         return
     with _blamed_on("data.source"):
-        check_allowed(parse_text_source(data.origin), settings.allowed_sources)
+        try:
+            check_allowed(parse_text_source(data.origin), settings.allowed_sources)
+        except ForbiddenSource as error:
+            if data.source is not None:
+                raise
+            raise ForbiddenSource(
+                f"The job gives no text, which means {data.origin}, and that is not among PDTRIM_ALLOWED_SOURCES. Give "
+                "`data.source` or `data.text`, or have the operator add builtin: to the setting."
+            ) from error
         check_text(data.origin, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
 
 

@@ -38,3 +38,8 @@ class DistillationResult(Result):
     )
     prefill: Healing | None = Field(default=None, description="Null where there was nothing to train.")
     decode: Healing | None = None
+
+    @property
+    def healed(self) -> bool:
+        """Whether anything was trained."""
+        return self.prefill is not None or self.decode is not None

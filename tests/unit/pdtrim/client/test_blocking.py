@@ -199,7 +199,7 @@ def test_another_server_at_the_url_is_told_from_a_proxy_before_the_service(
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.serve_forever).start()
         with Client(f"http://127.0.0.1:{server.server_port}", patience_s=0) as client:
-            for ask in (client.jobs, lambda: list(client.events("job_1"))):
+            for ask in (client.page, lambda: list(client.events("job_1"))):
                 with pytest.raises(error):
                     ask()
         server.shutdown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,29 @@ def pdtrim(gateway: LiveGateway) -> Pdtrim:
     return lambda *arguments, **more: CliRunner().invoke(app, [*arguments, "--url", gateway.url], **more)
 
 
+def test_the_list_of_jobs_fits_a_narrow_terminal_and_says_how_to_begin(gateway: LiveGateway, pdtrim: Pdtrim) -> None:
+    narrow = {"env": {"COLUMNS": "80"}}
+    assert "There are no jobs yet. `pdtrim submit` makes one" in pdtrim("jobs", **narrow).output
+    made = [gateway.played.create() for _ in range(2)]
+
+    lines = pdtrim("jobs", **narrow).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[:4] for line in lines[1:3]] == [[job_id, "queued", "1,", "2"] for job_id in made[::-1]]
+
+
+def test_a_watched_job_ends_with_what_to_do_next(gateway: LiveGateway, pdtrim: Pdtrim) -> None:
+    done, cancelled = gateway.played.create(), gateway.played.create()
+    gateway.played.run(done)
+    pdtrim("cancel", cancelled)
+
+    assert f"`pdtrim download {done} --to model`" in pdtrim("watch", done).output
+    assert f"`pdtrim resume {cancelled}`" in pdtrim("watch", cancelled).output
+
+
+def test_the_version_is_told() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"pdtrim {version('pdtrim')}\n"
+
+
 def spec_file(gateway: LiveGateway, path: Path) -> Path:
     path.write_text(json.dumps(dict(gateway.played.spec)))
     return path
@@ -53,7 +77,7 @@ def test_a_submitted_job_is_listed_shown_and_cancelled(
 ) -> None:
     job_id = pdtrim("submit", str(spec_file(gateway, tmp_path / f"job.{suffix}"))).output.strip()
     assert job_id in pdtrim("jobs", "--status", "queued").output
-    assert job_id not in pdtrim("jobs", "--status", "running").output
+    assert pdtrim("jobs", "--status", "running").output == "No job is running.\n"
     assert [job["id"] for job in json.loads(pdtrim("jobs", "--json").output)["data"]] == [job_id]
     shown = pdtrim("show", job_id)
     assert all(stage in shown.output for stage in StageName)

@@ -6,6 +6,7 @@ import pytest
 
 from pdtrim.contract.frontier import Frontier
 from pdtrim.contract.jobs import JobStatus, StageName
+from pdtrim.contract.results import DistillationResult, Healing
 from tests.found import plan
 from tests.gateway import Gateway, problem_of
 
@@ -115,14 +116,22 @@ def test_an_estimate_says_what_a_job_would_make_and_queues_nothing(gateway: Gate
     assert [warning["param"] for warning in found["warnings"]] == ["prefill.remove_blocks"]
 
 
-def test_an_estimate_knows_what_an_earlier_job_on_the_model_took(gateway: Gateway) -> None:
+@pytest.mark.parametrize("healed", [True, False])
+def test_an_estimate_knows_what_an_earlier_job_took_for_work_that_this_one_has_too(
+    gateway: Gateway, healed: bool
+) -> None:
     done, _ = gateway.create(), gateway.create()
-    gateway.run(done)
+    healing = Healing(before=1.0, after=0.9, steps=4, kept="distilled") if healed else None
+    for stage in StageName:
+        result = DistillationResult(enabled=healed, prefill=healing) if stage == StageName.DISTILLATION else None
+        gateway.complete(gateway.claim(done, stage), result=result)
 
-    found = gateway.client.post("/v1/jobs/estimate", json=dict(gateway.spec)).json()
+    def earlier(**changes: Any) -> Any:
+        return gateway.client.post("/v1/jobs/estimate", json={**gateway.spec, **changes}).json()["earlier"]
 
-    assert found["earlier"]["job_id"] == done
-    assert set(found["earlier"]["seconds"]) == set(StageName)
+    assert earlier()["job_id"] == done
+    assert set(earlier(distillation={"enabled": False})["seconds"]) == set(StageName)
+    assert set(earlier()["seconds"]) == set(StageName) - ({StageName.DISTILLATION} if not healed else set())
 
 
 def test_an_estimate_refuses_what_a_submission_does_and_takes_post_alone(gateway: Gateway) -> None:
