@@ -61,7 +61,6 @@ def _engine(deployment: Deployment, half: Half) -> Manifest:
             "timeout": "6s",
             "retries": 3,
             "start_period": "1800s",
-            "start_interval": "5s",
         },
     }
     if serving.device == "cuda":
