@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import WORKER_PYTHON, Checkpoints, Pairs
 from openai import BadRequestError, OpenAI
-from running import wait_for
+
+from vllm_tests.checkpoints import WORKER_PYTHON, Checkpoints, Pairs
+from vllm_tests.running import wait_for
 
 PORTS = 23400
 """The endpoint's, which the others follow."""
