@@ -20,9 +20,10 @@ from pdtrim.serving.manifests import manifests
 from service.api.auth import declared
 from service.api.deps import DatabaseDep, JobId, SettingsDep, StoreDep
 from service.api.problems import documented
+from service.api.suggestions import only_known_parameters
 from service.checking.serving import read_deployment
 
-router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[declared])
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[declared, only_known_parameters])
 
 
 class YamlResponse(Response):
