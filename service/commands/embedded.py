@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -12,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
 from pdtrim.client import Client
+from pdtrim.command.children import end_with_parent
 from service.observing.logs import chosen_format
 from service.queue import BROKER_ERRORS, celery_app
 from service.settings import Settings
@@ -31,7 +30,6 @@ RESTARTS = 5
 STEADY_SECONDS = 60.0
 """A child that ran this long starts with a clean record."""
 LOG_LINES = 5
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def worker_name(pid: int) -> str:
@@ -65,7 +63,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),
+                preexec_fn=end_with_parent(),
             )
 
     @property
@@ -231,14 +229,6 @@ class Embedded:
             # Also when a second Ctrl-C ends the waiting.
             for child in children:
                 child.kill()
-
-
-def _end_with_parent() -> Callable[[], object] | None:
-    """On Linux, what a child calls to be sent SIGTERM when this process is killed without a chance to stop it."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return partial(prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port(settings: Settings) -> int:

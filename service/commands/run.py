@@ -8,8 +8,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
@@ -21,6 +19,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsError
 
 from pdtrim.client import Client, ClientError
+from pdtrim.command.children import stopped_by_signals
 from pdtrim.command.connection import USAGE, console, fail
 from pdtrim.command.jobs import fetch, follow
 from pdtrim.contract.jobs import JobStatus
@@ -206,7 +205,7 @@ def up(
     settings = configured(port=port, data_dir=data_dir)
     console.print("Starting the gateway and a worker …")
     try:
-        with _stopped_by_signals(), Embedded(settings, Path.cwd(), _tell) as service:
+        with stopped_by_signals(), Embedded(settings, Path.cwd(), _tell) as service:
             _welcome(service)
             try:
                 service.wait()
@@ -239,20 +238,6 @@ def _welcome(service: Embedded) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """A service manager's SIGTERM and a closed terminal's SIGHUP stop like Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # As under nohup.
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def demo(data_dir: DataDir = Path("pdtrim-data")) -> None:
     """Prune the reference model once, end to end over HTTP: start the service, submit, watch, report, stop.
 
@@ -265,7 +250,7 @@ def demo(data_dir: DataDir = Path("pdtrim-data")) -> None:
     folder = settings.data_dir / "demo"
     console.print("Starting the gateway and a worker …")
     try:
-        with _stopped_by_signals(), Embedded(settings, Path.cwd(), _tell) as service, service.client() as client:
+        with stopped_by_signals(), Embedded(settings, Path.cwd(), _tell) as service, service.client() as client:
             console.print(f"The service runs at {service.url} (logs in {service.logs}).", highlight=False)
             _demo_job(service, client, folder)
     except EmbeddedFailure as error:
