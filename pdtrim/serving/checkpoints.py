@@ -26,7 +26,7 @@ class _Source(BaseModel):
 
 
 class _Serving(BaseModel):
-    first_token: FirstToken = "decode"
+    first_token: FirstToken
 
 
 class _Pdtrim(BaseModel):
@@ -36,7 +36,9 @@ class _Pdtrim(BaseModel):
     role: Role
     source: _Source
     kv_layer_map: list[int]
-    serving: _Serving = _Serving()
+    serving: _Serving | None = None
+    first_token: FirstToken = "decode"
+    """Of files written before there was `serving`."""
 
 
 class _Config(BaseModel):
@@ -106,7 +108,7 @@ def read_checkpoint(pdtrim_json: str | bytes, config_json: str | bytes, *, bytes
         dtype=config.dtype or "float32",
         context_tokens=config.context or DEFAULT_CONTEXT,
         windowed=windowed,
-        first_token=made.serving.first_token,
+        first_token=made.serving.first_token if made.serving else made.first_token,
         bytes=bytes_,
     )
 

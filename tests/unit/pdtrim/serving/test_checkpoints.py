@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -45,6 +46,21 @@ def test_what_is_no_pair_is_refused(first: Any, second: Any, reason: str) -> Non
     halves = [read_checkpoint(pdtrim_json(role, **changes), config_json(role)) for role, changes in (first, second)]
     with pytest.raises(NotServable, match=reason):
         paired(*halves)
+
+
+@pytest.mark.parametrize(
+    ("entries", "first_token"),
+    [
+        ({}, "decode"),
+        ({"first_token": "prefill"}, "prefill"),  # As version 0.1 wrote it.
+        ({"serving": {"first_token": "prefill"}}, "prefill"),
+        ({"serving": {"first_token": "decode"}, "first_token": "prefill"}, "decode"),
+    ],
+)
+def test_who_says_the_first_token_is_read_from_old_files_too(entries: dict[str, Any], first_token: str) -> None:
+    made = {name: part for name, part in json.loads(pdtrim_json("decode")).items() if name != "serving"}
+    found = read_checkpoint(json.dumps(made | entries), config_json("decode"))
+    assert found.first_token == first_token
 
 
 def test_a_map_that_does_not_fit_the_layers_is_refused() -> None:
