@@ -1,4 +1,4 @@
-"""What parts of the search buy: racing, held hidden states, the bound on perplexity, lazy greedy."""
+"""What parts of the search buy: racing, held hidden states, the bound on perplexity."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def racing(draws: int) -> list[str]:
 
 def anchor(draws: int) -> list[str]:
     """Hidden states of the set that a search moves from, held or not."""
-    cases = [Case(1, 8, 4, "greedy"), Case(2, 8, 4, "greedy")]
+    cases = [Case(1, 8, 4, "greedy"), Case(2, 8, 4, "greedy"), Case(2, 8, 4, "annealing")]
     return beside(cases, lambda case: replace(case, anchor_bytes=0), draws, "anchor")
 
 
