@@ -320,6 +320,17 @@ class KvTokensSpec(SpecModel):
         return self
 
 
+class ServingSpec(SpecModel):
+    """How the pair will be served. Search, healing and evaluation of the pair follow it."""
+
+    first_token: Literal["decode", "prefill"] = Field(
+        default="decode",
+        description="Which half says the first token of an answer. `decode`, as vLLM does behind its usual routers: "
+        "decode runs the prompt's last token itself, on the cache of those before; what prefill predicts is thrown "
+        "away. `prefill`, as SGLang does: prefill says it, and decode goes on from the cache of the whole prompt.",
+    )
+
+
 class EvaluationSpec(SpecModel):
     """What is measured on the exported checkpoints."""
 
@@ -389,6 +400,7 @@ class JobSpec(SpecModel):
     kv_tokens: KvTokensSpec | None = Field(
         default=None, description="Send decode only some prompt tokens' keys and values; by default all are sent."
     )
+    serving: ServingSpec = ServingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     push_to_hub: PushSpec | None = Field(
         default=None, description="Push the checkpoints to the Hugging Face hub; by default they stay in the store."

@@ -49,6 +49,14 @@ def test_a_stored_job_that_had_merges_fitted_is_read_without(database: Database)
         assert spec_of(jobs.get(session, job_id)) == asked
 
 
+def test_a_stored_job_that_says_nothing_of_serving_had_prefill_say_the_first_token(database: Database) -> None:
+    with transaction(database) as session:
+        row = store_job(session, JobSpec.model_validate(SPEC))
+        assert spec_of(row).serving.first_token == "decode"  # What a new job says, as it is stored.
+        row.spec = {part: value for part, value in row.spec.items() if part != "serving"}
+        assert spec_of(row).serving.first_token == "prefill"
+
+
 @pytest.mark.parametrize(
     ("part", "field", "value"),
     [("search", "algorithm", "lazy_greedy"), ("search", "parallelism", 2), ("distillation", "merge_tokens", 4096)],
