@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import workers
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.model.pair import pd_loss
+from workers.pruning.model.pair import FirstToken, handed_tokens, pd_loss
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.kv_tokens import (
@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prefill-removed", type=int, nargs="*", default=[2, 5], help="blocks prefill gives up")
     parser.add_argument("--decode-removed", type=int, nargs="*", default=[2, 4, 5, 9], help="blocks decode gives up")
     parser.add_argument("--prompt-tokens", type=int, default=192)
+    parser.add_argument("--first-token", choices=["decode", "prefill"], default="decode", help="the half that says it")
     parser.add_argument("--continuation-tokens", type=int, default=64)
     parser.add_argument(
         "--edges", type=edges, nargs="+", default=[(4, 28), (16, 48)], metavar="A:B", help="first and last tokens sent"
@@ -70,6 +71,7 @@ class Pair:
     layer_map: list[int]
     windows: dict[Split, Tensor]
     prompt_tokens: int
+    first_token: FirstToken
 
     @classmethod
     def prepared(cls, args: argparse.Namespace) -> Pair:
@@ -89,7 +91,7 @@ class Pair:
             for removed in (args.prefill_removed, args.decode_removed)
         ]
         prefill, decode = (drop_blocks(dense, plan.removed) for plan in plans)
-        return cls(dense, prefill, decode, kv_layer_map(*plans), windows, args.prompt_tokens)
+        return cls(dense, prefill, decode, kv_layer_map(*plans), windows, args.prompt_tokens, args.first_token)
 
     def loss(self, rule: KvTokenRule, split: Split) -> float:
         return pd_loss_with_rule(
@@ -99,13 +101,22 @@ class Pair:
             rule,
             self.windows[split],
             prompt_tokens=self.prompt_tokens,
+            first_token=self.first_token,
             batch=BATCH_WINDOWS,
         )
 
     def dense_loss(self) -> float:
         blocks = range(self.dense.config.num_hidden_layers)
         windows = self.windows["validation"]
-        return pd_loss(self.dense, self.dense, blocks, windows, prompt_tokens=self.prompt_tokens, batch=BATCH_WINDOWS)
+        return pd_loss(
+            self.dense,
+            self.dense,
+            blocks,
+            windows,
+            prompt_tokens=self.prompt_tokens,
+            first_token=self.first_token,
+            batch=BATCH_WINDOWS,
+        )
 
     def attention(self) -> Tensor:
         return prompt_attention(
@@ -114,6 +125,7 @@ class Pair:
             self.layer_map,
             self.windows["calibration"],
             prompt_tokens=self.prompt_tokens,
+            first_token=self.first_token,
             batch=BATCH_WINDOWS,
         )
 
@@ -152,7 +164,8 @@ def main() -> None:
     pair = Pair.prepared(args)
     kept = BlockPlan(pair.dense.config.num_hidden_layers, frozenset(args.decode_removed)).kept
     # The checkpoint's own number format, in which a server would send.
-    dense_bytes = sent_bytes(pair.dense.config, EVERY_TOKEN, args.prompt_tokens, torch.bfloat16)
+    handed = handed_tokens(args.prompt_tokens, args.first_token)
+    dense_bytes = sent_bytes(pair.dense.config, EVERY_TOKEN, handed, torch.bfloat16)
     full = pair.loss(EVERY_TOKEN, "validation")
     lines = [
         "| rule | first + last | restricted blocks | bytes a request | dense / sent | PD loss | more |",
@@ -161,7 +174,7 @@ def main() -> None:
     ]
     for name, choose in track(list(choices(pair, args)), description="choosing"):
         rule = choose()
-        size = sent_bytes(pair.decode.config, rule, args.prompt_tokens, torch.bfloat16)
+        size = sent_bytes(pair.decode.config, rule, handed, torch.bfloat16)
         loss = pair.loss(rule, "validation")
         blocks = ", ".join(str(kept[layer]) for layer in sorted(rule.layers)) or "none"
         tokens = f"{rule.first} + {rule.last}" if rule.layers else "–"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import workers
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.pair import FirstToken
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.engine import ChunkedEngine, Objective, PairEngine, WholeEngine
 from workers.pruning.search.memo import Memo
@@ -33,10 +34,11 @@ CHUNK_WINDOWS = 4
 class Pairs:
     """Engines of pairs on one split of the text."""
 
-    def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective) -> None:
+    def __init__(self, stack: BlockStack, windows: Tensor, objective: Objective, first_token: FirstToken) -> None:
         self.windows = windows
         self._stack = stack
         self._objective = objective
+        self._first_token = first_token
 
     def engine(self, prefill: Units, *, project_skipped: bool = False) -> PairEngine:
         """With a prefill model that gave up `prefill`."""
@@ -46,6 +48,7 @@ class Pairs:
             self._objective,
             prefill=prefill,
             prompt_tokens=self.windows.shape[1] // 2,
+            first_token=self._first_token,
             chunk_windows=CHUNK_WINDOWS,
             project_skipped=project_skipped,
         )
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=3, metavar="N", help="blocks that prefill gives up")
     parser.add_argument("--decode", type=int, default=5, metavar="N", help="blocks that decode gives up")
     parser.add_argument("--objective", choices=["kl", "cross_entropy", "hidden"], default="cross_entropy")
+    parser.add_argument("--first-token", choices=["decode", "prefill"], default="decode", help="the half that says it")
     parser.add_argument("--calibration-windows", type=int, default=24)
     parser.add_argument("--validation-windows", type=int, default=48)
     parser.add_argument("--window-tokens", type=int, default=256)
@@ -135,7 +139,7 @@ def main() -> None:
     def pairs(split: Split, count: int) -> Pairs:
         stream = token_stream(stdlib_documents(split), tokenizer)
         windows = cut_windows(stream, count=count, tokens=args.window_tokens, seed=args.seed)
-        return Pairs(stack, windows, args.objective)
+        return Pairs(stack, windows, args.objective, args.first_token)
 
     calibration = pairs("calibration", args.calibration_windows)
     validation = pairs("validation", args.validation_windows)

@@ -81,6 +81,7 @@ def healed(place: Place, bench: Bench) -> Iterator[tuple[str, TrainingResult, fl
         kept,
         HEALING,
         prompt_tokens=bench.prompt_tokens,
+        first_token="decode",
     )
     yield "decode, on prefill's cache", *heal(loss, trainable(weights, kept, frozen=set()))
 

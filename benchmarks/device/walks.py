@@ -71,7 +71,13 @@ def single_removals(
     gone = GONE_FROM_PREFILL
     sets = [gone, *(gone | deleting({block}) for block in blocks if block not in blocks_of(gone))]
     pair_engine = PairEngine(
-        stack, windows, "cross_entropy", prefill=gone, prompt_tokens=prompt_tokens, chunk_windows=BATCH_WINDOWS
+        stack,
+        windows,
+        "cross_entropy",
+        prefill=gone,
+        prompt_tokens=prompt_tokens,
+        first_token="decode",
+        chunk_windows=BATCH_WINDOWS,
     )
     models = pruned(model, sets)
     by_model = {
@@ -81,6 +87,7 @@ def single_removals(
             kv_layer_map(BlockPlan(len(blocks), blocks_of(gone)), BlockPlan(len(blocks), blocks_of(units))),
             windows,
             prompt_tokens=prompt_tokens,
+            first_token="decode",
             batch=BATCH_WINDOWS,
         )
         for units, decode in models.items()
@@ -153,6 +160,7 @@ class Searcher:
             "kl",
             prefill=prefill,
             prompt_tokens=self.prompt_tokens,
+            first_token="decode",
             chunk_windows=self.chunk_windows,
             anchor_bytes=ANCHOR_BYTES,
         )

@@ -68,12 +68,9 @@ def test_a_job_whose_message_was_lost_gives_a_pair_whose_files_alone_reproduce_t
     report = json.loads((got / StageName.EVALUATION / "report.json").read_text())["pair"]
     prompt_tokens = report["prompt_tokens"]
     with torch.no_grad():
-        prompt = prefill(input_ids=ids[:, :prompt_tokens], use_cache=True)
+        prompt = prefill(input_ids=ids[:, : prompt_tokens - 1], use_cache=True)
         cache = DynamicCache(config=decode.config)
-        for layer, source in enumerate(layer_map):
-            held = prompt.past_key_values.layers[source]
-            cache.update(held.keys, held.values, layer)
-        rest = decode(input_ids=ids[:, prompt_tokens:-1], past_key_values=cache, use_cache=True)
-    logits = torch.cat([prompt.logits[:, -1:], rest.logits], dim=1)
+        cache.layers = [prompt.past_key_values.layers[source] for source in layer_map]
+        logits = decode(input_ids=ids[:, prompt_tokens - 1 : -1], past_key_values=cache, use_cache=True).logits
     loss = float(F.cross_entropy(logits.flatten(0, 1), ids[:, prompt_tokens:].flatten()))
     assert loss == pytest.approx(report["distilled_loss"], abs=1e-4)

@@ -178,6 +178,7 @@ def _distil_decode(
         plans.decode.kept,
         _losses(context),
         prompt_tokens=data.prompt_tokens,
+        first_token=context.spec.serving.first_token,
     )
     return _distil(
         context,

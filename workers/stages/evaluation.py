@@ -21,6 +21,8 @@ from pdtrim.contract.results import (
     SEARCH,
     BlockScores,
     EvaluationResult,
+    FirstTokenLoss,
+    FirstTokenLosses,
     KvBytes,
     ModelFigures,
     PairFigures,
@@ -34,7 +36,7 @@ from workers.inputs.models import device, load_model, load_tokenizer
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.measure import Speed, parameters, perplexity, quality, speeds
-from workers.pruning.model.pair import kv_cache_bytes, pd_loss
+from workers.pruning.model.pair import first_token_losses, handed_tokens, kv_cache_bytes, pd_loss
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.width import Channels
 from workers.pruning.serving.pair_server import read_rule
@@ -194,33 +196,55 @@ def _measure_pair(
     prefill, decode = prefill_subject.model, decode_subject.model
     layer_map = kv_layer_map(plans.prefill, plans.decode)
     tokens = windows.shape[1]
-    prompt_tokens = tokens // 2
+    prompt_tokens, first_token = tokens // 2, context.spec.serving.first_token
 
     def loss(prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: list[int]) -> float:
         context.check()
-        return pd_loss(prefill, decode, layer_map, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS)
+        return pd_loss(
+            prefill,
+            decode,
+            layer_map,
+            windows,
+            prompt_tokens=prompt_tokens,
+            first_token=first_token,
+            batch=BATCH_WINDOWS,
+        )
+
+    def first_token_loss(prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: list[int]) -> FirstTokenLoss:
+        context.check()
+        found = first_token_losses(
+            prefill, decode, layer_map, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS
+        )
+        return FirstTokenLoss(decode=found["decode"], prefill=found["prefill"])
 
     dtype = stored_dtype(context.model_dir)
     kv_tokens = None
     if context.spec.kv_tokens is not None:
         rule = read_rule(prefill_subject.folder)
         kv_tokens = measure_rule(
-            context.spec.kv_tokens, rule, dense.config, (prefill, decode), layer_map, windows, dtype
+            context.spec.kv_tokens, rule, dense.config, (prefill, decode), layer_map, windows, dtype, first_token
         )
     pruned = (_pruned(dense, prefill_subject), _pruned(dense, decode_subject))
+    every_block = list(range(plans.prefill.num_blocks))
     return PairFigures(
         prompt_tokens=prompt_tokens,
         continuation_tokens=tokens - prompt_tokens,
-        dense_loss=loss(dense, dense, list(range(plans.prefill.num_blocks))),
+        dense_loss=loss(dense, dense, every_block),
         pruned_loss=loss(*pruned, layer_map),
         distilled_loss=loss(prefill, decode, layer_map),
+        first_token=first_token,
+        first_token_losses=FirstTokenLosses(
+            dense=first_token_loss(dense, dense, every_block),
+            pruned=first_token_loss(*pruned, layer_map),
+            distilled=first_token_loss(prefill, decode, layer_map),
+        ),
         kv_layer_map=layer_map,
         kv_tokens=kv_tokens,
         kv_bytes_per_request=KvBytes(
             tokens=tokens,
             dense=kv_cache_bytes(dense.config, tokens, dtype),
             pruned=kv_cache_bytes(decode.config, tokens, dtype),
-            dense_sent=kv_cache_bytes(dense.config, prompt_tokens, dtype),
-            sent=kv_cache_bytes(decode.config, prompt_tokens, dtype),
+            dense_sent=kv_cache_bytes(dense.config, handed_tokens(prompt_tokens, first_token), dtype),
+            sent=kv_cache_bytes(decode.config, handed_tokens(prompt_tokens, first_token), dtype),
         ),
     )

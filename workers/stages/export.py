@@ -136,7 +136,7 @@ def pdtrim_json(
         "kv_layer_map": kv_layer_map(plans.prefill, plans.decode),
         **({} if share == 1 else {"mlp_width": share}),
         **({} if rule is None else {"kv_tokens": rule.to_json()}),
-        "first_token": "prefill",
+        "serving": {"first_token": context.spec.serving.first_token},
         "job": context.job_id,
         "seed": context.spec.seed,
         "versions": {name: version(name) for name in ("pdtrim", "torch", "transformers", "safetensors")},

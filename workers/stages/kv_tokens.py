@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pdtrim.contract.results import TokenRule, TokenRuleFigures
 from pdtrim.contract.spec import KvTokensSpec
+from workers.pruning.model.pair import FirstToken, handed_tokens
 from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.kv_tokens import (
     pd_loss_with_rule,
@@ -35,8 +36,10 @@ def choose_rule(
     windows: Tensor,
 ) -> KvTokenRule:
     """The rule, on windows (windows, time) whose first half is prompt; `dense` is the dense model's configuration."""
-    prompt_tokens = windows.shape[1] // 2
-    attention = prompt_attention(*halves, layer_map, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS)
+    prompt_tokens, first_token = windows.shape[1] // 2, context.spec.serving.first_token
+    attention = prompt_attention(
+        *halves, layer_map, windows, prompt_tokens=prompt_tokens, first_token=first_token, batch=BATCH_WINDOWS
+    )
     if asked.attention is not None:
         edges = asked.attention
         return rule_by_threshold(attention, first=edges.first, last=edges.last, threshold=edges.threshold)
@@ -47,7 +50,15 @@ def choose_rule(
         nonlocal tried
         context.say(0.3 * tried / (2 * len(layer_map)), "Choosing the KV tokens that decode is sent.", tried=tried)
         tried += 1
-        return pd_loss_with_rule(*halves, layer_map, rule, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS)
+        return pd_loss_with_rule(
+            *halves,
+            layer_map,
+            rule,
+            windows,
+            prompt_tokens=prompt_tokens,
+            first_token=first_token,
+            batch=BATCH_WINDOWS,
+        )
 
     return rule_by_loss(loss, attention, dense, halves[1].config, ratio=asked.ratio)
 
@@ -60,15 +71,26 @@ def measure_rule(
     layer_map: Sequence[int],
     windows: Tensor,
     dtype: torch.dtype,
+    first_token: FirstToken,
 ) -> TokenRuleFigures:
     """What a rule costs and saves on windows (windows, time) whose first half is prompt, sent in `dtype`."""
     prompt_tokens = windows.shape[1] // 2
-    dense_tokens = sent_tokens(dense, EVERY_TOKEN, prompt_tokens)
-    tokens = sent_tokens(halves[1].config, rule, prompt_tokens)
+    handed = handed_tokens(prompt_tokens, first_token)
+    dense_tokens = sent_tokens(dense, EVERY_TOKEN, handed)
+    tokens = sent_tokens(halves[1].config, rule, handed)
+    loss = pd_loss_with_rule(
+        *halves,
+        layer_map,
+        rule,
+        windows,
+        prompt_tokens=prompt_tokens,
+        first_token=first_token,
+        batch=BATCH_WINDOWS,
+    )
     return TokenRuleFigures(
         rule=recorded(rule),
-        loss=pd_loss_with_rule(*halves, layer_map, rule, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS),
-        bytes_sent=sent_bytes(halves[1].config, rule, prompt_tokens, dtype),
+        loss=loss,
+        bytes_sent=sent_bytes(halves[1].config, rule, handed, dtype),
         ratio=dense_tokens / tokens,
         ratio_asked=asked.ratio,
         ratio_reached=None if asked.ratio is None else tokens <= dense_tokens / asked.ratio,

@@ -220,6 +220,7 @@ class Searcher:
             self._spec.search.objective,
             prefill=prefill,
             prompt_tokens=self.prompt_tokens,
+            first_token=self._spec.serving.first_token,
             chunk_windows=self._chunk_windows,
             project_skipped=project_skipped,
             anchor_bytes=anchor_bytes(self._stack.model),

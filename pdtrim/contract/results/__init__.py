@@ -11,6 +11,8 @@ from pdtrim.contract.results.distillation import DistillationResult, FittedMerge
 from pdtrim.contract.results.evaluation import (
     REPORT,
     EvaluationResult,
+    FirstTokenLoss,
+    FirstTokenLosses,
     KvBytes,
     ModelFigures,
     PairFigures,
@@ -60,6 +62,8 @@ __all__ = [
     "EvaluatedSet",
     "EvaluationResult",
     "ExportResult",
+    "FirstTokenLoss",
+    "FirstTokenLosses",
     "FittedMerge",
     "FrontierSet",
     "Frontiers",

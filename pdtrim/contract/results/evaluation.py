@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pdtrim.contract.results.base import Result
+from pdtrim.contract.results.base import Half, Halves, Result
 from pdtrim.contract.results.export import TokenRule
 
 REPORT = "report.json"
@@ -62,6 +62,18 @@ class TokenRuleFigures(Result):
     ratio_reached: bool | None = Field(default=None, description="Null where the job asked for no ratio.")
 
 
+class FirstTokenLoss(Halves[float]):
+    """The loss of the token after the prompt, in nats, by each half that may say it."""
+
+
+class FirstTokenLosses(Result):
+    """The loss of the token after the prompt, whichever half says it."""
+
+    dense: FirstTokenLoss
+    pruned: FirstTokenLoss = Field(description="Before distillation.")
+    distilled: FirstTokenLoss
+
+
 class PairFigures(Result):
     """What the two halves make of a request together. Losses are in nats a token of the continuation."""
 
@@ -70,6 +82,12 @@ class PairFigures(Result):
     dense_loss: float
     pruned_loss: float = Field(description="Before distillation.")
     distilled_loss: float
+    first_token: Half = Field(
+        default="prefill", description="The half that says the first token as the pair is served, and in the losses."
+    )
+    first_token_losses: FirstTokenLosses | None = Field(
+        default=None, description="Null in jobs of versions that measured none."
+    )
     kv_layer_map: list[int] = Field(
         description="For each layer of decode, the layer of prefill whose KV cache it reads."
     )

@@ -1,12 +1,14 @@
 """A prefill checkpoint and a decode checkpoint as one model: the KV cache of the first is handed to the second.
 
 Decode layer k continues the keys and values of prefill layer `layer_map[k]`: both stand for the same original block.
+Where decode says the first token of the answer, it runs the prompt's last token itself, on the cache of those before.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,17 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from workers.pruning.model.blocks import head
+
+FirstToken = Literal["decode", "prefill"]
+"""The half that predicts the token after the prompt, as the pair is served."""
+
+
+def handed_tokens(prompt_tokens: int, first_token: FirstToken) -> int:
+    """How many of a prompt's tokens decode goes on from: all, or all but the last, which it runs itself.
+
+    vLLM hands over the last one's keys and values too, and decode then writes its own in their place.
+    """
+    return prompt_tokens - 1 if first_token == "decode" else prompt_tokens
 
 
 def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedConfig) -> DynamicCache:
@@ -49,29 +62,41 @@ def kv_heads(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def pair_hidden(
-    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, prompt_tokens: int
+    prefill: PreTrainedModel,
+    decode: PreTrainedModel,
+    layer_map: Sequence[int],
+    ids: Tensor,
+    prompt_tokens: int,
+    first_token: FirstToken,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states, after the final norm, from which `pair_logits` predicts; the same shapes with `hidden` last.
 
     Gradients reach the decode model only.
     """
+    handed = handed_tokens(prompt_tokens, first_token)
     with torch.no_grad():
         prompt = prefill.base_model(
-            input_ids=ids[:, :prompt_tokens], past_key_values=DynamicCache(config=prefill.config), use_cache=True
+            input_ids=ids[:, :handed], past_key_values=DynamicCache(config=prefill.config), use_cache=True
         )
     received = handover(prompt.past_key_values, layer_map, decode.config)
-    continued = decode.base_model(input_ids=ids[:, prompt_tokens:-1], past_key_values=received, use_cache=True)
-    return prompt.last_hidden_state[:, -1:], continued.last_hidden_state
+    continued = decode.base_model(input_ids=ids[:, handed:-1], past_key_values=received, use_cache=True)
+    return prompt.last_hidden_state[:, prompt_tokens - 1 :], continued.last_hidden_state
 
 
 def pair_logits(
-    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: Tensor, prompt_tokens: int
+    prefill: PreTrainedModel,
+    decode: PreTrainedModel,
+    layer_map: Sequence[int],
+    ids: Tensor,
+    prompt_tokens: int,
+    first_token: FirstToken,
 ) -> tuple[Tensor, Tensor]:
-    """Logits for every token of `ids` (batch, time) after the prompt: the first by prefill, the others by decode.
+    """Logits for every token of `ids` (batch, time) after the prompt: those by prefill, those by decode.
 
-    Shapes (batch, 1, vocabulary) and (batch, time − prompt − 1, vocabulary). Gradients reach the decode model only.
+    Shapes (batch, first, vocabulary) and (batch, time − prompt − first, vocabulary), where `first` is 1 when prefill
+    says the first token and 0 when decode does. Gradients reach the decode model only.
     """
-    first, others = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens)
+    first, others = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens, first_token)
     return head(prefill, first), head(decode, others)
 
 
@@ -83,12 +108,41 @@ def pd_loss(
     windows: Tensor,
     *,
     prompt_tokens: int,
+    first_token: FirstToken,
     batch: int,
 ) -> float:
     """Mean negative log-likelihood in nats of the tokens after the prompt, over windows (windows, time)."""
     total = 0.0
     for ids in windows.split(batch):
-        logits = torch.cat(pair_logits(prefill, decode, layer_map, ids, prompt_tokens), dim=1)
-        targets = ids[:, prompt_tokens:]
-        total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
+        logits = torch.cat(pair_logits(prefill, decode, layer_map, ids, prompt_tokens, first_token), dim=1)
+        total += float(_summed_loss(logits, ids[:, prompt_tokens:]))
     return total / windows[:, prompt_tokens:].numel()
+
+
+@torch.no_grad()
+def first_token_losses(
+    prefill: PreTrainedModel,
+    decode: PreTrainedModel,
+    layer_map: Sequence[int],
+    windows: Tensor,
+    *,
+    prompt_tokens: int,
+    batch: int,
+) -> dict[FirstToken, float]:
+    """Mean negative log-likelihood in nats of the token after the prompt, whichever half says it."""
+    total: dict[FirstToken, float] = {"decode": 0.0, "prefill": 0.0}
+    for ids in windows.split(batch):
+        last, target = ids[:, prompt_tokens - 1 : prompt_tokens], ids[:, prompt_tokens : prompt_tokens + 1]
+        cache = DynamicCache(config=prefill.config)
+        prefill.base_model(input_ids=ids[:, : prompt_tokens - 1], past_key_values=cache, use_cache=True)
+        received = handover(cache, layer_map, decode.config)
+        by_decode = decode(input_ids=last, past_key_values=received, use_cache=True).logits
+        by_prefill = prefill(input_ids=last, past_key_values=cache, use_cache=True).logits
+        total["decode"] += float(_summed_loss(by_decode, target))
+        total["prefill"] += float(_summed_loss(by_prefill, target))
+    return {half: loss / len(windows) for half, loss in total.items()}
+
+
+def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of logits (batch, time, vocabulary) and the tokens (batch, time) that followed."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from workers.pruning.model.blocks import BlockStack, block_stack, head
-from workers.pruning.model.pair import pair_hidden
+from workers.pruning.model.pair import FirstToken, handed_tokens, pair_hidden
 from workers.pruning.repair.losses import LossWeights, Outputs, entering, healing_loss, outputs
 from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings, train
 
@@ -89,23 +89,25 @@ def continuation_loss(
     weights: LossWeights,
     *,
     prompt_tokens: int,
+    first_token: FirstToken,
 ) -> Loss:
     """The healing loss of the decode `student` on what follows the prompt, reading the frozen prefill model's cache.
 
-    The student's blocks are the teacher's `kept` ones. The first token after the prompt is the prefill model's, so the
-    loss is over the others.
+    The student's blocks are the teacher's `kept` ones. The loss is over the tokens that the student predicts: all after
+    the prompt where decode says the first token, all but the first where that one is the prefill model's.
     """
     ours, theirs = _matched(kept, weights)
+    handed = handed_tokens(prompt_tokens, first_token)
 
     def loss(ids: Tensor) -> Tensor:
         with torch.no_grad(), entering(teacher, theirs) as states:
             last = teacher.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-            hidden = [state[:, prompt_tokens:] for state in (*states, last)]
+            hidden = [state[:, handed:] for state in (*states, last)]
             wanted = Outputs(hidden, head(teacher, hidden[-1]))
         with _mixed_precision(ids.device), entering(student, ours) as states:
-            last = pair_hidden(prefill, student, layer_map, ids, prompt_tokens)[1]
+            last = pair_hidden(prefill, student, layer_map, ids, prompt_tokens, first_token)[1]
             given = Outputs([*states, last], head(student, last))
-        return healing_loss(given, wanted, ids[:, prompt_tokens + 1 :], weights)
+        return healing_loss(given, wanted, ids[:, handed + 1 :], weights)
 
     return loss
 

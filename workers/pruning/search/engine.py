@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
+from workers.pruning.model.pair import FirstToken, handed_tokens
 from workers.pruning.model.units import NOTHING, Units, Way, blocks_of, check_nested, way_through
 from workers.pruning.search.anchor import Anchor, Trail
 
@@ -330,15 +331,19 @@ class _Prompt:
     """What the prefill model leaves behind for one chunk of windows."""
 
     caches: Mapping[int, Prefix]
-    last: Tensor  # (batch, 1, hidden): h_L at the last prompt token, which predicts the first continued one
+    # (batch, 1, hidden): h_L at the last prompt token, which predicts the first continued one; (batch, 0, hidden) where
+    # decode does.
+    last: Tensor
     dense: Tensor  # (batch, continuation, hidden): the dense model's h_L for the same predictions
 
 
 class PairEngine(ChunkedEngine):
     """Losses of what decode removes, on continuations of prompts that a prefill model without `prefill` processed.
 
-    The first continued token is predicted by the prefill model, the others by the decode model, which reads the
-    prompt's keys and values from the prefill model's cache. With `cross_entropy` this is the PD loss.
+    The decode model reads the prompt's keys and values from the prefill model's cache. Where prefill says the first
+    token, that one is predicted by the prefill model and the others by the decode model. Where decode does, it runs the
+    prompt's last token itself and predicts all, and nothing of prefill counts but the keys and values of the tokens
+    before. The tokens that are scored are the same. With `cross_entropy` this is the PD loss.
     """
 
     def __init__(
@@ -349,6 +354,7 @@ class PairEngine(ChunkedEngine):
         *,
         prefill: Units,
         prompt_tokens: int,
+        first_token: FirstToken,
         chunk_windows: int,
         project_skipped: bool = False,
         anchor_bytes: int = 0,
@@ -356,26 +362,29 @@ class PairEngine(ChunkedEngine):
         """With `project_skipped`, prefill projects keys and values also for the blocks that it skips,
         from the hidden state there (as POP does), and decode may keep them: the bound to what nesting costs.
 
-        Raises: ValueError when the windows leave no room for a continuation of at least two tokens.
+        Raises: ValueError when nothing would be handed over, or the windows leave no room for a continuation of at
+        least two tokens.
         """
-        if not 1 <= prompt_tokens <= windows.shape[1] - 2:
+        handed = handed_tokens(prompt_tokens, first_token)
+        if handed < 1 or prompt_tokens > windows.shape[1] - 2:
             raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
         super().__init__(
             stack,
             windows,
             objective,
             chunk_windows,
-            walked_tokens=windows.shape[1] - 1 - prompt_tokens,
+            walked_tokens=windows.shape[1] - 1 - handed,
             anchor_bytes=anchor_bytes,
         )
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
+        self._handed = handed
         self._project_skipped = project_skipped
-        self._calls = capture_continuation_calls(stack, windows[:, :-1], prompt_tokens)
+        self._calls = capture_continuation_calls(stack, windows[:, :-1], handed)
         self._prompts: dict[range, _Prompt] = {}
 
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
-        stack, prompt = self._stack, chunk[:, : self._prompt_tokens]
+        stack, prompt = self._stack, chunk[:, : self._handed]
         cache = DynamicCache(config=stack.model.config)
         calls, h = capture_calls(stack, prompt), stack.embed(prompt)
         caches: dict[int, Prefix] = {}
@@ -391,7 +400,7 @@ class PairEngine(ChunkedEngine):
             stack, capture_calls(stack, whole), Trail.starting(stack.embed(whole)), [NOTHING], {}
         )
         self.block_forwards += len(caches) + dense_forwards
-        return _Prompt(caches, h[:, -1:], dense[NOTHING][:, self._prompt_tokens - 1 :])
+        return _Prompt(caches, h[:, self._prompt_tokens - 1 :], dense[NOTHING][:, self._prompt_tokens - 1 :])
 
     def window_losses(
         self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
@@ -416,7 +425,7 @@ class PairEngine(ChunkedEngine):
         if chunk not in self._prompts:
             self._prompts[chunk] = self._process_prompt(ids)
         prompt = self._prompts[chunk]
-        fed = self._stack.embed(ids[:, self._prompt_tokens : -1], start=self._prompt_tokens)
+        fed = self._stack.embed(ids[:, self._handed : -1], start=self._handed)
         h = self._walk(self._calls, chunk, fed, candidates, prompt.caches)
         whole = {c: torch.cat([prompt.last.to(h[c].device), h[c]], dim=1) for c in candidates}
         return mean_losses(self._stack, objective, whole, prompt.dense, ids[:, self._prompt_tokens :])

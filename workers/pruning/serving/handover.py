@@ -10,16 +10,18 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from workers.pruning.model.pair import FirstToken
+
 Ranges = tuple[tuple[int, int], ...]
 """Token positions [start, stop) in ascending order."""
 METADATA = "pdtrim_handover"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LENGTH_BYTES = 8
 READ_BYTES = 1 << 20
 
@@ -30,7 +32,7 @@ class BrokenHandover(ValueError):
 
 @dataclass(frozen=True)
 class KvTokenRule:
-    """Which decode layers receive only the prompt's first and last tokens; the others receive all of them.
+    """Which decode layers receive only the first and last of the tokens handed over; the others receive all of them.
 
     Raises: ValueError when it leaves a layer nothing.
     """
@@ -44,13 +46,13 @@ class KvTokenRule:
         if self.first < 0 or self.last < 0 or (self.layers and self.first + self.last == 0):
             raise ValueError(f"the first {self.first} and last {self.last} prompt tokens are no tokens to send")
 
-    def ranges(self, layer: int, prompt_tokens: int, held: int) -> Ranges:
-        """The positions sent for a layer; prefill holds its last `held` prompt tokens, which a window limits."""
-        oldest = prompt_tokens - held
-        if layer not in self.layers or self.first + self.last >= prompt_tokens:
-            edges: Ranges = ((0, prompt_tokens),)
+    def ranges(self, layer: int, handed_tokens: int, held: int) -> Ranges:
+        """The positions sent for a layer; of the tokens to hand over prefill holds the last `held`, by its window."""
+        oldest = handed_tokens - held
+        if layer not in self.layers or self.first + self.last >= handed_tokens:
+            edges: Ranges = ((0, handed_tokens),)
         else:
-            edges = ((0, self.first), (prompt_tokens - self.last, prompt_tokens))
+            edges = ((0, self.first), (handed_tokens - self.last, handed_tokens))
         return tuple((max(start, oldest), stop) for start, stop in edges if max(start, oldest) < stop)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,25 +90,27 @@ class Handover:
     Raises: BrokenHandover naming the layer that contradicts itself.
     """
 
-    prompt_tokens: int
-    first_tokens: tuple[int, ...]
-    """For each sequence, the token that prefill emitted after the prompt."""
+    handed_tokens: int
+    """Prompt tokens that it is of: all, or all but the last where decode says the first token."""
+    next_tokens: tuple[int, ...]
+    """For each sequence, the token that decode runs first: the one that prefill said, or the prompt's last."""
+    first_token: FirstToken
     layers: tuple[LayerKV, ...]
 
     def __post_init__(self) -> None:
         for number, layer in enumerate(self.layers):
             bounds = [position for part in layer.ranges for position in part]
-            gaps = [after - before for before, after in pairwise([0, *bounds, self.prompt_tokens])]
+            gaps = [after - before for before, after in pairwise([0, *bounds, self.handed_tokens])]
             # Every second gap is a range, which must hold a token; the others lie between ranges and may be empty.
             if min(gaps) < 0 or 0 in gaps[1::2]:
                 raise BrokenHandover(
-                    f"layer {number}: the token ranges {layer.ranges} do not fit {self.prompt_tokens} prompt tokens"
+                    f"layer {number}: the token ranges {layer.ranges} do not fit {self.handed_tokens} prompt tokens"
                 )
             tokens = sum(gaps[1::2])
             shape = tuple(layer.keys.shape)
-            if len(shape) != 4 or shape[0] != len(self.first_tokens) or shape[2] != tokens:
+            if len(shape) != 4 or shape[0] != len(self.next_tokens) or shape[2] != tokens:
                 raise BrokenHandover(
-                    f"layer {number}: keys of shape {shape} do not hold {tokens} tokens of {len(self.first_tokens)} "
+                    f"layer {number}: keys of shape {shape} do not hold {tokens} tokens of {len(self.next_tokens)} "
                     "sequences"
                 )
             if layer.values.shape != layer.keys.shape or layer.values.dtype != layer.keys.dtype:
@@ -128,8 +132,9 @@ class Handover:
             tensors[f"{number}.values"] = layer.values.detach().cpu().contiguous()
         content = {
             "format_version": FORMAT_VERSION,
-            "prompt_tokens": self.prompt_tokens,
-            "first_tokens": self.first_tokens,
+            "handed_tokens": self.handed_tokens,
+            "next_tokens": self.next_tokens,
+            "first_token": self.first_token,
             "layers": [{"source": layer.source, "ranges": layer.ranges} for layer in self.layers],
         }
         return save(tensors, {METADATA: json.dumps(content)})
@@ -156,15 +161,17 @@ class Handover:
                 )
                 for number, layer in enumerate(content["layers"])
             )
-            first_tokens = tuple(map(int, content["first_tokens"]))
-            prompt_tokens = int(content["prompt_tokens"])
+            next_tokens = tuple(map(int, content["next_tokens"]))
+            handed_tokens, first_token = int(content["handed_tokens"]), content["first_token"]
         except BrokenHandover:
             raise
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise BrokenHandover(f"the safetensors file describes no handover: {error!r}") from error
         if len(tensors) != 2 * len(layers):
             raise BrokenHandover(f"{len(tensors)} tensors came for {len(layers)} layers; each has keys and values")
-        return cls(prompt_tokens, first_tokens, layers)
+        if first_token not in get_args(FirstToken):
+            raise BrokenHandover(f"the first token is said by decode or prefill, not by {first_token!r}")
+        return cls(handed_tokens, next_tokens, first_token, layers)
 
 
 def send(connection: socket.socket, frame: bytes) -> None:

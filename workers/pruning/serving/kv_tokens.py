@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from workers.pruning.model.blocks import BlockStack, UnsupportedArchitecture, block_stack
-from workers.pruning.model.pair import kv_cache_bytes
+from workers.pruning.model.pair import FirstToken, handed_tokens, kv_cache_bytes
 from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.pair_server import (
     ContinuedKV,
@@ -31,19 +31,19 @@ ATTENTION_TILE = 256
 """Queries, and keys, whose attention is computed at a time."""
 
 
-def sent_tokens(config: PretrainedConfig, rule: KvTokenRule, prompt_tokens: int) -> int:
-    """Prompt tokens that a decode model of this configuration receives, summed over its layers."""
+def sent_tokens(config: PretrainedConfig, rule: KvTokenRule, handed: int) -> int:
+    """Of `handed` prompt tokens, those that a decode model of this configuration receives, summed over its layers."""
     total = 0
     for layer, window in enumerate(layer_windows(config)):
-        held = prompt_tokens if window is None else min(prompt_tokens, window - 1)
-        total += sum(stop - start for start, stop in rule.ranges(layer, prompt_tokens, held))
+        held = handed if window is None else min(handed, window - 1)
+        total += sum(stop - start for start, stop in rule.ranges(layer, handed, held))
     return total
 
 
-def sent_bytes(config: PretrainedConfig, rule: KvTokenRule, prompt_tokens: int, dtype: torch.dtype) -> int:
+def sent_bytes(config: PretrainedConfig, rule: KvTokenRule, handed: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values sent for one request: 2 · KV heads · head dimension · bytes a number · tokens sent."""
     a_token: int = kv_cache_bytes(config, 1, dtype) // config.num_hidden_layers
-    return sent_tokens(config, rule, prompt_tokens) * a_token
+    return sent_tokens(config, rule, handed) * a_token
 
 
 def received_attention(
@@ -89,18 +89,20 @@ def prompt_attention(
     windows: Tensor,
     *,
     prompt_tokens: int,
+    first_token: FirstToken,
     batch: int,
 ) -> Tensor:
-    """Mean attention probability that each decode layer's continuation queries put on each prompt token.
+    """Mean attention probability that each decode layer's queries put on each prompt token that is handed over.
 
-    (decode layers, prompt tokens), float64, from windows (windows, time) with every prompt token handed over; what is
-    missing to a sum of 1 over a layer went to the continuation itself.
+    (decode layers, tokens handed over), float64, from windows (windows, time) with none of those tokens left out; what
+    is missing to a sum of 1 over a layer went to the tokens that decode runs.
     """
     stack = block_stack(decode)
-    total = torch.zeros(len(layer_map), prompt_tokens, dtype=torch.float64)
+    handed = handed_tokens(prompt_tokens, first_token)
+    total = torch.zeros(len(layer_map), handed, dtype=torch.float64)
     for ids in windows.split(batch):
-        _, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, EVERY_TOKEN)
-        total += _attention_to_prompt(stack, continued_kv(stack, handover), ids[:, prompt_tokens:-1])
+        _, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, EVERY_TOKEN, first_token)
+        total += _attention_to_prompt(stack, continued_kv(stack, handover), ids[:, handed:-1])
     return total / len(windows)
 
 
@@ -274,14 +276,15 @@ def pd_loss_with_rule(
     windows: Tensor,
     *,
     prompt_tokens: int,
+    first_token: FirstToken,
     batch: int,
 ) -> float:
     """The PD loss in nats a continued token when decode receives only what `rule` sends; see `pair.pd_loss`."""
     stack = block_stack(decode)
     total = 0.0
     for ids in windows.split(batch):
-        prompt, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, rule)
-        continued = continue_logits(stack, continued_kv(stack, handover), ids[:, prompt_tokens:-1])
+        prompt, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, rule, first_token)
+        continued = continue_logits(stack, continued_kv(stack, handover), ids[:, handover.handed_tokens : -1])
         logits = torch.cat([prompt, continued], dim=1)
         total += float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, prompt_tokens:].flatten(), reduction="sum"))
     return total / windows[:, prompt_tokens:].numel()

@@ -7,18 +7,18 @@ block: each gets the causal mask of the positions that it holds, while queries k
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from workers.pruning.model.blocks import BlockCalls, BlockStack, block_stack
+from workers.pruning.model.blocks import BlockCalls, BlockStack, block_stack, head
 from workers.pruning.model.checkpoint import load_checkpoint
-from workers.pruning.model.pair import kv_heads
+from workers.pruning.model.pair import FirstToken, handed_tokens, kv_heads
 from workers.pruning.serving.handover import EVERY_TOKEN, BrokenHandover, Handover, KvTokenRule, LayerKV, Ranges
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -41,12 +41,12 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 class ContinuedKV:
     """What one decode layer has received, and what it adds with every token: a cache for its block alone."""
 
-    def __init__(self, received: LayerKV, prompt_tokens: int, window: int | None, device: torch.device) -> None:
+    def __init__(self, received: LayerKV, handed_tokens: int, window: int | None, device: torch.device) -> None:
         self.keys = received.keys.to(device)  # (batch, kv heads, tokens, head dimension)
         self.values = received.values.to(device)
         parts = [torch.arange(start, stop) for start, stop in received.ranges]
         self.positions = torch.cat([torch.arange(0), *parts])  # (tokens,), on the CPU
-        self.next = prompt_tokens
+        self.next = handed_tokens
         """The position of the next token."""
         self.window = window
         self._leave_window()
@@ -85,7 +85,7 @@ def continued_kv(decode: BlockStack, handover: Handover) -> list[ContinuedKV]:
     """One cache a decode layer. The handover itself stays as it is."""
     windows = layer_windows(decode.model.config)
     return [
-        ContinuedKV(layer, handover.prompt_tokens, window, decode.device)
+        ContinuedKV(layer, handover.handed_tokens, window, decode.device)
         for layer, window in zip(handover.layers, windows, strict=True)
     ]
 
@@ -107,19 +107,25 @@ def continue_logits(decode: BlockStack, caches: Sequence[ContinuedKV], ids: Tens
 
 @torch.no_grad()
 def process_prompt(
-    prefill: PreTrainedModel, ids: Tensor, layer_map: Sequence[int], rule: KvTokenRule
+    prefill: PreTrainedModel, ids: Tensor, layer_map: Sequence[int], rule: KvTokenRule, first_token: FirstToken
 ) -> tuple[Tensor, Handover]:
-    """The prefill model's logits after prompts `ids` (batch, time), (batch, 1, vocabulary), and what decode is sent."""
+    """The prefill model's logits after prompts `ids` (batch, time), and what decode is sent.
+
+    The logits are (batch, 1, vocabulary), or (batch, 0, vocabulary) where decode says the first token.
+    """
+    handed = handed_tokens(ids.shape[1], first_token)
     cache = DynamicCache(config=prefill.config)
-    logits: Tensor = prefill(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    prompt_tokens = ids.shape[1]
+    # Of a prompt of one token nothing may be left to hand over; its run then says how keys and values are shaped.
+    read = prefill.base_model(input_ids=ids[:, : max(handed, 1)], past_key_values=cache, use_cache=True)
+    logits = head(prefill, read.last_hidden_state[:, :handed][:, ids.shape[1] - 1 :])
     layers = []
     for number, source in enumerate(layer_map):
         held: Any = cache.layers[source]
-        ranges = rule.ranges(number, prompt_tokens, held.keys.shape[-2])
-        oldest = prompt_tokens - held.keys.shape[-2]
+        ranges = rule.ranges(number, handed, held.keys.shape[-2])
+        oldest = handed - held.keys.shape[-2]
         layers.append(LayerKV(source, ranges, _cut(held.keys, ranges, oldest), _cut(held.values, ranges, oldest)))
-    return logits, Handover(prompt_tokens, tuple(logits[:, -1].argmax(-1).tolist()), tuple(layers))
+    following = ids[:, -1] if first_token == "decode" else logits[:, -1].argmax(-1)
+    return logits, Handover(handed, tuple(following.tolist()), first_token, tuple(layers))
 
 
 def _cut(tensor: Tensor, ranges: Ranges, oldest: int) -> Tensor:
@@ -139,6 +145,7 @@ class PrefillHalf:
     layer_map: tuple[int, ...]
     """For each decode layer, the prefill layer whose keys and values it reads."""
     rule: KvTokenRule = EVERY_TOKEN
+    first_token: FirstToken = "decode"
 
     def __post_init__(self) -> None:
         layers = self.model.config.num_hidden_layers
@@ -152,13 +159,15 @@ class PrefillHalf:
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = CPU) -> PrefillHalf:
-        """From an exported checkpoint, with its KV token rule; as `load_checkpoint`."""
+        """From an exported checkpoint, served as its pdtrim.json says; as `load_checkpoint`."""
         layer_map = tuple(read_pdtrim(folder)["kv_layer_map"])
-        return cls(load_checkpoint(folder, dtype=dtype, device=device), layer_map, read_rule(folder))
+        model = load_checkpoint(folder, dtype=dtype, device=device)
+        return cls(model, layer_map, read_rule(folder), first_token_of(read_pdtrim(folder)))
 
     def prefill(self, ids: Tensor) -> Handover:
         """Process prompts `ids` (batch, time) of one length."""
-        return process_prompt(self.model, ids.to(self.model.device), self.layer_map, self.rule)[1]
+        ids = ids.to(self.model.device)
+        return process_prompt(self.model, ids, self.layer_map, self.rule, self.first_token)[1]
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,7 @@ class DecodeHalf:
 
     @torch.no_grad()
     def decode(self, handover: Handover, max_new_tokens: int, *, stop: Collection[int] = ()) -> Tensor:
-        """Greedy continuation (batch, tokens), from the token that prefill emitted on.
+        """Greedy continuation (batch, tokens), beginning with the first token, whichever half says it.
 
         It has `max_new_tokens`, or fewer once every sequence has emitted a token of `stop`; a sequence that ends
         earlier than others of its batch runs on. Raises: BrokenHandover when the handover is not for this model.
@@ -197,12 +206,13 @@ class DecodeHalf:
         self._check(handover)
         stack = block_stack(self.model)
         caches = continued_kv(stack, handover)
-        tokens = [torch.tensor(handover.first_tokens, device=stack.device)[:, None]]
-        ended = [token in stop for token in handover.first_tokens]
+        newest = torch.tensor(handover.next_tokens, device=stack.device)[:, None]
+        tokens = [newest] if handover.first_token == "prefill" else []
+        ended = [bool(tokens) and token in stop for token in handover.next_tokens]
         while len(tokens) < max_new_tokens and not all(ended):
-            tokens.append(continue_logits(stack, caches, tokens[-1])[:, -1].argmax(-1, keepdim=True))
-            newest = tokens[-1][:, 0].tolist()
-            ended = [was or token in stop for was, token in zip(ended, newest, strict=True)]
+            newest = continue_logits(stack, caches, newest)[:, -1].argmax(-1, keepdim=True)
+            tokens.append(newest)
+            ended = [was or token in stop for was, token in zip(ended, newest[:, 0].tolist(), strict=True)]
         return torch.cat(tokens, dim=1)
 
     def _check(self, handover: Handover) -> None:
@@ -220,8 +230,8 @@ class DecodeHalf:
                     f"has {heads[0]} of {heads[1]} in {self.model.dtype}"
                 )
         vocabulary = self.model.config.vocab_size
-        if wrong := [token for token in handover.first_tokens if not 0 <= token < vocabulary]:
-            raise BrokenHandover(f"the first token {wrong[0]} is not in a vocabulary of {vocabulary}")
+        if wrong := [token for token in handover.next_tokens if not 0 <= token < vocabulary]:
+            raise BrokenHandover(f"the next token {wrong[0]} is not in a vocabulary of {vocabulary}")
 
 
 @dataclass(frozen=True)
@@ -273,3 +283,14 @@ def read_rule(folder: Path) -> KvTokenRule:
     """The KV token rule of an exported checkpoint; every token when its pdtrim.json holds none."""
     pdtrim = read_pdtrim(folder)
     return KvTokenRule.from_json(pdtrim["kv_tokens"]) if "kv_tokens" in pdtrim else EVERY_TOKEN
+
+
+def first_token_of(pdtrim: Mapping[str, Any]) -> FirstToken:
+    """Which half says the first token of the pair with this pdtrim.json; earlier versions let prefill, and say nothing.
+
+    Raises: ValueError when it is neither half.
+    """
+    named: FirstToken = pdtrim.get("serving", {}).get("first_token", "prefill")
+    if named not in get_args(FirstToken):
+        raise ValueError(f"serving.first_token of pdtrim.json is decode or prefill, not {named!r}")
+    return named

@@ -33,7 +33,7 @@ from transformers import (
 
 import workers
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
-from workers.pruning.model.pair import handover
+from workers.pruning.model.pair import FirstToken, handover
 
 FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-mixed", "qwen3")
 """For what the same code does to every family."""
@@ -170,13 +170,23 @@ def reference_windows(split: Split, count: int, tokens: int) -> torch.Tensor:
 
 @torch.no_grad()
 def continued_by_pair(
-    prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: torch.Tensor, *, new_tokens: int
+    prefill: PreTrainedModel,
+    decode: PreTrainedModel,
+    layer_map: Sequence[int],
+    ids: torch.Tensor,
+    *,
+    new_tokens: int,
+    first_token: FirstToken,
 ) -> torch.Tensor:
     """Greedy continuation (batch, new_tokens) of prompts `ids` (batch, time) with caches of transformers alone."""
-    prompt = prefill(input_ids=ids, past_key_values=DynamicCache(config=prefill.config), use_cache=True)
+    read, newest = (ids[:, :-1], ids[:, -1:]) if first_token == "decode" else (ids, None)
+    prompt = prefill(input_ids=read, past_key_values=DynamicCache(config=prefill.config), use_cache=True)
     cache = handover(prompt.past_key_values, layer_map, decode.config)
-    tokens = [prompt.logits[:, -1].argmax(-1, keepdim=True)]
-    for _ in range(new_tokens - 1):
-        step = decode(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-        tokens.append(step.logits[:, -1].argmax(-1, keepdim=True))
+    tokens: list[torch.Tensor] = []
+    if newest is None:
+        newest = prompt.logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(newest)
+    while len(tokens) < new_tokens:
+        newest = decode(input_ids=newest, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(newest)
     return torch.cat(tokens, dim=1)

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load, load_file
 from sqlalchemy.exc import OperationalError
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DynamicCache,
     Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
@@ -45,7 +47,7 @@ from tests.running import run_stage
 from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
 from tests.unit.workers.pruning.models import loaded_whole
-from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.width import channel_scores, kept_channels
 from workers.pruning.repair.distill import KV_TENSOR
 from workers.pruning.search.perplexity_bound import PerplexityBound
@@ -160,7 +162,7 @@ def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: P
     assert models["dense"]["parameters"] > models["prefill"]["parameters"] > models["decode"]["parameters"]
     # 2 (K and V) · layers · 2 KV heads · head dimension 8 · 32 tokens · 4 bytes
     assert pair["kv_bytes_per_request"]["dense"] == 2 * 5 * 2 * 8 * 32 * 4
-    assert pair["kv_bytes_per_request"]["sent"] == 2 * 3 * 2 * 8 * 16 * 4
+    assert pair["kv_bytes_per_request"]["sent"] == 2 * 3 * 2 * 8 * 15 * 4  # The prompt's last token is decode's own.
     assert len(pair["kv_layer_map"]) == 3
     assert [models["dense"][key] for key in ("kl_to_dense", "top1_agreement", "peak_memory_bytes")] == [0.0, 1.0, None]
     assert models["decode"]["kl_to_dense"] > 0
@@ -204,7 +206,7 @@ def test_equal_counts_give_one_unified_checkpoint(worker: Worker, model: Path) -
         (1, {"ratio": 4}, 20, True),  # of the dense model's 5 · 16 prompt tokens
         (1, {"ratio": 1000}, 3, False),
         (1, {"attention": {"threshold": 1e-6, "first": 2, "last": 3}}, 15, None),
-        (2, {"ratio": 4}, 20, True),
+        (2, {"ratio": 4}, 18, True),
     ],
 )
 def test_a_kv_token_rule_is_chosen_exported_and_measured(
@@ -229,7 +231,9 @@ def test_a_kv_token_rule_is_chosen_exported_and_measured(
         worker.store.download(row.key, tmp_path / "served" / name)
     for role in roles:
         assert json.loads((tmp_path / "served" / role / "pdtrim.json").read_text())["kv_tokens"] == rule
-        assert "are sent the keys and values" in (tmp_path / "served" / role / "README.md").read_text()
+        card = (tmp_path / "served" / role / "README.md").read_text()
+        assert "are sent the keys and values" in card
+        assert "Decode runs the prompt's last token itself" in card
     served = PrefillDecodePair.load(*(tmp_path / "served" / role for role in (max(roles), min(roles))))
     windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))["validation"]
     handover = served.prefill(windows[:1, :16])
@@ -244,6 +248,64 @@ def test_without_kv_tokens_every_token_is_sent(worker: Worker, model: Path) -> N
     run_through(worker, job_id)
     assert stage_row(worker, job_id, StageName.EVALUATION).metrics["pair"]["kv_tokens"] is None
     assert "kv_tokens" not in json.loads(content(worker, job_id, StageName.EXPORT, "decode/pdtrim.json"))
+
+
+@torch.no_grad()
+def plain_nll(prefill: Any, decode: Any, layer_map: list[int], ids: torch.Tensor, first_token: str) -> torch.Tensor:
+    """−log p (batch, 16) of each token after prompts of 16, with caches of transformers alone."""
+    read = 15 if first_token == "decode" else 16
+    prompt = prefill(input_ids=ids[:, :read], use_cache=True)
+    cache = DynamicCache(config=decode.config)
+    cache.layers = [prompt.past_key_values.layers[source] for source in layer_map]
+    rest = decode(input_ids=ids[:, read:-1], past_key_values=cache, use_cache=True)
+    logits = torch.cat([prompt.logits, rest.logits], dim=1)[:, 15:]
+    return F.cross_entropy(logits.mT, ids[:, 16:], reduction="none")
+
+
+@pytest.mark.parametrize("first_token", ["decode", "prefill"])
+def test_search_healing_and_evaluation_are_of_the_pair_as_it_is_served(
+    worker: Worker, model: Path, tmp_path: Path, first_token: str
+) -> None:
+    spec = tiny_spec(
+        model, serving={"first_token": first_token}, search={"evaluations": 12, "objective": "cross_entropy"}
+    )
+    spec["distillation"] |= {"losses": {"kl": 0, "label": 1, "hidden": 0}}
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+    removal, healed, report = (
+        stage_row(worker, job_id, stage).metrics
+        for stage in (StageName.REMOVAL, StageName.DISTILLATION, StageName.EVALUATION)
+    )
+    for half in ("prefill", "decode"):
+        for name in ("config.json", "model.safetensors", "pdtrim.json"):
+            (tmp_path / half).mkdir(exist_ok=True)
+            (tmp_path / half / name).write_bytes(content(worker, job_id, StageName.EXPORT, f"{half}/{name}"))
+        assert json.loads((tmp_path / half / "pdtrim.json").read_text())["serving"] == {"first_token": first_token}
+    prefill, decode = loaded_whole(tmp_path / "prefill"), loaded_whole(tmp_path / "decode")
+    pair, layer_map = report["pair"], report["pair"]["kv_layer_map"]
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))
+
+    # Evaluation, on the checkpoints.
+    nll = {half: plain_nll(prefill, decode, layer_map, windows["validation"], half) for half in ("decode", "prefill")}
+    assert pair["first_token"] == first_token
+    assert pair["distilled_loss"] == pytest.approx(float(nll[first_token].mean()), abs=1e-4)
+    first = {half: float(of_half[:, 0].mean()) for half, of_half in nll.items()}
+    assert pair["first_token_losses"]["distilled"] == pytest.approx(first, abs=1e-4)
+    dense = pair["first_token_losses"]["dense"]
+    assert dense["decode"] == pytest.approx(dense["prefill"], abs=1e-4)
+    # Healing, of the tokens that decode says. All calibration windows are fewer than those held out.
+    held_out = plain_nll(prefill, decode, layer_map, windows["calibration"], first_token)
+    said_by_decode = held_out if first_token == "decode" else held_out[:, 1:]
+    found = healed["decode"]
+    expected = found["after"] if found["kept"] == "distilled" else found["before"]
+    assert float(said_by_decode.mean()) == pytest.approx(expected, abs=1e-4)
+    # The search, before healing.
+    before_prefill, before_decode = (
+        drop_blocks(loaded_whole(model), [*removal[half]["deleted"], *map(int, removal[half]["distilled"])])
+        for half in ("prefill", "decode")
+    )
+    searched = plain_nll(before_prefill, before_decode, layer_map, windows["calibration"], first_token)
+    assert removal["losses"]["decode"] == pytest.approx(float(searched.mean()), abs=1e-4)
 
 
 def test_what_the_threshold_has_distilled_is_named_in_plan_and_checkpoint(worker: Worker, model: Path) -> None:

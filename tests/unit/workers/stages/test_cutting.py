@@ -115,6 +115,7 @@ def test_another_export_takes_over_scores_and_search_and_outlives_the_job_it_was
 
 def test_equal_counts_are_cut_as_one_checkpoint(worker: Worker, tmp_path: Path) -> None:
     spec = tiny_spec(write_tiny_model(tmp_path / "models" / "tiny"), prefill={"remove_blocks": 2})
+    spec |= {"serving": {"first_token": "prefill"}}
     spec |= {"distillation": {"enabled": False}}
     parent = create(worker, JobSpec.model_validate(spec))
     run(worker, parent, StageName.SCORING, StageName.REMOVAL)
@@ -125,6 +126,7 @@ def test_equal_counts_are_cut_as_one_checkpoint(worker: Worker, tmp_path: Path) 
     assert list(exported["checkpoints"]) == ["unified"]
     of_one = read_frontier(worker.database, worker.store, parent).unified[1]
     pdtrim = json.loads(content(worker, child, StageName.EXPORT, "unified/pdtrim.json"))
+    assert pdtrim["serving"] == {"first_token": "prefill"}  # As its parent.
     assert set(range(5)) - set(pdtrim["kept_blocks"]) == set(of_one.removed)
 
 

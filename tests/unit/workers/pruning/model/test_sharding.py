@@ -54,7 +54,16 @@ def losses(stack: BlockStack, ids: Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {objective: whole.losses(SETS, objective) for objective in objectives}
     whole.anchor(SETS[0])
     found["anchored"] = [whole.losses(SETS), whole.losses(SETS)]
-    pair = PairEngine(stack, ids, "kl", prefill=deleting({4}), prompt_tokens=5, chunk_windows=2, project_skipped=True)
+    pair = PairEngine(
+        stack,
+        ids,
+        "kl",
+        prefill=deleting({4}),
+        prompt_tokens=5,
+        first_token="prefill",
+        chunk_windows=2,
+        project_skipped=True,
+    )
     # The first keeps block 4, the second gives up all of the other device but one: their last states lie apart.
     found["pair"] = [pair.losses([deleting({1}), deleting({2, 3, 4})], objective) for objective in objectives]
     return found

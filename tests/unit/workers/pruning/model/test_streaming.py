@@ -28,7 +28,9 @@ def test_streamed_weights_give_what_resident_ones_give_bit_for_bit(family: str, 
     losses = [WholeEngine(stack, ids, "kl", chunk_windows=4).losses(SINGLES) for stack in stacks]
     assert losses[0] == losses[1]
     pairs = [
-        PairEngine(stack, ids, "cross_entropy", prefill=deleting({1}), prompt_tokens=6, chunk_windows=4)
+        PairEngine(
+            stack, ids, "cross_entropy", prefill=deleting({1}), prompt_tokens=6, first_token="decode", chunk_windows=4
+        )
         for stack in stacks
     ]
     candidates = [deleting({1, other}) for other in (0, 2, 3)]

@@ -62,7 +62,9 @@ def test_healing_decode_trains_decode_alone_and_keeps_what_is_frozen() -> None:
     }
     ids = random_ids(8, 16)
     result = train_on(
-        continuation_loss(prefill, student, [0, 1, 3], teacher, [0, 2, 4], HEALING, prompt_tokens=8),
+        continuation_loss(
+            prefill, student, [0, 1, 3], teacher, [0, 2, 4], HEALING, prompt_tokens=8, first_token="decode"
+        ),
         trainable(weights, [0, 2, 4], frozen=frozen),
         windows=ids,
         held_out=ids,

@@ -98,7 +98,9 @@ def test_a_block_distilled_for_decode_alone_has_no_adapter_where_it_makes_keys_a
     sent = prefill(input_ids=IDS, use_cache=True).past_key_values.layers[2]
     with lora_adapters(student, healed, rank=4, alpha=8.0, seed=0) as adapters:
         result = train_on(
-            continuation_loss(prefill, student, [0, 2, 4], teacher, [0, 2, 4], HEALING, prompt_tokens=8),
+            continuation_loss(
+                prefill, student, [0, 2, 4], teacher, [0, 2, 4], HEALING, prompt_tokens=8, first_token="decode"
+            ),
             adapters,
             windows=IDS,
             held_out=IDS,

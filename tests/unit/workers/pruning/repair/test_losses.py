@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.unit.workers.pruning.models import random_ids, tiny_model
 from workers.pruning.model.blocks import drop_blocks
+from workers.pruning.model.pair import FirstToken
 from workers.pruning.repair.distill import continuation_loss, mean_loss, sequence_loss
 from workers.pruning.repair.losses import (
     LossWeights,
@@ -76,21 +77,25 @@ def test_a_part_of_whole_windows_is_what_the_models_own_outputs_give() -> None:
     assert hidden == pytest.approx(sum(distances) / 4)
 
 
-def test_on_continuations_only_the_tokens_that_decode_predicts_count() -> None:
+@pytest.mark.parametrize(("first_token", "read"), [("decode", 4), ("prefill", 5)])
+def test_on_continuations_only_the_tokens_that_decode_predicts_count(first_token: FirstToken, read: int) -> None:
     teacher, weights, ids = tiny_model("llama"), tiny_model("llama"), random_ids(3, 12)
     prefill, decode = drop_blocks(weights, {1}), drop_blocks(weights, {1, 3})
-    prompt = prefill(input_ids=ids[:, :5], use_cache=True).past_key_values
+    prompt = prefill(input_ids=ids[:, :read], use_cache=True).past_key_values
     prompt.layers = [prompt.layers[layer] for layer in (0, 1, 3)]
-    pruned = decode(input_ids=ids[:, 5:11], past_key_values=prompt, output_hidden_states=True)
+    pruned = decode(input_ids=ids[:, read:11], past_key_values=prompt, output_hidden_states=True)
     dense = teacher(input_ids=ids[:, :11], output_hidden_states=True)
     losses = [
-        continuation_loss(prefill, decode, [0, 1, 3], teacher, [0, 2, 4], part, prompt_tokens=5) for part in PARTS
+        continuation_loss(
+            prefill, decode, [0, 1, 3], teacher, [0, 2, 4], part, prompt_tokens=5, first_token=first_token
+        )
+        for part in PARTS
     ]
     kl, label, hidden = (float(loss(ids)) for loss in losses)
-    assert kl == pytest.approx(float(kl_divergence(dense.logits[:, 5:], pruned.logits)))
-    assert label == pytest.approx(float(cross_entropy(pruned.logits.flatten(0, 1), ids[:, 6:].flatten())))
+    assert kl == pytest.approx(float(kl_divergence(dense.logits[:, read:], pruned.logits)))
+    assert label == pytest.approx(float(cross_entropy(pruned.logits.flatten(0, 1), ids[:, read + 1 :].flatten())))
     states = zip((2, 4, -1), (1, 2, -1), strict=True)
-    distances = [float(hidden_distance(dense.hidden_states[t][:, 5:], pruned.hidden_states[s])) for t, s in states]
+    distances = [float(hidden_distance(dense.hidden_states[t][:, read:], pruned.hidden_states[s])) for t, s in states]
     assert hidden == pytest.approx(sum(distances) / 3)
 
 

@@ -32,7 +32,14 @@ def test_gradients_are_those_of_blocks_that_keep_everything(family: str, path: s
     loss = {
         "whole": sequence_loss(student, teacher, [0, 2, 4], ALL_PARTS),
         "continuation": continuation_loss(
-            drop_blocks(prefill, {1}), student, [0, 1, 3], teacher, [0, 2, 4], ALL_PARTS, prompt_tokens=8
+            drop_blocks(prefill, {1}),
+            student,
+            [0, 1, 3],
+            teacher,
+            [0, 2, 4],
+            ALL_PARTS,
+            prompt_tokens=8,
+            first_token="decode",
         ),
     }[path]
     expected, value = gradients(loss, weights, ids), loss(ids)

@@ -39,6 +39,7 @@ def pair(stack: BlockStack, anchor_bytes: int) -> ChunkedEngine:
         "cross_entropy",
         prefill=PREFILL,
         prompt_tokens=5,
+        first_token="decode",
         chunk_windows=2,
         anchor_bytes=anchor_bytes,
     )

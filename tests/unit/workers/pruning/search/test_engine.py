@@ -17,11 +17,12 @@ from tests.unit.workers.pruning.models import (
     tiny_model,
 )
 from workers.pruning.model.blocks import block_stack, drop_blocks
-from workers.pruning.model.pair import pd_loss
+from workers.pruning.model.pair import FirstToken, pd_loss
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.engine import NonFiniteLoss, Objective, PairEngine, WholeEngine, windows_in
 
+HALVES: tuple[FirstToken, ...] = ("decode", "prefill")
 SETS = [deleting(s) for s in ((), (0,), (2,), (1, 3), (1, 4), (0, 1, 2), (4,))]
 
 
@@ -47,11 +48,20 @@ def test_losses_equal_those_of_the_pruned_models_run_on_their_own(family: str, o
     assert found == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("first_token", ["decode", "prefill"])
 @pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
-def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family: str) -> None:
+def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family: str, first_token: FirstToken) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
     prefill = deleting({1})
-    engine = PairEngine(block_stack(model), ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2)
+    engine = PairEngine(
+        block_stack(model),
+        ids,
+        "cross_entropy",
+        prefill=prefill,
+        prompt_tokens=9,
+        first_token=first_token,
+        chunk_windows=2,
+    )
     sets = [prefill, prefill | deleting({3}), prefill | deleting({0, 4})]
     expected = {
         s: pd_loss(
@@ -60,6 +70,7 @@ def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family
             kv_layer_map(BlockPlan(5, blocks_of(prefill)), BlockPlan(5, blocks_of(s))),
             ids,
             prompt_tokens=9,
+            first_token=first_token,
             batch=3,
         )
         for s in sets
@@ -67,21 +78,34 @@ def test_pair_losses_equal_those_of_two_models_with_the_cache_handed_over(family
     assert engine.losses(sets) == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("first_token", ["decode", "prefill"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(family: str) -> None:
+def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(
+    family: str, first_token: FirstToken
+) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
-    stack, prefill, prompt_tokens = block_stack(model), deleting({1, 3}), 9
-    engine = PairEngine(
-        stack, ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2, project_skipped=True
+    stack, prefill = block_stack(model), deleting({1, 3})
+    engine, nested = (
+        PairEngine(
+            stack,
+            ids,
+            "cross_entropy",
+            prefill=prefill,
+            prompt_tokens=9,
+            first_token=first_token,
+            chunk_windows=2,
+            project_skipped=projected,
+        )
+        for projected in (True, False)
     )
-    nested = PairEngine(stack, ids, "cross_entropy", prefill=prefill, prompt_tokens=9, chunk_windows=2)
+    read = 8 if first_token == "decode" else 9
     assert engine.losses([deleting({1, 3, 4})]) == nested.losses([deleting({1, 3, 4})])
 
     def loss(decode: Units) -> float:
         """By forwards of the whole model, in which hooks let the removed blocks' inputs pass."""
         cache = DynamicCache(config=model.config)
         outputs = []
-        for gone, part in ((prefill, ids[:, :prompt_tokens]), (decode, ids[:, prompt_tokens:-1])):
+        for gone, part in ((prefill, ids[:, :read]), (decode, ids[:, read:-1])):
             hooks = [
                 stack.blocks[block].register_forward_hook(lambda module, args, out: args[0])
                 for block in sorted(blocks_of(gone))
@@ -89,8 +113,8 @@ def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(fam
             outputs.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
             for hook in hooks:
                 hook.remove()
-        logits = torch.cat([outputs[0][:, -1:], outputs[1]], dim=1)
-        return float(F.cross_entropy(logits.flatten(0, 1), ids[:, prompt_tokens:].flatten()))
+        logits = torch.cat(outputs, dim=1)[:, 8:]
+        return float(F.cross_entropy(logits.flatten(0, 1), ids[:, 9:].flatten()))
 
     sets = [deleting(s) for s in ((), (1,), (0, 3), (2, 4))]
     assert engine.losses(sets) == pytest.approx({s: loss(s) for s in sets}, abs=TOLERANCE)
@@ -100,7 +124,9 @@ def test_losses_can_be_asked_for_by_another_objective() -> None:
     stack, ids = block_stack(tiny_model("llama")), random_ids(3, 20)
     for make in (
         lambda objective: WholeEngine(stack, ids, objective, chunk_windows=2),
-        lambda objective: PairEngine(stack, ids, objective, prefill=NOTHING, prompt_tokens=9, chunk_windows=2),
+        lambda objective: PairEngine(
+            stack, ids, objective, prefill=NOTHING, prompt_tokens=9, first_token="decode", chunk_windows=2
+        ),
     ):
         assert make("kl").losses(SETS, "cross_entropy") == make("cross_entropy").losses(SETS)
 
@@ -109,11 +135,16 @@ def test_with_nothing_removed_every_loss_is_the_dense_models() -> None:
     model, ids = reference_model(), reference_windows("calibration", 4, 64)
     stack = block_stack(model)
     whole = WholeEngine(stack, ids, "cross_entropy", chunk_windows=2).losses([NOTHING])[NOTHING]
-    pair = PairEngine(stack, ids, "cross_entropy", prefill=NOTHING, prompt_tokens=32, chunk_windows=2)
+    by_decode, by_prefill = (
+        PairEngine(
+            stack, ids, "cross_entropy", prefill=NOTHING, prompt_tokens=32, first_token=half, chunk_windows=2
+        ).losses([NOTHING])[NOTHING]
+        for half in HALVES
+    )
     log_p = model(input_ids=ids[:, :-1]).logits.log_softmax(-1)
     nll = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
     assert whole == pytest.approx(float(nll.mean()), abs=TOLERANCE)
-    assert pair.losses([NOTHING])[NOTHING] == pytest.approx(float(nll[:, 31:].mean()), abs=TOLERANCE)
+    assert (by_decode, by_prefill) == pytest.approx([float(nll[:, 31:].mean())] * 2, abs=TOLERANCE)
     for objective in ("kl", "hidden"):
         assert WholeEngine(stack, ids, objective, chunk_windows=4).losses([NOTHING])[NOTHING] == pytest.approx(
             0, abs=TOLERANCE
@@ -137,16 +168,40 @@ def test_a_loss_that_is_not_finite_names_candidate_and_windows() -> None:
 
 def test_a_decode_set_that_keeps_what_prefill_removed_is_refused() -> None:
     stack = block_stack(tiny_model("llama"))
-    engine = PairEngine(stack, random_ids(1, 8), "kl", prefill=deleting({2}), prompt_tokens=4, chunk_windows=1)
+    engine = PairEngine(
+        stack, random_ids(1, 8), "kl", prefill=deleting({2}), prompt_tokens=4, first_token="decode", chunk_windows=1
+    )
     with pytest.raises(ValueError, match="decode keeps block 2"):
         engine.losses([deleting({1})])
 
 
-def test_a_prompt_that_fills_the_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="a prompt of 7 tokens does not fit windows of 8"):
+@pytest.mark.parametrize(("prompt_tokens", "first_token"), [(7, "decode"), (7, "prefill"), (1, "decode")])
+def test_a_prompt_that_fills_the_window_or_leaves_nothing_to_hand_over_is_refused(
+    prompt_tokens: int, first_token: FirstToken
+) -> None:
+    with pytest.raises(ValueError, match=f"a prompt of {prompt_tokens} tokens does not fit windows of 8"):
         PairEngine(
-            block_stack(tiny_model("llama")), random_ids(1, 8), "kl", prefill=NOTHING, prompt_tokens=7, chunk_windows=1
+            block_stack(tiny_model("llama")),
+            random_ids(1, 8),
+            "kl",
+            prefill=NOTHING,
+            prompt_tokens=prompt_tokens,
+            first_token=first_token,
+            chunk_windows=1,
         )
+
+
+def test_where_decode_says_the_first_token_prefill_may_give_up_what_decode_reads_nothing_behind() -> None:
+    stack, ids, last = block_stack(tiny_model("llama")), random_ids(3, 12), deleting({4})
+
+    def loss(prefill: Units, first_token: FirstToken) -> float:
+        engine = PairEngine(
+            stack, ids, "kl", prefill=prefill, prompt_tokens=6, first_token=first_token, chunk_windows=3
+        )
+        return engine.losses([last])[last]
+
+    assert loss(NOTHING, "decode") == loss(last, "decode")
+    assert loss(NOTHING, "prefill") != pytest.approx(loss(last, "prefill"), abs=TOLERANCE)
 
 
 def test_the_budget_bounds_how_many_windows_a_walk_carries() -> None:
@@ -173,7 +228,9 @@ def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
     whole = [WholeEngine(stack, ids, "kl", chunk_windows=8).losses(candidates) for stack in (short, plain)]
     assert whole[0] == pytest.approx(whole[1], abs=TOLERANCE)
     pair = [
-        PairEngine(stack, ids, "kl", prefill=deleting({1}), prompt_tokens=6, chunk_windows=8).losses(candidates)
+        PairEngine(
+            stack, ids, "kl", prefill=deleting({1}), prompt_tokens=6, first_token="decode", chunk_windows=8
+        ).losses(candidates)
         for stack in (short, plain)
     ]
     assert pair[0] == pytest.approx(pair[1], abs=TOLERANCE)

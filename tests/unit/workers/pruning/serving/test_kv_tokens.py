@@ -19,7 +19,7 @@ from tests.unit.workers.pruning.models import (
     tiny_model,
 )
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, drop_blocks
-from workers.pruning.model.pair import handover, pd_loss
+from workers.pruning.model.pair import FirstToken, handed_tokens, handover, pd_loss
 from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.kv_tokens import (
     edge_mass,
@@ -50,13 +50,13 @@ def full_attention(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> T
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3", "granite", "mixtral", "olmo2", "qwen3-moe"])
 def test_the_attention_measured_block_by_block_is_that_of_the_full_matrices(family: str) -> None:
     model, ids = tiny_model(family), random_ids(3, 24)
-    found = prompt_attention(model, model, ALL, ids, prompt_tokens=PROMPT, batch=2)
+    found = prompt_attention(model, model, ALL, ids, prompt_tokens=PROMPT, first_token="prefill", batch=2)
     assert (found - full_attention(model, ids, PROMPT)).abs().max() <= TOLERANCE
 
 
 def test_the_attention_to_a_prompt_of_several_blocks_is_that_of_the_full_matrices() -> None:
     model, ids = reference_model(), reference_windows("validation", 1, 560)
-    found = prompt_attention(model, model, range(12), ids, prompt_tokens=530, batch=1)
+    found = prompt_attention(model, model, range(12), ids, prompt_tokens=530, first_token="prefill", batch=1)
     assert (found - full_attention(model, ids, 530)).abs().max() <= TOLERANCE
 
 
@@ -75,31 +75,46 @@ def test_no_block_size_changes_the_attention(block: int, window: int | None) -> 
 @pytest.mark.parametrize("family", ["gemma2", "gpt-neox", "gpt2", "opt", "phi3"])
 def test_attention_of_another_kind_is_refused(family: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match="q_proj and k_proj"):
-        prompt_attention(tiny_model(family), tiny_model(family), ALL, random_ids(1, 24), prompt_tokens=PROMPT, batch=1)
+        prompt_attention(
+            tiny_model(family),
+            tiny_model(family),
+            ALL,
+            random_ids(1, 24),
+            prompt_tokens=PROMPT,
+            first_token="decode",
+            batch=1,
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES + OTHERS + EXPERTS)
 @pytest.mark.parametrize("rule", [EVERY_TOKEN, KvTokenRule(6, PROMPT - 6, frozenset({0, 1, 2, 3}))])
-def test_with_every_token_sent_the_loss_is_the_plain_one(family: str, rule: KvTokenRule) -> None:
+@pytest.mark.parametrize("half", ["decode", "prefill"])
+def test_with_every_token_sent_the_loss_is_the_plain_one(family: str, rule: KvTokenRule, half: FirstToken) -> None:
     model, ids = tiny_model(family), random_ids(3, 24)
     decode = drop_blocks(model, {2})
-    found = pd_loss_with_rule(model, decode, LAYER_MAP, rule, ids, prompt_tokens=PROMPT, batch=2)
-    plain = pd_loss(model, decode, LAYER_MAP, ids, prompt_tokens=PROMPT, batch=2)
+    found = pd_loss_with_rule(model, decode, LAYER_MAP, rule, ids, prompt_tokens=PROMPT, first_token=half, batch=2)
+    plain = pd_loss(model, decode, LAYER_MAP, ids, prompt_tokens=PROMPT, first_token=half, batch=2)
     assert found == pytest.approx(plain, abs=TOLERANCE)
 
 
 def masked_loss(
-    prefill: PreTrainedModel, decode: PreTrainedModel, rule: KvTokenRule, ids: Tensor, layer_map: list[int]
+    prefill: PreTrainedModel,
+    decode: PreTrainedModel,
+    rule: KvTokenRule,
+    ids: Tensor,
+    layer_map: list[int],
+    half: FirstToken,
 ) -> float:
     """The loss with all keys in plain transformers caches, those not sent masked with −inf in eager attention."""
     decode.set_attn_implementation("eager")
-    prompt = prefill(input_ids=ids[:, :PROMPT], past_key_values=DynamicCache(config=prefill.config), use_cache=True)
+    read = PROMPT - 1 if half == "decode" else PROMPT
+    prompt = prefill(input_ids=ids[:, :read], past_key_values=DynamicCache(config=prefill.config), use_cache=True)
 
     def hide(layer: int) -> Any:
         def change(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             dropped = torch.zeros(ids.shape[1] - 1)
             if layer in rule.layers:
-                dropped[rule.first : PROMPT - rule.last] = -torch.inf
+                dropped[rule.first : read - rule.last] = -torch.inf
             mask = kwargs["attention_mask"]
             return args, kwargs | {"attention_mask": mask + dropped[-mask.shape[-1] :]}  # a window holds the latest
 
@@ -108,8 +123,8 @@ def masked_loss(
     for layer, block in enumerate(decode.model.layers):
         block.self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True)
     cache = handover(prompt.past_key_values, layer_map, decode.config)
-    rest = decode(input_ids=ids[:, PROMPT:-1], past_key_values=cache, use_cache=True)
-    logits = torch.cat([prompt.logits[:, -1:], rest.logits], dim=1)
+    rest = decode(input_ids=ids[:, read:-1], past_key_values=cache, use_cache=True)
+    logits = torch.cat([prompt.logits, rest.logits], dim=1)[:, PROMPT - 1 :]
     return float(F.cross_entropy(logits.flatten(0, 1), ids[:, PROMPT:].flatten()))
 
 
@@ -123,14 +138,14 @@ def masked_loss(
         KvTokenRule(3, 0, frozenset({0, 1, 2, 3})),
     ],
 )
-def test_tokens_not_sent_are_as_if_masked_in_full_attention(family: str, rule: KvTokenRule) -> None:
+@pytest.mark.parametrize("half", ["decode", "prefill"])
+def test_tokens_not_sent_are_as_if_masked_in_full_attention(family: str, rule: KvTokenRule, half: FirstToken) -> None:
     model, ids = tiny_model(family), random_ids(3, 24)
-    found = pd_loss_with_rule(model, drop_blocks(model, {2}), LAYER_MAP, rule, ids, prompt_tokens=PROMPT, batch=2)
-    expected = masked_loss(model, drop_blocks(tiny_model(family), {2}), rule, ids, LAYER_MAP)
+    pair = model, drop_blocks(model, {2}), LAYER_MAP
+    found = pd_loss_with_rule(*pair, rule, ids, prompt_tokens=PROMPT, first_token=half, batch=2)
+    expected = masked_loss(model, drop_blocks(tiny_model(family), {2}), rule, ids, LAYER_MAP, half)
     assert found == pytest.approx(expected, abs=TOLERANCE)
-    assert found != pytest.approx(
-        pd_loss(model, drop_blocks(model, {2}), LAYER_MAP, ids, prompt_tokens=PROMPT, batch=3)
-    )
+    assert found != pytest.approx(pd_loss(*pair, ids, prompt_tokens=PROMPT, first_token=half, batch=3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,15 +155,20 @@ def test_decoding_one_by_one_gives_the_tokens_of_one_forward_with_masks(family: 
     sent = PrefillHalf(model, tuple(LAYER_MAP), rule).prefill(random_ids(2, PROMPT))
     tokens = DecodeHalf(decode, tuple(LAYER_MAP)).decode(sent, 13)
     stack = block_stack(decode)
-    assert torch.equal(continue_logits(stack, continued_kv(stack, sent), tokens[:, :-1]).argmax(-1), tokens[:, 1:])
+    fed = torch.cat([torch.tensor(sent.next_tokens)[:, None], tokens[:, :-1]], dim=1)
+    assert torch.equal(continue_logits(stack, continued_kv(stack, sent), fed).argmax(-1), tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rule", [EVERY_TOKEN, KvTokenRule(2, 3, frozenset({0, 2}))])
-def test_the_bytes_said_to_be_sent_are_those_of_the_handover(family: str, rule: KvTokenRule) -> None:
+@pytest.mark.parametrize(("half", "handed"), [("decode", 11), ("prefill", 12)])
+def test_the_bytes_said_to_be_sent_are_those_of_the_handover(
+    family: str, rule: KvTokenRule, half: FirstToken, handed: int
+) -> None:
     model = tiny_model(family)
-    sent = PrefillHalf(model, tuple(LAYER_MAP), rule).prefill(random_ids(1, 12))
-    assert sent_bytes(drop_blocks(model, {2}).config, rule, 12, torch.float32) == sent.nbytes
+    sent = PrefillHalf(model, tuple(LAYER_MAP), rule, half).prefill(random_ids(1, 12))
+    assert sent.handed_tokens == handed_tokens(12, half) == handed
+    assert sent_bytes(drop_blocks(model, {2}).config, rule, handed, torch.float32) == sent.nbytes
 
 
 # Four layers and eight prompt tokens; the rest of each layer's attention went to the continuation.

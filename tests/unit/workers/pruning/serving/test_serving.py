@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.unit.workers.pruning.models import (
     FAMILIES,
     OTHERS,
     REFERENCE,
+    continued,
     continued_by_pair,
     random_ids,
     reference_windows,
@@ -26,7 +28,7 @@ from tests.unit.workers.pruning.models import (
 )
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
-from workers.pruning.model.pair import kv_cache_bytes
+from workers.pruning.model.pair import FirstToken, kv_cache_bytes
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving.handover import (
     EVERY_TOKEN,
@@ -41,13 +43,18 @@ from workers.pruning.serving.handover import (
 from workers.pruning.serving.pair_server import DecodeHalf, PrefillDecodePair, PrefillHalf
 
 LAYER_MAP = (0, 1, 3, 4)
+HALVES: tuple[FirstToken, ...] = ("decode", "prefill")
 NEW_TOKENS = 8
 
 
-def tiny_pair(family: str = "llama", rule: KvTokenRule = EVERY_TOKEN) -> PrefillDecodePair:
+def tiny_pair(
+    family: str = "llama", rule: KvTokenRule = EVERY_TOKEN, first_token: FirstToken = "prefill"
+) -> PrefillDecodePair:
     """A dense model of five blocks, and the same without block 2."""
     model = tiny_model(family)
-    return PrefillDecodePair(PrefillHalf(model, LAYER_MAP, rule), DecodeHalf(drop_blocks(model, {2}), LAYER_MAP))
+    return PrefillDecodePair(
+        PrefillHalf(model, LAYER_MAP, rule, first_token), DecodeHalf(drop_blocks(model, {2}), LAYER_MAP)
+    )
 
 
 def export(folder: Path, removed: dict[str, set[int]], **pdtrim: object) -> None:
@@ -67,20 +74,44 @@ def export(folder: Path, removed: dict[str, set[int]], **pdtrim: object) -> None
         )
 
 
+@pytest.mark.parametrize("first_token", HALVES)
 @pytest.mark.parametrize("family", FAMILIES + OTHERS)
-def test_a_pair_continues_as_plain_transformers_caches_do(family: str) -> None:
-    pair, ids = tiny_pair(family), random_ids(2, 12)
-    expected = continued_by_pair(pair.prefill_half.model, pair.decode_half.model, LAYER_MAP, ids, new_tokens=12)
+def test_a_pair_continues_as_plain_transformers_caches_do(family: str, first_token: FirstToken) -> None:
+    pair, ids = tiny_pair(family, first_token=first_token), random_ids(2, 12)
+    halves = pair.prefill_half.model, pair.decode_half.model
+    expected = continued_by_pair(*halves, LAYER_MAP, ids, new_tokens=12, first_token=first_token)
     assert torch.equal(pair.decode(pair.prefill(ids), 12), expected)
 
 
+def test_the_halves_may_differ_on_the_first_token() -> None:
+    ids = random_ids(16, 12)
+    by_decode, by_prefill = (
+        pair.decode(pair.prefill(ids), 1) for pair in (tiny_pair(first_token=half) for half in HALVES)
+    )
+    assert torch.equal(by_prefill, tiny_model("llama")(input_ids=ids).logits[:, -1:].argmax(-1))
+    assert not torch.equal(by_decode, by_prefill)
+
+
+@pytest.mark.parametrize("rule", [EVERY_TOKEN, KvTokenRule(2, 3, frozenset({0, 2}))])
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_of_a_prompt_of_one_token_decode_is_handed_nothing(family: str, rule: KvTokenRule) -> None:
+    pair, ids = tiny_pair(family, rule, "decode"), random_ids(2, 1)
+    sent = Handover.from_bytes(pair.prefill(ids).to_bytes())
+    assert (sent.handed_tokens, sent.nbytes) == (0, 0)
+    # Nothing of prefill is left: the answer is the decode model's own.
+    expected = continued(pair.decode_half.model, ids, 8)[:, 1:]
+    assert torch.equal(pair.decode(sent, 8), expected)
+
+
+@pytest.mark.parametrize("first_token", HALVES)
 @pytest.mark.parametrize("family", FAMILIES + OTHERS)
-def test_a_handover_survives_its_bytes(family: str) -> None:
-    pair = tiny_pair(family, KvTokenRule(2, 3, frozenset({0, 2})))
+def test_a_handover_survives_its_bytes(family: str, first_token: FirstToken) -> None:
+    pair = tiny_pair(family, KvTokenRule(2, 3, frozenset({0, 2})), first_token)
     sent = pair.prefill(random_ids(2, 12))
     frame = sent.to_bytes()
     came = Handover.from_bytes(frame)
-    assert (came.prompt_tokens, came.first_tokens) == (sent.prompt_tokens, sent.first_tokens)
+    assert (came.handed_tokens, came.next_tokens) == (sent.handed_tokens, sent.next_tokens)
+    assert came.first_token == first_token
     for one, other in zip(came.layers, sent.layers, strict=True):
         assert (one.source, one.ranges) == (other.source, other.ranges)
         assert torch.equal(one.keys, other.keys)
@@ -96,7 +127,7 @@ def test_layers_with_a_sliding_window_send_what_the_window_can_still_reach() -> 
 def test_tokens_that_a_sliding_window_cannot_reach_are_ignored() -> None:
     model, ids = tiny_model("mistral-sliding"), random_ids(1, 12)  # a window of 7
     half = DecodeHalf(model, (0, 1, 2, 3, 4))
-    sent = PrefillHalf(model, (0, 1, 2, 3, 4)).prefill(ids)
+    sent = PrefillHalf(model, (0, 1, 2, 3, 4), first_token="prefill").prefill(ids)
     noise = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
     older = tuple(
         dataclasses.replace(
@@ -127,8 +158,10 @@ def test_bfloat16_survives_the_wire() -> None:
         DecodeHalf(tiny_model("llama"), (0, 1, 2, 3, 4)).decode(came, 2)
 
 
-def test_decoding_ends_once_every_sequence_has_stopped() -> None:
-    pair, ids = tiny_pair(), random_ids(2, 12)
+@pytest.mark.parametrize("first_token", HALVES)
+def test_decoding_ends_once_every_sequence_has_stopped(first_token: FirstToken) -> None:
+    pair, ids = tiny_pair(first_token=first_token), random_ids(2, 12)
+    assert pair.decode(pair.prefill(ids), 10, stop=range(97)).shape == (2, 1)
     whole = pair.decode(pair.prefill(ids), 10)
     ends = {int(whole[0, 2]), int(whole[1, 5])}
     ended = [min(step for step, token in enumerate(row) if token in ends) for row in whole.tolist()]
@@ -163,7 +196,12 @@ def payload_bytes(frame: bytes) -> int:
 
 @pytest.mark.process
 def test_two_processes_over_a_socket_give_the_tokens_of_one(tmp_path: Path) -> None:
-    export(tmp_path, {"prefill": {2, 5}, "decode": {2, 4, 5, 9}}, kv_tokens={"first": 8, "last": 16, "layers": [1, 4]})
+    export(
+        tmp_path,
+        {"prefill": {2, 5}, "decode": {2, 4, 5, 9}},
+        kv_tokens={"first": 8, "last": 16, "layers": [1, 4]},
+        serving={"first_token": "decode"},
+    )
     windows = reference_windows("validation", 20, 128)
     prompts = [window[: 5 + 6 * number].tolist() for number, window in enumerate(windows)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
@@ -192,12 +230,21 @@ def test_two_processes_over_a_socket_give_the_tokens_of_one(tmp_path: Path) -> N
         assert torch.equal(pair.decode_half.decode(Handover.from_bytes(frame), NEW_TOKENS), expected)
 
 
-def test_checkpoints_that_hold_no_rule_send_every_token(tmp_path: Path) -> None:
-    export(tmp_path, {"prefill": {2, 5}, "decode": {2, 4, 5, 9}})
+@pytest.mark.parametrize(
+    ("recorded", "first_token"),
+    [({}, "prefill"), ({"serving": {"first_token": "decode"}}, "decode")],
+    ids=["earlier", "decode"],
+)
+def test_checkpoints_are_served_as_they_say_and_send_every_token_unless_told(
+    tmp_path: Path, recorded: dict[str, Any], first_token: FirstToken
+) -> None:
+    export(tmp_path, {"prefill": {2, 5}, "decode": {2, 4, 5, 9}}, **recorded)
     pair = PrefillDecodePair.load(tmp_path / "prefill", tmp_path / "decode", dtype=torch.float32)
     ids = reference_windows("validation", 2, 48)
     prefill, decode = pair.prefill_half, pair.decode_half
-    expected = continued_by_pair(prefill.model, decode.model, prefill.layer_map, ids, new_tokens=NEW_TOKENS)
+    expected = continued_by_pair(
+        prefill.model, decode.model, prefill.layer_map, ids, new_tokens=NEW_TOKENS, first_token=first_token
+    )
     assert pair.prefill_half.layer_map == (0, 1, 2, 4, 5, 6, 8, 9)
     assert torch.equal(pair.decode(pair.prefill(ids), NEW_TOKENS), expected)
 
@@ -243,9 +290,10 @@ def test_a_connection_that_closes_early_is_named(
 def described(tensors: dict[str, Tensor], **changes: object) -> bytes:
     """A safetensors file with the metadata of a handover of one layer, some of it changed."""
     content = {
-        "format_version": 1,
-        "prompt_tokens": 6,
-        "first_tokens": [3],
+        "format_version": 2,
+        "handed_tokens": 6,
+        "next_tokens": [3],
+        "first_token": "decode",
         "layers": [{"source": 0, "ranges": [[0, 2], [4, 6]]}],
     }
     return save(tensors, {METADATA: json.dumps(content | changes)})
@@ -262,16 +310,17 @@ GOOD = {"0.keys": torch.zeros(1, 2, 4, 8), "0.values": torch.zeros(1, 2, 4, 8)}
         (described(GOOD) + b"x", "no whole safetensors file"),
         (save(GOOD), "describes no handover: KeyError"),
         (save(GOOD, {METADATA: "[" * 100_000}), "describes no handover: RecursionError"),
-        (described(GOOD, format_version=2), "format version 2; this is for 1"),
+        (described(GOOD, format_version=1), "format version 1; this is for 2"),
         (described(GOOD, layers=[{"source": 0, "ranges": [[0]]}]), "describes no handover: ValueError"),
         (described({"0.keys": GOOD["0.keys"]}), "describes no handover: KeyError"),
         (described({**GOOD, "1.keys": torch.zeros(1)}), "3 tensors came for 1 layers"),
         (described(GOOD, layers=[{"source": 0, "ranges": [[0, 3], [2, 3]]}]), "do not fit 6 prompt tokens"),
         (described(GOOD, layers=[{"source": 0, "ranges": [[2, 2], [2, 6]]}]), "do not fit 6 prompt tokens"),
         (described(GOOD, layers=[{"source": 0, "ranges": [[-2, 2]]}]), "do not fit 6 prompt tokens"),
-        (described(GOOD, prompt_tokens=5), "do not fit 5 prompt tokens"),
+        (described(GOOD, handed_tokens=5), "do not fit 5 prompt tokens"),
         (described(GOOD, layers=[{"source": 0, "ranges": [[0, 3]]}]), "do not hold 3 tokens of 1 sequences"),
-        (described(GOOD, first_tokens=[3, 4]), "do not hold 4 tokens of 2 sequences"),
+        (described(GOOD, first_token="router"), "said by decode or prefill, not by 'router'"),
+        (described(GOOD, next_tokens=[3, 4]), "do not hold 4 tokens of 2 sequences"),
         (described({**GOOD, "0.values": torch.zeros(1, 2, 4, 9)}), r"values \(1, 2, 4, 9\)"),
     ],
 )
@@ -286,8 +335,8 @@ def test_a_handover_for_another_pair_is_refused() -> None:
     other = dataclasses.replace(pair.decode_half, layer_map=(0, 1, 2, 4))
     with pytest.raises(BrokenHandover, match=r"holds prefill layers \[0, 1, 3, 4\]; this decode model reads \[0, 1, 2"):
         other.decode(handover, 2)
-    with pytest.raises(BrokenHandover, match="the first token 97 is not in a vocabulary of 97"):
-        pair.decode(dataclasses.replace(handover, first_tokens=(97,)), 2)
+    with pytest.raises(BrokenHandover, match="the next token 97 is not in a vocabulary of 97"):
+        pair.decode(dataclasses.replace(handover, next_tokens=(97,)), 2)
 
 
 def test_halves_that_do_not_fit_are_refused(tmp_path: Path) -> None:
