@@ -63,6 +63,12 @@ def pair_figures(**changes: Any) -> PairFigures:
         "dense_loss": 3.0,
         "pruned_loss": 3.5,
         "distilled_loss": 3.2,
+        "first_token": "decode",
+        "first_token_losses": {
+            "dense": {"decode": 2.0, "prefill": 2.0},
+            "pruned": {"decode": 2.75, "prefill": 2.5},
+            "distilled": {"decode": 2.25, "prefill": 2.125},
+        },
         "kv_layer_map": [0, 1],
         "kv_bytes_per_request": {"tokens": 256, "dense": 8192, "pruned": 4096, "dense_sent": 4096, "sent": 2048},
     }

@@ -45,6 +45,10 @@ def _of_evaluation(evaluation: EvaluationResult) -> Iterator[tuple[str, Value]]:
     yield "PD loss, dense", pair.dense_loss
     yield "PD loss, pruned", pair.pruned_loss
     yield "PD loss, distilled", pair.distilled_loss
+    yield "first token by", pair.first_token
+    if pair.first_token_losses is not None:
+        for half, loss in pair.first_token_losses.distilled.items():
+            yield f"first token by {half}, distilled", loss
     yield from ((f"KV bytes, {amount.label}", amount.bytes) for amount in kv_amounts(pair))
     for task, by_model in evaluation.tasks.items():
         for role, by_metric in by_model.items():

@@ -170,7 +170,7 @@ def pair_table(pair: PairFigures) -> Table:
     kv = pair.kv_bytes_per_request
     losses = (pair.dense_loss, pair.pruned_loss, pair.distilled_loss)
     label = f"PD loss in nats, prompt {pair.prompt_tokens} + {pair.continuation_tokens}"
-    rows = [(label, *(f"{loss:.4f}" for loss in losses))]
+    rows = [(label, *(f"{loss:.4f}" for loss in losses)), *_first_token_rows(pair)]
     share = f"{size(kv.pruned)} ({kv.pruned / kv.dense:.0%})"
     rows.append((f"KV cache, {kv.tokens}-token request", size(kv.dense), share, share))
     rows.append(("KV sent to decode a request", size(kv.dense_sent), size(kv.sent), size(kv.sent)))
@@ -180,6 +180,21 @@ def pair_table(pair: PairFigures) -> Table:
         rows.append(("KV sent with the token rule", size(kv.dense_sent), "", less))
         rows.append(("PD loss with the token rule", "", "", f"{rule.loss:.4f}"))
     return _figures("As a prefill/decode pair", ("", "dense", "pruned", "distilled"), rows)
+
+
+def _first_token_rows(pair: PairFigures) -> list[tuple[str, ...]]:
+    """The loss of the first token by each half, where that was measured. An arrow marks the one that is served."""
+    if pair.first_token_losses is None:
+        return []
+    found = pair.first_token_losses
+    halves: tuple[Half, ...] = ("decode", "prefill")
+    return [
+        (
+            f"{'→ ' if half == pair.first_token else ''}first token by {half}, nats",
+            *(f"{losses.of(half):.4f}" for losses in (found.dense, found.pruned, found.distilled)),
+        )
+        for half in halves
+    ]
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, TaskResult]], models: Sequence[str]) -> Table:

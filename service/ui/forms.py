@@ -47,6 +47,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "distillation.threshold": "Delete from cosine",
     },
     "Serving and evaluation": {
+        "serving.first_token": "First token by",
         "kv_tokens.ratio": "Send KV tokens, less by",
         "evaluation.windows": "Validation windows",
     },

@@ -267,6 +267,7 @@ def _facts(job: Job) -> dict[str, str]:
         "Decode gives up": _target(job.spec.decode),
         "Text": job.spec.data.origin,
         "Search": f"{search.algorithm}, {search.objective}{most}",
+        "First token": f"by {job.spec.serving.first_token}",
         "Queue": f"{job.queue}, {job.spec.priority} priority",
         "Seed": str(job.spec.seed),
         **({"Revision": job.model_revision} if job.model_revision else {}),

@@ -16,11 +16,17 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from pdtrim.display.tables import Table
+from workers.pruning.serving.pair_server import first_token_of
 
 INHERITED = ("license", "license_name", "license_link", "language")
 """What a pruned model has from its source."""
 MAX_CARD_BYTES = 1 << 20
 MAX_VALUE = 512
+FIRST_TOKEN = {
+    "decode": "Decode runs the prompt's last token itself, and so says the first generated one.",
+    "prefill": "Prefill says the first generated token.",
+}
+"""How the pair is served, by `serving.first_token` of its pdtrim.json."""
 HUB = "hf://"
 log = logging.getLogger(__name__)
 
@@ -64,7 +70,7 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
         _given_up(pdtrim),
         "Load it with `AutoModelForCausalLM.from_pretrained`. `pdtrim.json` lists the kept blocks and, for a "
         "prefill/decode\npair, `kv_layer_map`: layer k of the decode checkpoint continues the KV cache of layer "
-        "`kv_layer_map[k]` of the prefill\ncheckpoint, which also emits the first generated token.",
+        f"`kv_layer_map[k]` of the prefill\ncheckpoint. {FIRST_TOKEN[first_token_of(pdtrim)]}",
     ]
     rule = pdtrim.get("kv_tokens")
     if rule is not None and rule["layers"]:

@@ -110,6 +110,18 @@ def test_a_token_rule_is_shown_with_what_it_saves_and_costs() -> None:
     assert rows["KV sent with the token rule"] == "4 KiB 1 KiB (4.00× less; 9× asked for)"
 
 
+def test_the_first_token_is_shown_by_both_halves_and_the_one_that_is_served_is_marked() -> None:
+    models = {"dense": DENSE, "decode": DECODE}
+    rows = shown(models, pair_figures())
+    assert rows["→ first token by decode, nats"] == "2.0000 2.7500 2.2500"
+    assert rows["first token by prefill, nats"] == "2.0000 2.5000 2.1250"
+    rows = shown(models, pair_figures(first_token="prefill"))
+    assert rows["first token by decode, nats"] == "2.0000 2.7500 2.2500"
+    assert rows["→ first token by prefill, nats"] == "2.0000 2.5000 2.1250"
+    earlier = pair_figures(first_token_losses=None)
+    assert not any("first token by" in label for label in shown(models, earlier))
+
+
 def test_mlp_channels_are_shown_where_they_differ() -> None:
     dense, slim = (model_figures(mlp_channels=channels) for channels in (1536, 768))
     assert "MLP channels" not in shown({"dense": DENSE, "decode": DECODE}, PAIR)

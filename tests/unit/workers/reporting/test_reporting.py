@@ -167,6 +167,7 @@ PDTRIM: dict[str, Any] = {
     "distilled_blocks": {"1": 0},
     "mlp_width": 0.5,
     "kv_tokens": {"layers": [1], "first": 4, "last": 8},
+    "serving": {"first_token": "decode"},
 }
 
 
@@ -187,10 +188,17 @@ def test_a_card_carries_the_source_its_licence_and_the_numbers(tmp_path: Path, f
         "block 1 was distilled into block 0",
         "MLP channels: 0.5 of",
         "first 4 and the last 8 tokens",
+        "Decode runs the prompt's last token itself",
         "| perplexity | 12.00 ± 0.25 | 12.00 ± 0.25 | 14.00 ± 0.25 |",
         "| sums acc |",
     ):
         assert told in text
+
+
+@pytest.mark.parametrize("recorded", [{}, {"serving": {"first_token": "prefill"}}], ids=["earlier", "now"])
+def test_a_card_says_where_prefill_says_the_first_token(recorded: dict[str, Any]) -> None:
+    described = {key: value for key, value in PDTRIM.items() if key != "serving"} | recorded
+    assert "Prefill says the first generated token." in model_card(described, {})
 
 
 @pytest.mark.parametrize("text", ["", "---\nlicense: [\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n- license\n---\n"])
