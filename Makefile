@@ -62,9 +62,9 @@ bench: $(VENV)/.worker ## The figures of benchmarks/RESULTS.md on the method
 	$(BIN)/python benchmarks/search.py optimum --removed 1 2 3 4 5
 	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 128
 	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 64 --copies 2
-	$(BIN)/python benchmarks/pair.py
+	$(BIN)/python benchmarks/pair.py --first-token prefill
 	$(BIN)/python benchmarks/distillation.py
-	$(BIN)/python benchmarks/kv_tokens.py
+	$(BIN)/python benchmarks/kv_tokens.py --first-token prefill
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from markdown.extensions.toc import slugify
+from safetensors.torch import save_file
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import JobSpec
 from service.settings import Settings
 from tests.processes import pdtrim_up
 from tests.receiver import receiving
+from tests.tiny_job import write_tiny_model
+from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
+from workers.pruning.model.pair import FirstToken
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.serving.pair_server import PrefillDecodePair
 
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -125,6 +135,55 @@ def test_every_command_block_runs(environment: dict[str, str], tmp_path: Path) -
     assert "\ndef main(" in said[DOCS / "guides" / "serving.md"]
     assert json.loads((tmp_path / "pruned" / "decode" / "config.json").read_text())["num_hidden_layers"] == 10
     assert json.loads((tmp_path / "lighter" / "unified" / "config.json").read_text())["num_hidden_layers"] == 11
+
+
+SERVING = DOCS / "guides" / "serving.md"
+PROMPTS = [list(range(10 * length, 11 * length)) for length in (2, 5, 7, 8, 9, 10, 20, 60)]
+"""Token ids, of fewer tokens than the windowed pair's window of 8, and more."""
+ANSWERED = f"""
+halves = ("decode", "prefill")
+print(json.dumps({{half: [answer(torch.tensor([p]), 12, half)[0].tolist() for p in {PROMPTS}] for half in halves}}))
+"""
+"""What is appended to the guide's program: its tokens after every prompt, by each half that may say the first."""
+FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
+    "full attention": LlamaConfig,
+    "sliding windows": partial(MistralConfig, sliding_window=8),
+}
+
+
+def export_pair(source: Path, folder: Path) -> None:
+    """Write the checkpoints of a pair whose decode gives up one block more."""
+    plans = {"prefill": BlockPlan(5, frozenset({1})), "decode": BlockPlan(5, frozenset({1, 3}))}
+    save_file({}, source / "untrained.safetensors")
+    for role, plan in plans.items():
+        write_checkpoint(
+            source,
+            folder / role,
+            kept=plan.kept,
+            overrides=SourceTensors.in_file(source / "untrained.safetensors"),
+            pdtrim={"kv_layer_map": kv_layer_map(**plans), "serving": {"first_token": "decode"}},
+            model_card="",
+        )
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_program_of_the_serving_guide_gives_the_tokens_of_the_pair_server(family: str, tmp_path: Path) -> None:
+    export_pair(write_tiny_model(tmp_path / "model", FAMILIES[family]), tmp_path / "pair")
+    (program,) = (block for block in blocks(SERVING) if "kv_layer_map" in block.code and block.language == "python")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", program.code + ANSWERED],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(ran.stdout.splitlines()[-1])
+
+    pair = PrefillDecodePair.load(tmp_path / "pair" / "prefill", tmp_path / "pair" / "decode", dtype=torch.float32)
+    assert pair.prefill_half.first_token == "decode"
+    for first_token in get_args(FirstToken):
+        served = replace(pair, prefill_half=replace(pair.prefill_half, first_token=first_token))
+        expected = [served.decode(served.prefill(torch.tensor([prompt])), 12)[0].tolist() for prompt in PROMPTS]
+        assert found[first_token] == expected
+    assert found["decode"] != found["prefill"]
 
 
 @pytest.mark.parametrize("document", [path for path in documents() if "```yaml" in path.read_text()], ids=str)
