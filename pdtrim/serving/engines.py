@@ -25,9 +25,10 @@ SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 ROUTER = ("-m", "vllm_router.launch_router")
 ROLES: Mapping[Half, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 CPU_VARIABLES: Mapping[str, str] = {
-    # No thread is pinned, so that the engines may share the processors; between them is TCP or shared memory.
+    # No thread is pinned, so that the engines may share the processors.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "UCX_TLS": "tcp,self,sm,posix,sysv,cma",
+    # Over shared memory UCX polls without rest, a processor for each engine, and transfers wait for its lock.
+    "UCX_TLS": "tcp,self",
 }
 
 
