@@ -33,6 +33,7 @@ from service.api.body_limit import BodyLimit
 from service.api.metrics import GatewayMetrics
 from service.api.request_ids import RequestIds
 from service.api.sessions import Sessions
+from service.checking.questions import Questions
 from service.db.session import connect, migrate
 from service.settings import Settings
 from service.storage import open_store
@@ -101,7 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     database = connect(settings.database_url)
     await run_in_threadpool(migrate, database)
     await run_in_threadpool(warn_if_open, database, settings)
-    app.state.database = database
+    app.state.database, app.state.questions = database, Questions()
     app.state.store = open_store(
         settings.artifacts_url,
         endpoint_url=settings.s3_endpoint_url,

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_
 from pydantic_core import PydanticCustomError
 
 from pdtrim.contract.base import NO_NUL, SpecModel, storable
+from pdtrim.contract.yaml_text import MAX_CHARACTERS as MAX_YAML
 from pdtrim.contract.yaml_text import plain_data
 
 MAX_TASKS = 32
@@ -227,7 +228,11 @@ def parse_tasks(value: Any) -> Any:
     if len(value) > MAX_TASKS:
         raise _fault(None, f"at most {MAX_TASKS} tasks can be given")
     tasks = []
+    written = 0
     for number, given in enumerate(value):
+        written += len(given) if isinstance(given, str) else 0
+        if written > MAX_YAML:
+            raise _fault(number, f"the YAML texts have {written} characters up to here; at most {MAX_YAML} are read")
         try:
             tasks.append(_task(given))
         except ValidationError as error:

@@ -16,6 +16,7 @@ from pdtrim.contract.errors import ArtifactNotFound, CursorNotFound, DeliveryNot
 from service.api.auth import Caller
 from service.api.problems import UnsupportedMediaType
 from service.api.wakeups import EventFeeds
+from service.checking.questions import Questions
 from service.db import jobs, webhooks
 from service.db.session import transaction
 from service.settings import Settings
@@ -40,6 +41,11 @@ async def json_only(request: Request) -> None:
 async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
+
+
+async def _questions(request: Request) -> Questions:
+    questions: Questions = request.app.state.questions
+    return questions
 
 
 async def _database(request: Request) -> Database:
@@ -148,6 +154,7 @@ async def _after_delivery(
 
 
 SettingsDep = Annotated[Settings, Depends(_settings)]
+QuestionsDep = Annotated[Questions, Depends(_questions)]
 DatabaseDep = Annotated[Database, Depends(_database)]
 StoreDep = Annotated[ArtifactStore, Depends(_store)]
 EventFeedsDep = Annotated[EventFeeds, Depends(_event_feeds)]

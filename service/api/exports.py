@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends
+from fastapi.concurrency import run_in_threadpool
 
 from pdtrim.contract.errors import (
     ArtifactNotFound,
@@ -20,15 +21,15 @@ from pdtrim.contract.frontier import ExportSpec, Frontier
 from pdtrim.contract.jobs import Job
 from service.api import examples
 from service.api.auth import declared
-from service.api.deps import DatabaseDep, JobId, SettingsDep, StoreDep, json_only
+from service.api.deps import DatabaseDep, JobId, QuestionsDep, SettingsDep, StoreDep, json_only
 from service.api.problems import documented
 from service.api.submission import HEADERS, SUBMISSION_REFUSALS, NewJob, Submit
 from service.api.suggestions import only_known_parameters
-from service.checking import preflight
 from service.checking.frontier import read_frontier
 from service.db import jobs
 from service.db.session import transaction
 from service.db.specs import spec_of
+from service.db.tables import JobRow
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["exports"], dependencies=[declared, only_known_parameters])
 
@@ -63,10 +64,11 @@ def get_frontier(job_id: JobId, database: DatabaseDep, store: StoreDep) -> Front
         **documented(*SUBMISSION_REFUSALS, JobNotFound, ArtifactNotFound, NoFrontier, NoSuchPoint, SetsNotNested),
     },
 )
-def create_export(
+async def create_export(
     job_id: JobId,
     wanted: Annotated[ExportSpec, Body(openapi_examples=examples.EXPORT_REQUESTS)],
     settings: SettingsDep,
+    questions: QuestionsDep,
     database: DatabaseDep,
     store: StoreDep,
     submit: Submit,
@@ -77,16 +79,19 @@ def create_export(
     as many blocks as in this job.
     """
 
-    def prepare() -> NewJob:
+    def cut() -> JobRow:
         read_frontier(database, store, job_id).cut(
             prefill=wanted.prefill.remove_blocks, decode=wanted.decode.remove_blocks
         )
         with transaction(database) as session:
-            parent = jobs.get(session, job_id)
+            return jobs.get(session, job_id)
+
+    async def prepare() -> NewJob:
+        parent = await run_in_threadpool(cut)
         spec = wanted.job(spec_of(parent))
         # The scores are of that commit.
         pinned = spec.model.model_copy(update={"revision": parent.model_revision})
-        preflight.check(spec.model_copy(update={"model": pinned}), settings)
+        await questions.check(spec.model_copy(update={"model": pinned}), settings)
         return NewJob(spec, parent.model_revision, cut_from=job_id)
 
-    return submit(wanted, prepare, cut_from=job_id)
+    return await submit(wanted, prepare, cut_from=job_id)

@@ -46,8 +46,8 @@ class Readiness(BaseModel):
 
 
 @router.get("/healthz", summary="Liveness", operation_id="healthz", response_model=Alive)
-def healthz() -> Alive:
-    """Answers as long as the process does; asks nothing of database, broker or store."""
+async def healthz() -> Alive:
+    """Answers as long as the process does, without a thread; asks nothing of database, broker or store."""
     return Alive()
 
 

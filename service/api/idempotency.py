@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Engine as Database
@@ -67,8 +68,10 @@ def fingerprint(body: BaseModel, cut_from: str | None = None) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def claimed(database: Database, project: str, key: str | None, said: str) -> Iterator[KeyClaim | Answered | None]:
+@asynccontextmanager
+async def claimed(
+    database: Database, project: str, key: str | None, said: str
+) -> AsyncIterator[KeyClaim | Answered | None]:
     """The right to create a job under `key`, or the answer given before; None without a key.
 
     `said` is the body's fingerprint. A block that raises frees the key. Raises: IdempotencyKeyReused, RequestInFlight.
@@ -76,12 +79,20 @@ def claimed(database: Database, project: str, key: str | None, said: str) -> Ite
     if key is None:
         yield None
         return
-    with transaction(database) as session:
-        found = idempotency.claim(session, project, key, said)
+    found = await run_in_threadpool(_claim, database, project, key, said)
     try:
         yield found
     except Exception:
         if isinstance(found, KeyClaim):
-            with transaction(database) as session:
-                idempotency.release(session, found)
+            await run_in_threadpool(_release, database, found)
         raise
+
+
+def _claim(database: Database, project: str, key: str, said: str) -> KeyClaim | Answered:
+    with transaction(database) as session:
+        return idempotency.claim(session, project, key, said)
+
+
+def _release(database: Database, claim: KeyClaim) -> None:
+    with transaction(database) as session:
+        idempotency.release(session, claim)

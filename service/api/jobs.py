@@ -6,9 +6,11 @@ import re
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import Engine as Database
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from pdtrim.contract.errors import (
@@ -31,21 +33,24 @@ from pdtrim.contract.spec import JobSpec, Labels
 from service import queue
 from service.api import examples
 from service.api.auth import declared
-from service.api.deps import AfterJob, DatabaseDep, JobId, Limit, Project, SettingsDep, json_only
+from service.api.deps import AfterJob, DatabaseDep, JobId, Limit, Project, QuestionsDep, SettingsDep, json_only
 from service.api.problems import documented
+from service.api.specs import SentSpec
 from service.api.submission import (
     BODY_REFUSALS,
     HEADERS,
     PREFLIGHT_REFUSALS,
     SUBMISSION_REFUSALS,
     NewJob,
+    Submission,
     Submit,
 )
 from service.api.suggestions import only_known_parameters
-from service.checking import preflight
 from service.checking.estimate import estimate
+from service.checking.questions import Questions
 from service.db import deletion, jobs, views
 from service.db.session import transaction
+from service.settings import Settings
 
 
 class _JobConvertor(StringConvertor):
@@ -85,11 +90,23 @@ async def metadata_filter(request: Request) -> dict[str, str]:
         **documented(*SUBMISSION_REFUSALS),
     },
 )
-def create_job(
-    spec: Annotated[JobSpec, Body(openapi_examples=examples.REQUESTS)], settings: SettingsDep, submit: Submit
+async def create_job(
+    sent: Annotated[SentSpec, Body(openapi_examples=examples.REQUESTS)],
+    settings: SettingsDep,
+    questions: QuestionsDep,
+    submit: Submit,
 ) -> Job:
     """Check what can be checked without weights, then queue a job that scores, removes, distils, exports, evaluates."""
-    return submit(spec, lambda: NewJob(spec, preflight.check(spec, settings).revision))
+    return await create(await questions.here.ask(sent.read), settings, questions, submit)
+
+
+async def create(spec: JobSpec, settings: Settings, questions: Questions, submit: Submission) -> Job:
+    """The job, queued. Raises: what checks and `submit` raise."""
+
+    async def prepare() -> NewJob:
+        return NewJob(spec, (await questions.check(spec, settings)).revision)
+
+    return await submit(spec, prepare)
 
 
 @router.post(
@@ -103,9 +120,10 @@ def create_job(
         **documented(*BODY_REFUSALS, *PREFLIGHT_REFUSALS),
     },
 )
-def estimate_job(
-    spec: Annotated[JobSpec, Body(openapi_examples=examples.REQUESTS)],
+async def estimate_job(
+    sent: Annotated[SentSpec, Body(openapi_examples=examples.REQUESTS)],
     settings: SettingsDep,
+    questions: QuestionsDep,
     database: DatabaseDep,
     project: Project,
 ) -> Estimate:
@@ -113,10 +131,19 @@ def estimate_job(
 
     Times are those of the project's newest finished job on the same model, where there is one.
     """
-    model = preflight.check(spec, settings)
-    with transaction(database) as session:
-        earlier = jobs.newest_like(session, project, spec.model.source)
-    return estimate(spec, model, earlier)
+    return await foresee(await questions.here.ask(sent.read), settings, questions, database, project)
+
+
+async def foresee(spec: JobSpec, settings: Settings, questions: Questions, database: Database, project: str) -> Estimate:
+    """The job's estimate. Raises: what its checks raise."""
+    model = await questions.check(spec, settings)
+
+    def compute() -> Estimate:
+        with transaction(database) as session:
+            earlier = jobs.newest_like(session, project, spec.model.source)
+        return estimate(spec, model, earlier)
+
+    return await run_in_threadpool(compute)
 
 
 @router.get(

@@ -43,6 +43,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 HEADERS = {
     Unauthorized: {"WWW-Authenticate": "Bearer"},
     RequestInFlight: {"Retry-After": "1"},
+    DependencyUnavailable: {"Retry-After": "5"},
     QueueQuotaExceeded: {"Retry-After": "60"},
     ArtifactQuotaExceeded: {"Retry-After": "3600"},
 }
@@ -172,13 +173,13 @@ def database_unavailable(request: Request, error: Exception) -> Response:
     """The problem response while the database does not answer."""
     log.error("database: %s", error)
     unavailable = DependencyUnavailable("The database does not answer. Try again; GET /readyz says what is wrong.")
-    return problem(request, unavailable, headers={"Retry-After": "5"})
+    return _from_pdtrim(request, unavailable)
 
 
 def _from_store(request: Request, error: Exception) -> Response:
     log.error("artifact store: %s", error)
     unavailable = DependencyUnavailable("The artifact store does not answer. GET /readyz says what is wrong.")
-    return problem(request, unavailable, headers={"Retry-After": "5"})
+    return _from_pdtrim(request, unavailable)
 
 
 def _from_missing_object(request: Request, error: Exception) -> Response:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 from sqlalchemy import Engine as Database
 
@@ -37,7 +38,7 @@ from service.api.idempotency import REPLAYED, REPLAYED_HEADER, IdempotencyKey, c
 from service.api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from service.checking.targets import targets
 from service.db import idempotency, jobs, views
-from service.db.idempotency import Answered
+from service.db.idempotency import Answered, KeyClaim
 from service.db.session import transaction
 from service.settings import Settings
 
@@ -90,35 +91,41 @@ class Submission:
     api_key: str | None
     idempotency_key: str | None
 
-    def __call__(self, body: BaseModel, prepare: Callable[[], NewJob], *, cut_from: str | None = None) -> Job:
+    async def __call__(
+        self, body: BaseModel, prepare: Callable[[], Awaitable[NewJob]], *, cut_from: str | None = None
+    ) -> Job:
         """Make the job that `prepare` finds fit, unless `body` made one under this key before.
 
         Raises: what `prepare` raises; IdempotencyKeyReused, RequestInFlight; QueueQuotaExceeded, ArtifactQuotaExceeded.
         """
         said = fingerprint(body, cut_from)
-        with claimed(self.database, self.project, self.idempotency_key, said) as found:
+        async with claimed(self.database, self.project, self.idempotency_key, said) as found:
             if isinstance(found, Answered):
                 self.response.headers.update({"Location": f"/v1/jobs/{found.job_id}", REPLAYED: "true"})
                 return Job.model_validate(found.response)
-            new = prepare()
-            with transaction(self.database) as session:
-                row, stages, sent = jobs.insert_new(
-                    session,
-                    new.spec,
-                    project=self.project,
-                    api_key=self.api_key,
-                    limits=self.settings.quotas,
-                    model_revision=new.model_revision,
-                    cut_from=new.cut_from,
-                    default_queue=self.settings.queues[0],
-                    targets=targets(new.spec, self.settings),
-                )
-                shown = views.job(row, stages)
-                if found is not None:
-                    idempotency.settle(session, found, row.id, shown.model_dump(mode="json"))
+            shown = await run_in_threadpool(self._insert, await prepare(), found)
+        self.response.headers["Location"] = f"/v1/jobs/{shown.id}"
+        return shown
+
+    def _insert(self, new: NewJob, claim: KeyClaim | None) -> Job:
+        """The job, in the database and sent."""
+        with transaction(self.database) as session:
+            row, stages, sent = jobs.insert_new(
+                session,
+                new.spec,
+                project=self.project,
+                api_key=self.api_key,
+                limits=self.settings.quotas,
+                model_revision=new.model_revision,
+                cut_from=new.cut_from,
+                default_queue=self.settings.queues[0],
+                targets=targets(new.spec, self.settings),
+            )
+            shown = views.job(row, stages)
+            if claim is not None:
+                idempotency.settle(session, claim, row.id, shown.model_dump(mode="json"))
         if sent:
             queue.try_to_send(self.settings, queue.WakeUp(row.id, StageName.SCORING, row.queue))
-        self.response.headers["Location"] = f"/v1/jobs/{row.id}"
         return shown
 
 

@@ -38,6 +38,9 @@ from service.sources import (
 )
 from service.storage import StoreUnavailable
 
+ANSWER_SECONDS = 4.0
+"""How long S3 is waited for, while somebody waits for us."""
+
 
 def check(spec: JobSpec, settings: Settings) -> ModelDescription:
     """The job's model, if the job can be run; its `revision` is the commit that a hub model's revision names now.
@@ -147,6 +150,7 @@ def _describe(model: ModelSpec, settings: Settings) -> ModelDescription:
             max_bytes=settings.max_model_bytes,
             endpoint_url=settings.s3_endpoint_url,
             region=settings.s3_region,
+            answer_seconds=ANSWER_SECONDS,
         )
 
 
@@ -163,7 +167,12 @@ def _check_text(data: DataSpec, settings: Settings) -> None:
                 f"The job gives no text, which means {data.origin}, and that is not among PDTRIM_ALLOWED_SOURCES. Give "
                 "`data.source` or `data.text`, or have the operator add builtin: to the setting."
             ) from error
-        check_text(data.origin, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+        check_text(
+            data.origin,
+            endpoint_url=settings.s3_endpoint_url,
+            region=settings.s3_region,
+            answer_seconds=ANSWER_SECONDS,
+        )
 
 
 def _check_tasks(spec: JobSpec, settings: Settings) -> None:

@@ -29,7 +29,7 @@ from service.sources.files import Declared, Digest
 from service.stopping import Check, go_on
 from service.storage import StoreUnavailable
 
-ANSWER_SECONDS = 15.0
+ANSWER_SECONDS = 10.0
 
 
 class HubFiles:

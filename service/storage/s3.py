@@ -72,11 +72,13 @@ class S3Options(TypedDict, total=False):
     access_key_id: str | None
     secret_access_key: str | None
     session_token: str | None
+    answer_seconds: float
+    """How long an answer is waited for, twice; by default a minute, five times."""
 
 
 def s3_client(**options: Unpack[S3Options]) -> S3Client:
     """A client with bounded waits and retries, for any number of threads. It connects when it is first used."""
-    endpoint_url = options.get("endpoint_url")
+    endpoint_url, answer_seconds = options.get("endpoint_url"), options.get("answer_seconds")
     # A session of its own, because boto3's default one may not be used by two threads at once.
     return boto3.session.Session().client(
         "s3",
@@ -86,9 +88,9 @@ def s3_client(**options: Unpack[S3Options]) -> S3Client:
         aws_secret_access_key=options.get("secret_access_key"),
         aws_session_token=options.get("session_token"),
         config=Config(
-            retries={"mode": "standard", "total_max_attempts": 5},
-            connect_timeout=5,
-            read_timeout=60,
+            retries={"mode": "standard", "total_max_attempts": 2 if answer_seconds else 5},
+            connect_timeout=min(5, answer_seconds or 5),
+            read_timeout=answer_seconds or 60,
             max_pool_connections=32,
             signature_version="s3v4",
             # Every upload names its SHA-256; boto3's own default of CRCs in trailers many compatible stores refuse.

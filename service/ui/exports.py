@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 from sqlalchemy import Engine as Database
 from uuid_utils import uuid7
@@ -15,7 +16,7 @@ from pdtrim.contract.frontier import ExportSpec
 from pdtrim.contract.spec import MAX_BLOCKS
 from service.api import exports as api
 from service.api import jobs
-from service.api.deps import ApiKeyPrefix, DatabaseDep, JobId, Project, SettingsDep, StoreDep
+from service.api.deps import ApiKeyPrefix, DatabaseDep, JobId, Project, QuestionsDep, SettingsDep, StoreDep
 from service.api.problems import field_and_reason
 from service.api.submission import Submission
 from service.storage import ArtifactStore
@@ -38,10 +39,11 @@ def show(
 
 
 @router.post("")
-def cut(
+async def cut(
     request: Request,
     job_id: JobId,
     settings: SettingsDep,
+    questions: QuestionsDep,
     database: DatabaseDep,
     store: StoreDep,
     project: Project,
@@ -52,10 +54,10 @@ def cut(
     given = {half: {"remove_blocks": form.get(half, "")} for half in ("prefill", "decode")}
     submission = Submission(Response(), settings, database, project, api_key, key_of(form))
     try:
-        job = api.create_export(job_id, _wanted(given), settings, database, store, submission)
+        job = await api.create_export(job_id, _wanted(given), settings, questions, database, store, submission)
     except PDTrimError as refusal:
         counts = [int(text) if (text := at["remove_blocks"]).isdecimal() else None for at in given.values()]
-        return _show(request, job_id, database, store, counts[0], counts[1], refusal=refusal)
+        return await run_in_threadpool(_show, request, job_id, database, store, counts[0], counts[1], refusal=refusal)
     return go(f"/ui/jobs/{job.id}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 
 from fastapi import APIRouter, Depends, Request, Response
 from uuid_utils import uuid7
@@ -11,7 +12,7 @@ from uuid_utils import uuid7
 from pdtrim.contract.errors import PDTrimError
 from pdtrim.contract.estimate import Estimate
 from service.api import jobs as api
-from service.api.deps import ApiKeyPrefix, DatabaseDep, Project, SettingsDep
+from service.api.deps import ApiKeyPrefix, DatabaseDep, Project, QuestionsDep, SettingsDep
 from service.api.submission import Submission
 from service.settings import Settings
 from service.ui import forms, views
@@ -31,9 +32,10 @@ def show_form(request: Request, settings: SettingsDep) -> Response:
 
 
 @router.post("")
-def submit(
+async def submit(
     request: Request,
     settings: SettingsDep,
+    questions: QuestionsDep,
     database: DatabaseDep,
     project: Project,
     api_key: ApiKeyPrefix,
@@ -42,7 +44,8 @@ def submit(
     """Create the job that the form describes, or show the form with what is wrong at its fields."""
     submission = Submission(Response(), settings, database, project, api_key, key_of(form))
     try:
-        job = api.create_job(forms.to_spec(form), settings, submission)
+        spec = await questions.here.ask(partial(forms.to_spec, form))
+        job = await api.create(spec, settings, questions, submission)
     except forms.Unreadable as unreadable:
         return _show(request, forms.filled(form, settings.queues, unreadable.errors), form, status=422)
     except PDTrimError as refusal:
@@ -51,13 +54,19 @@ def submit(
 
 
 @router.post("/estimate")
-def estimate(
-    request: Request, settings: SettingsDep, database: DatabaseDep, project: Project, form: Posted
+async def estimate(
+    request: Request,
+    settings: SettingsDep,
+    questions: QuestionsDep,
+    database: DatabaseDep,
+    project: Project,
+    form: Posted,
 ) -> Response:
     """The form with the estimate beside it; to a script, the estimate alone."""
     found: Estimate | None = None
     try:
-        found = api.estimate_job(forms.to_spec(form), settings, database, project)
+        spec = await questions.here.ask(partial(forms.to_spec, form))
+        found = await api.foresee(spec, settings, questions, database, project)
         shown = forms.filled(form, settings.queues)
     except forms.Unreadable as unreadable:
         shown = forms.filled(form, settings.queues, unreadable.errors)

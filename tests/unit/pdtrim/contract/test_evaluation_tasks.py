@@ -123,6 +123,13 @@ def test_yaml_that_is_more_than_data_is_refused(yaml: str, reason: str) -> None:
     assert reason in message
 
 
+def test_the_yaml_texts_of_a_job_are_bounded_together() -> None:
+    task = YAML + "#" * (MAX_CHARACTERS // 2)
+    param, message = refusal(task, task)
+    assert param == "evaluation.tasks[1]"
+    assert "at most 200000 are read" in message
+
+
 def test_yaml_text_is_read_by_the_core_schema() -> None:
     text = (
         "{a: 1, b: -2.5e1, c: .5, d: true, e: , f: ~, g: '1', h: yes, i: 1:30, j: 0x1f, k: [a, {b: c}], l: 2026-01-01}"

@@ -1,0 +1,96 @@
+"""What anyone may send who may submit, against a gateway on a real port that others use meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pdtrim.contract.spec import JobSpec
+from service.settings import Settings
+from tests.gateway import listening
+from tests.hub import use_hub
+
+HALVES = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+OTHERS = ("/healthz", "/v1/jobs", "/metrics", "/ui/jobs")
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub to which one can connect, and that never says anything."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=256)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        use_hub(monkeypatch, url)
+        yield url
+
+
+def test_a_hub_that_does_not_answer_holds_up_only_who_asks_for_it(silent_hub: str, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, allowed_sources=["reference", "builtin:", "hf://"])
+
+    async def run(url: str) -> tuple[list[float], list[tuple[int, str | None, float]]]:
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+
+            async def submit() -> tuple[int, str | None, float]:
+                began = time.monotonic()
+                answer = await client.post("/v1/jobs", json={"model": "hf://acme/tiny", **HALVES})
+                return answer.status_code, answer.headers.get("Retry-After"), time.monotonic() - began
+
+            for path in OTHERS:  # What is made at the first use.
+                await client.get(path)
+            submissions = [asyncio.create_task(submit()) for _ in range(45)]
+            await asyncio.sleep(1)
+            waited = []
+            for _ in range(5):
+                for path in OTHERS:
+                    began = time.monotonic()
+                    assert (await client.get(path)).status_code == 200
+                    waited.append(time.monotonic() - began)
+            honest = await client.post("/v1/jobs", json={"model": "reference", **HALVES})
+            assert honest.status_code == 201, honest.text
+            return waited, await asyncio.gather(*submissions)
+
+    with listening(settings) as url:
+        waited, submissions = asyncio.run(run(url))
+
+    assert max(waited) < 0.5
+    assert {(status, retry) for status, retry, _ in submissions} == {(503, "5")}
+    assert max(seconds for *_, seconds in submissions) < 15
+
+
+def test_a_long_specification_is_read_while_others_are_answered(tmp_path: Path) -> None:
+    rows = "".join("- {q: a, c: [x, y], t: 0}\n" for _ in range(7000))
+    task = f"task: a\ndocs:\n{rows}doc_to_text: q\ndoc_to_choice: c\ndoc_to_target: t\n"
+    body = {"model": "reference", **HALVES, "evaluation": {"tasks": [task]}}
+    began = time.monotonic()
+    JobSpec.model_validate(body)
+    alone = time.monotonic() - began
+
+    async def run(url: str) -> tuple[float, float]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            await client.get("/healthz")
+            began, longest = time.monotonic(), 0.0
+            content = json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"}
+            estimates = [
+                asyncio.create_task(client.post("/v1/jobs/estimate", content=content, headers=headers))
+                for _ in range(8)
+            ]
+            while not all(estimate.done() for estimate in estimates):
+                asked = time.monotonic()
+                await client.get("/healthz")
+                longest = max(longest, time.monotonic() - asked)
+            assert {(await estimate).status_code for estimate in estimates} == {200}
+            return longest, time.monotonic() - began
+
+    with listening(Settings(data_dir=tmp_path)) as url:
+        longest, total = asyncio.run(run(url))
+
+    assert total > 4 * alone
+    assert longest < total / 4
