@@ -47,6 +47,12 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address the gateway binds to.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port the gateway binds to.")
+    max_connections: int = Field(
+        default=1000,
+        ge=1,
+        description="Connections to a gateway at once; beyond them, the one that waited longest for a request is "
+        "closed. There are never more than files that the process may open, less what it needs itself.",
+    )
     api_key: SecretStr | None = Field(
         default=None,
         description="The operator's bearer token, which opens all of the project `default`; may be absent only on a "

@@ -22,6 +22,7 @@ from sqlalchemy import Engine as Database
 
 from pdtrim.contract.jobs import ErrorInfo, StageName
 from pdtrim.contract.results import Result
+from service.api.connections import server_options
 from service.app import create_app
 from service.db import stages
 from service.db.session import transaction
@@ -120,7 +121,10 @@ def serve(settings: Settings, model: Path) -> Iterator[Gateway]:
 def listening(settings: Settings) -> Iterator[str]:
     """The address of a real server with a gateway of its own."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
-        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1))
+        config = uvicorn.Config(
+            create_app(settings), log_level="warning", timeout_graceful_shutdown=1, **server_options(settings)
+        )
+        server = uvicorn.Server(config)
         thread = Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         while not server.started and thread.is_alive():

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import uvicorn
 
+from service.api.connections import server_options
 from service.app import create_app
 from service.db.session import connect, migrate
 from service.settings import Settings
@@ -36,7 +37,8 @@ class LiveGateway:
         self.start()
 
     def start(self) -> None:
-        config = uvicorn.Config(create_app(self.settings), port=self.settings.port, log_level="error")
+        options = server_options(self.settings)
+        config = uvicorn.Config(create_app(self.settings), port=self.settings.port, log_level="error", **options)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()

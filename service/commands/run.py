@@ -32,8 +32,6 @@ from service.queue import BROKER_ERRORS, broker_queue, celery_app
 from service.settings import Settings
 
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="PDTRIM_DATA_DIR", help="Folder that keeps everything.")]
-MAX_HEAD_BYTES = 32 << 10
-"""Longest request line with headers; the rest of a longer one is not read."""
 DEMO_SPEC = {
     "model": "reference",
     "prefill": {"remove_blocks": 2},
@@ -81,6 +79,7 @@ def gateway() -> None:
     # Only this command needs the web framework, and every command waits for what is imported above.
     import uvicorn
 
+    from service.api.connections import server_options
     from service.app import create_app
 
     settings = configured()
@@ -99,9 +98,7 @@ def gateway() -> None:
         timeout_graceful_shutdown=2,
         log_config=None,
         access_log=False,
-        # This one bounds what it keeps of a request that has no end.
-        http="h11",
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        **server_options(settings),
     )
 
 

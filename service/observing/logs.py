@@ -17,6 +17,7 @@ from opentelemetry import trace
 from structlog.types import EventDict, Processor, WrappedLogger
 
 from service.observing.redaction import scrub
+from service.observing.repeats import Repeats
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def configure(settings: Settings, stream: TextIO | None = None) -> None:
     """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
+    handler.addFilter(Repeats())
     handler.setFormatter(_formatter(console=chosen_format(settings, stream) == "console", colors=stream.isatty()))
     for name in list(logging.root.manager.loggerDict):
         logger = logging.getLogger(name)

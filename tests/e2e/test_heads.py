@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.commands.run import MAX_HEAD_BYTES
+from service.api.connections import MAX_HEAD_BYTES
 from tests.processes import running, wait_until
 from tests.servers import free_ports
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
 from pdtrim.contract.spec import JobSpec
+from service.api.connections import HEAD_SECONDS
 from service.settings import Settings
 from tests.gateway import listening
 from tests.hub import use_hub
+from tests.processes import wait_until
+from tests.servers import free_ports
 
 HALVES = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 OTHERS = ("/healthz", "/v1/jobs", "/metrics", "/ui/jobs")
@@ -94,3 +101,79 @@ def test_a_long_specification_is_read_while_others_are_answered(tmp_path: Path) 
 
     assert total > 4 * alone
     assert longest < total / 4
+
+
+SERVED = """
+import sys, uvicorn
+from service.api.connections import server_options
+from service.app import create_app
+from service.observing import logs
+from service.api.connections import HEAD_SECONDS
+from service.settings import Settings
+settings = Settings()
+logs.configure(settings)
+uvicorn.run(create_app(settings), port=settings.port, log_config=None, access_log=False, **server_options(settings))
+"""
+FILES = 256
+
+
+def test_half_open_connections_hold_up_nobody_and_are_closed_in_time(tmp_path: Path) -> None:
+    port = free_ports(1)[0]
+    log = tmp_path / "log"
+    environment = {
+        **os.environ,
+        "PDTRIM_DATA_DIR": str(tmp_path),
+        "PDTRIM_PORT": str(port),
+        "PDTRIM_LOG_FORMAT": "json",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVED],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
+        )
+    url = f"http://127.0.0.1:{port}"
+    half_open: list[socket.socket] = []
+    try:
+        wait_until(lambda: answers(url), seconds=30)
+        httpx.get(f"{url}/v1/jobs")
+        job = httpx.post(f"{url}/v1/jobs", json={"model": "reference", **HALVES}).json()["id"]
+        with httpx.stream("GET", f"{url}/v1/jobs/{job}/events", headers={"Accept": "text/event-stream"}) as stream:
+            assert stream.headers["Content-Type"].startswith("text/event-stream")
+            began = time.monotonic()
+            for _ in range(400):
+                connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+                half_open.append(connection)
+            connected_after = time.monotonic() - began
+            waited = []
+            for path in (*OTHERS, *OTHERS):
+                asked = time.monotonic()
+                assert httpx.get(f"{url}{path}").status_code == 200
+                waited.append(time.monotonic() - asked)
+            for connection in half_open:
+                connection.settimeout(30)
+                with suppress(ConnectionError):
+                    assert connection.recv(1) == b""
+            closed_after = time.monotonic() - began
+            # The stream of events was open all the while, and still is.
+            httpx.post(f"{url}/v1/jobs/{job}/cancel")
+            assert any("job.cancelled" in line for line in stream.iter_lines())
+    finally:
+        for connection in half_open:
+            connection.close()
+        process.terminate()
+        process.wait(30)
+
+    assert max(waited) < 1
+    assert closed_after - connected_after < HEAD_SECONDS + 5
+    assert log.stat().st_size < 100_000
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz").status_code == 200
+    except httpx.HTTPError:
+        return False
