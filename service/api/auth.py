@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
-from threading import Lock
 from typing import Any
 
 from fastapi import Request, Security
@@ -43,7 +40,6 @@ log = logging.getLogger(__name__)
 
 FAILED = "failed-authentication"
 """Name of the policy under which an address may send what does not open."""
-REMEMBERED = 10_000
 READING = ("GET", "HEAD")
 JWT = re.compile(r"ey[\w-]*\.[\w-]+\.[\w-]*")
 
@@ -97,14 +93,14 @@ class Gate:
             else oidc.Provider(settings.oidc_issuer, audience=settings.oidc_audience or "")
         )
         self._rates = Rates(settings.broker_url)
-        self._opened = _Opened()
 
     def enter(self, database: Database, token: str, *, address: str, method: str) -> tuple[Caller, Allowance | None]:
         """Whose request it is, and what is left to them. `token` is decoded as headers are, as Latin-1.
 
         Raises: Refused; database faults.
         """
-        caller = self._known(database, token, address)
+        # First, whoever else guesses from this address: behind a proxy that tells nobody's, it is everyone's.
+        caller = self._caller(database, token, address)
         if caller is None:
             # Who sends nothing guesses nothing, but is counted nevertheless.
             policy, rate = (
@@ -121,18 +117,6 @@ class Gate:
             challenge = f'Bearer error="insufficient_scope", scope="{needed}"'
             raise Refused(missing, {"WWW-Authenticate": challenge, **_told(allowance)})
         return caller, allowance
-
-    def _known(self, database: Database, token: str, address: str) -> Caller | None:
-        """Whoever the token stands for. Raises: Refused."""
-        # What opened lately is no guess: it need not wait for those who share its address and do guess.
-        if token and token not in self._opened:
-            _granted(self._rates.look(FAILED, self._settings.failed_auth_limit, address))
-        caller = self._caller(database, token, address)
-        if token and caller is not None:
-            self._opened.add(token)
-        else:
-            self._opened.discard(token)
-        return caller
 
     def _caller(self, database: Database, token: str, address: str) -> Caller | None:
         # Header values are decoded as Latin-1; encoding them so gives the bytes that were sent.
@@ -211,28 +195,6 @@ class GateMiddleware:
         return "" if session is None else session.token
 
 
-class _Opened:
-    """Remembers, as hashes, the tokens that opened last."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._hashes: OrderedDict[bytes, None] = OrderedDict()
-
-    def __contains__(self, token: str) -> bool:
-        return _hash(token) in self._hashes
-
-    def add(self, token: str) -> None:
-        with self._lock:
-            self._hashes[_hash(token)] = None
-            self._hashes.move_to_end(_hash(token))
-            while len(self._hashes) > REMEMBERED:
-                self._hashes.popitem(last=False)
-
-    def discard(self, token: str) -> None:
-        with self._lock:
-            self._hashes.pop(_hash(token), None)
-
-
 def warn_if_open(database: Database, settings: Settings) -> None:
     """Say in the log that no key is asked for."""
     with transaction(database) as session:
@@ -246,7 +208,7 @@ def _granted(allowance: Allowance | None) -> Allowance | None:
         return allowance
     limit, wait = allowance.limit, allowance.reset_s
     if allowance.policy == FAILED:
-        detail = f"Too many keys or tokens that do not open came from your address. Wait {wait} s."
+        detail = f"This one does not open, as too many did not that came from your address. Wait {wait} s."
     else:
         detail = f"{limit.amount} requests in {limit.get_expiry()} s are the most here. Wait {wait} s."
     raise Refused(RateLimited(detail), allowance.headers)
@@ -282,10 +244,6 @@ def address_of(scope: AsgiScope) -> str:
     if isinstance(address, IPv6Address):
         return str(address.ipv4_mapped or f"{IPv6Address(int(address) >> 64 << 64)}/64")
     return str(address)
-
-
-def _hash(token: str) -> bytes:
-    return hashlib.sha256(token.encode("latin-1")).digest()
 
 
 def _listed(caller: Caller) -> str:

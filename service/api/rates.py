@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -66,20 +65,11 @@ class Rates:
 
     def spend(self, policy: str, rate: Rate, who: str) -> Allowance | None:
         """Count a request of somebody; None where there is no limit, or no count."""
-        return self._ask(policy, rate, who, self._limiter.hit)
-
-    def look(self, policy: str, rate: Rate, who: str) -> Allowance | None:
-        """What `spend` would say, without counting."""
-        return self._ask(policy, rate, who, self._limiter.test)
-
-    def _ask(
-        self, policy: str, rate: Rate, who: str, question: Callable[[RateLimitItem, str, str], bool]
-    ) -> Allowance | None:
         if rate == UNLIMITED or (self._away_until is not None and time.monotonic() < self._away_until):
             return None
         limit = _parsed(rate)
         try:
-            granted = question(limit, policy, who)
+            granted = self._limiter.hit(limit, policy, who)
             reset_at, remaining = self._limiter.get_window_stats(limit, policy, who)
         except StorageError as error:
             self._is_away(error)

@@ -315,3 +315,16 @@ def test_the_notes_say_where_the_service_is_and_warn_of_jobs_that_nobody_takes()
     assert "will wait" not in notes(GPU_POOLS)
     assert "will wait" in notes({"pools": {"default": None, "cpu": {"queues": ["cpu"]}}})
     assert "will wait" not in notes({"pools": {"default": None, "cpu": {"queues": ["cpu"]}}, "defaultQueue": "cpu"})
+
+
+@pytest.mark.parametrize("way", ["ingress", "httpRoute"])
+def test_proxies_are_believed_where_there_are_some(way: str) -> None:
+    def believed(values: Document) -> Any:
+        (container,) = pods(render(values))["Deployment pdtrim-gateway"]["containers"]
+        return environment(container).get("FORWARDED_ALLOW_IPS", {}).get("value")
+
+    behind = {way: {"enabled": True, "parentRefs": [{"name": "public"}]} if way == "httpRoute" else {"enabled": True}}
+    assert believed({}) is None
+    assert "10.0.0.0/8" in believed(behind).split(",")
+    assert believed({**behind, "gateway": {"trustedProxies": ["10.1.2.3"]}}) == "10.1.2.3"
+    assert believed({**behind, "gateway": {"trustedProxies": []}}) is None
