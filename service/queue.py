@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from celery import Celery
 from kombu import Queue
@@ -77,7 +77,7 @@ def _transport(broker_url: str) -> dict[str, Any]:
             "socket_keepalive": True,
         }
         return {"broker_url": broker_url, "broker_transport_options": options}
-    folders = {name: Path(parts.path) / name for name in ("messages", "processed", "control")}
+    folders = {name: Path(unquote(parts.path)) / name for name in ("messages", "processed", "control")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     return {

@@ -6,7 +6,7 @@ from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,6 +14,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pdtrim.contract.access import Quotas, Rate, Scope
 from pdtrim.contract.queues import DEFAULT_QUEUE, QueueName
 from service.sources.names import check_prefix
+
+DATABASES = {
+    **dict.fromkeys(("postgres", "postgresql", "postgresql+psycopg"), "postgresql+psycopg"),
+    **dict.fromkeys(("sqlite", "sqlite+pysqlite"), "sqlite"),
+}
+"""From how an address begins to what SQLAlchemy calls the driver that comes with the service."""
 
 
 class Settings(BaseSettings):
@@ -25,8 +31,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default=Path("pdtrim-data"), description="Folder of everything that has no address.")
     database_url: str = Field(
         default="",
-        description="`postgresql+psycopg://user:password@host/name` or `sqlite:///…`; by default SQLite in the data "
-        "folder.",
+        description="`postgresql://user:password@host/name` or `sqlite:///…`; by default SQLite in the data folder.",
     )
     broker_url: str = Field(
         default="",
@@ -215,6 +220,15 @@ class Settings(BaseSettings):
     def _none_if_empty(cls, secret: object) -> object:
         return secret or None
 
+    @field_validator("database_url")
+    @classmethod
+    def _has_a_driver(cls, url: str) -> str:
+        """The address with the name of the driver that we have. Raises: ValueError that shows none of it."""
+        scheme, separator, rest = url.partition("://")
+        if url and not (separator and scheme in DATABASES):
+            raise ValueError("give postgresql://user:password@host/name, or sqlite:////folder/file.db")
+        return f"{DATABASES[scheme]}://{rest}" if url else url
+
     @field_validator("allowed_sources")
     @classmethod
     def _are_prefixes(cls, prefixes: list[str]) -> list[str]:
@@ -225,8 +239,8 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _fill_from_data_dir(self) -> Self:
         self.data_dir = self.data_dir.resolve()
-        self.database_url = self.database_url or f"sqlite:///{self.data_dir / 'pdtrim.db'}"
-        self.broker_url = self.broker_url or f"filesystem://{self.data_dir / 'broker'}"
+        self.database_url = self.database_url or f"sqlite:///{quote(str(self.data_dir / 'pdtrim.db'))}"
+        self.broker_url = self.broker_url or f"filesystem://{quote(str(self.data_dir / 'broker'))}"
         self.artifacts_url = self.artifacts_url or (self.data_dir / "artifacts").as_uri()
         self.scratch_dir = (self.scratch_dir or self.data_dir / "scratch").resolve()
         return self

@@ -134,7 +134,9 @@ async def estimate_job(
     return await foresee(await questions.here.ask(sent.read), settings, questions, database, project)
 
 
-async def foresee(spec: JobSpec, settings: Settings, questions: Questions, database: Database, project: str) -> Estimate:
+async def foresee(
+    spec: JobSpec, settings: Settings, questions: Questions, database: Database, project: str
+) -> Estimate:
     """The job's estimate. Raises: what its checks raise."""
     model = await questions.check(spec, settings)
 

@@ -21,7 +21,7 @@ def doctor(as_json: Json = False) -> None:
     Looks at the versions of packages, database, migrations, broker, artifact store, device and scratch folder, as
     PDTRIM_ settings name them; run it where the gateway or a worker runs, with the same environment. Changes nothing.
 
-    Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… PDTRIM_BROKER_URL=redis://… pdtrim doctor`
+    Example: `PDTRIM_DATABASE_URL=postgresql://… PDTRIM_BROKER_URL=redis://… pdtrim doctor`
     """
     # As for `gateway`: the S3 library takes its time to import.
     from service.commands.installation import examine

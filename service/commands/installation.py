@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import Requirement
 from pydantic import BaseModel, Field
@@ -151,7 +151,7 @@ def _broker(settings: Settings) -> Finding:
     url = settings.broker_url or ""
     parts = urlsplit(url)
     if parts.scheme == "filesystem":
-        return _not_there_yet(Path(parts.path)) or _answers(url, lambda: queue.check(settings), "")
+        return _not_there_yet(Path(unquote(parts.path))) or _answers(url, lambda: queue.check(settings), "")
     return _answers(
         url, lambda: queue.check(settings), "Start Redis (6.2 or newer) or Valkey, or set PDTRIM_BROKER_URL to it."
     )
@@ -160,7 +160,7 @@ def _broker(settings: Settings) -> Finding:
 def _store(settings: Settings) -> Finding:
     url = settings.artifacts_url or ""
     parts = urlsplit(url)
-    if parts.scheme == "file" and (new := _not_there_yet(Path(parts.path))):
+    if parts.scheme == "file" and (new := _not_there_yet(Path(unquote(parts.path)))):
         return new
 
     def check() -> None:

@@ -74,7 +74,7 @@ def _require_worker() -> None:
 def gateway() -> None:
     """Run the gateway alone, on PDTRIM_HOST and PDTRIM_PORT; workers run elsewhere.
 
-    Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… PDTRIM_BROKER_URL=redis://… pdtrim gateway`
+    Example: `PDTRIM_DATABASE_URL=postgresql://… PDTRIM_BROKER_URL=redis://… pdtrim gateway`
     """
     # Only this command needs the web framework, and every command waits for what is imported above.
     import uvicorn
@@ -179,7 +179,7 @@ def reconcile() -> None:
 def migrate() -> None:
     """Bring the database to the newest schema; the gateway does the same when it starts.
 
-    Example: `PDTRIM_DATABASE_URL=postgresql+psycopg://… pdtrim migrate`
+    Example: `PDTRIM_DATABASE_URL=postgresql://… pdtrim migrate`
     """
     migrate_database(connect(configured().database_url))
     console.print("The database's schema is current.")

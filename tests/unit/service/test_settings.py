@@ -3,9 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic import ValidationError
 
 from pdtrim.contract.access import Quotas, Scope
+from service import queue
+from service.commands.run import configured
+from service.db.session import connect, migrate
 from service.settings import Settings
 
 
@@ -19,6 +23,36 @@ def test_with_nothing_set_everything_lies_in_one_folder(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path)
     places = (settings.database_url, settings.broker_url, settings.artifacts_url, str(settings.scratch_dir))
     assert all(str(tmp_path) in place for place in places)
+
+
+@pytest.mark.parametrize("name", ["a%40b", "a?b#c", "a b", "ä@b:c", "a%b"])
+def test_the_data_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / name)
+    database = connect(settings.database_url)
+    migrate(database)
+    database.dispose()
+    queue.check(settings)
+
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in (tmp_path / name).iterdir()} == {"pdtrim.db", "broker"}
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_every_name_of_postgresql_is_understood(scheme: str) -> None:
+    url = Settings(database_url=f"{scheme}://u:p%40@h:5433/n?sslmode=require").database_url
+    assert url == "postgresql+psycopg://u:p%40@h:5433/n?sslmode=require"
+
+
+@pytest.mark.parametrize("url", ["mysql://u:secret@h/n", "postgresql+asyncpg://h/n", "h/n", "postgres:h/n", "://"])
+def test_an_address_of_no_database_that_we_can_use_is_refused_in_one_line(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PDTRIM_DATABASE_URL", url)
+    with pytest.raises(typer.Exit):
+        configured()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "PDTRIM_DATABASE_URL: give postgresql://user:password@host/name" in line
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ def test_warnings_that_repeat_are_counted_and_all_else_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(repeats.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     log = logging.getLogger("service.api.somewhere")
     with logged(Settings(data_dir=tmp_path, log_format="json")) as stream:
         for number in range(500):
