@@ -6,14 +6,15 @@ from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
 
 from pdtrim.contract.access import Quotas, Rate, Scope
 from pdtrim.contract.queues import DEFAULT_QUEUE, QueueName
-from service.sources.names import check_prefix
+from service.sources.names import LocalPath, check_allowed, check_prefix
 
 DATABASES = {
     **dict.fromkeys(("postgres", "postgresql", "postgresql+psycopg"), "postgresql+psycopg"),
@@ -268,6 +269,20 @@ class Settings(BaseSettings):
     def quotas(self) -> Quotas:
         """What every project may have at once."""
         return Quotas.model_validate(self)
+
+    @cached_property
+    def own_places(self) -> tuple[Path, ...]:
+        """Where the service keeps what is its own, or its projects': no source lies there."""
+        urls = map(urlsplit, (self.broker_url, self.artifacts_url))
+        folders = [Path(unquote(url.path)) for url in urls if url.scheme in ("filesystem", "file")]
+        database = make_url(self.database_url)
+        if database.get_backend_name() == "sqlite" and database.database:
+            folders += [Path(f"{database.database}{ending}") for ending in ("", "-wal", "-shm")]
+        return tuple(place.resolve() for place in (self.data_dir, self.scratch_dir or self.data_dir, *folders))
+
+    def permit(self, path: Path) -> None:
+        """Hold a file's place, without links, against the allow list. Raises: ForbiddenSource."""
+        check_allowed(LocalPath(path), self.allowed_sources, self.own_places)
 
     @cached_property
     def binds_loopback(self) -> bool:

@@ -142,12 +142,13 @@ def _check_mlp_width(stage: str, target: HalfTarget, config: Mapping[str, Any]) 
 def _describe(model: ModelSpec, settings: Settings) -> ModelDescription:
     with _blamed_on("model.source"):
         source = parse_model_source(model.source)
-        check_allowed(source, settings.allowed_sources)
-        check_links(source, settings.allowed_sources)
+        check_allowed(source, settings.allowed_sources, settings.own_places)
+        check_links(source, settings.allowed_sources, settings.own_places)
         return describe_model(
             model.source,
             model.revision,
             max_bytes=settings.max_model_bytes,
+            permit=settings.permit,
             endpoint_url=settings.s3_endpoint_url,
             region=settings.s3_region,
             answer_seconds=ANSWER_SECONDS,
@@ -159,7 +160,7 @@ def _check_text(data: DataSpec, settings: Settings) -> None:
         return
     with _blamed_on("data.source"):
         try:
-            check_allowed(parse_text_source(data.origin), settings.allowed_sources)
+            check_allowed(parse_text_source(data.origin), settings.allowed_sources, settings.own_places)
         except ForbiddenSource as error:
             if data.source is not None:
                 raise

@@ -8,15 +8,24 @@ from service.sources.models import (
     check_links,
     describe_model,
     fetch_model,
+    hold_model,
     reference_model,
     resolve_revision,
 )
-from service.sources.names import ModelSource, TextSource, check_allowed, parse_model_source, parse_text_source
+from service.sources.names import (
+    LocalPath,
+    ModelSource,
+    TextSource,
+    check_allowed,
+    parse_model_source,
+    parse_text_source,
+)
 from service.sources.texts import check_text, fetch_text_documents
 
 __all__ = [
     "ForbiddenSource",
     "InvalidSource",
+    "LocalPath",
     "ModelDescription",
     "ModelSource",
     "SourceError",
@@ -29,6 +38,7 @@ __all__ = [
     "describe_model",
     "fetch_model",
     "fetch_text_documents",
+    "hold_model",
     "parse_model_source",
     "parse_text_source",
     "reference_model",

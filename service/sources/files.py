@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Unpack
+from typing import TYPE_CHECKING, BinaryIO, Protocol, Unpack
 
 from service.sources.errors import UnreadableSource
-from service.sources.names import ModelSource, S3Location
+from service.sources.names import ModelSource, Permit, S3Location, anywhere
+from service.sources.opening import DESCRIPTORS, open_file
 from service.stopping import Check, go_on
 from service.storage import ObjectNotFound, S3Options, StoreRefused, is_key, open_store
 from service.storage.local import checked
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+
+
+COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,18 +64,21 @@ class RemoteFiles(ModelFiles, Protocol):
 
 
 class FolderFiles:
-    """A model in a local folder. Raises: UnreadableSource."""
+    """A model in a local folder. `permit` is asked of where each file really lies before it is opened.
 
-    def __init__(self, source: ModelSource, folder: Path) -> None:
+    Raises: UnreadableSource, what `permit` raises.
+    """
+
+    def __init__(self, source: ModelSource, folder: Path, permit: Permit = anywhere) -> None:
         self.folder = folder
-        self._source = source
+        self.source, self._permit = source, permit
         if not folder.is_dir():
             raise UnreadableSource(
                 f"{self} is not a folder on this machine. Check the path, and that it is mounted here."
             )
 
     def __str__(self) -> str:
-        return str(self._source)
+        return str(self.source)
 
     def names(self) -> list[str]:
         try:
@@ -82,15 +91,65 @@ class FolderFiles:
         except OSError as error:
             raise UnreadableSource(f"{self} cannot be listed: {error.strerror}.") from error
 
+    def open(self, name: str) -> BinaryIO:
+        """A file as it is now: whatever becomes of its name, that one is read."""
+        try:
+            path = (self.folder / name).resolve()
+            self._permit(path)
+            return os.fdopen(open_file(path), "rb")
+        except (OSError, RuntimeError) as error:
+            # Python 3.11 reports a circle of links as RuntimeError.
+            reason = error.strerror if isinstance(error, OSError) else "its links go round in a circle"
+            raise UnreadableSource(f"{name} of {self} cannot be read: {reason}.") from error
+
     def size(self, name: str) -> int:
-        return (self.folder / name).stat().st_size
+        with self.open(name) as file:
+            return os.fstat(file.fileno()).st_size
 
     def read(self, name: str, limit: int) -> bytes:
-        try:
-            with (self.folder / name).open("rb") as file:
-                return file.read(limit)
-        except OSError as error:
-            raise UnreadableSource(f"{name} of {self} cannot be read: {error.strerror}.") from error
+        with self.open(name) as file:
+            return file.read(limit)
+
+
+class HeldFiles(FolderFiles):
+    """A folder's files as they were when they were opened, in the folder `target`, until `opened` is closed.
+
+    There they are links to this process's descriptors, so that whoever asks for a path gets what was opened; those in
+    `copied` are copies. Where a system does not show descriptors as files, all are.
+    """
+
+    def __init__(
+        self, files: FolderFiles, names: Sequence[str], copied: Sequence[str], target: Path, opened: ExitStack
+    ) -> None:
+        self._descriptors: dict[str, int] = {}
+        for name in names:
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with files.open(name) as file:
+                if name in copied or not DESCRIPTORS.is_dir():
+                    _copy(file, place)
+                    continue
+                descriptor = os.dup(file.fileno())
+            opened.callback(os.close, descriptor)
+            self._descriptors[name] = descriptor
+            place.symlink_to(DESCRIPTORS / str(descriptor))
+        super().__init__(files.source, target)
+
+    def open(self, name: str) -> BinaryIO:
+        if name not in self._descriptors:
+            return super().open(name)
+        file = os.fdopen(os.dup(self._descriptors[name]), "rb")
+        file.seek(0)
+        return file
+
+
+def _copy(file: BinaryIO, place: Path) -> None:
+    """Copy what an open file has now; it may grow for ever."""
+    left = os.fstat(file.fileno()).st_size
+    with place.open("wb") as copy:
+        while left > 0 and (piece := file.read(min(left, COPY_BYTES))):
+            copy.write(piece)
+            left -= len(piece)
 
 
 class BucketFiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -12,14 +13,16 @@ from typing import Any, Unpack
 
 from service.sources.download import fetch
 from service.sources.errors import InvalidSource, TooLargeSource, UnreadableSource
-from service.sources.files import BucketFiles, FolderFiles, ModelFiles
+from service.sources.files import BucketFiles, FolderFiles, HeldFiles, ModelFiles
 from service.sources.hub import HubFiles
 from service.sources.names import (
     HubModel,
     LocalPath,
     ModelSource,
+    Permit,
     Reference,
     S3Location,
+    anywhere,
     check_allowed,
     parse_model_source,
 )
@@ -32,6 +35,7 @@ CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_FILES = 5_000
 SMALL_FILES = re.compile(r"README\.md|[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
+LICENCES = re.compile(r"(LICENSE|NOTICE)[^/]*")
 CHEAP_HEADER_BYTES = 4 << 20
 """Headers of a local model that are checked before a job is accepted; longer ones are the worker's to check."""
 
@@ -51,16 +55,23 @@ class ModelDescription:
 
 
 def describe_model(
-    source: str, revision: str | None = None, *, max_bytes: int | None = None, **s3: Unpack[S3Options]
+    source: str,
+    revision: str | None = None,
+    *,
+    max_bytes: int | None = None,
+    permit: Permit = anywhere,
+    **s3: Unpack[S3Options],
 ) -> ModelDescription:
     """What a model's `config.json` and file names tell; no weights are read, of a local model their headers if short.
+
+    `permit` is asked of where each file of a local model lies.
 
     Raises: SourceError for a model that is not there, has no safetensors weights or more than `max_bytes` in all;
     StoreUnavailable.
     """
     if source == str(Reference()) and revision is None:
         return _describe_reference(max_bytes)
-    return _describe(_open(source, revision, **s3), max_bytes)
+    return _describe(_open(source, revision, permit, **s3), max_bytes)
 
 
 @cache
@@ -122,12 +133,32 @@ def fetch_model(
     return files.folder
 
 
-def check_links(source: ModelSource, allowed: Sequence[str]) -> None:
+def hold_model(
+    source: LocalPath, target: Path, opened: ExitStack, permit: Permit, *, max_bytes: int | None = None
+) -> Path:
+    """The new folder `target` with a local model's weights, configuration, tokenizer and licence as they are now.
+
+    They are opened once, and checked as those of `fetch_model`; what lies there later is read by nobody. What is not a
+    regular file is left out. Good until `opened` is closed. Raises: SourceError, what `permit` raises.
+    """
+    files = FolderFiles(source, source.path, permit)
+    weights = weight_names(files)
+    small = [name for name in files.names() if SMALL_FILES.fullmatch(name) or LICENCES.fullmatch(name)]
+    needed = _bounded(files, [*small, *(name for name in weights if name not in small)])
+    _check_size(files, needed, max_bytes)
+    held = HeldFiles(files, needed, small, target, opened)
+    weight_names(held)
+    config = read_json(held, CONFIG, MAX_CONFIG_BYTES)
+    check_numbers(config, TensorBounds.in_headers(check_weights(held)), f"{CONFIG} of {files}")
+    return target
+
+
+def check_links(source: ModelSource, allowed: Sequence[str], never: Sequence[Path] = ()) -> None:
     """Hold what the links in a local model's folder lead to against the operator's allow list. Raises: SourceError."""
     if isinstance(source, LocalPath):
         files = FolderFiles(source, source.path)
         for name in files.names():
-            check_allowed(LocalPath((files.folder / name).resolve()), allowed)
+            check_allowed(LocalPath((files.folder / name).resolve()), allowed, never)
 
 
 def reference_model() -> Path:
@@ -142,14 +173,16 @@ def reference_model() -> Path:
     raise UnreadableSource("The reference model is not installed. Install the service from its wheel or repository.")
 
 
-def _open(source: str, revision: str | None, **s3: Unpack[S3Options]) -> FolderFiles | BucketFiles | HubFiles:
+def _open(
+    source: str, revision: str | None, permit: Permit = anywhere, **s3: Unpack[S3Options]
+) -> FolderFiles | BucketFiles | HubFiles:
     parsed = parse_model_source(source)
     _check_revision(parsed, revision)
     match parsed:
         case Reference():
             return FolderFiles(parsed, reference_model())
         case LocalPath(path):
-            return FolderFiles(parsed, path)
+            return FolderFiles(parsed, path, permit)
         case S3Location():
             return BucketFiles(parsed, **s3)
         case HubModel(repo):
@@ -163,10 +196,13 @@ def _check_revision(source: ModelSource, revision: str | None) -> None:
 
 def _needed(files: ModelFiles, weights: Sequence[str]) -> list[str]:
     """The small files and the weights. Raises: UnreadableSource."""
-    needed = [*(name for name in files.names() if SMALL_FILES.fullmatch(name)), *weights]
-    if len(needed) > MAX_FILES:
-        raise UnreadableSource(f"{files} has {len(needed)} files; a model has at most {MAX_FILES}.")
-    return needed
+    return _bounded(files, [*(name for name in files.names() if SMALL_FILES.fullmatch(name)), *weights])
+
+
+def _bounded(files: ModelFiles, names: list[str]) -> list[str]:
+    if len(names) > MAX_FILES:
+        raise UnreadableSource(f"{files} has {len(names)} files; a model has at most {MAX_FILES}.")
+    return names
 
 
 def _check_size(files: ModelFiles, names: Sequence[str], max_bytes: int | None) -> None:

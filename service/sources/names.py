@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -81,6 +81,8 @@ class HubDataset:
 
 ModelSource = Reference | LocalPath | S3Location | HubModel
 TextSource = Builtin | LocalPath | S3Location | HubDataset
+Permit = Callable[[Path], None]
+"""Asked of where a file really lies. Raises: ForbiddenSource."""
 
 
 def parse_model_source(text: str) -> ModelSource:
@@ -151,13 +153,23 @@ def _meant(text: str, *, hub: str) -> str:
     return ""
 
 
+def anywhere(path: Path) -> None:
+    """Permits every place."""
+
+
 def check_prefix(prefix: str) -> None:
     """Raises: ValueError naming an entry of the allow list that could match nothing."""
     _matches(Reference(), prefix)
 
 
-def check_allowed(source: ModelSource | TextSource, allowed: Sequence[str]) -> None:
-    """Hold a source against the operator's URI prefixes, which match on a path boundary. Raises: ForbiddenSource."""
+def check_allowed(source: ModelSource | TextSource, allowed: Sequence[str], never: Sequence[Path] = ()) -> None:
+    """Hold a source against the operator's URI prefixes, which match on a path boundary, and against the service's own
+    folders, which are `never` a source: other projects' files lie there. Raises: ForbiddenSource.
+    """
+    if isinstance(source, LocalPath) and any(source.path.is_relative_to(folder) for folder in never):
+        raise ForbiddenSource(
+            "The service keeps its own files there, which are no source. Copy what you need elsewhere."
+        )
     if any(_matches(source, prefix) for prefix in allowed):
         return
     # What a link resolved to is nobody's business, so the message does not repeat the canonical form.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Unpack
+from typing import Any, BinaryIO, Unpack
 
 from huggingface_hub import HfApi
 
 from service.sources.errors import InvalidSource, UnreadableSource
 from service.sources.hub import ANSWER_SECONDS, hub_failures
 from service.sources.names import Builtin, HubDataset, LocalPath, S3Location, parse_text_source
+from service.sources.opening import open_file
 from service.stopping import Check, go_on
 from service.storage import ArtifactStore, ObjectNotFound, S3Options, StoreRefused, open_store
 
@@ -45,7 +47,7 @@ def fetch_text_documents(
     match parse_text_source(source):
         case LocalPath(path):
             _check_file(path, max_bytes)
-            return _documents(path, path.as_uri())
+            return _documents(lambda: _opened(path), path.suffix, path.as_uri())
         case S3Location() as location:
             return _object_documents(_check_object(location, max_bytes, **s3), location, check)
         case HubDataset() as dataset:
@@ -81,15 +83,21 @@ def _object_documents(store: ArtifactStore, location: S3Location, check: Check) 
     with TemporaryDirectory(prefix="pdtrim-text-") as folder:
         name = location.key.rpartition("/")[2]
         store.download(name, Path(folder) / name, check)
-        yield from _documents(Path(folder) / name, str(location))
+        path = Path(folder) / name
+        yield from _documents(lambda: path.open("rb"), path.suffix, str(location))
 
 
-def _documents(path: Path, what: str) -> Iterator[str]:
+def _opened(path: Path) -> BinaryIO:
+    """The file that lay there without links when it was allowed, or none. Raises: OSError."""
+    return os.fdopen(open_file(path), "rb")
+
+
+def _documents(open_text: Callable[[], BinaryIO], suffix: str, what: str) -> Iterator[str]:
     try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8-sig")
-            return
-        with path.open("rb") as lines:
+        with open_text() as lines:
+            if suffix == ".txt":
+                yield lines.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+                return
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _text_of(line, f"line {number} of {what}")

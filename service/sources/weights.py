@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -66,8 +67,8 @@ def check_weights(files: FolderFiles) -> dict[str, TensorInfo]:
     held: dict[str, dict[str, TensorInfo]] = {}
     for shard in shards:
         try:
-            with (files.folder / shard).open("rb") as file:
-                held[shard] = read_header(file, files.size(shard))
+            with files.open(shard) as file:
+                held[shard] = read_header(file, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise UnreadableSource(f"{shard} of {files} cannot be read: {error.strerror}.") from error
         except InvalidHeader as error:

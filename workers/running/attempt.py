@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -231,8 +232,8 @@ def _finished_before(worker: Worker, claim: Claim, check: Check) -> Finished | N
 
 def _execute(worker: Worker, claim: Claim, check: Check) -> Finished:
     assert worker.settings.scratch_dir is not None
-    with attempt_folder(worker.settings.scratch_dir, claim) as workdir:
-        context = _stage_context(worker, claim, workdir, check, _progress_recorder(worker, claim))
+    with attempt_folder(worker.settings.scratch_dir, claim) as workdir, ExitStack() as opened:
+        context = _stage_context(worker, claim, workdir, opened, check, _progress_recorder(worker, claim))
         run = STAGES[claim.stage] if context.parent is None else TAKEN_OVER[claim.stage]
         return _push(worker, claim, context.out, run(context), check)
 
@@ -249,8 +250,13 @@ def _progress_recorder(worker: Worker, claim: Claim) -> Say:
     return publish
 
 
-def _stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, publish: Say) -> StageContext:
-    """What a stage may touch; the model's files are fetched. Raises: as `model_folder`."""
+def _stage_context(
+    worker: Worker, claim: Claim, workdir: Path, opened: ExitStack, check: Check, publish: Say
+) -> StageContext:
+    """What a stage may touch; the model's files are fetched, or open until `opened` is closed.
+
+    Raises: as `model_folder`.
+    """
 
     def read(session: Session) -> tuple[JobRow, list[ArtifactRow], Parent | None]:
         job = jobs.get(session, claim.job_id)
@@ -269,7 +275,7 @@ def _stage_context(worker: Worker, claim: Claim, workdir: Path, check: Check, pu
     return StageContext(
         job_id=claim.job_id,
         spec=spec,
-        model_dir=model_folder(spec.model, job.model_revision, worker.settings, check),
+        model_dir=model_folder(spec.model, job.model_revision, worker.settings, workdir / "model", opened, check),
         model_revision=job.model_revision,
         workdir=workdir,
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},

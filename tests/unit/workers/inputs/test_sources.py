@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
-from pdtrim.contract.spec import ModelSpec
+from pdtrim.contract.spec import DataSpec, ModelSpec
 from service.settings import Settings
 from service.sources import ForbiddenSource, TooLargeSource, UnreadableSource
 from tests.gateway import write_model
-from workers.inputs.sources import model_folder
+from workers.inputs.sources import model_folder, text_documents
 
 
 @pytest.fixture
@@ -21,15 +27,24 @@ def settings_for(model: Path, **changes: Any) -> Settings:
     return Settings(data_dir=model.parent.parent / "data", allowed_sources=[model.parent.as_uri()], **changes)
 
 
-def fetched(model: Path, **changes: int) -> Path:
-    return model_folder(ModelSpec(source=model.as_uri()), None, settings_for(model, **changes))
+@contextmanager
+def held(model: Path, **changes: int) -> Iterator[Path]:
+    """The folder of the model that a stage reads."""
+    with TemporaryDirectory() as folder, ExitStack() as opened:
+        settings = settings_for(model, **changes)
+        yield model_folder(ModelSpec(source=model.as_uri()), None, settings, Path(folder) / "model", opened)
+
+
+def fetched(model: Path, **changes: int) -> set[str]:
+    with held(model, **changes) as folder:
+        return {path.name for path in folder.iterdir()}
 
 
 def test_a_model_is_checked_once_more_before_a_stage_reads_it(model: Path, tmp_path: Path) -> None:
-    assert fetched(model) == model
+    assert fetched(model) == {"config.json", "model.safetensors"}
 
     (model / "LICENSE").symlink_to(tmp_path)
-    assert fetched(model) == model  # No file, so nothing is read of it.
+    assert fetched(model) == {"config.json", "model.safetensors"}  # No file, so nothing is read of it.
     (tmp_path / "secret").write_text("secret")
     (model / "NOTICE").symlink_to(tmp_path / "secret")
     with pytest.raises(ForbiddenSource):
@@ -46,3 +61,71 @@ def test_weights_that_are_none_fail_the_stage(model: Path) -> None:
 def test_a_model_that_grew_too_large_fails_the_stage(model: Path) -> None:
     with pytest.raises(TooLargeSource, match="PDTRIM_MAX_MODEL_BYTES"):
         fetched(model, max_model_bytes=9)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json", "model.safetensors"])
+def test_a_file_that_is_swapped_under_a_stage_is_read_as_it_was(model: Path, tmp_path: Path, name: str) -> None:
+    (model / "LICENSE").write_text("Apache")
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    before = (model / name).read_bytes()
+    with held(model) as folder:
+        (model / name).unlink()
+        (model / name).symlink_to(secret)
+
+        assert (folder / name).read_bytes() == before
+        copied = shutil.copyfile(folder / name, tmp_path / "copied")
+        assert copied.read_bytes() == before
+    with pytest.raises(ForbiddenSource), held(model):
+        pass
+
+
+def test_folders_pipes_and_sockets_are_left_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "LICENSES").mkdir()
+    (model / "LICENSES" / "MIT").write_text("MIT")
+    os.mkfifo(model / "NOTICE")
+    os.mkfifo(model / "tokenizer.json")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(model)  # A socket's path is short.
+        listener.bind("LICENSE.sock")
+
+        assert fetched(model) == {"config.json", "model.safetensors"}
+
+
+def test_links_to_what_is_allowed_are_followed(model: Path) -> None:
+    """As in the cache of the hub's client."""
+    blobs = model.parent / "blobs"
+    blobs.mkdir()
+    (model / "model.safetensors").rename(blobs / "0123")
+    (model / "model.safetensors").symlink_to("../blobs/0123")
+
+    with held(model) as folder:
+        assert (folder / "model.safetensors").read_bytes() == (blobs / "0123").read_bytes()
+
+
+def test_what_the_service_keeps_is_no_source(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "data" / "scratch" / "models" / "theirs")
+    settings = Settings(data_dir=tmp_path / "data", allowed_sources=[tmp_path.as_uri()])
+    with ExitStack() as opened, pytest.raises(ForbiddenSource, match="own files"):
+        model_folder(ModelSpec(source=model.as_uri()), None, settings, tmp_path / "held", opened)
+    ours = write_model(tmp_path / "models" / "ours")
+    (ours / "LICENSE").symlink_to(model / "config.json")
+    with ExitStack() as opened, pytest.raises(ForbiddenSource, match="own files"):
+        model_folder(ModelSpec(source=ours.as_uri()), None, settings, tmp_path / "held", opened)
+
+
+def test_a_text_is_not_read_through_a_link_that_came_later(tmp_path: Path) -> None:
+    text = tmp_path / "texts" / "a.txt"
+    text.parent.mkdir()
+    text.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    settings = Settings(data_dir=tmp_path / "data", allowed_sources=[text.parent.as_uri()])
+    data = DataSpec(source=text.as_uri())
+    assert list(text_documents(data, settings) or ()) == ["one\ntwo"]
+
+    documents = text_documents(data, settings)
+    assert documents is not None
+    (tmp_path / "secret").write_text("secret")
+    text.unlink()
+    text.symlink_to(tmp_path / "secret")
+    with pytest.raises(UnreadableSource, match="cannot be read"):
+        list(documents)
