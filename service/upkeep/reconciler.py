@@ -39,6 +39,8 @@ from service.upkeep.publishing.outbox import publish
 
 PURGED_AT_ONCE = 20
 """So that a process that is to stop need not wait for long."""
+PURGED_SIDE_BY_SIDE = 8
+"""A store may take a second for each job."""
 MARKED_AT_ONCE = 200
 DELIVERED_AT_ONCE = 16
 DELIVERED_AT_ONCE_PER_WEBHOOK = 4
@@ -65,13 +67,13 @@ class Reconciler:
         pause_s = settings.reconcile_seconds
         # Threads: a store that is slow to delete, or a receiver to answer, must keep no stage waiting.
         self._threads = [
-            Thread(target=_repeat, args=(action, pause_s, self._stopping), name=name, daemon=True)
-            for name, action, pause_s in (
-                ("sweep", partial(sweep, database, settings, leases_expired), pause_s),
-                ("purge", partial(purge, database, settings, store), pause_s),
-                ("deliver", partial(deliver, database, settings), pause_s),
-                ("publish", partial(publish, database, settings, store), pause_s),
-                ("uploads", partial(abandon_uploads, settings, store), max(pause_s, UPLOADS_PAUSE_S)),
+            Thread(target=_repeat, args=(action, pause_s, self._stopping, full), name=name, daemon=True)
+            for name, action, pause_s, full in (
+                ("sweep", partial(sweep, database, settings, leases_expired), pause_s, None),
+                ("purge", partial(purge, database, settings, store), pause_s, PURGED_AT_ONCE),
+                ("deliver", partial(deliver, database, settings), pause_s, None),
+                ("publish", partial(publish, database, settings, store), pause_s, None),
+                ("uploads", partial(abandon_uploads, settings, store), max(pause_s, UPLOADS_PAUSE_S), None),
             )
         ]
 
@@ -90,8 +92,11 @@ class Reconciler:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _repeat(action: Callable[[], int], pause_s: float, stopping: Event) -> None:
-    """Do it every `pause_s` seconds; what fails is tried again after longer and longer pauses, and logged once."""
+def _repeat(action: Callable[[], int], pause_s: float, stopping: Event, full: int | None = None) -> None:
+    """Do it every `pause_s` seconds, and at once while `full` were done, as there are more then.
+
+    What fails is tried again after longer and longer pauses, and logged once.
+    """
     persistent = Retrying(
         stop=stop_when_event_set(stopping),
         sleep=sleep_using_event(stopping),
@@ -100,10 +105,11 @@ def _repeat(action: Callable[[], int], pause_s: float, stopping: Event) -> None:
         retry_error_callback=lambda state: None,
     )
     while not stopping.is_set():
-        persistent(action)
+        done = persistent(action)
         if persistent.statistics["attempt_number"] > 1 and not stopping.is_set():
             log.warning("the reconciler works again, after %d failures", persistent.statistics["attempt_number"] - 1)
-        stopping.wait(pause_s)
+        if full is None or done != full:
+            stopping.wait(pause_s)
 
 
 def _log_first_failure(state: RetryCallState) -> None:
@@ -154,7 +160,7 @@ def purge(database: Database, settings: Settings, store: ArtifactStore) -> int:
     """Delete the files of jobs that were deleted or are too old, then their rows; returns how many jobs went.
 
     A lease's length passes first: whoever lost a stage of such a job has stopped writing by then.
-    Raises: what the store raises; the job it happened to is tried again behind the others.
+    Raises: what the store raises, when the others are gone; the job it happened to is tried again behind others.
     """
     if settings.retention_days is not None:
         old = now() - timedelta(days=settings.retention_days)
@@ -168,17 +174,36 @@ def purge(database: Database, settings: Settings, store: ArtifactStore) -> int:
     with transaction(database) as session:
         waited = now() - timedelta(seconds=settings.lease_seconds)
         found = deletion.marked(session, before=waited, limit=PURGED_AT_ONCE)
-    for job_id in found:
-        try:
-            store.delete_prefix(job_prefix(job_id))
-        except Exception:
-            with transaction(database) as session:
-                deletion.postpone(session, job_id)
-            raise
-        with transaction(database) as session:
-            deletion.remove(session, job_id)
-        log.info("deleted %s with all it left", job_id)
+    waiting, failures = iter(found), list[BaseException]()
+
+    def work() -> None:
+        for job_id in waiting:
+            try:
+                _purge_job(database, store, job_id)
+            except BaseException as error:  # noqa: BLE001  (the border of the thread: whoever waits gets it)
+                failures.append(error)
+
+    # No pool: Python waits for those of a pool before it ends, and a store may say nothing.
+    threads = [Thread(target=work, daemon=True) for _ in found[:PURGED_SIDE_BY_SIDE]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
     return len(found)
+
+
+def _purge_job(database: Database, store: ArtifactStore, job_id: str) -> None:
+    try:
+        store.delete_prefix(job_prefix(job_id))
+    except Exception:
+        with transaction(database) as session:
+            deletion.postpone(session, job_id)
+        raise
+    with transaction(database) as session:
+        deletion.remove(session, job_id)
+    log.info("deleted %s with all it left", job_id)
 
 
 def abandon_uploads(settings: Settings, store: ArtifactStore) -> int:

@@ -24,7 +24,7 @@ from service.db.tables import JobRow, StageRow, now
 from service.queue import BrokerUnavailable
 from service.settings import Settings
 from service.storage import ArtifactStore, StoreUnavailable, open_store
-from service.upkeep.reconciler import _repeat, purge, sweep
+from service.upkeep.reconciler import PURGED_AT_ONCE, Reconciler, _repeat, purge, sweep
 from tests.processes import wait_until
 from tests.servers import free_ports
 from tests.stored_jobs import store_job
@@ -251,6 +251,19 @@ def test_a_gateway_that_is_told_so_leaves_it_to_others(settings: Settings) -> No
     quick = settings.model_copy(update={"reconcile_seconds": 0.05, "reconcile_in_gateway": False})
     with TestClient(create_app(quick)):
         assert {"sweep", "purge"}.isdisjoint(thread.name for thread in enumerate_threads())
+
+
+def test_many_deleted_jobs_go_without_a_pause_between(settings: Settings, store: ArtifactStore) -> None:
+    database = connect(settings.database_url)
+    migrate(database)
+    job_ids = [deleted(database, store) for _ in range(5 * PURGED_AT_ONCE)]
+    # One pause is longer than the test.
+    rarely = settings.model_copy(update={"reconcile_seconds": 60.0})
+
+    with Reconciler(database, rarely, store):
+        wait_until(lambda: not any(exists(database, job_id) for job_id in job_ids), seconds=30)
+
+    assert list(store.list_keys("")) == []
 
 
 def test_a_gateway_deletes_by_itself(settings: Settings, store: ArtifactStore) -> None:
