@@ -163,10 +163,13 @@ def _store(settings: Settings) -> Finding:
     if parts.scheme == "file" and (new := _not_there_yet(Path(unquote(parts.path)))):
         return new
 
-    def check() -> None:
-        open_store(url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region).check_writable()
+    lacking: list[str] = []
 
-    return _answers(
+    def check() -> None:
+        store = open_store(url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+        lacking.extend(store.try_calls())
+
+    found = _answers(
         url,
         check,
         "Create the bucket, set PDTRIM_ARTIFACTS_URL and PDTRIM_S3_ENDPOINT_URL to where it is, and AWS_* to a key "
@@ -174,6 +177,9 @@ def _store(settings: Settings) -> Finding:
         if parts.scheme == "s3"
         else "Let the user who runs this write to the folder, or set PDTRIM_ARTIFACTS_URL to another.",
     )
+    if lacking:
+        return _finding("note", f"{found.detail} It lacks {'; '.join(lacking)}.")
+    return found
 
 
 def _answers(url: str, check: Callable[[], None], remedy: str) -> Finding:

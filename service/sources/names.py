@@ -13,7 +13,8 @@ from service.storage.store import checked_key
 
 MAX_LENGTH = 1024
 TEXT_SUFFIXES = (".txt", ".jsonl")
-BUCKET = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)*")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)*")
+"""Amazon's have no `_`, others' do."""
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 HUB_URL = re.compile(r"https://huggingface\.co/(datasets/)?")
 HUB_CONFIG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
@@ -233,6 +234,6 @@ def _s3_location(text: str) -> S3Location:
         return S3Location(bucket, checked_key(key) if key else "")
     except ValueError as error:
         raise InvalidSource(
-            "The part of an S3 source after the bucket is a relative path of letters, digits, blanks and _.=+@,()-, "
-            "without `.`, `..` or empty parts."
+            "The part of an S3 source after the bucket is a relative path, without `.`, `..`, empty parts or any of "
+            '\\?#%*"<>|^`{}[].'
         ) from error

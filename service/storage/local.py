@@ -116,6 +116,10 @@ class LocalStore:
             with tempfile.NamedTemporaryFile(dir=self._root, prefix=PARTIAL) as probe:
                 probe.write(b"probe")
 
+    def try_calls(self) -> list[str]:
+        self.check_writable()
+        return []
+
     def _path(self, key: str) -> Path:
         path = self._root / checked_key(key)
         if any(part.startswith(PARTIAL) for part in key.split("/")):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
+import logging
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -47,6 +49,7 @@ DOWNLOAD = TransferConfig(
     multipart_threshold=multipart.PART_BYTES, multipart_chunksize=multipart.PART_BYTES, max_concurrency=4
 )
 DELETED_AT_ONCE = 1000
+PROBE = b"probe"
 MD5_ETAG = re.compile(r'"([0-9a-f]{32})"')
 MISSING = {"NoSuchKey", "404", "NotFound"}
 REFUSED = {
@@ -59,6 +62,9 @@ REFUSED = {
     "PermanentRedirect",
     "SignatureDoesNotMatch",
 }
+
+
+log = logging.getLogger(__name__)
 
 
 class S3Options(TypedDict, total=False):
@@ -93,8 +99,10 @@ def s3_client(**options: Unpack[S3Options]) -> S3Client:
             read_timeout=answer_seconds or 60,
             max_pool_connections=32,
             signature_version="s3v4",
-            # Every upload names its SHA-256; boto3's own default of CRCs in trailers many compatible stores refuse.
+            # Every upload names its SHA-256; boto3's own default of CRCs in trailers many compatible stores refuse. Of
+            # what comes, some send the whole object's checksum with a part of it; we hold digests against it ourselves.
             request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
             # Bucket names as host names need DNS that a store of one's own rarely has.
             s3={"addressing_style": "path" if endpoint_url else "auto"},
         ),
@@ -107,6 +115,7 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str, **options: Unpack[S3Options]) -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/")
+        self._deletes_many = self._lists_uploads = True
         self._client = self._signer = s3_client(**options)
         if public_endpoint_url := options.get("public_endpoint_url"):
             outside = options.copy()
@@ -188,23 +197,51 @@ class S3Store:
         folder = f"{self._name(prefix)}/"
         with self._failures(prefix):
             # Uploads first: one that is completed between the two steps is then an object that is deleted.
-            multipart.abort_uploads(self._client, self._bucket, folder)
+            self._abort_uploads(folder)
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
             names = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         for start in range(0, len(names), DELETED_AT_ONCE):
-            batch = names[start : start + DELETED_AT_ONCE]
-            with self._failures(prefix):
-                answer = self._client.delete_objects(
-                    Bucket=self._bucket, Delete={"Objects": [{"Key": name} for name in batch], "Quiet": True}
-                )
-            if errors := answer.get("Errors"):
-                raise StoreUnavailable(f"{self._where} did not delete {len(errors)} objects, the first: {errors[0]}")
+            self._delete(prefix, names[start : start + DELETED_AT_ONCE])
+
+    def _delete(self, prefix: str, names: Sequence[str]) -> None:
+        """Delete objects together where the store can, which not all can, and some only with another checksum."""
+        with self._failures(prefix):
+            if self._deletes_many:
+                try:
+                    answer = self._client.delete_objects(
+                        Bucket=self._bucket, Delete={"Objects": [{"Key": name} for name in names], "Quiet": True}
+                    )
+                except ClientError as error:
+                    if not _is_not_understood(error):
+                        raise
+                    log.warning(
+                        "%s cannot delete many objects at once, so each is deleted alone: %s", self._where, error
+                    )
+                    self._deletes_many = False
+                else:
+                    if errors := answer.get("Errors"):
+                        first = errors[0]
+                        raise StoreUnavailable(f"{self._where} did not delete {len(errors)} objects, first: {first}")
+                    return
+            for name in names:
+                self._client.delete_object(Bucket=self._bucket, Key=name)
 
     def abandon_uploads(self, *, before: datetime) -> int:
         with self._failures(""):
-            return multipart.abort_uploads(
-                self._client, self._bucket, f"{self._prefix}/" if self._prefix else "", before=before
-            )
+            return self._abort_uploads(f"{self._prefix}/" if self._prefix else "", before=before)
+
+    def _abort_uploads(self, folder: str, *, before: datetime | None = None) -> int:
+        """Abort unfinished uploads, where the store tells of them; returns how many. Raises: ClientError."""
+        if not self._lists_uploads:
+            return 0
+        try:
+            return multipart.abort_uploads(self._client, self._bucket, folder, before=before)
+        except ClientError as error:
+            if not _is_not_understood(error):
+                raise
+            log.warning("%s does not list unfinished uploads; have a rule of it delete them: %s", self._where, error)
+            self._lists_uploads = False
+            return 0
 
     def presigned_url(self, key: str, *, expires_s: int, filename: str) -> str | None:
         params = {
@@ -220,6 +257,38 @@ class S3Store:
         self.put_bytes(probe, b"probe")
         with self._failures(probe):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(probe))
+
+    def try_calls(self) -> list[str]:
+        folder = f"probes/{uuid.uuid4().hex}"
+        calls: dict[str, Callable[[], object]] = {
+            "PutObject": lambda: self.put_bytes(f"{folder}/a", PROBE),
+            "multipart upload": lambda: self._upload_probe(f"{folder}/b"),
+            "HeadObject": lambda: self._expect(self.stat(f"{folder}/a").size, len(PROBE)),
+            "GetObject": lambda: self._expect(self.get_bytes(f"{folder}/b"), PROBE),
+            "GetObject with a range": lambda: self._expect(b"".join(self.read_range(f"{folder}/a", 1, 3)), PROBE[1:3]),
+            "ListObjectsV2": lambda: self._expect(list(self.list_keys(folder)), [f"{folder}/a", f"{folder}/b"]),
+            "a presigned link": lambda: self.presigned_url(f"{folder}/a", expires_s=60, filename="a"),
+            "ListMultipartUploads and DeleteObjects, or DeleteObject": lambda: self.delete_prefix(folder),
+            "ListObjectsV2 after that": lambda: self._expect(list(self.list_keys(folder)), []),
+        }
+        for name, call in calls.items():
+            try:
+                call()
+            except (StoreUnavailable, ObjectNotFound) as error:
+                raise StoreUnavailable(f"{name}: {error}") from error
+        lacking = {
+            "DeleteObjects: objects are deleted one by one": self._deletes_many,
+            "ListMultipartUploads: have a rule of the store delete unfinished uploads": self._lists_uploads,
+        }
+        return [what for what, there in lacking.items() if not there]
+
+    def _upload_probe(self, key: str) -> None:
+        with self._failures(key):
+            multipart.upload(self._client, self._bucket, self._name(key), io.BytesIO(PROBE), len(PROBE))
+
+    def _expect(self, found: object, expected: object) -> None:
+        if found != expected:
+            raise StoreUnavailable(f"{self._where} gave {found!r}, not {expected!r}")
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{checked_key(key)}" if self._prefix else checked_key(key)
@@ -250,6 +319,13 @@ class S3Store:
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(f"{self._where} failed: {error}; check that it runs and that its endpoint URL is right")
+
+
+def _is_not_understood(error: ClientError) -> bool:
+    """Whether a store has no such call, or wants it otherwise; what is forbidden, missing or too much is not meant."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = error.response.get("Error", {}).get("Code", "")
+    return status in (400, 405, 411, 501) and code not in REFUSED
 
 
 def _digest(found: HeadObjectOutputTypeDef) -> tuple[str, str] | None:

@@ -13,8 +13,9 @@ from urllib.parse import quote
 from service.stopping import Check, go_on
 
 MAX_KEY_LENGTH = 900
-"""S3 allows 1024 bytes; the rest is for the bucket's prefix."""
-KEY_PART = re.compile(r"[A-Za-z0-9_.=+@,() -]+")
+"""Bytes in UTF-8. S3 allows 1024; the rest is for the bucket's prefix."""
+KEY_PART = re.compile(r"""[^\\/?#%*"<>|^`{}\[\]]+""")
+"""What else is printed; of the others, some end a path in a URL, and S3 advises against the rest."""
 UNSAFE_IN_FILENAME = re.compile(r"[^A-Za-z0-9_.=+@,() -]")
 READ_BYTES = 1 << 20
 
@@ -117,6 +118,13 @@ class ArtifactStore(Protocol):
         """Write and delete a probe. Raises: StoreUnavailable."""
         ...
 
+    def try_calls(self) -> list[str]:
+        """Do with probes whatever the service does with a store. Returns what the store lacks and is done otherwise.
+
+        Raises: StoreUnavailable that names the call.
+        """
+        ...
+
 
 def job_prefix(job_id: str) -> str:
     """The folder of all that a job's stages leave."""
@@ -125,7 +133,9 @@ def job_prefix(job_id: str) -> str:
 
 def is_key(key: str) -> bool:
     """Whether a key is a relative path that stays below the store's root."""
-    return len(key) <= MAX_KEY_LENGTH and all(KEY_PART.fullmatch(part) and part.strip(".") for part in key.split("/"))
+    if not key.isprintable() or len(key.encode()) > MAX_KEY_LENGTH:
+        return False
+    return all(KEY_PART.fullmatch(part) and part.strip(".") for part in key.split("/"))
 
 
 def checked_key(key: str) -> str:

@@ -23,6 +23,7 @@ from service.sources.names import check_prefix
         ("hf://Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"),
         ("s3://models/llama/8b/", "s3://models/llama/8b"),
         ("s3://models", "s3://models/"),
+        ("s3://my_models/a:b/~c&d/ä", "s3://my_models/a:b/~c&d/ä"),
         ("file:///no/such/../model/", "file:///no/model"),
         ("file://localhost/no/model", "file:///no/model"),
         ("file:///no/a%20b", "file:///no/a%20b"),

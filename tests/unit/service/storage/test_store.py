@@ -9,7 +9,15 @@ from service.storage.store import MAX_KEY_LENGTH, checked_key
 
 
 @pytest.mark.parametrize(
-    "key", ["manifest.json", "jobs/job_1/export/2/decode/model-00001-of-00002.safetensors", "a b/c+d=(e),@f", "..a/b.."]
+    "key",
+    [
+        "manifest.json",
+        "jobs/job_1/export/2/decode/model-00001-of-00002.safetensors",
+        "a b/c+d=(e),@f",
+        "..a/b..",
+        "a:b/~c&d",
+        "ä/日本/e\u0301",
+    ],
 )
 def test_relative_paths_are_keys(key: str) -> None:
     assert checked_key(key) == key
@@ -30,7 +38,11 @@ def test_relative_paths_are_keys(key: str) -> None:
         "a\\b",
         "a\x00b",
         "a\nb",
-        "é",
+        "a?b",
+        "a%2Fb",
+        "a\u202eb",
+        "\ud800",
+        "é" * (MAX_KEY_LENGTH // 2 + 1),
         "a" * (MAX_KEY_LENGTH + 1),
     ],
 )
