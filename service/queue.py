@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,15 +19,14 @@ from kombu.exceptions import ChannelError, OperationalError
 
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.queues import DEFAULT_QUEUE
+from service import brokers
 from service.observing import tracing
 from service.settings import Settings
 
 QUEUE = "pdtrim"
 """What the broker calls the queue `default`; the others are called so with their own name behind it."""
-BROKER_ERRORS = (OperationalError, ChannelError, OSError, ValueError)
-"""What a transport raises when the broker is out of reach. ValueError: the files of `filesystem://` are not written in
-one piece, so that another process may read half of one.
-"""
+BROKER_ERRORS = (OperationalError, ChannelError, OSError)
+"""What a transport raises when the broker is out of reach."""
 SEND_AGAIN = {"max_retries": 1, "interval_start": 0}
 """At once: the connection at hand may be one that a restart of the broker left behind."""
 log = logging.getLogger(__name__)
@@ -95,6 +94,7 @@ def _transport(broker_url: str) -> dict[str, Any]:
 @cache
 def celery_app(broker_url: str) -> Celery:
     """The Celery app on `broker_url`, one for each process."""
+    brokers.use()
     app = Celery("pdtrim")
     app.conf.update(
         **_transport(broker_url),
@@ -144,6 +144,19 @@ def try_to_send(settings: Settings, wake_up: WakeUp) -> bool:
         log.warning("broker out of reach, %s of %s will be sent again: %s", wake_up.stage, wake_up.job_id, error)
         return False
     return True
+
+
+def sweep(settings: Settings) -> int:
+    """Delete what nobody will read of a broker's files; returns how much. Raises: BrokerUnavailable."""
+    parts = urlsplit(settings.broker_url)
+    if parts.scheme != "filesystem":
+        return 0
+    try:
+        with celery_app(settings.broker_url).connection_for_write() as connection, connection.channel() as channel:
+            forget = partial(brokers.forget, channel)
+            return brokers.sweep(Path(unquote(parts.path)), forget)
+    except BROKER_ERRORS as error:
+        raise BrokerUnavailable(f"the broker's files were not swept: {error}") from error
 
 
 def check(settings: Settings) -> None:

@@ -52,6 +52,7 @@ MAX_PAUSE_S = 30.0
 """Pause between two tries of what failed, at most."""
 UPLOADS_PAUSE_S = 3600.0
 """Uploads are rarely left behind, and looking for them costs money on some stores."""
+BROKER_PAUSE_S = 300.0
 STOP_S = 4.0
 OUTAGES = (*DATABASE_FAULTS, queue.BrokerUnavailable, StoreUnavailable)
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Reconciler:
                 ("deliver", partial(deliver, database, settings), pause_s, None),
                 ("publish", partial(publish, database, settings, store), pause_s, None),
                 ("uploads", partial(abandon_uploads, settings, store), max(pause_s, UPLOADS_PAUSE_S), None),
+                ("broker", partial(queue.sweep, settings), max(pause_s, BROKER_PAUSE_S), None),
             )
         ]
 

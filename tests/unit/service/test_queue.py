@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import redis
 from kombu import Queue
-from kombu.transport.filesystem import Transport
 
 from pdtrim.contract.jobs import StageName
 from service import queue
@@ -13,21 +10,6 @@ from service.settings import Settings
 from tests.servers import free_ports, restartable_valkey
 
 WAKE_UP = queue.WakeUp("job_1", StageName.SCORING)
-
-
-@pytest.mark.parametrize("half_written", ["", '[["pdtrim"'])
-def test_a_half_written_file_of_the_embedded_broker_counts_as_out_of_reach(tmp_path: Path, half_written: str) -> None:
-    Transport.global_state.clear()  # What this process knows of its other brokers keeps it from reading the file.
-    settings = Settings(data_dir=tmp_path)
-    exchange = tmp_path / "broker" / "control" / f"{queue.QUEUE}.exchange"
-    exchange.parent.mkdir(parents=True)
-
-    exchange.write_text(half_written)
-    assert not queue.try_to_send(settings, WAKE_UP)
-
-    exchange.write_text('[["pdtrim", "", "pdtrim"]]')
-    assert queue.try_to_send(settings, WAKE_UP)
-    assert len(list((tmp_path / "broker" / "messages").iterdir())) == 1
 
 
 def test_a_restart_of_the_broker_loses_no_message_that_is_sent_after_it() -> None:
