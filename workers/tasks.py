@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from ctypes import c_bool
 from functools import cache, partial
@@ -45,8 +46,16 @@ def _set_up_logging(**given: Any) -> None:
     logs.configure(settings)
 
 
+@signals.worker_ready.connect
+def _hear(**given: Any) -> None:
+    """A closed terminal stops a worker as SIGTERM does. Celery would start another, from no command line of ours."""
+    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+
+
 @signals.worker_process_init.connect
 def _begin(**given: Any) -> None:
+    # The terminal tells all processes; this one is asked by the one that heard it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     tracing.configure("pdtrim-worker")
     if settings.worker_metrics_port is not None:
         _worker(os.getpid()).metrics.serve(settings.worker_metrics_port)

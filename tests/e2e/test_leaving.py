@@ -1,14 +1,16 @@
-"""A worker that is asked to end, as Kubernetes does with SIGTERM, in the middle of a stage that would take long."""
+"""A worker that is asked to end in the middle of a long stage: by SIGTERM, as by Kubernetes, or by SIGHUP."""
 
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
+import pytest
 from sqlalchemy import Engine as Database
 
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
@@ -32,9 +34,10 @@ def stage_row(database: Database, job_id: str) -> StageRow:
         return session.get_one(StageRow, (job_id, STAGE))
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
 def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
     environment: dict[str, str], postgres_database_url: str, empty_redis_url: str, s3: servers.S3Server, s3_url: str,
-    tmp_path: Path, record_property: Callable[[str, object], None],
+    tmp_path: Path, record_property: Callable[[str, object], None], how: signal.Signals,
 ) -> None:  # fmt: skip
     production = environment | s3.environment | {
         "PDTRIM_DATABASE_URL": postgres_database_url,
@@ -60,7 +63,7 @@ def test_a_worker_that_is_asked_to_end_hands_its_stage_to_another_at_no_cost(
         busy_child = int((stage_row(database, job_id).worker or "").rpartition(":")[2])
         busy = next(worker for worker in workers if worker.pid == psutil.Process(busy_child).ppid())
         asked_at = time.monotonic()
-        busy.terminate()
+        busy.send_signal(how)
         wait_until(lambda: stage_row(database, job_id).attempt == 2, seconds=60, what="the other to take the stage")
         record_property("A worker asked to end: its stage is another's after", f"{time.monotonic() - asked_at:.1f} s")
         assert busy.wait(30) == 0
