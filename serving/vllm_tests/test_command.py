@@ -38,7 +38,7 @@ class Endpoint:
     def model(self) -> str:
         """The one that it has."""
         (model,) = self.client.models.list()
-        return model.id
+        return str(model.id)
 
 
 @pytest.fixture(scope="module")
