@@ -57,8 +57,12 @@ class Running:
     def equal(self, cases: list[Case], answers: list[Answer], how: str) -> int:
         """The number of answers that are the reference's; it is printed."""
         same = sum(a.tokens == c.expected(self.first_token) for a, c in zip(answers, cases, strict=True))
-        errors = [answer.error for answer in answers if answer.error]
-        print(f"\n{self.name}, {how}: {same} of {len(cases)} equal", *errors, sep="\n")
+        print(f"\n{self.name}, {how}: {same} of {len(cases)} equal")
+        for answer, case in zip(answers, cases, strict=True):
+            expected = case.expected(self.first_token)
+            if answer.tokens != expected:
+                alike = next((n for n, token in enumerate(answer.tokens or []) if token != expected[n]), 0)
+                print(f"prompt of {len(case.prompt)} tokens: {answer.error or f'alike for {alike} tokens'}")
         return same
 
 
