@@ -27,5 +27,11 @@ def check_params(params: SamplingParams) -> None:
 
 
 def handover(params: SamplingParams) -> Handover | None:
-    """What prefill found out about the request."""
-    return Handover.from_params(_handed(params))
+    """What prefill found out about the request; None where its token would end an answer that is to be longer.
+
+    Of such a request (`min_tokens`) prefill is not told, so decode says its first token.
+    """
+    handed = Handover.from_params(_handed(params))
+    if handed is not None and params.min_tokens and handed.first_token in params.all_stop_token_ids:
+        return None
+    return handed

@@ -63,6 +63,9 @@ class PairScheduler(NixlPullConnectorScheduler):
         if not self.decodes:
             if params and params.get("do_remote_prefill"):
                 self._refuse(request, "this engine serves the prefill half of a pair: nothing can be handed over to it")
+            if params and params.get("do_remote_decode") and request.sampling_params is not None:
+                # Routers ask for one token and no fewer, which would forbid prefill to say that the answer ends here.
+                request.sampling_params.min_tokens = 0
             super().on_new_request(request)
             return
         if reason := self._why_not(request):

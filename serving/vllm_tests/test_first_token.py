@@ -15,13 +15,14 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 
 from pdtrim_vllm import first_token, first_token_v2
 from pdtrim_vllm.handover import Handover, digest
+from pdtrim_vllm.sampling import handover
 from vllm_tests.checkpoints import Pairs
 
 PROMPT = [5, 6, 7]
 VOCABULARY = 10
 
 
-def params(**changes: Any) -> SamplingParams:
+def params(*, stop: list[int] | None = None, min_tokens: int = 0, **changes: Any) -> SamplingParams:
     """Of a request whose prompt prefill has read and gone on from with token 4."""
     handed = {
         "do_remote_prefill": True,
@@ -33,7 +34,7 @@ def params(**changes: Any) -> SamplingParams:
         **Handover(digest(PROMPT), len(PROMPT), 4).to_params(),
         **changes,
     }
-    return SamplingParams(extra_args={"kv_transfer_params": handed})
+    return SamplingParams(stop_token_ids=stop, min_tokens=min_tokens, extra_args={"kv_transfer_params": handed})
 
 
 def config(pairs: Pairs, tmp_path: Path, first: str) -> Any:
@@ -61,6 +62,12 @@ def test_the_v1_processor_leaves_prefills_token_alone(
         output.append(tokens[-1])
 
     assert tokens == expected
+
+
+def test_an_answer_that_is_to_be_longer_does_not_begin_with_a_token_that_ends_it() -> None:
+    assert handover(params(stop=[4])) is not None
+    assert handover(params(stop=[5], min_tokens=2)) is not None
+    assert handover(params(stop=[4], min_tokens=2)) is None
 
 
 @pytest.mark.parametrize(("first", "expected"), [("prefill", [9, 4]), ("decode", [9, 9])])

@@ -118,6 +118,15 @@ def test_prompts_repeated_in_any_order_read_no_block_that_is_not_prefills(at_wor
 
 
 @of_the_job
+def test_an_answer_may_end_with_its_first_token(at_work: Running) -> None:
+    # Routers ask prefill for one token and no fewer, and vLLM then bans what would end the answer.
+    for case in at_work.cases[::4]:
+        first = case.expected(at_work.first_token)[0]
+        answer = post(at_work.pair.router.url, greedy(case.prompt, 4, stop_token_ids=[first]))
+        assert answer.tokens == [first], answer.error
+
+
+@of_the_job
 def test_requests_that_decode_cannot_answer_rightly_are_refused(at_work: Running) -> None:
     router, decode = at_work.pair.router.url, at_work.pair.decode.url
     prompts = [case.prompt for case in at_work.cases[:2]]
