@@ -115,7 +115,7 @@ def run(target: Target, *, seed: int, examples: int, key: str | None = KEY, phas
 
 def main(requests: int, examples: int = 100) -> int:
     with tempfile.TemporaryDirectory() as folder, servers.postgres() as database, servers.valkey() as broker:
-        settings = Settings(data_dir=Path(folder), database_url=database, broker_url=broker)
+        settings = Settings(data_dir=Path(folder) / "data", database_url=database, broker_url=broker)
         with target(settings, Path(folder)) as found_at:
             sent = failures = rounds = 0
             while sent < requests:

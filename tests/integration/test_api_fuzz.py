@@ -13,7 +13,7 @@ from tests.api_fuzz.run import KEY, PHASES, Target, run, target
 
 @pytest.fixture
 def running(tmp_path: Path, postgres_database_url: str, empty_redis_url: str) -> Iterator[Target]:
-    settings = Settings(data_dir=tmp_path, database_url=postgres_database_url, broker_url=empty_redis_url)
+    settings = Settings(data_dir=tmp_path / "data", database_url=postgres_database_url, broker_url=empty_redis_url)
     with target(settings, tmp_path) as found:
         yield found
 

@@ -67,7 +67,8 @@ def test_every_command_teaches_with_an_example() -> None:
     for name in [*(command.__name__ for command in JOBS), *OPERATING.keys() - {"keys"}]:
         shown = CliRunner().invoke(app, [name, "--help"])
         assert shown.exit_code == 0
-        assert f"pdtrim {name}" in shown.output.split("Example:")[1]
+        example = " ".join(shown.output.replace("│", " ").split()).split("Example:")[1]
+        assert f"pdtrim {name}" in example
     assert "pdtrim demo" in CliRunner().invoke(app, []).output
 
 

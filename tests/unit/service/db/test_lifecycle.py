@@ -115,7 +115,7 @@ class Expected:
 
 
 class Lifecycle(RuleBasedStateMachine):
-    """`engine` is a SQLite database that all runs share; each run looks at the jobs it created."""
+    """`database` is one of SQLite that all runs share; each run looks at the jobs it created."""
 
     database: Database
 
@@ -392,8 +392,10 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 def test_jobs_keep_their_rules_whatever_happens_in_whatever_order(database: Database) -> None:
+    shared = database
+
     class OnDatabase(Lifecycle):
-        database = database
+        database = shared
 
     run_state_machine_as_test(
         OnDatabase,

@@ -554,7 +554,7 @@ def test_narrower_mlps_are_healed_exported_and_measured(
     served = PrefillDecodePair.load(*(tmp_path / role for role in (max(channels), min(channels))))
     windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))["validation"]
     sent = served.prefill(windows[:1, :16]).nbytes
-    assert sent == report["pair"]["kv_bytes_per_request"]["sent"] == 2 * (5 - decode[0]) * 2 * 8 * 16 * 4
+    assert sent == report["pair"]["kv_bytes_per_request"]["sent"] == 2 * (5 - decode[0]) * 2 * 8 * 15 * 4
 
 
 def test_mlp_channels_are_those_that_weigh_most_and_the_narrower_half_keeps_a_part_of_them(
