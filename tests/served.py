@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pdtrim.contract.results import Half
 from pdtrim.serving.checkpoints import Role, ServedPair, Sizes, paired, read_checkpoint
 from pdtrim.serving.deployment import Deployment, Store
 from pdtrim.serving.engines import Device, Serving
@@ -75,6 +76,6 @@ def deployment(
     uri: str = "s3://bucket/artifacts/jobs/1/export/1", device: Device = "cuda", **config: Any
 ) -> Deployment:
     """Where it is deployed."""
-    folders = {"prefill": "prefill", "decode": "decode"}
+    folders: dict[Half, str] = {"prefill": "prefill", "decode": "decode"}
     store = Store(uri, "https://s3.example.com", "eu-central-1") if uri.startswith("s3://") else Store(uri)
-    return Deployment(JOB, serving(device, **config), folders, store)  # type: ignore[arg-type]
+    return Deployment(JOB, serving(device, **config), folders, store)

@@ -20,15 +20,8 @@ from pdtrim.client.transports import DEFAULT_URL
 from pdtrim.command.children import ChildDied, Children, stopped_by_signals, taken
 from pdtrim.command.connection import USAGE, Key, Url, connected, console, fail
 from pdtrim.command.jobs import fetch
-from pdtrim.serving.checkpoints import (
-    Half,
-    NotServable,
-    ServedCheckpoint,
-    ServedPair,
-    default_sizes,
-    paired,
-    read_checkpoint,
-)
+from pdtrim.contract.results import Half
+from pdtrim.serving.checkpoints import NotServable, ServedCheckpoint, ServedPair, default_sizes, paired, read_checkpoint
 from pdtrim.serving.engines import ROUTER_VERSION, VLLM_VERSION, Device, Serving
 from pdtrim.serving.machine import HERE, Command, Machine, commands, ports_from, reachable
 
@@ -182,8 +175,9 @@ def _require(python: str, installed: Mapping[str, str]) -> None:
         fail(
             f"{python} has no {', '.join(missing)}. In an environment of its own:\n"
             f"  python3 -m venv vllm && vllm/bin/pip install vllm=={VLLM_VERSION} vllm-router=={ROUTER_VERSION} "
-            "pdtrim-vllm\n"
-            "then name it by --python vllm/bin/python. The serving guide has the steps for a machine without a GPU."
+            "./serving\n"
+            "in the service's repository, since pdtrim-vllm is not on PyPI; then name it by --python vllm/bin/python. "
+            "The serving guide has the steps for a machine without a GPU."
         )
 
 

@@ -320,10 +320,13 @@ class KvTokensSpec(SpecModel):
         return self
 
 
+FirstToken = Literal["decode", "prefill"]
+
+
 class ServingSpec(SpecModel):
     """How the pair will be served. Search, healing and evaluation of the pair follow it."""
 
-    first_token: Literal["decode", "prefill"] = Field(
+    first_token: FirstToken = Field(
         default="decode",
         description="Which half says the first token of an answer. `decode`, as vLLM does behind its usual routers: "
         "decode runs the prompt's last token itself, on the cache of those before; what prefill predicts is thrown "

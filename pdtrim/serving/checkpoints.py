@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
-Half = Literal["prefill", "decode"]
+from pdtrim.contract.results import Half
+from pdtrim.contract.spec import FirstToken
+
+HALVES: tuple[Half, Half] = ("prefill", "decode")
 Role = Literal["prefill", "decode", "unified"]
-FirstToken = Literal["decode", "prefill"]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
 """Bytes of a number by the names that configurations and vLLM's `--dtype` have."""

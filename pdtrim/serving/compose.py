@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from urllib.parse import unquote, urlsplit
 
-from pdtrim.serving.checkpoints import Half
+from pdtrim.contract.results import Half
+from pdtrim.serving.checkpoints import HALVES
 from pdtrim.serving.deployment import (
     CHECKPOINTS,
     FETCH_IMAGE,
-    HALVES,
     SIDE_PORT,
     Deployment,
     Manifest,

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdtrim.serving.checkpoints import Half
+from pdtrim.contract.results import Half
 from pdtrim.serving.engines import SERVER, VLLM_VERSION, Serving, engine_options, engine_variables
 
 Manifest = dict[str, Any]
-HALVES: tuple[Half, Half] = ("prefill", "decode")
 IMAGE = f"pdtrim-vllm:{VLLM_VERSION}"
-"""What `docker/vllm.Dockerfile` makes."""
+"""What `serving/Dockerfile` makes."""
 FETCH_IMAGE = "docker.io/amazon/aws-cli:2.32.8"
 STORE_SECRET = "pdtrim-store"
 """Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, where the pods have no identity that may read the bucket."""

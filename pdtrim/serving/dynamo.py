@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pdtrim.serving.checkpoints import Half
+from pdtrim.contract.results import Half
+from pdtrim.serving.checkpoints import HALVES
 from pdtrim.serving.deployment import (
     CHECKPOINTS_MOUNT,
-    HALVES,
     SHARED_MEMORY,
     Deployment,
     Manifest,
@@ -14,9 +14,7 @@ from pdtrim.serving.deployment import (
     fetch_containers,
     filling,
 )
-from pdtrim.serving.deployment import (
-    IMAGE as ENGINE_IMAGE,
-)
+from pdtrim.serving.deployment import IMAGE as ENGINE_IMAGE
 from pdtrim.serving.engines import VLLM_VERSION
 
 API_VERSION = "nvidia.com/v1beta1"

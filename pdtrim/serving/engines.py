@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pdtrim.serving.checkpoints import Half, ServedPair, Sizes
+from pdtrim.contract.results import Half
+from pdtrim.serving.checkpoints import ServedPair, Sizes
 
 Device = Literal["cpu", "cuda"]
 CONNECTOR = "PDTrimConnector"

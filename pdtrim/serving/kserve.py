@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdtrim.serving.checkpoints import Half
+from pdtrim.contract.results import Half
 from pdtrim.serving.deployment import SHARED_MEMORY, Deployment, Manifest, engine_container
 
 API_VERSION = "serving.kserve.io/v1alpha2"

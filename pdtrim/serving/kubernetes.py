@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pdtrim.serving.checkpoints import Half
+from pdtrim.contract.results import Half
+from pdtrim.serving.checkpoints import HALVES
 from pdtrim.serving.deployment import (
     CHECKPOINTS_MOUNT,
-    HALVES,
     SHARED_MEMORY,
     UNPRIVILEGED,
     Deployment,

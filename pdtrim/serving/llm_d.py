@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdtrim.serving.checkpoints import Half
+from pdtrim.contract.results import Half
 from pdtrim.serving.deployment import (
     CHECKPOINTS,
     CHECKPOINTS_MOUNT,

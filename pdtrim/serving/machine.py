@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pdtrim.serving.checkpoints import Half
+from pdtrim.contract.results import Half
+from pdtrim.serving.checkpoints import HALVES
 from pdtrim.serving.engines import (
     ROUTER,
     SERVER,
@@ -18,7 +19,6 @@ from pdtrim.serving.engines import (
 )
 
 HERE = "127.0.0.1"
-HALVES: tuple[Half, Half] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -133,11 +134,9 @@ def _from_validation(request: Request, error: RequestValidationError) -> Respons
     if found and found[0]["type"] == "json_invalid":
         reason, position = found[0]["ctx"]["error"], found[0]["loc"][-1]
         return problem(request, MalformedBody(f"The body is not valid JSON: {reason} at character {position}."))
-    schema, document = suggestions.body_schema(request), request.app.openapi()
     listed, param = [], None
     for one in found[:MAX_LISTED_ERRORS]:
-        told = suggestions.with_suggestion({**one, "loc": one["loc"][1:]}, schema, document)
-        field, reason = field_and_reason({**told, "loc": one["loc"]})
+        field, reason = field_and_reason(suggestions.with_suggestion_for(request, one))
         listed.append(f"{field}: {reason}" if field else reason)
         param = param if len(listed) > 1 else field
     if len(found) > MAX_LISTED_ERRORS:
@@ -264,4 +263,4 @@ def document(app: FastAPI) -> None:
                 del operation["responses"]["422"]  # It takes an id alone and answers 404, or is not ours.
         return schema
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = cache(openapi)  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """What a client may have meant by a name that nothing has: query parameters, and fields of a body.
 
-The names that there are come from the OpenAPI document, which FastAPI makes of the routes.
+Fields come from the OpenAPI document, which FastAPI makes of the routes; it is asked for errors alone.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, params
+from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 
+ELSEWHERE = (params.Path, params.Header, params.Cookie)
+"""Where parameters are that are not in the query, whose own may also be fields of a model."""
 UNKNOWN_FIELD = "extra_forbidden"
 """Pydantic's name of the error."""
 LONGEST_NAME = 64
@@ -21,9 +25,12 @@ LONGEST_NAME = 64
 async def known_parameters(request: Request) -> None:
     """Raises: RequestValidationError for query parameters that the route does not read: each would be a filter that
     filters nothing."""
-    declared = [one for one in _operation(request).get("parameters", ()) if one["in"] == "query"]
-    names = {one["name"] for one in declared if one.get("style") != "deepObject"}
-    labels = {one["name"] for one in declared if one.get("style") == "deepObject"}
+    if not request.query_params:
+        return
+    route: APIRoute = request.scope["route"]
+    names = {one.alias for one in get_flat_params(route.dependant) if not isinstance(one.field_info, ELSEWHERE)}
+    # FastAPI has no parameters with keys of their own; such are declared for the document, and read by hand.
+    labels = {one["name"] for one in (route.openapi_extra or {}).get("parameters", ())}
     unknown = [name for name in dict.fromkeys(request.query_params) if not _is_known(name, names, labels)]
     if unknown:
         raise RequestValidationError([_unknown(name, names | labels, labels) for name in unknown])
@@ -58,15 +65,23 @@ def _all_of(names: Iterable[str]) -> str:
 def with_suggestion(
     error: Mapping[str, Any], schema: Mapping[str, Any], document: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """A validation error; where it is about a field that there is not, its message names the one that was meant.
+    """The error of a field that there is not (`UNKNOWN_FIELD`); its message names the one that was meant.
 
-    `error`'s location begins below `schema`, which is JSON Schema with references into `document`.
+    Its location begins below `schema`, which is JSON Schema with references into `document`.
     """
-    if error["type"] != UNKNOWN_FIELD:
-        return error
     *path, name = error["loc"]
     near = did_you_mean(str(name), fields_at(path, schema, document))
     return {**error, "msg": f"there is no such field{near}"}
+
+
+def with_suggestion_for(request: Request, error: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An error of a request's body, which says what was meant where it is about a field that there is not."""
+    if error["type"] != UNKNOWN_FIELD:
+        return error
+    content = _operation(request).get("requestBody", {}).get("content", {})
+    schema: Mapping[str, Any] = next((one["schema"] for one in content.values()), {})
+    told = with_suggestion({**error, "loc": error["loc"][1:]}, schema, request.app.openapi())
+    return {**told, "loc": error["loc"]}
 
 
 def fields_at(path: Sequence[str | int], schema: Mapping[str, Any], document: Mapping[str, Any]) -> set[str]:
@@ -75,12 +90,6 @@ def fields_at(path: Sequence[str | int], schema: Mapping[str, Any], document: Ma
     for part in path:
         schemas = [found for one in schemas for inner in _inside(one, part) for found in _alternatives(inner, document)]
     return {name for one in schemas for name in one.get("properties", ())}
-
-
-def body_schema(request: Request) -> Mapping[str, Any]:
-    """What the document says of the route's body; nothing where it takes none."""
-    content = _operation(request).get("requestBody", {}).get("content", {})
-    return next((one["schema"] for one in content.values()), {})
 
 
 def _operation(request: Request) -> dict[str, Any]:

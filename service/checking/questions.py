@@ -77,7 +77,7 @@ class Room:
             returned, raised = None, None
             try:
                 returned = question()
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:  # noqa: BLE001  (the border of the thread: whoever waits gets it)
                 raised = error
             with suppress(RuntimeError):  # The gateway has stopped.
                 loop.call_soon_threadsafe(settle, returned, raised)

@@ -7,14 +7,8 @@ from sqlalchemy import Engine as Database
 from pdtrim.contract.errors import InvalidRequest, NoCheckpoints
 from pdtrim.contract.jobs import StageName, StageStatus
 from pdtrim.contract.manifests import ManifestOptions
-from pdtrim.serving.checkpoints import (
-    Half,
-    NotServable,
-    ServedCheckpoint,
-    default_sizes,
-    paired,
-    read_checkpoint,
-)
+from pdtrim.contract.results import Half
+from pdtrim.serving.checkpoints import NotServable, ServedCheckpoint, default_sizes, paired, read_checkpoint
 from pdtrim.serving.deployment import IMAGE, Deployment, Store
 from pdtrim.serving.engines import Serving
 from service.db import artifacts, jobs

@@ -19,7 +19,8 @@ def doctor(as_json: Json = False) -> None:
     """Check this installation, and say what to do about each thing that is wrong. Exit code 1 when something is.
 
     Looks at the versions of packages, database, migrations, broker, artifact store, device and scratch folder, as
-    PDTRIM_ settings name them; run it where the gateway or a worker runs, with the same environment. Changes nothing.
+    PDTRIM_ settings name them; run it where the gateway or a worker runs, with the same environment. Changes nothing:
+    what it writes into the store, to try that, it deletes.
 
     Example: `PDTRIM_DATABASE_URL=postgresql://… PDTRIM_BROKER_URL=redis://… pdtrim doctor`
     """

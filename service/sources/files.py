@@ -138,18 +138,17 @@ class HeldFiles(FolderFiles):
     def open(self, name: str) -> BinaryIO:
         if name not in self._descriptors:
             return super().open(name)
-        file = os.fdopen(os.dup(self._descriptors[name]), "rb")
-        file.seek(0)
-        return file
+        # Opened anew, since duplicates of a descriptor share one place in the file.
+        return (DESCRIPTORS / str(self._descriptors[name])).open("rb")
 
 
 def _copy(file: BinaryIO, place: Path) -> None:
     """Copy what an open file has now; it may grow for ever."""
     left = os.fstat(file.fileno()).st_size
     with place.open("wb") as copy:
-        while left > 0 and (piece := file.read(min(left, COPY_BYTES))):
-            copy.write(piece)
-            left -= len(piece)
+        while left > 0 and (chunk := file.read(min(left, COPY_BYTES))):
+            copy.write(chunk)
+            left -= len(chunk)
 
 
 class BucketFiles:

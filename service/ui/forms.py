@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pdtrim.contract.spec import JobSpec
 from service.api.problems import field_and_reason
-from service.api.suggestions import with_suggestion
+from service.api.suggestions import UNKNOWN_FIELD, with_suggestion
 
 REST = "rest"
 """The field for JSON that the other fields do not cover."""
@@ -142,7 +142,7 @@ def to_spec(typed: Mapping[str, str]) -> JobSpec:
     except ValidationError as error:
         found: dict[str, list[str]] = {}
         for one in error.errors()[:MAX_ERRORS]:
-            told = with_suggestion(one, _schema(), _schema())
+            told = with_suggestion(one, _schema(), _schema()) if one["type"] == UNKNOWN_FIELD else one
             path, reason = field_and_reason({**told, "loc": ("body", *one["loc"])})
             at = place(path)
             named = path is None or at == path or at.startswith(f"{path}.")

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from service.sources.files import FolderFiles, HeldFiles
+from service.sources.names import LocalPath
 from service.sources.opening import open_file
 
 
@@ -35,3 +38,13 @@ def test_anything_else_is_not_and_no_descriptor_is_left(tmp_path: Path, kind: st
     with pytest.raises(OSError, match=r"\[Errno"):
         open_file(paths[kind])
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_readers_of_a_held_file_have_places_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "weights").write_bytes(b"0123456789")
+    source = LocalPath((tmp_path / "source").resolve())
+    with ExitStack() as opened:
+        files = HeldFiles(FolderFiles(source, source.path), ["weights"], [], tmp_path / "held", opened)
+        with files.open("weights") as first, files.open("weights") as second:
+            assert (first.read(4), second.read(4), first.read(4)) == (b"0123", b"0123", b"4567")
