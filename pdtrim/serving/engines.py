@@ -28,7 +28,7 @@ ROLES: Mapping[Half, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 CPU_VARIABLES: Mapping[str, str] = {
     # No thread is pinned, so that the engines may share the processors.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Over shared memory UCX polls without rest, a processor for each engine, and transfers wait for its lock.
+    # Over shared memory an idle engine polls without rest. At work it does over TCP, too.
     "UCX_TLS": "tcp,self",
 }
 

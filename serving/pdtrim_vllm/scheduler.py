@@ -119,6 +119,10 @@ class PairScheduler(NixlPullConnectorScheduler):
             return None, False
         if request.request_id in self.refusals:
             return request.num_tokens - num_computed_tokens, True
+        if not (request.kv_transfer_params or {}).get("do_remote_prefill"):
+            # It has been loaded. vLLM asks again where no token counts as computed: of a prompt of one token the last,
+            # which decode runs itself, is the only one.
+            return 0, False
         return request.num_prompt_tokens - num_computed_tokens, True
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:

@@ -38,7 +38,34 @@ from workers.pruning.model.pair import handover
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
-PROMPT_TOKENS = (5, 7, 12, 20, 31, 32, 33, 47, 48, 63, 64, 65, 80, 96, 97, 100, 128, 129, 150, 192, 200, 256, 257, 300)
+PROMPT_TOKENS = (
+    1,
+    2,
+    5,
+    7,
+    12,
+    20,
+    31,
+    32,
+    33,
+    47,
+    48,
+    63,
+    64,
+    65,
+    80,
+    96,
+    97,
+    100,
+    128,
+    129,
+    150,
+    192,
+    200,
+    256,
+    257,
+    300,
+)
 """Among them lengths on and beside the borders of blocks of 32 and 64 tokens."""
 NEW_TOKENS = 24
 ROUNDING = 0.003
@@ -184,12 +211,13 @@ def walk(
     prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], ids: list[int], first: str
 ) -> Walk:
     """`NEW_TOKENS` greedy tokens of a pair whose first token is said by the half `first`."""
-    handed = torch.tensor([ids if first == "prefill" else ids[:-1]])
-    read = prefill(input_ids=handed, past_key_values=DynamicCache(config=prefill.config), use_cache=True)
-    cache = handover(read.past_key_values, layer_map, decode.config)
-    walked = Walk()
-    if first == "prefill":
-        walked.add(read.logits[0, -1])
+    walked, cache = Walk(), DynamicCache(config=decode.config)
+    if handed := ids if first == "prefill" else ids[:-1]:
+        empty = DynamicCache(config=prefill.config)
+        read = prefill(input_ids=torch.tensor([handed]), past_key_values=empty, use_cache=True)
+        cache = handover(read.past_key_values, layer_map, decode.config)
+        if first == "prefill":
+            walked.add(read.logits[0, -1])
     while len(walked.tokens) < NEW_TOKENS:
         last = [*ids[-1:], *walked.tokens][-1]
         walked.add(decode(input_ids=torch.tensor([[last]]), past_key_values=cache, use_cache=True).logits[0, -1])
