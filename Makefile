@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check format lint style types imports fast test test-vllm chart-test chart-docs docs hooks bench bench-service faults fuzz schemathesis state-machine clean
+.PHONY: help demo check format lint style types imports fast test coverage test-vllm chart-test chart-docs docs hooks bench bench-service faults fuzz schemathesis state-machine clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,15 +39,20 @@ FAST := not server and not process and not browser and not training
 fast: $(VENV)/.test ## The tests of `make check`
 	STATE_MACHINE_EXAMPLES=15 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal --timeout 60 --durations 10 -m '$(FAST)'
 
+TEST := -m pytest --numprocesses 3 --dist worksteal --durations 10
 test: $(VENV)/.test $(VENV)-clients/.ready ## All tests, on real servers that pip installs; some ten minutes
+	$(BIN)/python $(TEST)
+
+coverage: $(VENV)/.test $(VENV)-clients/.ready ## All tests, and the lines that none of them runs: a third slower
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses 3 --dist worksteal --durations 10
+	$(BIN)/coverage run $(TEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90 --skip-covered --skip-empty
 
 # Servers on ports of this machine, two engines of 2 GB at a time.
+VLLM_TESTS ?= serving/vllm_tests
 test-vllm: $(VLLM)/.ready $(VENV)/.worker ## Pairs served by real engines of vLLM, on CPUs, in an environment of its own of some 3.5 GB
-	$(VLLM)/bin/python -m pytest -c serving/pytest.ini --rootdir serving serving/vllm_tests --durations 10
+	$(VLLM)/bin/python -m pytest -c serving/pytest.ini --rootdir serving $(VLLM_TESTS) --durations 10
 
 chart-test: $(VENV)/.test ## Of the tests: the images' build files, the compose file, and the chart as Helm renders it
 	$(BIN)/python -m pytest tests/chart
