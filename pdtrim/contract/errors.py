@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, Field
@@ -33,6 +34,8 @@ class PDTrimError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.others: Sequence[PDTrimError] = ()
+        """What else is wrong, where more was looked at."""
 
 
 class InvalidRequest(PDTrimError):

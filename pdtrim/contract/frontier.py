@@ -13,7 +13,7 @@ from pdtrim.contract.base import SpecModel
 from pdtrim.contract.errors import NoSuchPoint, SetsNotNested
 from pdtrim.contract.jobs import AnswerModel
 from pdtrim.contract.results import Bound, FrontierSet, HalfPlan, Plan
-from pdtrim.contract.spec import MAX_BLOCKS, HalfTarget, JobSpec, Labels
+from pdtrim.contract.spec import MAX_BLOCKS, HalfTarget, JobName, JobSpec, Labels
 
 
 class FrontierPoint(FrontierSet):
@@ -138,6 +138,7 @@ class ExportSpec(SpecModel):
 
     prefill: ExportHalf
     decode: ExportHalf
+    name: JobName | None = Field(default=None, description="Name of the new job; by default that of the job.")
     metadata: Labels | None = Field(default=None, description="Labels of the new job; by default those of the job.")
 
     @model_validator(mode="after")
@@ -161,6 +162,5 @@ class ExportSpec(SpecModel):
                 ("decode", self.decode.remove_blocks, parent.decode),
             )
         }
-        if self.metadata is not None:
-            changes["metadata"] = self.metadata
+        changes |= {key: given for key in ("name", "metadata") if (given := getattr(self, key)) is not None}
         return parent.model_copy(update=changes)

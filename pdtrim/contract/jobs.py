@@ -123,6 +123,7 @@ class Stage(AnswerModel):
     progress: float = Field(ge=0.0, le=1.0)
     message: str = Field(default="", description="What the stage is doing now.")
     attempt: int = Field(description="How often a worker has claimed it; also the fencing number of its lease.")
+    worker: str | None = Field(default=None, description="The worker that runs it, or ran it last.")
     metrics: Result | None = Field(default=None, description="What it found; null until it has succeeded.")
     error: ErrorInfo | None = None
     started_at: datetime | None = Field(
@@ -215,6 +216,11 @@ class Job(AnswerModel):
     estimated_finish: datetime | None = Field(
         default=None, description="Extrapolated from the running stage's progress; null until there is any."
     )
+
+    @property
+    def title(self) -> str:
+        """Its name, or else its model."""
+        return self.spec.name or self.spec.model.source
 
     def result(self, kind: type[R]) -> R | None:
         """What the stage found whose result is of this kind, such as `EvaluationResult`; None until it has."""

@@ -375,6 +375,9 @@ Labels = Annotated[
 ]
 
 
+JobName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(storable)]
+
+
 class JobSpec(SpecModel):
     """One pruning job. Prefill may not give up more blocks than decode; equal sets and widths give one checkpoint."""
 
@@ -393,6 +396,11 @@ class JobSpec(SpecModel):
         },
     )
 
+    name: JobName | None = Field(
+        default=None,
+        description="What the job is called where jobs are shown; need not be its alone.",
+        examples=["Qwen3-8B, a third less decode"],
+    )
     model: Annotated[ModelSpec, BeforeValidator(_model_from_string, json_schema_input_type=ModelSpec | str)]
     prefill: HalfTarget
     decode: HalfTarget

@@ -45,6 +45,16 @@ CONTROLS = Caption(
     "did, and, as a bound, if decode's set need not hold prefill's.",
 )
 SENSITIVITY = Caption("What each block is worth", "The loss that is added when this block alone is given up.")
+VERDICT = Caption(
+    "Verdict",
+    "Up to 5% more perplexity than the dense model's is called little, more than 20% much. It is measured on text that "
+    "neither search nor healing saw, by the pair as it is served.",
+)
+HEALING = Caption(
+    "Healing",
+    "The loss of each batch, and the least loss so far on held-out windows, which decides whether the trained weights "
+    "are kept.",
+)
 KV_BYTES = Caption("Keys and values of a request", "What a request's KV cache takes, and what is sent to decode.")
 AGAINST_DENSE = Caption(
     "Dense beside pruned",

@@ -16,7 +16,8 @@ Value = float | int | str
 
 def figures(job: Job) -> dict[str, Value]:
     """What a job was asked for, what it found and what that is worth, as far as it has come."""
-    found: dict[str, Value] = {"status": job.status.value, "model": job.spec.model.source}
+    found: dict[str, Value] = {"name": job.spec.name} if job.spec.name else {}
+    found |= {"status": job.status.value, "model": job.spec.model.source}
     found |= {"prefill asked": str(job.spec.prefill), "decode asked": str(job.spec.decode), "seed": job.spec.seed}
     if removal := job.result(RemovalResult):
         found |= dict(_of_search(removal))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pdtrim.contract.results import ModelFigures, Perplexity
+from pdtrim.contract.results import ModelFigures, Perplexity, Spread
 from pdtrim.display.quantities import size
 
 
@@ -13,7 +13,7 @@ from pdtrim.display.quantities import size
 class ModelFigure:
     """A number of a model. A bare number needs its `unit` said; a cell, beside the dense model's, has it.
 
-    Where `differs`, it tells something only of models that differ in it.
+    Where `differs`, it tells something only of models that differ in it. A median has the `spread` of its repeats.
     """
 
     label: str
@@ -21,6 +21,7 @@ class ModelFigure:
     cell: Callable[[ModelFigures, ModelFigures], str]
     unit: str = ""
     differs: bool = False
+    spread: Callable[[ModelFigures], Spread | None] | None = None
 
     @property
     def name(self) -> str:
@@ -30,6 +31,26 @@ class ModelFigure:
     def tells(self, values: Sequence[float | None]) -> bool:
         """Whether these values are worth a line."""
         return len(set(values)) > 1 if self.differs else any(value is not None for value in values)
+
+    def rows(self, models: Mapping[str, ModelFigures]) -> list[list[str]]:
+        """Its line in a table of models, one of which is `dense`, and a line for its spread, where it has one."""
+        dense, found = models["dense"], list(models.values())
+        if not self.tells([self.value(model) for model in found]):
+            return []
+        cells = [self.cell(model, dense) for model in found]
+        if self.spread is None or dense.speed_repeats is None:
+            return [[self.label, *cells]]
+        if dense.speed_repeats == 1:
+            return [[f"{self.label}, measured once", *cells]]
+        return [
+            [f"{self.label}, median of {dense.speed_repeats}", *cells],
+            [f"{self.label}, least to greatest", *(spread_text(self.spread(model)) for model in found)],
+        ]
+
+
+def spread_text(spread: Spread | None) -> str:
+    """The least and the greatest of repeated times."""
+    return "" if spread is None else f"{spread.low:.1f} to {spread.high:.1f}"
 
 
 def _perplexity(found: Perplexity | None) -> str:
@@ -80,11 +101,13 @@ FIGURES = (
         "first token, ms",
         lambda m: m.time_to_first_token_ms,
         _latency(lambda m: m.time_to_first_token_ms),
+        spread=lambda m: m.time_to_first_token_spread_ms,
     ),
     ModelFigure(
         "each next token, ms",
         lambda m: m.inter_token_latency_ms,
         _latency(lambda m: m.inter_token_latency_ms),
+        spread=lambda m: m.inter_token_latency_spread_ms,
     ),
     ModelFigure(
         "decode, tokens/s", lambda m: m.decode_tokens_per_second, lambda m, _: f"{m.decode_tokens_per_second:,.0f}"

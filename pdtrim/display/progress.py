@@ -10,9 +10,8 @@ from rich.table import Column
 from rich.text import Text
 
 from pdtrim.contract.jobs import Event, StageName
+from pdtrim.display.events import numbers
 from pdtrim.display.jobs import when
-
-FIGURES = ("evaluated", "step", "steps", "loss")
 
 
 class TookColumn(ProgressColumn):
@@ -80,4 +79,4 @@ class LiveProgress:
 def _figures(event: Event) -> str:
     if event.type != "stage.progress":
         return ""
-    return "".join(f"  {name} {event.data[name]}" for name in FIGURES if name in event.data)
+    return "".join(f"  {name} {said}" for name, said in numbers(event) if name != "done")

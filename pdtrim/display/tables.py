@@ -152,12 +152,8 @@ def evaluation_tables(evaluation: EvaluationResult) -> list[Table]:
 
 def models_table(models: Mapping[str, ModelFigures]) -> Table:
     """The checkpoints beside the dense model."""
-    dense, found = models["dense"], list(models.values())
-    rows = [
-        (figure.label, *(figure.cell(model, dense) for model in found))
-        for figure in FIGURES
-        if figure.tells([figure.value(model) for model in found])
-    ]
+    found = list(models.values())
+    rows = [row for figure in FIGURES for row in figure.rows(models)]
     given_up = [
         ("deleted blocks", *(listed(model.deleted_blocks) for model in found)),
         ("distilled blocks", *(listed(f"{r}→{a}" for r, a in model.distilled_blocks.items()) for model in found)),

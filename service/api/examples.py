@@ -55,6 +55,7 @@ SCORING: dict[str, Any] = {
     "progress": 1.0,
     "message": "",
     "attempt": 1,
+    "worker": "gpu-1",
     "metrics": {
         "blocks": 12,
         "cosine": [0.61, 0.88, 0.93, 0.95, 0.96, 0.97, 0.97, 0.96, 0.95, 0.93, 0.9, 0.72],
@@ -80,6 +81,7 @@ WAITING: dict[str, Any] = {
     "progress": 0.0,
     "message": "",
     "attempt": 0,
+    "worker": None,
     "started_at": None,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from pdtrim.contract.errors import (
     InvalidRequest,
     ModelUnsupported,
     NoSuchQueue,
+    PDTrimError,
     SourceNotAllowed,
 )
 from pdtrim.contract.spec import MAX_BLOCKS, DataSpec, HalfTarget, JobSpec, ModelSpec
@@ -46,19 +47,53 @@ def check(spec: JobSpec, settings: Settings) -> ModelDescription:
     """The job's model, if the job can be run; its `revision` is the commit that a hub model's revision names now.
 
     Raises: NoSuchQueue, PushNotAllowed, InvalidRequest, SourceNotAllowed, SourceUnreadable, ModelTooLarge,
-    ModelUnsupported, TooManyBlocks, which name the field at fault; DependencyUnavailable when the hub or S3 does not
-    answer, as the job's model could not be pinned then.
+    ModelUnsupported, TooManyBlocks, which name the field at fault, and have all that is wrong besides as `others`;
+    DependencyUnavailable when the hub or S3 does not answer, as the job's model could not be pinned then.
     """
+    found: list[PDTrimError] = []
+    model: ModelDescription | None = None
+    with _noted(found):
+        _check_queue(spec, settings)
+    with _noted(found):
+        check_push(spec, settings)
+    with _noted(found):
+        model = _describe(spec.model, settings)
+    with _noted(found):
+        _check_text(spec.data, settings)
+    with _noted(found):
+        _check_tasks(spec, settings)
+    if model is not None:
+        with _noted(found):
+            check_config(spec, model.config)
+    _raise(found)
+    assert model is not None
+    return model
+
+
+def _raise(found: Sequence[PDTrimError]) -> None:
+    """Raises: the first of what was found, if anything was, which has the others."""
+    if found:
+        first, *first.others = found
+        raise first
+
+
+@contextmanager
+def _noted(found: list[PDTrimError]) -> Iterator[None]:
+    """Look on after what is wrong. Whoever does not answer is asked nothing more: that may take as long again."""
+    try:
+        yield
+    except DependencyUnavailable:
+        _raise(found)
+        raise
+    except PDTrimError as error:
+        found += [error, *error.others]
+
+
+def _check_queue(spec: JobSpec, settings: Settings) -> None:
     if spec.queue is not None and spec.queue not in settings.queues:
         raise NoSuchQueue(
             f"There is no queue {spec.queue!r}; the service has {', '.join(settings.queues)}.", param="queue"
         )
-    check_push(spec, settings)
-    model = _describe(spec.model, settings)
-    _check_text(spec.data, settings)
-    _check_tasks(spec, settings)
-    check_config(spec, model.config)
-    return model
 
 
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
@@ -74,19 +109,38 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
         raise ModelUnsupported(
             "The model's weights are quantised; give the model in bfloat16, float16 or float32.", param="model.source"
         )
-    check_blocks(spec, num_blocks(config))
+    blocks = num_blocks(config)
+    found: list[PDTrimError] = []
+    with _noted(found):
+        check_blocks(spec, blocks)
     for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
-        _check_mlp_width(stage, target, config)
-    can = architecture(kind)
-    if spec.kv_tokens is not None and not can.attention_measurable:
+        with _noted(found):
+            _check_mlp_width(stage, target, config)
+    with _noted(found):
+        _check_kv_tokens(spec, kind)
+    with _noted(found):
+        _check_adapters(spec, kind)
+    with _noted(found):
+        _check_window(spec, config)
+    _raise(found)
+
+
+def _check_kv_tokens(spec: JobSpec, kind: Any) -> None:
+    if spec.kv_tokens is not None and not architecture(kind).attention_measurable:
         raise ModelUnsupported(
             f"kv_tokens measures attention, which is not possible for {kind}. Leave kv_tokens out.", param="kv_tokens"
         )
-    if spec.distillation.trainable == "lora" and not can.linear_layers:
+
+
+def _check_adapters(spec: JobSpec, kind: Any) -> None:
+    if spec.distillation.trainable == "lora" and not architecture(kind).linear_layers:
         raise ModelUnsupported(
             f"{kind} has no linear layers that adapters fit; train `all` or `distilled`.",
             param="distillation.trainable",
         )
+
+
+def _check_window(spec: JobSpec, config: Mapping[str, Any]) -> None:
     context = next((config[key] for key in CONTEXT_KEYS if key in config), None)
     if type(context) is int and spec.calibration.window_tokens > context:
         raise InvalidRequest(

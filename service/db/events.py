@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import and_, insert, or_, update
+from sqlalchemy import and_, func, insert, or_, update
 from sqlmodel import Session, col, select
 
 from pdtrim.contract.jobs import JobStatus, StageName
@@ -58,6 +58,14 @@ def page(session: Session, job_id: str, *, after: int, limit: int) -> tuple[list
         .limit(limit + 1)
     ).all()
     return list(rows[:limit]), len(rows) > limit
+
+
+def progress_of(session: Session, job_id: str, stage: StageName, *, most: int) -> list[EventRow]:
+    """What a stage told of its progress, oldest first: of more than about `most` events every n-th, and the last."""
+    told = (EventRow.job_id == job_id, EventRow.stage == stage, EventRow.type == "stage.progress")
+    count, last = session.execute(select(func.count(), func.max(EventRow.number)).where(*told)).one()
+    thinned = or_(col(EventRow.number) % max(1, -(-count // most)) == 0, EventRow.number == last)
+    return list(session.exec(select(EventRow).where(*told, thinned).order_by(col(EventRow.number))))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, case, false, func, not_, or_, select
+from sqlalchemy import ColumnElement, Select, and_, case, false, func, not_, or_, select
 from sqlalchemy.orm import aliased
 from sqlmodel import Session, col
 
@@ -30,6 +30,8 @@ PRIORITY = case({priority: rank for rank, priority in enumerate(Priority)}, valu
 
 CANDIDATES = 100
 """More than there are workers that claim a stage in the same moment."""
+COUNTED = 1000
+"""Stages ahead of a job that are counted for whoever waits for it."""
 
 
 def rested(at: datetime) -> ColumnElement[bool]:
@@ -48,9 +50,40 @@ def most_urgent(
     the worker may have been their message.
     """
     slots = quotas.Slots(session, max_running_jobs, sent=false())
-    queued, running = (col(StageRow.status) == status for status in (StageStatus.QUEUED, StageStatus.RUNNING))
-    due = and_(queued, rested(now()), col(JobRow.queue).in_(queues))
-    # In one pass, with what is running in any queue: a join would look up each job by itself.
+    due = _due(queues)
+    for job_id, name in session.execute(_in_order(and_(due, slots.left)).limit(CANDIDATES)):
+        if jobs.lock_if_free(session, job_id) is not None:
+            return job_id, StageName(name)
+    held_up = select(StageRow).join(JobRow).where(due, not_(slots.left), col(StageRow.sent_at).is_not(None))
+    for row in session.scalars(held_up.with_for_update(of=StageRow, skip_locked=True)):
+        quotas.hold_back(row)
+    return None
+
+
+def ahead(session: Session, job_id: str, queue: str, *, max_running_jobs: int | None = None) -> int | None:
+    """How many stages the workers of a queue take before that of one of its jobs, as things stand now.
+
+    None where no stage of the job is due. More than `COUNTED` are not counted.
+    """
+    slots = quotas.Slots(session, max_running_jobs, sent=false())
+    found = session.execute(_in_order(and_(_due([queue]), slots.left)).limit(COUNTED + 1))
+    waiting = [waits for waits, _ in found]
+    if job_id in waiting:
+        return waiting.index(job_id)
+    return COUNTED if len(waiting) > COUNTED else None
+
+
+def _due(queues: Sequence[str]) -> ColumnElement[bool]:
+    queued = col(StageRow.status) == StageStatus.QUEUED
+    return and_(queued, rested(now()), col(JobRow.queue).in_(queues))
+
+
+def _in_order(due: ColumnElement[bool]) -> Select[tuple[str, str]]:
+    """Job and name of the stages that are `due`, the most urgent first.
+
+    In one pass, with what is running in any queue: a join would look up each job by itself.
+    """
+    running = col(StageRow.status) == StageStatus.RUNNING
     active = (
         select(
             col(JobRow.id),
@@ -58,7 +91,7 @@ def most_urgent(
             col(JobRow.project),
             col(JobRow.started_at),
             PRIORITY.label("priority"),
-            and_(due, slots.left).label("due"),
+            due.label("due"),
             func.count().filter(running).over(partition_by=col(JobRow.project)).label("running"),
         )
         .join(StageRow)
@@ -68,18 +101,10 @@ def most_urgent(
     )
     earlier = aliased(JobRow)
     began = select(func.max(col(earlier.started_at))).where(col(earlier.project) == active.c.project).scalar_subquery()
-    candidates = session.execute(
+    return (
         select(active.c.id, active.c.name)
         .where(active.c.due)
         .order_by(
             active.c.priority, active.c.running, active.c.started_at.nulls_last(), began.nulls_first(), active.c.id
         )
-        .limit(CANDIDATES)
     )
-    for job_id, name in candidates:
-        if jobs.lock_if_free(session, job_id) is not None:
-            return job_id, StageName(name)
-    held_up = select(StageRow).join(JobRow).where(due, not_(slots.left), col(StageRow.sent_at).is_not(None))
-    for row in session.scalars(held_up.with_for_update(of=StageRow, skip_locked=True)):
-        quotas.hold_back(row)
-    return None

@@ -49,12 +49,15 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind. `kind` chooses the colour, `drawn` what joins them: a line, steps, stems, or nothing."""
+    """Points of one kind. `kind` chooses the colour, `drawn` what joins them: a line, steps, stems, or nothing.
+
+    A curve is a line whose points are too many to be marked.
+    """
 
     name: str
     kind: str
     points: Sequence[Point]
-    drawn: Literal["line", "steps", "stems", "dots"] = "line"
+    drawn: Literal["line", "curve", "steps", "stems", "dots"] = "line"
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _drawn(series: Series, x_axis: Axis, y_axis: Axis) -> Drawn:
     marks = [Mark(x_axis.at(p.x), y_axis.at(p.y), p, below=p.y < y_axis.low) for p in series.points]
     first, *rest = marks
     path = f"M{first.x} {first.y}"
-    if series.drawn == "line":
+    if series.drawn in ("line", "curve"):
         path += "".join(f"L{mark.x} {mark.y}" for mark in rest)
     elif series.drawn == "steps":
         path += "".join(f"H{mark.x}V{mark.y}" for mark in rest)

@@ -19,6 +19,7 @@ from pdtrim.contract.results import (
 )
 from pdtrim.display import captions
 from pdtrim.display.captions import objective_name
+from pdtrim.display.healing import HealingCurve, healing_line, healing_table
 from pdtrim.display.quantities import counted, listed, size
 from pdtrim.display.series import FATES, Fate, best_so_far, fates, kv_amounts
 from pdtrim.display.series import controls as measured_controls
@@ -27,6 +28,8 @@ from service.ui.charts import Chart, Point, Series, chart, without_outliers
 
 ROW_BLOCKS = 24
 """Blocks in a row of the block map."""
+MARKED = 40
+"""More points than these are drawn as a line alone."""
 MAX_DOTS = 2000
 """Evaluated sets that a trajectory draws; of more, every n-th."""
 
@@ -168,6 +171,27 @@ def _trajectory(half: Half, sets: Sequence[EvaluatedSet], count: int, objective:
             y_name=objective_name(objective),
         ),
         [search_table(half, sets, count)],
+    )
+
+
+def healing(curve: HealingCurve) -> Figure:
+    """The losses of a half's healing, by step."""
+    batches = [Point(step, loss, f"step {step}: batch loss {loss:.4f}") for step, loss in curve.batches]
+    held_out = [Point(step, loss, f"step {step}: least held-out loss {loss:.4f}") for step, loss in curve.held_out]
+    title = f"{captions.HEALING.title} of {curve.half}"
+    return Figure(
+        title,
+        healing_line(curve),
+        chart(
+            title,
+            [
+                Series("batch", "faint", batches, "line" if len(batches) <= MARKED else "curve"),
+                Series("held out, least so far", curve.half, held_out, "steps"),
+            ],
+            x_name="step",
+            y_name="loss",
+        ),
+        [healing_table(curve)],
     )
 
 

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.spec import MAX_BLOCKS, JobSpec
 from service.api.problems import field_and_reason
 from service.api.suggestions import UNKNOWN_FIELD, with_suggestion
+from service.ui.presets import Preset, preset_of, with_preset
+from service.ui.texts import as_text, from_text
 
 REST = "rest"
-"""The field for JSON that the other fields do not cover."""
+"""The field for what the other fields do not cover, as text."""
 LABELS = "metadata"
 MAX_ERRORS = 50
+LONGEST_TOLD = 60
 WHOLE = ""
 """Where errors go that belong to no field."""
 SECTIONS: Mapping[str, Mapping[str, str]] = {
-    "Model": {"model.source": "Model", "model.revision": "Revision"},
+    "Model": {"name": "Name", "model.source": "Model", "model.revision": "Revision"},
     "Prefill gives up": {
         "prefill.remove_blocks": "Blocks",
         "prefill.max_perplexity_increase": "Perplexity may rise by",
-        "prefill.mlp_width": "MLP channels kept",
     },
     "Decode gives up": {
         "decode.remove_blocks": "Blocks",
         "decode.max_perplexity_increase": "Perplexity may rise by",
-        "decode.mlp_width": "MLP channels kept",
     },
-    "Calibration and search": {
+    "Text, calibration and search": {
         "data.source": "Text",
         "calibration.windows": "Calibration windows",
         "calibration.window_tokens": "Tokens a window",
@@ -41,9 +43,14 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "search.objective": "Objective",
         "search.evaluations": "Sets for annealing",
     },
+    "Width": {"prefill.mlp_width": "MLP channels, prefill", "decode.mlp_width": "MLP channels, decode"},
     "Distillation": {
         "distillation.enabled": "Distil",
         "distillation.heal_tokens": "Healing tokens",
+        "distillation.trainable": "Trained",
+        "distillation.learning_rate": "Learning rate",
+        "distillation.gradient_accumulation": "Parts of a batch",
+        "distillation.gradient_checkpointing": "Compute blocks again",
         "distillation.threshold": "Delete from cosine",
     },
     "Serving and evaluation": {
@@ -53,8 +60,13 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Running": {"queue": "Queue", "priority": "Priority", "seed": "Seed", LABELS: "Labels"},
 }
-"""The fields of the form by section, with what they are called there; all else about them is in the schema."""
+"""The fields of the form by section, with what they are called there; all else about them is in the schema.
+
+The first three say what every job has to; the others are folded away.
+"""
 DEEPEST_JSON = 20
+ROUNDS = 4
+"""How often a specification is read to find all that is wrong: some checks are made only where others found nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +89,48 @@ class Field:
     def id(self) -> str:
         return f"field-{self.path.replace('.', '-')}"
 
+    @property
+    def told(self) -> str:
+        """Its value in a line."""
+        value = ("yes" if self.value else "no") if self.kind == "checkbox" else self.value
+        return value if len(value) <= LONGEST_TOLD else f"{value[:LONGEST_TOLD]}…"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Fields that belong together."""
+
+    title: str
+    fields: Sequence[Field]
+
+    @property
+    def faulty(self) -> bool:
+        return any(field.errors for field in self.fields)
+
+    @property
+    def digest(self) -> str:
+        """What it says beyond the defaults, in a line."""
+        told = (f"{field.label} {field.told}" for field in self.fields if field.value != _defaults()[field.path])
+        return ", ".join(told) or "as by default"
+
 
 @dataclass(frozen=True)
 class Form:
-    """The form as it is shown: its sections, the JSON beside them, and errors that belong to none of its fields."""
+    """The form as it is shown: its sections, the text beside them, and errors that belong to none of its fields."""
 
-    sections: Mapping[str, Sequence[Field]]
+    basics: Section
+    halves: Sequence[Section]
+    folded: Sequence[Section]
     rest: Field
+    preset: Preset | None
     errors: Sequence[str] = ()
 
     @property
     def fields(self) -> list[Field]:
-        return [*(field for fields in self.sections.values() for field in fields), self.rest]
+        return [
+            *(field for section in (self.basics, *self.halves, *self.folded) for field in section.fields),
+            self.rest,
+        ]
 
     @property
     def faulty(self) -> list[Field]:
@@ -105,7 +147,45 @@ class Unreadable(Exception):
 
 def blank(queues: Sequence[str]) -> Form:
     """The form with every default filled in."""
-    return _form({field.path: field.value for field in _fields()}, queues)
+    return _form(_defaults(), queues)
+
+
+def begun_from(spec: JobSpec) -> dict[str, str]:
+    """What somebody would have typed for a specification: what no field can say is in the text beside them."""
+    whole, rest = spec.model_dump(mode="json"), spec.model_dump(mode="json", exclude_defaults=True)
+    typed: dict[str, str] = {}
+    for field in _fields()[:-1]:
+        if field.kind == "labels":
+            said = ", ".join(f"{key}={value}" for key, value in spec.metadata.items())
+            if _labels(said) != spec.metadata:
+                continue
+            typed[field.path] = said
+        else:
+            typed[field.path] = _typed(_take(whole, field.path))
+        _take(rest, field.path)
+    typed[REST] = as_text(rest) if (rest := _without_empty(rest)) else ""
+    return typed
+
+
+def _take(content: Any, path: str) -> Any:
+    """What is at a path, which is taken away; None where there is nothing."""
+    *outer, name = path.split(".")
+    for part in outer:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content.pop(name, None) if isinstance(content, dict) else None
+
+
+def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, one in content.items()
+        if (value := _without_empty(one) if isinstance(one, dict) else one) not in ({}, None)
+    }
+
+
+def with_settings_of(typed: Mapping[str, str], preset: str) -> dict[str, str]:
+    """What was typed, with the settings of a preset."""
+    return with_preset(typed, preset, _defaults())
 
 
 def filled(typed: Mapping[str, str], queues: Sequence[str], errors: Mapping[str, Sequence[str]] | None = None) -> Form:
@@ -121,33 +201,99 @@ def _form(typed: Mapping[str, str], queues: Sequence[str], errors: Mapping[str, 
         return replace(field, value=typed.get(field.path, ""), errors=known.get(field.path, ()), options=options)
 
     made = iter(_fields())
-    sections = {title: [shown(next(made)) for _ in paths] for title, paths in SECTIONS.items()}
-    return Form(sections, shown(next(made)), known.get(WHOLE, ()))
+    sections = [Section(title, [shown(next(made)) for _ in paths]) for title, paths in SECTIONS.items()]
+    basics, prefill, decode, *folded = sections
+    return Form(
+        basics, (prefill, decode), folded, shown(next(made)), preset_of(typed, _defaults()), known.get(WHOLE, ())
+    )
+
+
+@cache
+def _defaults() -> dict[str, str]:
+    return {field.path: field.value for field in _fields()}
 
 
 def to_spec(typed: Mapping[str, str]) -> JobSpec:
-    """The specification that was typed. Raises: Unreadable."""
+    """The specification that was typed. Raises: Unreadable, with all that is wrong."""
+    errors: dict[str, list[str]] = {}
     content: dict[str, Any] = {}
     for field in _fields()[:-1]:
         text = typed.get(field.path, "").strip()
         if field.kind == "checkbox":
             _set(content, field.path, bool(text))
+        elif text and field.kind == "labels":
+            with _noted(errors):
+                _set(content, field.path, _labels(text))
         elif text:
-            _set(content, field.path, _labels(text) if field.kind == "labels" else _number(text, field.kind))
+            _set(content, field.path, _number(text, field.kind))
     for required in ("prefill", "decode"):
         content.setdefault(required, {})
-    _merge(content, _rest(typed.get(REST, "")))
+    with _noted(errors):
+        _merge(content, _rest(typed.get(REST, "")))
+    spec = _read(content, errors)
+    if spec is None or errors:
+        raise Unreadable(errors)
+    return spec
+
+
+@contextmanager
+def _noted(errors: dict[str, list[str]]) -> Iterator[None]:
+    """Go on after what cannot be read."""
     try:
-        return JobSpec.model_validate(content)
-    except ValidationError as error:
-        found: dict[str, list[str]] = {}
-        for one in error.errors()[:MAX_ERRORS]:
-            told = with_suggestion(one, _schema(), _schema()) if one["type"] == UNKNOWN_FIELD else one
-            path, reason = field_and_reason({**told, "loc": ("body", *one["loc"])})
-            at = place(path)
-            named = path is None or at == path or at.startswith(f"{path}.")
-            found.setdefault(at, []).append(reason if named else f"{path}: {reason}")
-        raise Unreadable(found) from error
+        yield
+    except Unreadable as unreadable:
+        for at, reasons in unreadable.errors.items():
+            errors.setdefault(at, []).extend(reasons)
+
+
+def _read(content: dict[str, Any], errors: dict[str, list[str]]) -> JobSpec | None:
+    """The specification that `content` is, if it is one; else every error is added to those of its field.
+
+    Fields are checked first, and one against the other only where all of them will do: so what is wrong is taken out,
+    and the rest read again.
+    """
+    for _ in range(ROUNDS):
+        try:
+            spec = JobSpec.model_validate(content)
+        except ValidationError as error:
+            found = error.errors()[:MAX_ERRORS]
+            for one in found:
+                _note(one, errors)
+            if any(not one["loc"] for one in found):
+                return None
+            content = _without_faults(content, [one["loc"] for one in found])
+        else:
+            return spec
+    return None
+
+
+def _note(one: Any, errors: dict[str, list[str]]) -> None:
+    told = with_suggestion(one, _schema(), _schema()) if one["type"] == UNKNOWN_FIELD else one
+    path, reason = field_and_reason({**told, "loc": ("body", *one["loc"])})
+    at = place(path)
+    named = path is None or at == path or at.startswith(f"{path}.")
+    said = reason if named else f"{path}: {reason}"
+    if said not in errors.setdefault(at, []):
+        errors[at].append(said)
+
+
+def _without_faults(content: dict[str, Any], faults: Iterable[Sequence[int | str]]) -> dict[str, Any]:
+    """The content without what is at fault. What is required is there, such that no check fails because of it."""
+    kept = deepcopy(content)
+    for path in faults:
+        inside = kept
+        for part in path[:-1]:
+            if not isinstance(part, str) or not isinstance(inside.get(part), dict):
+                inside.pop(str(part), None)
+                break
+            inside = inside[part]
+        else:
+            inside.pop(str(path[-1]), None)
+        if path[0] == "model":
+            kept["model"] = "reference"
+        elif path[0] in ("prefill", "decode"):
+            kept |= {half: {"remove_blocks": MAX_BLOCKS} for half in ("prefill", "decode")}
+    return kept
 
 
 @cache
@@ -204,17 +350,17 @@ def _rest(text: str) -> dict[str, Any]:
     if not text.strip():
         return {}
     try:
-        found = json.loads(text)
+        found = from_text(text)
         deep = _depth(found) > DEEPEST_JSON
-    except json.JSONDecodeError as error:
-        reason = f"This is not JSON: {error.msg} in line {error.lineno}, column {error.colno}."
-        raise Unreadable({REST: [reason]}) from error
+    except ValueError as error:
+        reason = str(error)
+        raise Unreadable({REST: [f"{reason[:1].upper()}{reason[1:]}."]}) from error
     except RecursionError as error:
-        raise Unreadable({REST: ["This JSON is nested too deeply."]}) from error
+        raise Unreadable({REST: ["This is nested too deeply."]}) from error
     if not isinstance(found, dict):
-        raise Unreadable({REST: ["Give a JSON object, such as {}."]})
+        raise Unreadable({REST: ["Give fields and their values, such as `search: {protect: [0]}`."]})
     if deep:
-        raise Unreadable({REST: ["This JSON is nested too deeply."]})
+        raise Unreadable({REST: ["This is nested too deeply."]})
     return found
 
 
@@ -230,8 +376,9 @@ def _fields() -> tuple[Field, ...]:
     made = [_field(schema, path, label) for section in SECTIONS.values() for path, label in section.items()]
     rest = Field(
         REST,
-        "More, as JSON",
-        'Other parts of the specification, such as `{"search": {"protect": [0]}}`. It goes before what the fields say.',
+        "More, as YAML or JSON",
+        "Other parts of the specification, such as `search: {protect: [0]}`, or a whole job. It goes before what the "
+        "fields say.",
         "text",
     )
     return (*made, rest)

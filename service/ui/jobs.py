@@ -13,14 +13,15 @@ from sqlalchemy import Engine as Database
 
 from pdtrim.contract.errors import NoFrontier, PDTrimError
 from pdtrim.contract.frontier import Frontier
-from pdtrim.contract.jobs import Action, Artifact, Job, JobStatus, StageName
+from pdtrim.contract.jobs import Action, Artifact, Event, Job, JobStatus, StageName, StageStatus
 from pdtrim.contract.results import SEARCH, SearchRecord
 from service.api import artifacts, events
 from service.api import jobs as api
 from service.api.deps import AfterJob, DatabaseDep, JobId, Project, SettingsDep, StoreDep
 from service.api.exports import get_frontier
 from service.db import artifacts as stored
-from service.db import jobs
+from service.db import events as recorded
+from service.db import jobs, urgency
 from service.db.session import transaction
 from service.settings import Settings
 from service.storage import ArtifactStore, ObjectNotFound, StoreUnavailable
@@ -34,6 +35,8 @@ router = APIRouter(prefix="/ui", include_in_schema=False, dependencies=[Depends(
 PAGE = 25
 SHOWN_EVENTS = 40
 MAX_ARTIFACTS = 500
+MAX_HEALING_POINTS = 400
+"""Of a long training, so many of the losses that it told are drawn."""
 MAX_SEARCH_BYTES = 16 << 20
 """Longest record of a search that is drawn; a longer one can be downloaded."""
 
@@ -88,19 +91,43 @@ def _labels(pairs: Mapping[str, str]) -> dict[str, str]:
 
 
 @router.get("/jobs/{job_id}")
-def show_job(request: Request, job_id: JobId, database: DatabaseDep, store: StoreDep) -> Response:
+def show_job(
+    request: Request, job_id: JobId, settings: SettingsDep, database: DatabaseDep, store: StoreDep
+) -> Response:
     """All about a job."""
-    return page_of(request, job_id, database, store)
+    return page_of(request, job_id, settings, database, store)
+
+
+@router.get("/jobs/{job_id}/progress")
+def show_progress(request: Request, job_id: JobId, settings: SettingsDep, database: DatabaseDep) -> Response:
+    """The parts of a job's page that change all the time; nothing is asked of the store."""
+    job = api.get_job(job_id, database)
+    return render(request, "progress.html", job=job, progress=_progress(job, settings, database))
+
+
+def _progress(job: Job, settings: Settings, database: Database) -> views.Progress:
+    waits = any(stage.status == StageStatus.QUEUED for stage in job.stages)
+    with transaction(database) as session:
+        last = jobs.get(session, job.id).last_event
+        told = recorded.progress_of(session, job.id, StageName.DISTILLATION, most=MAX_HEALING_POINTS)
+        healing = [Event.model_validate(row) for row in told]
+        place = urgency.ahead(session, job.id, job.queue, max_running_jobs=settings.max_running_jobs) if waits else None
+    found = events.read(database, job.id, after=max(0, last - SHOWN_EVENTS), limit=SHOWN_EVENTS).page.data
+    return views.progress(job, events=found, healing=healing, ahead=place)
 
 
 def page_of(
-    request: Request, job_id: str, database: Database, store: ArtifactStore, refusal: PDTrimError | None = None
+    request: Request,
+    job_id: str,
+    settings: Settings,
+    database: Database,
+    store: ArtifactStore,
+    refusal: PDTrimError | None = None,
 ) -> Response:
     """A job's page; `refusal` says why what was asked of it did not happen."""
     job = api.get_job(job_id, database)
-    with transaction(database) as session:
-        last = jobs.get(session, job_id).last_event
-    found = events.read(database, job_id, after=max(0, last - SHOWN_EVENTS), limit=SHOWN_EVENTS).page.data
+    # Before what else is read: what happens meanwhile comes by the events after these.
+    progress = _progress(job, settings, database)
     frontier, search, unread = None, None, False
     try:
         frontier, search = _frontier(job_id, database, store), _search(job_id, database, store)
@@ -110,13 +137,14 @@ def page_of(
     page = views.job_page(
         job,
         artifacts=_artifacts(job_id, database),
-        events=found,
         frontier=frontier,
         search=search,
         address=str(request.base_url).rstrip("/"),
     )
     status = 200 if refusal is None else refusal.status
-    return render(request, "job.html", status=status, page=page, job=job, refusal=refusal, unread=unread)
+    return render(
+        request, "job.html", status=status, page=page, progress=progress, job=job, refusal=refusal, unread=unread
+    )
 
 
 def _artifacts(job_id: str, database: Database) -> list[Artifact]:
@@ -166,5 +194,5 @@ def change_job(
     try:
         ACTIONS[action](job_id, settings, database)
     except PDTrimError as refusal:
-        return page_of(request, job_id, database, store, refusal)
+        return page_of(request, job_id, settings, database, store, refusal)
     return go("/ui/jobs" if action is Action.DELETE else f"/ui/jobs/{job_id}")

@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import partial
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from uuid_utils import uuid7
 
 from pdtrim.contract.errors import PDTrimError
 from pdtrim.contract.estimate import Estimate
+from pdtrim.contract.jobs import Job
 from service.api import jobs as api
 from service.api.deps import ApiKeyPrefix, DatabaseDep, Project, QuestionsDep, SettingsDep
 from service.api.submission import Submission
+from service.db import jobs
+from service.db.session import transaction
 from service.settings import Settings
 from service.ui import forms, views
 from service.ui.pages import go, render
+from service.ui.presets import PRESETS
 from service.ui.visits import Posted, entered
 
 router = APIRouter(prefix="/ui/jobs", include_in_schema=False, dependencies=[Depends(entered)])
@@ -26,9 +31,29 @@ ONCE = "once"
 
 
 @router.get("/new")
-def show_form(request: Request, settings: SettingsDep) -> Response:
-    """The form with its defaults."""
-    return _show(request, forms.blank(settings.queues))
+def show_form(
+    request: Request,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    project: Project,
+    of: Annotated[str, Query(max_length=64)] = "",
+) -> Response:
+    """The form with its defaults, or as a copy of a job, with what was wrong with that at its field."""
+    if not of:
+        return _show(request, forms.blank(settings.queues))
+    with transaction(database) as session:
+        jobs.check_project(session, of, project)
+    job = api.get_job(of, database)
+    errors = {} if job.error is None else {forms.place(job.error.param): [job.error.message]}
+    typed = forms.begun_from(job.spec) | {"queue": job.queue}
+    return _show(request, forms.filled(typed, settings.queues, errors), copied=job)
+
+
+@router.post("/preset")
+def use_preset(request: Request, settings: SettingsDep, form: Posted) -> Response:
+    """The form as it is, with the settings of a preset."""
+    typed = forms.with_settings_of(form, form.get("preset", ""))
+    return _show(request, forms.filled(typed, settings.queues), typed)
 
 
 @router.post("")
@@ -87,7 +112,10 @@ def key_of(form: Mapping[str, str]) -> str | None:
 
 
 def _refused(form: Mapping[str, str], settings: Settings, refusal: PDTrimError) -> forms.Form:
-    return forms.filled(form, settings.queues, {forms.place(refusal.param): [refusal.message]})
+    errors: dict[str, list[str]] = {}
+    for one in (refusal, *refusal.others):
+        errors.setdefault(forms.place(one.param), []).append(one.message)
+    return forms.filled(form, settings.queues, errors)
 
 
 def _show(
@@ -97,6 +125,15 @@ def _show(
     *,
     status: int = 200,
     estimate: Estimate | None = None,
+    copied: Job | None = None,
 ) -> Response:
-    once = (typed or {}).get(ONCE) or uuid7().hex
-    return render(request, "submit.html", status=status, form=form, once=once, estimate=views.estimate(estimate))
+    return render(
+        request,
+        "submit.html",
+        status=status,
+        form=form,
+        presets=PRESETS,
+        once=(typed or {}).get(ONCE) or uuid7().hex,
+        estimate=views.estimate(estimate),
+        copied=copied,
+    )

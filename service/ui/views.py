@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from pdtrim.contract.checkpoints import checkpoint_files
 from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.frontier import Cut, Frontier
 from pdtrim.contract.jobs import Artifact, Event, Job, Stage, StageName, StageStatus
 from pdtrim.contract.results import (
+    DistillationResult,
     EvaluationResult,
     Half,
     HalfPlan,
@@ -22,6 +23,9 @@ from pdtrim.contract.results import (
     SearchRecord,
 )
 from pdtrim.display import captions
+from pdtrim.display.comparison import comparison
+from pdtrim.display.events import numbers
+from pdtrim.display.healing import healing_curves
 from pdtrim.display.quantities import counted, duration
 from pdtrim.display.remedies import REMEDIES
 from pdtrim.display.tables import (
@@ -34,12 +38,17 @@ from pdtrim.display.tables import (
     evaluation_tables,
     took,
 )
+from pdtrim.display.verdict import Verdict, verdict_of
+from service.db.urgency import COUNTED
 from service.ui import figures
 from service.ui.figures import Bar, BlockMap, Figure
+from service.ui.texts import as_text
 
 FRAGMENT = "text/vnd.pdtrim.fragment+html"
 """What a script accepts that wants a part of a page."""
 ROLES = ("unified", "prefill", "decode")
+REPORT_PAGE = "report.html"
+"""The evaluation stage's artifact for people."""
 DID = {
     StageName.SCORING: "scores each block's redundancy",
     StageName.REMOVAL: "searches the blocks to give up",
@@ -58,6 +67,7 @@ class Row:
     stage: str
     progress: float
     took: str
+    verdict: Verdict | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class Step:
     stage: Stage
     does: str
     took: str
+    where: str
+    """The worker that runs it or ran it, and how often it was begun."""
 
     @property
     def percent(self) -> int:
@@ -83,11 +95,40 @@ class Command:
 
 
 @dataclass(frozen=True)
-class JobPage:
-    """A job's page. What its stages have not found yet is None or empty."""
+class Download:
+    """A file that a click fetches."""
+
+    name: str
+    href: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EventLine:
+    """An event with its figures, by what they are called."""
+
+    event: Event
+    numbers: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a job goes on: the part of its page that changes all the time."""
 
     took: str
     steps: Sequence[Step]
+    place: str
+    """Where it waits, as a sentence; empty where it does not."""
+    healing: Sequence[Figure]
+    events: Sequence[EventLine]
+    last_event: int
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """A job's page. What its stages have not found yet is None or empty."""
+
+    verdict: Verdict | None
     remedy: str
     facts: Mapping[str, str]
     spec: str
@@ -104,9 +145,8 @@ class JobPage:
     kv_note: str
     tables: Sequence[Table]
     artifacts: Mapping[StageName, Sequence[Artifact]]
+    downloads: Sequence[Download]
     commands: Sequence[Command]
-    events: Sequence[Event]
-    last_event: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +161,23 @@ class ExportPage:
     map: BlockMap | None
     measured: str
     """What the search knows of the two halves that are chosen, as a sentence."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two jobs that are compared."""
+
+    job: Job
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """Two jobs side by side."""
+
+    sides: Sequence[Side]
+    differing: Table
+    same: Table
 
 
 @dataclass(frozen=True)
@@ -145,14 +202,43 @@ def row(job: Job) -> Row:
         "" if current is None else current.name,
         progress,
         _between(job.started_at, job.finished_at),
+        verdict_of(job),
     )
+
+
+def progress(job: Job, *, events: Sequence[Event], healing: Sequence[Event], ahead: int | None) -> Progress:
+    """How a job goes on. `healing` is what its distillation told, `ahead` how many stages are taken before its own."""
+    curves = healing_curves(healing, job.result(DistillationResult))
+    return Progress(
+        took=_between(job.started_at, job.finished_at),
+        steps=[
+            Step(stage, DID[stage.name], _between(stage.started_at, stage.finished_at), _where(stage))
+            for stage in job.stages
+        ],
+        place="" if ahead is None else _place(ahead, job.queue),
+        healing=[figures.healing(curve) for curve in curves],
+        events=[EventLine(event, numbers(event)) for event in reversed(events)],
+        last_event=events[-1].number if events else 0,
+    )
+
+
+def _where(stage: Stage) -> str:
+    by = {StageStatus.RUNNING: "runs on", StageStatus.PENDING: "", StageStatus.QUEUED: ""}.get(stage.status, "ran on")
+    worker = f"{by} {stage.worker}" if by and stage.worker else ""
+    return " · ".join(part for part in (worker, f"attempt {stage.attempt}" if stage.attempt > 1 else "") if part)
+
+
+def _place(ahead: int, queue: str) -> str:
+    if ahead == 0:
+        return f"It is the next that a worker of the queue {queue} takes."
+    many = f"{ahead} stage{' is' if ahead == 1 else 's are'}" if ahead < COUNTED else f"{COUNTED} stages or more are"
+    return f"{many} ahead of it in the queue {queue}."
 
 
 def job_page(
     job: Job,
     *,
     artifacts: Sequence[Artifact],
-    events: Sequence[Event],
     frontier: Frontier | None,
     search: SearchRecord | None,
     address: str,
@@ -162,11 +248,10 @@ def job_page(
     worth = removal.sensitivity if removal else None
     pair = evaluation.pair if evaluation else None
     return JobPage(
-        took=_between(job.started_at, job.finished_at),
-        steps=[Step(stage, DID[stage.name], _between(stage.started_at, stage.finished_at)) for stage in job.stages],
+        verdict=verdict_of(job),
         remedy=REMEDIES.get(job.error.code, "") if job.error else "",
         facts=_facts(job),
-        spec=json.dumps(job.spec.model_dump(mode="json", exclude_defaults=True), indent=2, ensure_ascii=False),
+        spec=as_text(job.spec.model_dump(mode="json", exclude_defaults=True)),
         map=figures.block_map(removal) if removal else None,
         frontier=figures.frontier(frontier, export_link(job.id, frontier)) if frontier else None,
         scores=figures.scores(scored.cosine, job.spec.distillation.threshold, removal) if scored else None,
@@ -180,9 +265,8 @@ def job_page(
         kv_note=_kv_note(pair) if pair else "",
         tables=evaluation_tables(evaluation) if evaluation else [],
         artifacts={stage: mine for stage in StageName if (mine := [one for one in artifacts if one.stage == stage])},
+        downloads=_downloads(job, artifacts),
         commands=_commands(job, artifacts, address),
-        events=list(reversed(events)),
-        last_event=events[-1].number if events else 0,
     )
 
 
@@ -241,6 +325,19 @@ def _counts(points: Sequence[Any], chosen: Any, shown: int) -> list[int]:
     return sorted({shown, chosen.remove_blocks, *(point.remove_blocks for point in points)})
 
 
+def comparison_page(first: Job, second: Job) -> ComparisonPage:
+    """Two jobs side by side: what differs, and what does not."""
+    found = comparison(first, second)
+    differing = [row for row in found.rows if row[1] != row[2]]
+    same = [row for row in found.rows if row[1] == row[2]]
+    columns = ("", *(f"{job.title} (…{job.id[-6:]})" for job in (first, second)), "change")
+    return ComparisonPage(
+        [Side(job, verdict_of(job)) for job in (first, second)],
+        replace(found, title="What differs", columns=columns, rows=differing),
+        replace(found, title="What is the same", columns=columns, rows=same),
+    )
+
+
 def estimate(found: Estimate | None) -> EstimateView | None:
     """An estimate for people."""
     if found is None:
@@ -280,6 +377,21 @@ def _target(target: Any) -> str:
     bounded = target.max_perplexity_increase is not None
     blocks = f"blocks {target}" if bounded else counted(target.remove_blocks)
     return blocks if target.mlp_width == 1 else f"{blocks}, keeps {target.mlp_width:g} of MLP channels"
+
+
+def _downloads(job: Job, artifacts: Sequence[Artifact]) -> list[Download]:
+    """Each checkpoint in one file, and the report."""
+    sizes: dict[str, int] = {}
+    for file in checkpoint_files(artifacts):
+        role = file.name.split("/")[0]
+        sizes[role] = sizes.get(role, 0) + file.size
+    found = [
+        Download(f"{role} checkpoint", f"/ui/jobs/{job.id}/checkpoints/{role}.tar", sizes[role])
+        for role in ROLES
+        if role in sizes
+    ]
+    reports = [one for one in artifacts if one.stage == StageName.EVALUATION and one.name == REPORT_PAGE]
+    return found + [Download("report", f"/v1/jobs/{job.id}/artifacts/{one.id}/content", one.size) for one in reports]
 
 
 def _commands(job: Job, artifacts: Sequence[Artifact], address: str) -> list[Command]:

@@ -154,7 +154,7 @@ def _distil_prefill(
         blocks=_trained_blocks(context, plans.prefill),
         frozen=set(),
         data=data,
-        journal=journal(context, "heal-prefill", (0.0, 0.5), "Healing the prefill model."),
+        journal=journal(context, "prefill", (0.0, 0.5)),
     )
 
 
@@ -189,7 +189,7 @@ def _distil_decode(
         blocks=_trained_blocks(context, plans.decode),
         frozen={name for absorber in only_decode for name in kv_tensor_names(block_stack(weights), absorber)},
         data=data,
-        journal=journal(context, "heal-decode", (0.5, 1.0), "Healing the decode model."),
+        journal=journal(context, "decode", (0.5, 1.0)),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from pdtrim.contract.results import Half
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.stages.context import StageContext
 
@@ -30,14 +31,22 @@ def settings(context: StageContext, tokens: int, window_tokens: int) -> Training
     )
 
 
-def journal(context: StageContext, phase: str, progress_range: tuple[float, float], message: str) -> Journal:
+def journal(context: StageContext, half: Half, progress_range: tuple[float, float]) -> Journal:
     """Progress between the two fractions of `progress_range`, and a state in the store every so often."""
     saved_at = time.monotonic()
-    name = f"{phase}.safetensors"
+    name = f"heal-{half}.safetensors"
 
-    def progress(step: int, steps: int, loss: float) -> None:
+    def progress(step: int, steps: int, loss: float, held_out: float) -> None:
         start, end = progress_range
-        context.say(start + (end - start) * step / steps, message, step=step, steps=steps, loss=round(loss, 5))
+        context.say(
+            start + (end - start) * step / steps,
+            f"Healing the {half} model.",
+            half=half,
+            step=step,
+            steps=steps,
+            loss=round(loss, 5),
+            held_out=round(held_out, 5),
+        )
 
     def save_now_and_then(last: bool, state: Callable[[], Tensors]) -> None:
         nonlocal saved_at

@@ -18,6 +18,17 @@ class Perplexity(Result):
     standard_error: float
 
 
+class Spread(Result):
+    """The least and the greatest of repeated measurements."""
+
+    low: float
+    high: float
+
+    def meets(self, other: Spread) -> bool:
+        """Whether some value lies in both."""
+        return self.low <= other.high and other.low <= self.high
+
+
 class ModelFigures(Result):
     """A checkpoint, or the dense model: what it gave up, what it is worth and what it costs."""
 
@@ -38,6 +49,15 @@ class ModelFigures(Result):
     decode_tokens_per_second: float
     time_to_first_token_ms: float
     inter_token_latency_ms: float
+    speed_repeats: int | None = Field(
+        default=None, description="Of how many timed repeats the speeds are medians. Null in jobs of earlier versions."
+    )
+    time_to_first_token_spread_ms: Spread | None = Field(
+        default=None, description="Over the repeats; null as they are."
+    )
+    inter_token_latency_spread_ms: Spread | None = Field(
+        default=None, description="Over the repeats; null as they are."
+    )
     peak_memory_bytes: int | None = Field(default=None, description="Null where the device does not count it.")
 
 

@@ -2,6 +2,7 @@
 // What needs a script: live progress, the estimate while typing, and copying. Everything else is plain pages and forms.
 
 const PROGRESS_PAUSE_MS = 1000;
+const DRAWING_PAUSE_MS = 2000;
 const TYPING_PAUSE_MS = 600;
 const FRAGMENT = "text/vnd.pdtrim.fragment+html";
 
@@ -23,19 +24,21 @@ document.addEventListener("click", async (event) => {
   setTimeout(() => { button.textContent = label; }, 1500);
 });
 
-// Takes over the parts of a fresh copy of this page that changed; tables that are open stay open. A part that somebody is
-// at work in is left as it is.
-async function refresh() {
-  const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+// Takes over the parts of a fresh copy of this page, or of some of its parts, that changed; tables that are open stay
+// open, and what is ticked stays ticked. A part that somebody is at work in is left as it is.
+async function refresh(address = location.href) {
+  const answer = await fetch(address, { headers: { Accept: "text/html" } });
   if (answer.redirected || !answer.ok) { location.reload(); return null; }
   const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const part of document.querySelectorAll("[data-live]")) {
     const now = fresh.querySelector(`[data-live="${part.dataset.live}"]`);
+    if (!now) continue;
     makeCopyButtons(now);
+    for (const box of part.querySelectorAll("input:checked")) now.querySelector(`input[value="${CSS.escape(box.value)}"]`)?.setAttribute("checked", "");
     for (const name of opened(part)) summaries(now).find((summary) => summary.textContent === name)?.parentElement.setAttribute("open", "");
     if (now.innerHTML !== part.innerHTML && !part.contains(document.activeElement)) part.replaceChildren(...now.childNodes);
   }
-  document.title = fresh.title;
+  document.title = fresh.title || document.title;
   return fresh.getElementById("main");
 }
 
@@ -57,7 +60,16 @@ function watchJob(main) {
       if (fresh && fresh.dataset.final === "yes") { main.dataset.final = "yes"; source.close(); }
     }, PROGRESS_PAUSE_MS);
   };
+  let drawing = null;
+  const drawLater = () => {
+    if (document.hidden) return;
+    drawing ??= setTimeout(async () => {
+      drawing = null;
+      await refresh(main.dataset.progress).catch(() => null);
+    }, DRAWING_PAUSE_MS);
+  };
   const progressed = (message) => {
+    drawLater();
     const event = JSON.parse(message.data);
     const step = event.stage && document.querySelector(`[data-stage="${event.stage}"]`);
     if (!step || event.data.progress === undefined) return;

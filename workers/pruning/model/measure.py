@@ -93,6 +93,14 @@ def parameters(model: PreTrainedModel) -> int:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The least and the greatest of repeated timings."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Speed:
     """Medians for one sequence."""
 
@@ -102,6 +110,10 @@ class Speed:
     """From the prompt to the token after it."""
     inter_token_latency_ms: float
     """From one decoded token to the next."""
+    speed_repeats: int
+    """Timings that these are medians of."""
+    time_to_first_token_spread_ms: Spread
+    inter_token_latency_spread_ms: Spread
     peak_memory_bytes: int | None
     """Weights, KV cache and everything between, as if the model were alone on the device; None on a CPU."""
 
@@ -131,14 +143,18 @@ def speeds(models: Mapping[str, PreTrainedModel], prompt: Tensor, *, new_tokens:
 
 
 def _speed(timings: Sequence[Timing], prompt_tokens: int, new_tokens: int) -> Speed:
-    prefill = statistics.median(timing.prefill for timing in timings)
-    decode = statistics.median(timing.decode for timing in timings)
+    first_ms = [1000 * timing.prefill for timing in timings]
+    next_ms = [1000 * timing.decode / new_tokens for timing in timings]
+    to_first, to_next = statistics.median(first_ms), statistics.median(next_ms)
     peaks = [timing.peak_memory_bytes for timing in timings if timing.peak_memory_bytes is not None]
     return Speed(
-        prefill_tokens_per_second=prompt_tokens / prefill,
-        decode_tokens_per_second=new_tokens / decode,
-        time_to_first_token_ms=1000 * prefill,
-        inter_token_latency_ms=1000 * decode / new_tokens,
+        prefill_tokens_per_second=1000 * prompt_tokens / to_first,
+        decode_tokens_per_second=1000 / to_next,
+        time_to_first_token_ms=to_first,
+        inter_token_latency_ms=to_next,
+        speed_repeats=len(timings),
+        time_to_first_token_spread_ms=Spread(min(first_ms), max(first_ms)),
+        inter_token_latency_spread_ms=Spread(min(next_ms), max(next_ms)),
         peak_memory_bytes=max(peaks, default=None),
     )
 

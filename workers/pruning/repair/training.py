@@ -65,12 +65,13 @@ class _Progress:
 class Journal:
     """How a run tells of itself and survives its process.
 
-    `progress(step, steps, loss)` may raise to stop. `save(last, state)` may call `state()` and keep what it
+    `progress(step, steps, loss, held_out)` hears the batch's loss and the least held-out loss so far, and may raise to
+    stop. `save(last, state)` may call `state()` and keep what it
     returns, and should when it is the last. A run that is given a kept state as `resume` ends with the same bits
     as one that was never interrupted.
     """
 
-    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None
+    progress: Callable[[int, int, float, float], None] = lambda step, steps, loss, held_out: None
     save: Callable[[bool, Callable[[], dict[str, Tensor]]], None] = lambda last, state: None
     resume: Mapping[str, Tensor] | None = None
 
@@ -130,7 +131,7 @@ def train(
                 for name, parameter in parameters.items():
                     best[name].copy_(parameter.detach())
         journal.save(at.ended(settings), partial(_state, at, parameters, optimizer, best))
-        journal.progress(at.step, settings.steps, loss)
+        journal.progress(at.step, settings.steps, loss, at.best)
 
     with torch.no_grad():
         for name, parameter in parameters.items():

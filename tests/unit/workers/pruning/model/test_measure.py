@@ -63,4 +63,11 @@ def test_speeds_are_measured_for_every_model() -> None:
         assert speed.time_to_first_token_ms * speed.prefill_tokens_per_second == pytest.approx(32 * 1000)
         assert speed.inter_token_latency_ms * speed.decode_tokens_per_second == pytest.approx(1000)
         assert speed.peak_memory_bytes is None
+        assert speed.speed_repeats == 2
+        for median, spread in (
+            (speed.time_to_first_token_ms, speed.time_to_first_token_spread_ms),
+            (speed.inter_token_latency_ms, speed.inter_token_latency_spread_ms),
+        ):
+            assert spread.low <= median <= spread.high
+            assert median == pytest.approx((spread.low + spread.high) / 2)
     assert torch.is_grad_enabled()

@@ -72,7 +72,10 @@ def test_training_stops_when_the_held_out_loss_has_not_fallen_for_long_and_leave
     problem, losses = Regression(), iter([5.0, 4.0, 6.0, 3.0, 3.0, 7.0, 1.0])  # before, then one a check
     best: list[Tensor] = []
 
-    def note(step: int, steps: int, loss: float) -> None:
+    told: list[float] = []
+
+    def note(step: int, steps: int, loss: float, held_out: float) -> None:
+        told.append(held_out)
         if step == 6:
             best.append(problem.weight.detach().clone())
 
@@ -83,6 +86,8 @@ def test_training_stops_when_the_held_out_loss_has_not_fallen_for_long_and_leave
     assert result == TrainingResult(before=5.0, after=3.0, steps=10)
     assert torch.equal(problem.weight, best[0])
     assert announced == [False] * 9 + [True]
+    # The least so far, from the loss before training on.
+    assert told == [5.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.0]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6, 100])
@@ -91,7 +96,7 @@ def test_a_batch_in_parts_trains_as_the_whole_batch_does(parts: int) -> None:
     settings = TrainingSettings(steps=20, batch_windows=6, learning_rate=0.05, seed=1)
     losses: dict[int, list[float]] = {1: [], parts: []}
     for problem, count in ((whole, 1), (in_parts, parts)):
-        progress = partial(lambda kept, step, steps, loss: kept.append(loss), losses[count])
+        progress = partial(lambda kept, step, steps, loss, held_out: kept.append(loss), losses[count])
         problem.run(Journal(progress=progress), replace(settings, parts=count))
     torch.testing.assert_close(in_parts.weight, whole.weight, rtol=1e-6, atol=1e-6)
     assert losses[parts] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
@@ -104,7 +109,7 @@ def test_the_last_state_is_announced_as_the_last() -> None:
 
 
 def test_reporting_may_stop_the_run() -> None:
-    def stop(step: int, steps: int, loss: float) -> None:
+    def stop(step: int, steps: int, loss: float, held_out: float) -> None:
         if step == 3:
             raise InterruptedError
 
