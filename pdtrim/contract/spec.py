@@ -399,7 +399,7 @@ class JobSpec(SpecModel):
     name: JobName | None = Field(
         default=None,
         description="What the job is called where jobs are shown; need not be its alone.",
-        examples=["Qwen3-8B, a third less decode"],
+        examples=["Qwen3-8B, nightly"],
     )
     model: Annotated[ModelSpec, BeforeValidator(_model_from_string, json_schema_input_type=ModelSpec | str)]
     prefill: HalfTarget

@@ -24,7 +24,8 @@ from pdtrim.contract.results import (
 from pdtrim.contract.spec import HalfTarget
 from pdtrim.display.quantities import duration, size
 from pdtrim.display.remedies import REMEDIES
-from pdtrim.display.rendering import evaluation_report, search_report
+from pdtrim.display.rendering import evaluation_report, search_report, verdict_report
+from pdtrim.display.verdict import verdict_of
 
 ID_WIDTH = len("job_") + 32
 COLOURS = {
@@ -46,11 +47,11 @@ def job_table(jobs: Iterable[Job], now: datetime) -> Table:
     table.add_column("status", no_wrap=True)
     table.add_column("gives up", no_wrap=True)
     table.add_column("age", no_wrap=True, justify="right")
-    table.add_column("model", overflow="ellipsis")
+    table.add_column("name, or model", overflow="ellipsis")
     for job in jobs:
-        status, source = f"[{COLOURS[job.status]}]{job.status}", job.spec.model.source
+        status = f"[{COLOURS[job.status]}]{job.status}"
         gives_up = f"{_target(job.spec.prefill)}, {_target(job.spec.decode)}"
-        table.add_row(job.id, status, gives_up, age(now - job.created_at), escape(source.removeprefix("hf://")))
+        table.add_row(job.id, status, gives_up, age(now - job.created_at), escape(job.title.removeprefix("hf://")))
     return table
 
 
@@ -92,11 +93,14 @@ def job_page(job: Job) -> RenderableType:
         field = f"\nField: {job.error.param}" if job.error.param else ""
         text = Text(f"{job.error.message}{field}\n{remedy}".strip())
         parts.append(Panel(text, title=escape(job.error.code), title_align="left", border_style="red"))
+    if verdict := verdict_of(job):
+        parts.append(verdict_report(verdict))
     if removal := job.result(RemovalResult):
         parts.append(search_report(removal))
     if evaluation := job.result(EvaluationResult):
         parts.append(evaluation_report(evaluation))
-    heading = f"[bold]{job.id}[/]  {escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
+    named = f"{escape(job.spec.name)}, " if job.spec.name else ""
+    heading = f"[bold]{job.id}[/]  {named}{escape(job.spec.model.source)}  [{COLOURS[job.status]}]{job.status}[/]"
     origin = [] if job.cut_from is None else [f"cut from the frontier of {job.cut_from}"]
     return Group(heading, *origin, "", *parts)
 

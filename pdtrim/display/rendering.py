@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
@@ -24,6 +26,9 @@ from pdtrim.display.tables import (
     sensitivity_table,
     took,
 )
+from pdtrim.display.verdict import Mark, Verdict
+
+VERDICT_STYLES: Mapping[Mark, str] = {"good": "bold green", "fair": "bold yellow", "bad": "bold red"}
 
 
 def rendered(table: Table) -> RichTable:
@@ -40,6 +45,15 @@ def rendered(table: Table) -> RichTable:
 def evaluation_report(evaluation: EvaluationResult) -> RenderableType:
     """What each checkpoint gave up, what it is worth and what it costs."""
     return Group(*map(rendered, evaluation_tables(evaluation)))
+
+
+def verdict_report(found: Verdict) -> RenderableType:
+    """What was saved and what it costs, with what is bad marked."""
+    facts = [
+        f"  {fact.name}: {fact.value} {fact.beside}{' (bad)' if fact.mark == 'bad' else ''}"
+        for fact in (*found.saved, *found.costs)
+    ]
+    return Group(Text(found.sentence, style=VERDICT_STYLES[found.mark]), *map(Text, facts), "")
 
 
 def search_report(removal: RemovalResult) -> RenderableType:

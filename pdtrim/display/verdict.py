@@ -68,13 +68,18 @@ def verdict(
 ) -> Verdict:
     """What evaluation found, with what else of a job tells whether its checkpoints are good."""
     pair = evaluation.pair
-    rise = perplexity_rise(pair.dense_loss, pair.distilled_loss)
+    rise = perplexity_rise(pair.dense_loss, served_loss(pair))
     costs = [_pair(pair, rise), *_quality(evaluation), *_unkept(bounds or Bounds())]
     mark = _worst(costs)
     place = "above" if rise >= 0 else "below"
     sentence = f"{HEADLINES[mark]}: the pair's perplexity is {abs(rise):.1%} {place} the dense model's."
     said = f"{sentence} {ADVICE}" if mark == "bad" else sentence
     return Verdict(mark, said, list(_saved(evaluation)), [*costs, *_undone(healing)])
+
+
+def served_loss(pair: PairFigures) -> float:
+    """The PD loss of the pair as it is served: where it has a token rule, by that."""
+    return pair.distilled_loss if pair.kv_tokens is None else pair.kv_tokens.loss
 
 
 def perplexity_rise(dense_loss: float, loss: float) -> float:
@@ -92,9 +97,12 @@ def _judged(rise: float) -> Mark:
 
 
 def _pair(pair: PairFigures, rise: float) -> Fact:
-    before = perplexity_rise(pair.dense_loss, pair.pruned_loss)
-    healed = "" if pair.pruned_loss == pair.distilled_loss else f", {increase(before)} before healing"
-    return Fact("perplexity as a pair", increase(rise), f"to dense{healed}", _judged(rise))
+    beside = ["above dense"]
+    if pair.kv_tokens is not None:
+        beside.append(f"{increase(perplexity_rise(pair.dense_loss, pair.distilled_loss))} without the token rule")
+    if pair.pruned_loss != pair.distilled_loss:
+        beside.append(f"{increase(perplexity_rise(pair.dense_loss, pair.pruned_loss))} before healing")
+    return Fact("perplexity as a pair", increase(rise), "; ".join(beside), _judged(rise))
 
 
 def _quality(evaluation: EvaluationResult) -> Iterator[Fact]:
@@ -150,7 +158,8 @@ def _saved(evaluation: EvaluationResult) -> Iterator[Fact]:
             yield _speed(role, speed, evaluation.models[role], dense)
     kv = pair.kv_bytes_per_request
     sent = kv.sent if pair.kv_tokens is None else pair.kv_tokens.bytes_sent
-    yield Fact("KV sent to decode", f"{sent / kv.dense_sent:.0%}", f"of {size(kv.dense_sent)} a request")
+    by_rule = "" if pair.kv_tokens is None else ", by the token rule"
+    yield Fact("KV sent to decode", f"{sent / kv.dense_sent:.0%}", f"of {size(kv.dense_sent)} a request{by_rule}")
     for role in roles:
         model = evaluation.models[role]
         beside = f"of {size(dense.bytes)}; {model.blocks} of {dense.blocks} blocks"

@@ -98,7 +98,7 @@ async def estimate(
     except PDTrimError as refusal:
         shown = _refused(form, settings, refusal)
     if request.headers.get("Accept") == views.FRAGMENT:
-        return render(request, "estimate.html", form=shown, estimate=views.estimate(found))
+        return render(request, "estimate.html", form=shown, estimate=views.estimate(found), copied=None)
     return _show(request, shown, form, estimate=found)
 
 

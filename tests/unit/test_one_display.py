@@ -15,6 +15,7 @@ from pdtrim.contract.results import BlockScores, ScoringResult, SearchRecord
 from pdtrim.display import captions
 from pdtrim.display.jobs import job_page
 from pdtrim.display.tables import Table, bound_lines, controls_table, evaluation_tables
+from pdtrim.display.verdict import verdict
 from service.db import stages
 from service.db.session import transaction
 from service.settings import Settings
@@ -109,6 +110,11 @@ def test_tables_and_bounds_are_the_same_wherever_they_are_shown(gateway: Gateway
         findings.evaluation_tables(),
     )
 
+    said = verdict(EVALUATION, bounds=REMOVAL.bounds)
+    facts = [text for fact in (*said.saved, *said.costs) for text in (fact.name, fact.value, fact.beside)]
+    for text in [said.sentence, *facts]:
+        for place, page in (("terminal", on_a_terminal(job)), ("dashboard", dashboard), ("report", report)):
+            assert text in page, (text, place)
     for text in [*words(SEARCHED), *bound_lines(REMOVAL), *words(EVALUATED)]:
         for place, page in (("terminal", on_a_terminal(job)), ("dashboard", dashboard), ("report", report)):
             assert text in page, (text, place)

@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from pdtrim.contract.results import Bounds, ModelFigures, PairFigures
+from pdtrim.contract.results import Bounds, ModelFigures, PairFigures, Spread
 from pdtrim.display.rendering import evaluation_report, search_report
 from tests.found import evaluation, model_figures, pair_figures, removal, token_rule_figures
 
@@ -144,3 +144,17 @@ def test_tasks_are_shown_with_their_standard_errors() -> None:
     lines = [" ".join(line.split()) for line in page.getvalue().splitlines()]
     assert "sums acc 0.750 ± 0.013 0.500 ± 0.025" in lines or "sums acc 0.750 ± 0.012 0.500 ± 0.025" in lines
     assert "sums f1 0.500 none" in lines
+
+
+def test_speeds_are_shown_with_their_spread_and_a_single_repeat_as_such() -> None:
+    def repeated(model: ModelFigures, repeats: int) -> ModelFigures:
+        ms = model.time_to_first_token_ms
+        spread = Spread(low=ms - 1, high=ms + 2)
+        return model.model_copy(update={"speed_repeats": repeats, "time_to_first_token_spread_ms": spread})
+
+    rows = shown({name: repeated(one, 5) for name, one in (("dense", DENSE), ("decode", DECODE))}, PAIR)
+    assert rows["first token, ms, median of 5"] == "30.0 20.0 (1.50×)"
+    assert rows["first token, ms, least to greatest"] == "29.0 to 32.0 19.0 to 22.0"
+    rows = shown({name: repeated(one, 1) for name, one in (("dense", DENSE), ("decode", DECODE))}, PAIR)
+    assert rows["first token, ms, measured once"] == "30.0 20.0 (1.50×)"
+    assert not any("least to greatest" in label for label in rows)

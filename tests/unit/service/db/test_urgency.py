@@ -273,3 +273,19 @@ def test_for_every_stage_that_was_sent_a_message_is_under_way_whatever_workers_t
             ).all()
         assert Counter(sent) <= Counter(messages)
     database.dispose()
+
+
+def test_how_many_stages_are_ahead_of_a_job_is_how_many_are_taken_before_it(database: Database) -> None:
+    made = [create(database, priority=priority) for priority in (LOW, NORMAL, HIGH, NORMAL)]
+    create(database, queue="other", priority=HIGH)
+
+    def ahead(job_id: str) -> int | None:
+        with transaction(database) as session:
+            return urgency.ahead(session, job_id, "default")
+
+    assert [ahead(job_id) for job_id in made] == [3, 1, 0, 2]
+    claim = taken(database)
+    assert claim.job_id == made[2]
+    assert [ahead(job_id) for job_id in made] == [2, 0, None, 1]
+    order = [made[1], made[3], made[0]]
+    assert [taken(database).job_id for _ in order] == order

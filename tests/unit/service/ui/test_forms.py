@@ -8,6 +8,7 @@ import pytest
 
 from pdtrim.contract.spec import JobSpec
 from service.ui import forms
+from service.ui.presets import PRESETS, Preset
 
 LEAST = {"model.source": "reference", "prefill.remove_blocks": "1", "decode.remove_blocks": "2"}
 
@@ -37,6 +38,79 @@ def test_json_reaches_what_has_no_field_and_goes_before_the_fields() -> None:
     spec = forms.to_spec(typed)
     assert (spec.search.protect, spec.search.evaluations) == ((0,), 7)
     assert spec.metadata == {"team": "serving", "owner": "a=b", "run": "9"}
+
+
+def test_a_whole_job_as_yaml_is_read_as_the_command_reads_it() -> None:
+    rest = (
+        "model: reference  # the small one\nprefill: {remove_blocks: 1}\ndecode:\n  remove_blocks: 2\nname: by text\n"
+    )
+    spec = forms.to_spec(defaults() | {"rest": rest})
+    assert (spec.name, spec.prefill.remove_blocks, spec.decode.remove_blocks) == ("by text", 1, 2)
+
+
+def test_all_errors_are_told_at_once_each_at_its_field() -> None:
+    wrong = {
+        "name": "x" * 101,
+        "prefill.remove_blocks": "9",
+        "calibration.windows": "many",
+        "distillation.threshold": "7",
+        "metadata": "serving",
+        "rest": "search: {protect: [1, 1]}",
+    }
+    with pytest.raises(forms.Unreadable) as caught:
+        forms.to_spec(defaults() | LEAST | wrong)
+    # That prefill gives up more than decode is found only where all fields can be read.
+    assert caught.value.errors.keys() == wrong.keys()
+    assert all(len(reasons) == 1 for reasons in caught.value.errors.values())
+
+
+def test_a_text_that_cannot_be_read_hides_no_other_error() -> None:
+    with pytest.raises(forms.Unreadable) as caught:
+        forms.to_spec(defaults() | {"decode.remove_blocks": "2", "rest": "a: &b 1"})
+    assert caught.value.errors.keys() == {"rest", "model.source", "prefill.remove_blocks"}
+    assert "anchors" in caught.value.errors["rest"][0]
+
+
+def test_what_is_wrong_with_one_half_is_not_held_against_the_other() -> None:
+    with pytest.raises(forms.Unreadable) as caught:
+        forms.to_spec(defaults() | LEAST | {"decode.remove_blocks": "two", "rest": "search: {force: [1]}"})
+    assert caught.value.errors.keys() == {"decode.remove_blocks"}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"name": "nightly", "metadata": {"team": "serving", "odd": "a, b=c"}},
+        {"metadata": {"a": "1", "b": "x=y"}, "queue": "default", "priority": "high", "deadline_seconds": 60},
+        {"search": {"protect": [0], "evaluations": 9}, "distillation": {"enabled": False, "losses": {"kl": 0.5}}},
+        {"kv_tokens": {"ratio": 2.5}, "serving": {"first_token": "prefill"}, "prefill": {"remove_blocks": 0}},
+        {"kv_tokens": {"attention": {"threshold": 0.5}}, "data": {"text": "some: text\nof mine"}},
+        {"decode": {"max_perplexity_increase": 0.05, "mlp_width": 0.5}, "evaluation": {"tasks": ["arc_easy"]}},
+    ],
+)
+def test_the_form_of_a_copy_says_what_the_job_said(spec: dict[str, Any]) -> None:
+    least: dict[str, Any] = {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+    job = JobSpec.model_validate(least | spec)
+    assert forms.to_spec(forms.begun_from(job)) == job
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda one: one.name)
+def test_a_preset_makes_a_job_and_is_known_again(preset: Preset) -> None:
+    before = forms.with_settings_of(defaults() | LEAST | {"seed": "7"}, "frugal")
+    typed = forms.with_settings_of(before, preset.name)
+    assert forms.filled(typed, ["default"]).preset == preset
+    assert forms.to_spec(typed).seed == 7
+    changed = forms.filled(typed | {"distillation.heal_tokens": "5"}, ["default"])
+    assert changed.preset is None
+
+
+def test_a_folded_section_says_what_it_changes() -> None:
+    typed = forms.with_settings_of(defaults(), "quick")
+    told = {section.title: section.digest for section in forms.filled(typed, ["default"]).folded}
+    assert told["Distillation"] == "Healing tokens 16384"
+    assert told["Text, calibration and search"] == "Calibration windows 16, Algorithm greedy"
+    assert told["Running"] == "as by default"
 
 
 def test_an_unticked_box_is_false() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import tarfile
 from base64 import urlsafe_b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from starlette.datastructures import Headers
 
 from pdtrim.contract.access import Scope
 from pdtrim.contract.jobs import ErrorInfo, StageName
-from pdtrim.contract.results import Result
+from pdtrim.contract.results import DistillationResult, Result
 from service.api.sessions import Session, Sessions
 from service.db import keys, stages
 from service.db.session import transaction
@@ -252,6 +254,150 @@ def test_a_failed_job_says_why_and_what_to_do_and_a_refusal_is_shown_on_its_page
     resumed = browser.post(f"/ui/jobs/{job}", f"/ui/jobs/{job}/resume")
     assert resumed.headers["location"] == f"/ui/jobs/{job}"
     assert unlocked.client.get(f"/v1/jobs/{job}").json()["status"] == "queued"
+
+
+def test_a_job_is_shown_by_its_name_whatever_stands_in_it(unlocked: Gateway) -> None:
+    job, browser = unlocked.create(name="<script>alert(1)</script> & co"), Browser(unlocked)
+    other = unlocked.create()
+    for path in ("/ui/jobs", f"/ui/jobs/{job}", f"/ui/jobs/compare?job={job}&job={other}", f"/ui/jobs/new?of={job}"):
+        page = browser.get(path)
+        assert page.status_code == 200
+        assert "<script>alert" not in page.text
+        assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in page.text
+    assert unlocked.client.post("/v1/jobs", json={**unlocked.spec, "name": "two\nlines"}).status_code == 422
+
+
+def test_a_finished_job_begins_with_what_it_saves_and_costs(unlocked: Gateway) -> None:
+    job, browser = unlocked.create(), Browser(unlocked)
+    assert 'id="verdict"' not in browser.get(f"/ui/jobs/{job}").text
+    unlocked.run(job)
+    page = browser.get(f"/ui/jobs/{job}").text
+    assert page.index("Much quality was lost") < page.index("next token, decode") < page.index('id="progress"')
+    assert "+22.1%" in browser.get("/ui/jobs").text
+
+
+def test_a_waiting_job_says_how_many_go_first_and_a_running_one_where(unlocked: Gateway) -> None:
+    browser, jobs = Browser(unlocked), [unlocked.create() for _ in range(3)]
+    assert "2 stages are ahead of it in the queue default." in browser.get(f"/ui/jobs/{jobs[2]}").text
+    assert "1 stage is ahead of it" in browser.get(f"/ui/jobs/{jobs[1]}").text
+    assert "It is the next that a worker of the queue default takes." in browser.get(f"/ui/jobs/{jobs[0]}").text
+    unlocked.claim(jobs[0], StageName.SCORING)
+    page = browser.get(f"/ui/jobs/{jobs[0]}").text
+    assert "runs on test" in page
+    assert "queue default takes" not in page
+    stage = unlocked.client.get(f"/v1/jobs/{jobs[0]}").json()["stages"][0]
+    assert stage["worker"] == "test"
+
+
+def test_healing_is_drawn_while_it_runs_and_after_it(unlocked: Gateway) -> None:
+    job, browser = unlocked.create(), Browser(unlocked)
+    for stage in (StageName.SCORING, StageName.REMOVAL):
+        unlocked.complete(unlocked.claim(job, stage))
+    claim = unlocked.claim(job, StageName.DISTILLATION)
+    for step in range(1, 1001):
+        data = {"half": "prefill", "step": step, "steps": 1200, "loss": 2 / step, "held_out": 1.5}
+        with transaction(unlocked.database) as session:
+            stages.record_progress(session, claim, progress=step / 1200, message="Healing.", data=data)
+    for path in (f"/ui/jobs/{job}", f"/ui/jobs/{job}/progress"):
+        page = browser.get(path).text
+        assert "<h3>Healing of prefill</h3>" in page
+        assert "Step 1000 of 1200." in page
+        assert (
+            '<span class="number">step <b>1000 of 1200</b></span> <span class="number">loss <b>0.002</b></span>' in page
+        )
+        assert page.count("<circle") < 1000
+    parts = re.findall(r'data-live="(\w+)"', browser.get(f"/ui/jobs/{job}/progress").text)
+    assert parts == ["stages", "healing", "events"]
+
+    healing = {"before": 1.5, "after": 1.25, "steps": 1200, "kept": "distilled"}
+    unlocked.complete(claim, result=DistillationResult.model_validate({"enabled": True, "prefill": healing}))
+    assert (
+        "Held-out loss 1.5000 → 1.2500 in 1200 steps: distilled weights are kept."
+        in browser.get(f"/ui/jobs/{job}").text
+    )
+
+
+def test_two_jobs_are_compared_and_none_of_another_project(locked: Gateway) -> None:
+    mine, browser = [locked.create(name=name) for name in ("one", "two")], Browser(locked)
+    browser.login(make_key(locked, Scope.READ))
+    locked.run(mine[0])
+    empty = browser.get("/ui/jobs/compare").text
+    assert empty.count("<option") == 2 * (1 + 2)
+    page = browser.get(f"/ui/jobs/compare?job={mine[0]}&job={mine[1]}")
+    assert page.status_code == 200
+    assert "It was not evaluated yet." in page.text
+    assert "What differs" in page.text
+    assert "<td>succeeded</td><td>queued</td>" in page.text
+    three = browser.get(f"/ui/jobs/compare?job={mine[0]}&job={mine[1]}&job={mine[0]}&job=job_{'0' * 32}")
+    assert "Two jobs are compared at a time" in three.text
+
+    stranger = Browser(locked)
+    stranger.login(make_key(locked, Scope.ADMIN, project="other"))
+    for path in (f"/ui/jobs/compare?job={mine[0]}&job={mine[1]}", f"/ui/jobs/new?of={mine[0]}"):
+        away = stranger.get(path)
+        assert away.status_code == 404
+        assert "succeeded" not in away.text
+    assert stranger.get(f"/ui/jobs/{mine[0]}/checkpoints/decode.tar").status_code == 404
+
+
+def test_a_checkpoint_is_downloaded_as_one_archive_of_its_files(unlocked: Gateway) -> None:
+    job, browser = unlocked.create(), Browser(unlocked)
+    for stage in (StageName.SCORING, StageName.REMOVAL, StageName.DISTILLATION):
+        unlocked.complete(unlocked.claim(job, stage))
+    files = {
+        "decode/config.json": b"{}",
+        "decode/README.md": b"card",
+        "decode/" + "n" * 120: b"x" * 1500,
+        "prefill/a": b"",
+    }
+    unlocked.store(job, StageName.EXPORT, files)
+    unlocked.store(job, StageName.EVALUATION, {"decode/README.md": b"card with numbers", "report.html": b"<p>"})
+    page = browser.get(f"/ui/jobs/{job}").text
+    assert re.findall(r"Download ([\w ]+) <span", page) == ["prefill checkpoint", "decode checkpoint", "report"]
+
+    answer = browser.get(f"/ui/jobs/{job}/checkpoints/decode.tar")
+    assert len(answer.content) == int(answer.headers["content-length"])
+    assert answer.headers["content-disposition"].startswith("attachment")
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        held = {entry.name: archive.extractfile(entry).read() for entry in archive}  # type: ignore[union-attr]
+    assert held == {
+        "decode/config.json": b"{}", "decode/README.md": b"card with numbers", "decode/" + "n" * 120: b"x" * 1500,
+    }  # fmt: skip
+    assert browser.get(f"/ui/jobs/{job}/checkpoints/unified.tar").status_code == 404
+    unlocked.app.state.store.delete_prefix(f"jobs/{job}/export")
+    assert browser.get(f"/ui/jobs/{job}/checkpoints/decode.tar").status_code == 404
+
+
+def test_a_failed_job_is_edited_and_submitted_again(unlocked: Gateway) -> None:
+    job, browser = unlocked.create(name="first try", search={"protect": [0]}), Browser(unlocked)
+    error = ErrorInfo(code="invalid_request", message="too few windows", param="calibration.windows")
+    unlocked.fail(job, StageName.SCORING, error)
+    assert f'href="/ui/jobs/new?of={job}">Edit a copy' in browser.get(f"/ui/jobs/{job}").text
+    page = browser.get(f"/ui/jobs/new?of={job}").text
+    assert "Why that job failed" in page
+    assert re.search(r'id="field-calibration-windows-error">too few windows', page)
+    assert re.search(r'name="name"[^>]* value="first try"', page)
+    assert "protect:" in page
+    assert "would be refused" not in page
+
+
+def test_a_preset_fills_in_the_form_and_keeps_what_was_typed(unlocked: Gateway) -> None:
+    page = Browser(unlocked).post("/ui/jobs/new", "/ui/jobs/preset", preset="quick", name="mine").text
+    assert re.search(r'name="name"[^>]* value="mine"', page)
+    assert re.search(r'name="distillation.heal_tokens"[^>]* value="16384"', page)
+    assert 'value="quick" aria-pressed="true"' in page
+    assert page.count('aria-pressed="true"') == 1
+
+
+def test_all_that_the_checks_find_is_shown_at_once(unlocked: Gateway) -> None:
+    fields = {
+        "model.source": unlocked.spec["model"], "prefill.remove_blocks": "1", "decode.remove_blocks": "6",
+        "queue": "no-such", "data.source": "s3://elsewhere/text", "calibration.window_tokens": "2048",
+    }  # fmt: skip
+    page = Browser(unlocked).post("/ui/jobs/new", "/ui/jobs", **fields)
+    assert page.status_code == 422
+    faulty = re.findall(r'class="error" id="field-([\w-]+)-error"', page.text)
+    assert faulty == ["decode-remove_blocks", "data-source", "calibration-window_tokens", "queue"]
 
 
 def play(gateway: Gateway, job: str, stage: StageName, result: Result, files: dict[str, bytes] | None = None) -> None:
