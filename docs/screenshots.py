@@ -22,6 +22,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 KEY = "pdt_screenshots"
 SIZE = {"width": 1200, "height": 720}
 SPEC: dict[str, Any] = {
+    "name": "Half of decode",
     "model": "reference",
     "prefill": {"remove_blocks": 3},
     "decode": {"remove_blocks": 6},
@@ -32,7 +33,9 @@ SPEC: dict[str, Any] = {
     "evaluation": {"windows": 8, "speed_tokens": 16},
     "metadata": {"team": "serving"},
 }
-TYPED = {"model.source": "reference", "prefill.remove_blocks": "2", "decode.remove_blocks": "4"}
+LESS: dict[str, Any] = {"name": "A sixth of decode", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+"""What is changed in the job that it is compared with."""
+TYPED = {"name": "Nightly", "model.source": "reference", "prefill.remove_blocks": "2", "decode.remove_blocks": "4"}
 
 
 def finished(client: Client, spec: dict[str, Any]) -> Job:
@@ -50,7 +53,7 @@ def log_in(page: Page) -> None:
     page.wait_for_url("**/ui/jobs")
 
 
-def views(page: Page, job: Job) -> None:
+def views(page: Page, job: Job, other: Job) -> None:
     """Takes a picture of every view, named for it and for what the browser prefers."""
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
@@ -66,6 +69,8 @@ def views(page: Page, job: Job) -> None:
         take("found")
         page.goto(f"/ui/jobs/{job.id}/exports/new?prefill=3&decode=5")
         take("export")
+        page.goto(f"/ui/jobs/compare?job={other.id}&job={job.id}")
+        take("compare")
         page.goto("/ui/jobs/new")
         for name, text in TYPED.items():
             page.locator(f'[name="{name}"]').fill(text)
@@ -80,15 +85,18 @@ def main() -> None:
         settings = Settings(data_dir=Path(folder) / "data", port=0)
         with Embedded(settings, Path(folder), print) as service, service.client() as client:
             job = finished(client, SPEC)
-            waiting = client.create({**SPEC, "metadata": {"team": "serving", "try": "2"}})
+            other = finished(client, {**SPEC, **LESS})
+            waiting = client.create(
+                {**SPEC, "name": "Half of decode, again", "metadata": {"team": "serving", "try": "2"}}
+            )
             client.cancel(client.create({**SPEC, "priority": "low"}).id)
-            client.create({**SPEC, "decode": {"remove_blocks": 4}, "metadata": {"team": "research"}})
+            client.create({**SPEC, "name": None, "decode": {"remove_blocks": 4}, "metadata": {"team": "research"}})
             with sync_playwright() as playwright:
                 options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
                 page = browser.new_page(base_url=service.url, viewport=SIZE)
                 log_in(page)
-                views(page, job)
+                views(page, job, other)
                 browser.close()
             client.cancel(waiting.id)
 

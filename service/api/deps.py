@@ -78,7 +78,12 @@ def _job_id(
     database: Annotated[Database, Depends(_database)],
     project: Annotated[str, Depends(_project)],
 ) -> str:
-    """The id of a job of the caller's project: what takes a `JobId` cannot reach across the border.
+    """The id of a job of the caller's project: what takes a `JobId` cannot reach across the border."""
+    return own_job(job_id, database, project)
+
+
+def own_job(job_id: str, database: Database, project: str) -> str:
+    """The id, if the project has such a job. Raises: JobNotFound.
 
     What cannot be an id is refused here: a database may refuse to look for it at all.
     """

@@ -10,9 +10,7 @@ from sqlalchemy import Engine as Database
 from pdtrim.contract.errors import JobNotFound, PDTrimError
 from pdtrim.contract.jobs import Job
 from service.api import jobs as api
-from service.api.deps import DatabaseDep, Project
-from service.db import jobs
-from service.db.session import transaction
+from service.api.deps import DatabaseDep, Project, own_job
 from service.ui import views
 from service.ui.pages import render
 from service.ui.visits import entered
@@ -44,10 +42,8 @@ def compare(request: Request, database: DatabaseDep, project: Project, job: Chos
 
 def _chosen(database: Database, project: str, ids: list[str]) -> tuple[list[Job], PDTrimError | None]:
     """The first two of the project's jobs that were asked for, and why one is missing."""
+    distinct = list(dict.fromkeys(filter(None, ids)))[:2]
     try:
-        with transaction(database) as session:
-            for job_id in (distinct := list(dict.fromkeys(filter(None, ids)))[:2]):
-                jobs.check_project(session, job_id, project)
-        return [api.get_job(job_id, database) for job_id in distinct], None
+        return [api.get_job(own_job(job_id, database, project), database) for job_id in distinct], None
     except JobNotFound as missing:
         return [], missing

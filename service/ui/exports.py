@@ -52,9 +52,12 @@ async def cut(
 ) -> Response:
     """Create the job that makes the export."""
     given = {half: {"remove_blocks": form.get(half, "")} for half in ("prefill", "decode")}
+    named = {"name": name} if (name := form.get("name", "").strip()) else {}
     submission = Submission(Response(), settings, database, project, api_key, key_of(form))
     try:
-        job = await api.create_export(job_id, _wanted(given), settings, questions, database, store, submission)
+        job = await api.create_export(
+            job_id, _wanted({**given, **named}), settings, questions, database, store, submission
+        )
     except PDTrimError as refusal:
         counts = [int(text) if (text := at["remove_blocks"]).isdecimal() else None for at in given.values()]
         return await run_in_threadpool(_show, request, job_id, database, store, counts[0], counts[1], refusal=refusal)

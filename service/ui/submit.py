@@ -14,10 +14,8 @@ from pdtrim.contract.errors import PDTrimError
 from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.jobs import Job
 from service.api import jobs as api
-from service.api.deps import ApiKeyPrefix, DatabaseDep, Project, QuestionsDep, SettingsDep
+from service.api.deps import ApiKeyPrefix, DatabaseDep, Project, QuestionsDep, SettingsDep, own_job
 from service.api.submission import Submission
-from service.db import jobs
-from service.db.session import transaction
 from service.settings import Settings
 from service.ui import forms, views
 from service.ui.pages import go, render
@@ -41,9 +39,7 @@ def show_form(
     """The form with its defaults, or as a copy of a job, with what was wrong with that at its field."""
     if not of:
         return _show(request, forms.blank(settings.queues))
-    with transaction(database) as session:
-        jobs.check_project(session, of, project)
-    job = api.get_job(of, database)
+    job = api.get_job(own_job(of, database, project), database)
     errors = {} if job.error is None else {forms.place(job.error.param): [job.error.message]}
     typed = forms.begun_from(job.spec) | {"queue": job.queue}
     return _show(request, forms.filled(typed, settings.queues, errors), copied=job)

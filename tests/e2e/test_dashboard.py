@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ LEAST = {
     "kv_tokens.ratio": "2",
     "evaluation.windows": "4",
     "metadata": "team=serving",
-    "rest": '{"distillation": {"batch_windows": 4}, "evaluation": {"speed_tokens": 2, "speed_repeats": 1}}',
+    "rest": "distillation: {batch_windows: 1}\nevaluation: {speed_tokens: 2, speed_repeats: 1}\n",
 }
 """The smallest job that has something in every part of its page."""
 JOB_MS = 120_000
@@ -60,13 +61,17 @@ def test_a_person_prunes_a_model_without_leaving_the_browser(
         expect(page.locator("h1 .badge")).to_have_text("succeeded", timeout=JOB_MS)
         expect(page.locator("#evaluation")).to_be_visible()
 
-        for path in ("/ui/jobs", "/ui/jobs/new", first, f"{first}/exports/new", "/ui/nothing"):
+        compared = compare(page)
+        for path in ("/ui/jobs", "/ui/jobs/new", first, compared, f"{first}/exports/new", "/ui/nothing"):
             page.goto(path)
             for scheme in ("light", "dark"):
                 page.emulate_media(color_scheme=scheme)
                 check_accessible(page)
             page.set_viewport_size({"width": 360, "height": 740})
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+            if path == "/ui/jobs":
+                for badge in page.locator("td.state .badge").all():
+                    expect(badge).to_be_in_viewport(ratio=1)
             page.set_viewport_size({"width": 1280, "height": 800})
         page.goto(first)
         page.get_by_role("button", name="Log out").click()
@@ -94,33 +99,45 @@ def log_in(page: Page) -> None:
 
 
 def fill(page: Page, fields: dict[str, str]) -> None:
+    """Type into fields, wherever they are folded away."""
     for path, value in fields.items():
+        if not page.locator(f'[name="{path}"]').is_visible():
+            page.locator("details", has=page.locator(f'[name="{path}"]')).locator("summary").click()
         page.locator(f'[name="{path}"]').fill(value)
 
 
 def submit(page: Page) -> None:
-    """First with a mistake, which is shown at its field; the estimate follows what is typed."""
+    """First with mistakes, which are shown at their fields; the estimate follows what is typed."""
     page.get_by_role("link", name="Submit the first one").click()
-    fill(page, {**LEAST, "prefill.remove_blocks": "9", "decode.remove_blocks": "2"})
-    page.get_by_role("button", name="Submit job").click()
+    page.get_by_label("Name").fill("A first job")
+    page.get_by_role("button", name="Quick look").click()
+    expect(page.get_by_role("button", name="Quick look")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_label("Name")).to_have_value("A first job")
+    fill(page, {**LEAST, "prefill.remove_blocks": "9", "decode.remove_blocks": "2", "seed": "many"})
+    # Enter submits, and does not press a preset.
+    page.locator('[name="seed"]').press("Enter")
+    expect(page.locator("#field-seed-error")).to_contain_text("integer")
     field = page.locator('[name="prefill.remove_blocks"]')
     expect(field).to_have_attribute("aria-invalid", "true")
     expect(page.locator("#field-prefill-remove_blocks-error")).to_contain_text("may not exceed decode.remove_blocks")
     expect(page.locator("#summary")).to_be_focused()
     check_accessible(page)
     field.fill("1")
+    page.locator('[name="seed"]').fill("0")
     expect(page.locator("#estimate").get_by_role("row", name=re.compile("^prefill 11 5,1"))).to_be_visible()
     page.get_by_role("button", name="Submit job").click()
 
 
 def watch(page: Page) -> None:
     """To the job's end, on one page that is never loaded again."""
-    expect(page.locator("h1")).to_contain_text("reference")
+    expect(page.locator("h1")).to_contain_text("A first job")
     page.evaluate("window.kept = true")
     check_accessible(page)
     expect(page.locator('[data-stage="removal"] .badge')).to_have_text("succeeded", timeout=JOB_MS)
     expect(page.locator("h1 .badge")).to_have_text("succeeded", timeout=JOB_MS)
     assert page.evaluate("window.kept") is True
+    expect(page.locator(".verdict")).to_contain_text("the pair's perplexity is")
+    expect(page.locator("#events + .events li").first).to_be_visible()
     for heading in (
         captions.BLOCK_MAP.title,
         captions.FRONTIER.title,
@@ -136,6 +153,21 @@ def watch(page: Page) -> None:
         page.get_by_text("Files of evaluation (").click()
         page.get_by_role("link", name="report.json").click()
     assert "perplexity" in download.value.path().read_text()
+    with page.expect_download() as download:
+        page.get_by_role("link", name=re.compile("Download decode checkpoint")).first.click()
+    with tarfile.open(download.value.path()) as archive:
+        assert "decode/model.safetensors" in archive.getnames()
+
+
+def compare(page: Page) -> str:
+    """The first two jobs of the list; the address of their comparison."""
+    page.goto("/ui/jobs")
+    for box in page.locator("table.jobs input[type=checkbox]").all()[1:3]:
+        box.check()
+    page.get_by_role("button", name="Compare chosen").click()
+    expect(page.get_by_role("heading", name="Compare two jobs")).to_be_visible()
+    expect(page.locator(".verdict")).to_have_count(2)
+    return page.url
 
 
 def cut_another(page: Page) -> str:

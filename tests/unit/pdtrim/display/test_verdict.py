@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def of_pair(**changes: Any) -> Verdict:
     return verdict(evaluation(pair=pair_figures(**changes)))
 
 
-def named(facts: Any, name: str) -> Fact:
+def named(facts: Sequence[Fact], name: str) -> Fact:
     (found,) = [fact for fact in facts if fact.name == name]
     return found
 

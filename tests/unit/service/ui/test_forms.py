@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from pdtrim.contract.spec import JobSpec
 from service.ui import forms
 from service.ui.presets import PRESETS, Preset
 
+PRESET_ROWS = tuple(f"| {preset.title} |" for preset in PRESETS)
 LEAST = {"model.source": "reference", "prefill.remove_blocks": "1", "decode.remove_blocks": "2"}
 
 
@@ -144,3 +146,10 @@ def test_an_error_is_shown_at_its_field(typed: dict[str, str], place: str, said:
     assert faulty.path == place
     assert said in faulty.errors[0]
     assert faulty.value == typed[place]
+
+
+def test_the_guide_lists_the_presets() -> None:
+    guide = (Path(__file__).parents[4] / "docs/guides/dashboard.md").read_text()
+    assert [line.split(" | ")[0] for line in guide.splitlines() if line.startswith(PRESET_ROWS)] == [
+        f"| {preset.title}" for preset in PRESETS
+    ]

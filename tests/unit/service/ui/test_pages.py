@@ -229,7 +229,8 @@ def test_a_jobs_page_shows_what_was_found_and_what_an_export_would_give_up(unloc
     impossible = browser.get(f"/ui/jobs/{job}/exports/new?prefill=1&decode=5")
     assert impossible.status_code == 422
     assert "no set of 5 blocks" in impossible.text
-    cut = browser.post(f"/ui/jobs/{job}/exports/new", f"/ui/jobs/{job}/exports", prefill="1", decode="2")
+    cut = browser.post(f"/ui/jobs/{job}/exports/new", f"/ui/jobs/{job}/exports", prefill="1", decode="2", name="cut")
+    assert "<h1>cut " in browser.get(cut.headers["location"]).text
     assert f'Cut from the frontier of <a href="/ui/jobs/{job}"' in browser.get(cut.headers["location"]).text
     backwards = browser.post(f"/ui/jobs/{job}/exports/new", f"/ui/jobs/{job}/exports", prefill="1", decode="0")
     assert backwards.status_code == 422
@@ -330,6 +331,9 @@ def test_two_jobs_are_compared_and_none_of_another_project(locked: Gateway) -> N
     assert "<td>succeeded</td><td>queued</td>" in page.text
     three = browser.get(f"/ui/jobs/compare?job={mine[0]}&job={mine[1]}&job={mine[0]}&job=job_{'0' * 32}")
     assert "Two jobs are compared at a time" in three.text
+
+    for path in ("/ui/jobs/compare?job=%00", "/ui/jobs/new?of=%00"):
+        assert browser.get(path).status_code == 404
 
     stranger = Browser(locked)
     stranger.login(make_key(locked, Scope.ADMIN, project="other"))
