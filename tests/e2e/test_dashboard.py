@@ -25,7 +25,7 @@ LEAST = {
     "kv_tokens.ratio": "2",
     "evaluation.windows": "4",
     "metadata": "team=serving",
-    "rest": "distillation: {batch_windows: 1}\nevaluation: {speed_tokens: 2, speed_repeats: 1}\n",
+    "rest": "distillation: {batch_windows: 4}\nevaluation: {speed_tokens: 2, speed_repeats: 1}\n",
 }
 """The smallest job that has something in every part of its page."""
 JOB_MS = 120_000
