@@ -90,6 +90,12 @@ class Field:
         return f"field-{self.path.replace('.', '-')}"
 
     @property
+    def unsaid(self) -> Sequence[str]:
+        """Values that mean the default: a choice without one begins with what the service takes then."""
+        default = _defaults()[self.path]
+        return (default,) if default or not self.options else ("", self.options[0])
+
+    @property
     def told(self) -> str:
         """Its value in a line."""
         value = ("yes" if self.value else "no") if self.kind == "checkbox" else self.value
@@ -110,7 +116,7 @@ class Section:
     @property
     def digest(self) -> str:
         """What it says beyond the defaults, in a line."""
-        told = (f"{field.label} {field.told}" for field in self.fields if field.value != _defaults()[field.path])
+        told = (f"{field.label} {field.told}" for field in self.fields if field.value not in field.unsaid)
         return ", ".join(told) or "as by default"
 
 
