@@ -37,7 +37,7 @@ ADVICE = "Before this is served, give up fewer blocks, or heal on more tokens."
 
 @dataclass(frozen=True)
 class Fact:
-    """A figure, and what it is to be seen beside. A `mark` says that it is good or bad."""
+    """A number, and what it is to be seen beside. A `mark` says that it is good or bad."""
 
     name: str
     value: str
