@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.observing import redaction
 from service.settings import Settings
 from tests.chart.rendering import ROOT
 
@@ -109,6 +110,24 @@ def test_compose_sets_only_what_the_service_reads_and_all_it_needs(name: str, mo
     settings = Settings()
     assert settings.artifacts_url == "s3://pdtrim/artifacts"
     assert (settings.api_key is not None) is (name == "gateway")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_trials_keys_leave_log_lines_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is a word of theirs would be masked in all of them."""
+    for variable, value in COMPOSE["services"][name]["environment"].items():
+        monkeypatch.setenv(variable, re.sub(r"\$\{\w+:-(.*?)\}", r"\1", value))
+    redaction._known.cache_clear()
+    try:
+        for line in (
+            "Task pdtrim.removal received",
+            "deleted /var/lib/pdtrim/scratch",
+            "s3://pdtrim/artifacts at store:8333",
+        ):
+            assert redaction.redact(line) == line
+        assert redaction.redact("signed with pdtrim-trial-secret") == f"signed with {redaction.MASK}"
+    finally:
+        redaction._known.cache_clear()
 
 
 @pytest.mark.parametrize("name", OURS)
