@@ -31,14 +31,18 @@ def documents(deployment: Deployment) -> list[Manifest]:
     services["router"] = _router(deployment)
     file: Manifest = {"name": deployment.name, "services": services}
     if deployment.store.bucket:
-        services |= {f"fetch-{folder}": _fetch(deployment, folder) for folder in set(deployment.folders.values())}
+        services |= {
+            f"fetch-{folder}": _fetch(deployment, folder) for folder in dict.fromkeys(deployment.folders.values())
+        }
         file["volumes"] = {"checkpoints": {}}
     return [file]
 
 
 def notes(deployment: Deployment) -> list[str]:
     """What stands above it."""
-    lines = [f"docker compose -f FILE up; then http://127.0.0.1:{ENDPOINT_PORT}/v1"]
+    lines = [
+        f"docker compose -f FILE up; then http://127.0.0.1:{ENDPOINT_PORT}/v1 (PDTRIM_PAIR_PORT chooses another port)"
+    ]
     if deployment.store.bucket:
         lines.append("The bucket's keys are taken from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
     return [*lines, f"Checkpoints: {deployment.store.uri}"]
@@ -97,7 +101,7 @@ def _router(deployment: Deployment) -> Manifest:
             *router_options(deployment.serving, prefill=urls["prefill"], decode=urls["decode"]),
         ],
         "command": [],
-        "ports": [f"127.0.0.1:{ENDPOINT_PORT}:{ENGINE_PORT}"],
+        "ports": [f"127.0.0.1:${{PDTRIM_PAIR_PORT:-{ENDPOINT_PORT}}}:{ENGINE_PORT}"],
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "depends_on": {half: {"condition": "service_healthy"} for half in HALVES},
@@ -106,9 +110,13 @@ def _router(deployment: Deployment) -> Manifest:
 
 def _fetch(deployment: Deployment, folder: str) -> Manifest:
     keys = {name: f"${{{name}:-}}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    store = deployment.store
     return {
         "image": FETCH_IMAGE,
         "command": fetch_arguments(deployment, folder),
-        "environment": {**store_variables(deployment), **keys},
+        # It reaches the store as this machine does: the pair is not in the service's network, nor is a loopback address
+        # of the store's the container's.
+        "network_mode": "host",
+        "environment": {**store_variables(deployment, store.public_endpoint_url or store.endpoint_url), **keys},
         "volumes": [f"checkpoints:{CHECKPOINTS}"],
     }

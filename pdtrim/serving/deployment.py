@@ -36,6 +36,8 @@ class Store:
     uri: str
     endpoint_url: str | None = None
     region: str | None = None
+    public_endpoint_url: str | None = None
+    """Where those reach it who are not in the service's own network, if not at `endpoint_url`."""
 
     @property
     def bucket(self) -> bool:
@@ -147,7 +149,10 @@ def fetch_containers(deployment: Deployment, half: Half) -> list[Manifest]:
             "args": fetch_arguments(deployment, folder),
             "env": [
                 {"name": name, "value": value}
-                for name, value in {"HOME": "/tmp", **store_variables(deployment)}.items()
+                for name, value in {
+                    "HOME": "/tmp",
+                    **store_variables(deployment, deployment.store.endpoint_url),
+                }.items()
             ],
             "envFrom": [{"secretRef": {"name": STORE_SECRET, "optional": True}}],
             "resources": {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
@@ -162,9 +167,9 @@ def fetch_arguments(deployment: Deployment, folder: str) -> list[str]:
     return ["s3", "cp", "--recursive", "--no-progress", f"{deployment.store.uri}/{folder}", f"{CHECKPOINTS}/{folder}"]
 
 
-def store_variables(deployment: Deployment) -> dict[str, str]:
+def store_variables(deployment: Deployment, endpoint_url: str | None) -> dict[str, str]:
     """Where the bucket is, for the AWS command."""
-    named = {"AWS_ENDPOINT_URL": deployment.store.endpoint_url, "AWS_REGION": deployment.store.region}
+    named = {"AWS_ENDPOINT_URL": endpoint_url, "AWS_REGION": deployment.store.region}
     return {name: value for name, value in named.items() if value is not None}
 
 

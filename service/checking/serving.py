@@ -53,6 +53,7 @@ def read_deployment(
             place,
             endpoint_url=settings.s3_endpoint_url if bucket else None,
             region=settings.s3_region if bucket else None,
+            public_endpoint_url=settings.s3_public_endpoint_url if bucket else None,
         ),
         image=options.image or IMAGE,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def test_the_compose_file_fits_its_schema(given: Deployment, tmp_path: Path) -> 
     file = tmp_path / "compose.yaml"
     file.write_text(manifests(Runtime.COMPOSE, given))
     run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
+
+
+def test_compose_copies_from_where_this_machine_reaches_the_store() -> None:
+    given = deployment()
+    store = replace(given.store, endpoint_url="http://store:8333", public_endpoint_url="http://127.0.0.1:8333")
+    (file,) = written(Runtime.COMPOSE, replace(given, store=store))
+    fetching = {name: one for name, one in file["services"].items() if name.startswith("fetch-")}
+    assert list(fetching) == ["fetch-prefill", "fetch-decode"]
+    for one in fetching.values():
+        assert one["environment"]["AWS_ENDPOINT_URL"] == "http://127.0.0.1:8333"
+        assert one["network_mode"] == "host"
+    pods = manifests(Runtime.VLLM, replace(given, store=store))
+    assert "http://store:8333" in pods
+    assert "http://127.0.0.1:8333" not in pods
 
 
 @every
