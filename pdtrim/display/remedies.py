@@ -13,7 +13,7 @@ REMEDIES = {
     "invalid_request": "Correct the specification and submit it again.",
     "model_too_large": "Submit a smaller model, or have the operator raise PDTRIM_MAX_MODEL_BYTES.",
     "model_unsupported": "Submit a decoder-only model of an architecture that docs/guides/jobs.md lists, "
-    "stored as safetensors.",
+    "stored as safetensors, with the configuration that belongs to its tensors.",
     "out_of_memory": "Resume it on a worker with more memory, or submit it with fewer and shorter windows "
     "(calibration.windows, calibration.window_tokens), or with distillation.gradient_accumulation and "
     "distillation.gradient_checkpointing.",

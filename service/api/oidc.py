@@ -1,7 +1,9 @@
 """Bearer tokens of an OpenID provider (OpenID Connect Discovery 1.0, JSON Web Tokens as RFC 8725 would have them).
 
 The provider's keys are read when the first token comes, and kept. A key that is not among them is looked for, at most
-every half minute, so that tokens with invented keys cost the provider nothing.
+every half minute, so that tokens with invented keys cost the provider nothing. They are read in a thread of their own,
+for which few requests wait, and not for long: a provider that says nothing holds up whoever needs its keys, and nobody
+else.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass
-from threading import Lock
+from threading import BoundedSemaphore, Event, Lock, Thread
 from typing import Any
 
 import httpx
@@ -36,6 +38,10 @@ OUTLIVED_S = 86_400.0
 PAUSE_S = 30.0
 """Between two times that the provider is asked."""
 ANSWER_S = 3.0
+WAIT_S = 5.0
+"""How long a request waits for keys that are being read. Looking up a provider's name has no limit of its own."""
+WAITING = 12
+"""Requests that wait, at most: each holds one of the gateway's threads."""
 MAX_ANSWER_BYTES = 1 << 20
 
 
@@ -67,7 +73,11 @@ class Provider:
             exp={"essential": True},
             sub={"essential": True},
         )
-        self._reading = Lock()
+        self._beginning = Lock()
+        self._waiting = BoundedSemaphore(WAITING)
+        self._read_out = Event()
+        """Set while nobody reads."""
+        self._read_out.set()
         self._keys: _Keys | None = None
         self._asked_at: float | None = None
         self._answered = False
@@ -98,7 +108,6 @@ class Provider:
         if held is not None and time.monotonic() - held.read_at < KEPT_S:
             return held
         usable = held is not None and time.monotonic() - held.read_at < OUTLIVED_S
-        # A provider that is slow to answer holds up whoever asks it, and nobody else who can do without.
         self._ask(held, wait=not usable)
         held = self._keys
         if held is None or time.monotonic() - held.read_at > OUTLIVED_S:
@@ -108,27 +117,35 @@ class Provider:
     def _newer(self, held: _Keys) -> _Keys | None:
         """Keys that were read after these; None when there are none. Raises: ProviderAway when there may be some."""
         self._ask(held, wait=True)
-        if not self._answered:
+        if not self._answered or not self._read_out.is_set():
             raise ProviderAway(f"{self._issuer} does not answer, and the token's key is not known")
         return None if self._keys is held else self._keys
 
     def _ask(self, held: _Keys | None, *, wait: bool) -> None:
-        """Read the keys, unless that was tried just now, or another thread has read newer ones than `held`.
+        """Have the keys read, unless they are being read, that was tried just now, or there are newer ones than `held`.
 
-        While another thread reads, `wait` for it, or leave it at that.
+        Then `wait` for them, if not too many do, or leave it at that.
         """
-        if not self._reading.acquire(blocking=wait):
-            return
-        try:
+        with self._beginning:
             recently = self._asked_at is not None and time.monotonic() - self._asked_at < PAUSE_S
-            if not recently and self._keys is held:
+            if self._read_out.is_set() and not recently and self._keys is held:
                 self._asked_at = time.monotonic()
-                self._keys, self._answered = _Keys(self._read(), time.monotonic()), True
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, JoseError) as error:
+                self._read_out.clear()
+                Thread(target=self._renew, name="oidc", daemon=True).start()
+        if wait and self._waiting.acquire(blocking=False):
+            try:
+                self._read_out.wait(WAIT_S)
+            finally:
+                self._waiting.release()
+
+    def _renew(self) -> None:
+        try:
+            self._keys, self._answered = _Keys(self._read(), time.monotonic()), True
+        except (httpx.HTTPError, OSError, ValueError, KeyError, TypeError, AttributeError, JoseError) as error:
             log.warning("the keys of %s were not read: %s", self._issuer, error)
             self._answered = False
         finally:
-            self._reading.release()
+            self._read_out.set()
 
     def _read(self) -> KeySet:
         """Raises: httpx.HTTPError; ValueError and its like for what is no such document."""

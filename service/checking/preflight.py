@@ -148,6 +148,13 @@ def _check_window(spec: JobSpec, config: Mapping[str, Any]) -> None:
             "tokens.",
             param="calibration.window_tokens",
         )
+    measured = spec.calibration.window_tokens // 2 + spec.evaluation.speed_tokens
+    if type(context) is int and measured > context:
+        raise InvalidRequest(
+            f"evaluation.speed_tokens is {spec.evaluation.speed_tokens}, generated after a prompt of half a window, "
+            f"{spec.calibration.window_tokens // 2} tokens, but the model reads at most {context}.",
+            param="evaluation.speed_tokens",
+        )
 
 
 def num_blocks(config: Mapping[str, Any]) -> int:

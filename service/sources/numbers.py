@@ -1,4 +1,5 @@
-"""How large the numbers of a model's configuration may be: its tensors, whose bytes somebody had to send, bound them.
+"""What the numbers of a model's configuration may be: sizes are whole and above zero, and its tensors, whose bytes
+somebody had to send, bound them.
 
 A configuration is a text of a few bytes, and libraries loop over its numbers and build from them.
 """
@@ -25,6 +26,9 @@ SIZES = frozenset(
     }
 )
 """What is a dimension of some tensor, or less."""
+MAY_BE_NONE_OF = frozenset({*EXPERT_KEYS, "num_labels", "n_inner"})
+"""Of these there may be zero."""
+COUNTS = SIZES | {*BLOCK_COUNT_KEYS, *CONTEXT_KEYS}
 FREE = re.compile("theta|base|freq")
 """Numbers that are written without a point, but are no sizes: bases of rotary embeddings."""
 LARGEST_FREE = 10**15
@@ -68,6 +72,10 @@ def _blocks(names: Iterable[str]) -> int:
 
 def check_numbers(config: Mapping[str, Any], held: TensorBounds, what: str) -> None:
     """Hold every number of the configuration `what` against the model's tensors. Raises: UnreadableSource."""
+    for key, value in _values(config):
+        if key in COUNTS:
+            _check_count(key, value, what)
+    _check_heads(config, what)
     for key, value in _numbers(config):
         if key in BLOCK_COUNT_KEYS:
             if value > held.blocks:
@@ -88,11 +96,30 @@ def _most(key: str, held: TensorBounds) -> int:
     return max(held.largest, LARGEST_CONTEXT if CONTEXTS.search(key) else LARGEST_OTHER)
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """Every number with the key that it, or the list that it is in, stands under; in whatever depth.
+def _check_count(key: str, value: Any, what: str) -> None:
+    """Raises: UnreadableSource for what is no number, or too small a one; null leaves it to the architecture."""
+    least = 0 if key in MAY_BE_NONE_OF else 1
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < least):
+        raise UnreadableSource(f"{what} has {key} = {_shown(value)}, which is no number of {least} or more.")
 
-    Where nothing is built from it, a number with a point is a factor, and is left out.
-    """
+
+def _check_heads(config: Mapping[str, Any], what: str) -> None:
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if type(heads) is int and type(shared) is int and heads % shared:
+        raise UnreadableSource(
+            f"{what} has num_key_value_heads = {shared}, which does not divide num_attention_heads = {heads}."
+        )
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """Every number with its key. Where nothing is built from it, a number with a point is a factor, and is left out."""
+    for key, value in _values(config):
+        if type(value) is int or (type(value) is float and (key in SIZES or key in BLOCK_COUNT_KEYS)):
+            yield key, value
+
+
+def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every value with the key that it, or the list that it is in, stands under; in whatever depth."""
     rest: list[tuple[str, Any]] = list(config.items())
     while rest:
         key, value = rest.pop()
@@ -100,9 +127,9 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
             rest += value.items()
         elif isinstance(value, list):
             rest += [(key, item) for item in value]
-        elif type(value) is int or (type(value) is float and (key in SIZES or key in BLOCK_COUNT_KEYS)):
+        else:
             yield key, value
 
 
-def _shown(value: int | float) -> str:
+def _shown(value: object) -> str:
     return text if len(text := repr(value)) <= 40 else f"{text[:40]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO, Unpack
 
 from huggingface_hub import HfApi
 
+from service.sources.cards import check_card
 from service.sources.errors import InvalidSource, UnreadableSource
 from service.sources.hub import ANSWER_SECONDS, hub_failures
 from service.sources.names import Builtin, HubDataset, LocalPath, S3Location, parse_text_source
@@ -19,20 +21,46 @@ from service.stopping import Check, go_on
 from service.storage import ArtifactStore, ObjectNotFound, S3Options, StoreRefused, open_store
 
 MAX_TEXT_BYTES = 1 << 30
+BEGINNING_BYTES = 1 << 16
+"""What is read of a text before a job is accepted."""
+SPLIT = "train"
 
 
 def check_text(source: str, *, max_bytes: int = MAX_TEXT_BYTES, **s3: Unpack[S3Options]) -> None:
-    """Whether the text is there and not too large; none of it is read. Raises: SourceError, StoreUnavailable."""
+    """Whether the text is there, not too large, and begins as a text does; of a data set, whether its card lists what
+    is read of it. Raises: SourceError, StoreUnavailable.
+    """
     match parse_text_source(source):
         case LocalPath(path):
             _check_file(path, max_bytes)
+            try:
+                with _opened(path) as file:
+                    beginning = file.read(BEGINNING_BYTES)
+            except OSError as error:
+                raise UnreadableSource(f"{path.as_uri()} cannot be read: {error.strerror}.") from error
+            _check_beginning(beginning, path.suffix, path.as_uri())
         case S3Location() as location:
-            _check_object(location, max_bytes, **s3)
-        case HubDataset(repo):
+            store = _check_object(location, max_bytes, **s3)
+            name = location.key.rpartition("/")[2]
+            beginning = b"".join(store.read_range(name, 0, BEGINNING_BYTES))
+            _check_beginning(beginning, Path(name).suffix, str(location))
+        case HubDataset(repo) as dataset:
             with hub_failures(source):
-                HfApi().dataset_info(repo, timeout=ANSWER_SECONDS)
+                card = HfApi().dataset_info(repo, timeout=ANSWER_SECONDS).card_data
+            check_card({} if card is None else vars(card), dataset, SPLIT)
         case Builtin():
             pass
+
+
+def _check_beginning(data: bytes, suffix: str, what: str) -> None:
+    """Raises: UnreadableSource for what shows in the first bytes of a text."""
+    if not data:
+        raise UnreadableSource(f"{what} is empty.")
+    if len(data) == BEGINNING_BYTES:  # The last line, or character, may go on.
+        end = data.rfind(b"\n") + 1 if suffix == ".jsonl" else data.rfind(b" ") + 1
+        data = data[:end]
+    for _ in _documents(lambda: io.BytesIO(data), suffix, what):
+        pass
 
 
 def fetch_text_documents(
@@ -121,6 +149,13 @@ def _text_field(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UnreadableSource(f"{where} has no field `text` with a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        odd = ord(error.object[error.start])
+        raise UnreadableSource(
+            f"{where} has half of a character, \\u{odd:04x}, at {error.start}; no tokenizer takes it."
+        ) from error
     return text
 
 
@@ -133,7 +168,7 @@ def _load_dataset(dataset: HubDataset) -> Any:
         ) from error
     try:
         with hub_failures(str(dataset)):
-            return datasets.load_dataset(dataset.repo, name=dataset.config, split="train", streaming=True)
+            return datasets.load_dataset(dataset.repo, name=dataset.config, split=SPLIT, streaming=True)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         # Unknown configuration or split, no data files, or a loading script, which the library no longer runs.
         raise UnreadableSource(f"{dataset} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -146,7 +181,7 @@ def _dataset_documents(rows: Any, dataset: HubDataset, max_bytes: int) -> Iterat
     with hub_failures(str(dataset)):
         for number, row in enumerate(rows, start=1):
             text = _text_field(row, f"row {number} of {dataset}")
-            read += len(text.encode("utf-8", "surrogatepass"))
+            read += len(text.encode())
             if read > max_bytes:
                 return
             yield text

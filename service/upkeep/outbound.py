@@ -1,6 +1,6 @@
 """Requests to addresses that users chose: to public ones only, unless the operator allows more.
 
-What a name stands for is looked up once a connection, every address found is checked, and the connection goes to one
+What a name stands for is looked up for each connection, every address found is checked, and the connection goes to one
 of those very addresses, while TLS still verifies the name. So a name that answers differently the second time (DNS
 rebinding) reaches nothing. There are no redirects, proxies, cookies or content codings to be led astray by: httpcore
 knows none of them.
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 import ssl
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -20,7 +19,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 import anyio
 import httpcore
 import httpx
-from anyio import to_thread
+
+from service.upkeep.lookups import Lookups, Resolve, resolve
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ EXCERPT_BYTES = 1 << 10
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
-Resolve = Callable[[str, int], Sequence[str]]
-"""Host and port to addresses. Raises: OSError."""
 
 # What Python 3.11 calls global although it is not, or what is dangerous although it is (IANA special-purpose
 # registries; 168.63.129.16 is the host in Azure's virtual networks).
@@ -109,15 +107,6 @@ def check_url(text: str, policy: Policy) -> httpx.URL:
     return url
 
 
-def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host, as the system finds them. Raises: OSError."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:
-        raise OSError(f"{host} cannot be a name") from error
-    return [str(one[4][0]) for one in found]
-
-
 @cache
 def _trusted() -> ssl.SSLContext:
     """The authorities of certifi, or of SSL_CERT_FILE or SSL_CERT_DIR; reading them takes a tenth of a second."""
@@ -125,7 +114,10 @@ def _trusted() -> ssl.SSLContext:
 
 
 class Outbound:
-    """Sends requests under a policy. `find` and `dial` stand for the system's resolver and network."""
+    """Sends requests under a policy. `find` and `dial` stand for the system's resolver and network.
+
+    One for as long as requests are sent: it knows which names are still being looked up.
+    """
 
     def __init__(
         self,
@@ -137,7 +129,7 @@ class Outbound:
         total_seconds: float = TOTAL_SECONDS,
     ) -> None:
         self._policy = policy
-        self._find = find
+        self._lookups = Lookups(find)
         self._dial = dial or httpcore.AnyIOBackend()
         self._ssl_context = ssl_context or _trusted()
         self._total_seconds = total_seconds
@@ -158,7 +150,7 @@ class Outbound:
         return answer
 
     async def _exchange(self, url: httpx.URL, content: bytes, headers: Mapping[str, str], answer: Answer) -> None:
-        backend = _Guarded(self._policy, url.scheme, self._find, self._dial)
+        backend = _Guarded(self._policy, url.scheme, self._lookups, self._dial)
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         sent = [("Host", url.netloc.decode()), ("Accept-Encoding", "identity"), ("Connection", "close")]
         async with (
@@ -176,8 +168,8 @@ class Outbound:
 class _Guarded(httpcore.AsyncNetworkBackend):
     """Connects to addresses that the policy allows; to none of a name's while one of them is not allowed."""
 
-    def __init__(self, policy: Policy, scheme: str, find: Resolve, dial: httpcore.AsyncNetworkBackend) -> None:
-        self._policy, self._scheme, self._find, self._dial = policy, scheme, find, dial
+    def __init__(self, policy: Policy, scheme: str, lookups: Lookups, dial: httpcore.AsyncNetworkBackend) -> None:
+        self._policy, self._scheme, self._lookups, self._dial = policy, scheme, lookups, dial
 
     async def connect_tcp(
         self,
@@ -199,9 +191,7 @@ class _Guarded(httpcore.AsyncNetworkBackend):
         literal = _literal(host)
         found = [literal] if literal is not None else []
         if not found:
-            # The system's resolver cannot be interrupted: a look-up that takes too long is left behind.
-            names = await to_thread.run_sync(self._find, host, port, abandon_on_cancel=True)
-            found = [ip_address(name) for name in dict.fromkeys(names)]
+            found = [ip_address(name) for name in dict.fromkeys(await self._lookups.addresses(host, port))]
         for address in found:
             refusal = self._policy.refusal(address, self._scheme)
             if refusal is not None:

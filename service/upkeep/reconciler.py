@@ -72,7 +72,7 @@ class Reconciler:
             for name, action, pause_s, full in (
                 ("sweep", partial(sweep, database, settings, leases_expired), pause_s, None),
                 ("purge", partial(purge, database, settings, store), pause_s, PURGED_AT_ONCE),
-                ("deliver", partial(deliver, database, settings), pause_s, None),
+                ("deliver", partial(deliver, database, settings, Outbound(webhooks.policy(settings))), pause_s, None),
                 ("publish", partial(publish, database, settings, store), pause_s, None),
                 ("uploads", partial(abandon_uploads, settings, store), max(pause_s, UPLOADS_PAUSE_S), None),
                 ("broker", partial(queue.sweep, settings), max(pause_s, BROKER_PAUSE_S), None),
@@ -216,7 +216,7 @@ def abandon_uploads(settings: Settings, store: ArtifactStore) -> int:
     return abandoned
 
 
-def deliver(database: Database, settings: Settings, outbound: Outbound | None = None) -> int:
+def deliver(database: Database, settings: Settings, outbound: Outbound) -> int:
     """Send the messages to webhooks that are due; returns how many attempts were made.
 
     No transaction is open while one is sent. Who dies before recording it leaves it to be sent again.
@@ -233,7 +233,6 @@ def deliver(database: Database, settings: Settings, outbound: Outbound | None = 
             )
         if not claimed:
             break
-        outbound = outbound or Outbound(webhooks.policy(settings))
         anyio.run(_send_all, database, settings, outbound, claimed)
         attempts += len(claimed)
     return attempts

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from pdtrim.contract.spec import JobSpec
 from service.api.connections import HEAD_SECONDS
@@ -69,6 +70,36 @@ def test_a_hub_that_does_not_answer_holds_up_only_who_asks_for_it(silent_hub: st
     assert max(waited) < 0.5
     assert {(status, retry) for status, retry, _ in submissions} == {(503, "5")}
     assert max(seconds for *_, seconds in submissions) < 15
+
+
+def test_a_silent_provider_of_tokens_holds_up_only_who_brings_one(silent_hub: str, tmp_path: Path) -> None:
+    token = "eyJhbGciOiJFUzI1NiIsImtpZCI6ImEifQ.e30.AA"
+    settings = Settings(
+        data_dir=tmp_path, api_key=SecretStr("operator"), oidc_issuer=silent_hub, oidc_audience="pdtrim"
+    )
+
+    async def run(url: str) -> tuple[list[float], list[httpx.Response]]:
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+            ours = {"Authorization": "Bearer operator"}
+            for path in OTHERS:
+                await client.get(path, headers=ours)
+            theirs = {"Authorization": f"Bearer {token}"}
+            asked = [asyncio.create_task(client.get("/v1/jobs", headers=theirs)) for _ in range(60)]
+            waited = []
+            while not all(one.done() for one in asked):
+                for path in OTHERS:
+                    began = time.monotonic()
+                    assert (await client.get(path, headers=ours)).status_code in (200, 303)
+                    waited.append(time.monotonic() - began)
+            return waited, await asyncio.gather(*asked)
+
+    with listening(settings) as url:
+        waited, answers = asyncio.run(run(url))
+
+    # The provider is waited for for three seconds.
+    assert max(waited) < 2
+    assert {answer.status_code for answer in answers} == {503}
+    assert all("Retry-After" in answer.headers for answer in answers)
 
 
 def test_a_long_specification_is_read_while_others_are_answered(tmp_path: Path) -> None:

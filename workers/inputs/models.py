@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from service.sources import UnreadableSource
 from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.building import said
 from workers.pruning.model.checkpoint import check_complete, load_checkpoint
 from workers.pruning.model.sharding import load_placed, placement
 from workers.pruning.model.streaming import load_streamed, parameter_bytes
@@ -49,7 +51,7 @@ def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype 
 
     `check`, which may raise to stop what takes long, is called as weights are read, and then before each block runs, or
     runs backwards, and before the head does.
-    Raises: BrokenCheckpoint, UnsupportedArchitecture.
+    Raises: BrokenCheckpoint, ImpossibleModel, UnsupportedArchitecture.
     """
     return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device(), check=check), check)
 
@@ -60,7 +62,7 @@ def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel
 
     Stacked experts, which checkpoints keep apart, are never read one at a time. Calls `check` as that of `load_model`
     does.
-    Raises: BrokenCheckpoint, UnsupportedArchitecture.
+    Raises: BrokenCheckpoint, ImpossibleModel, UnsupportedArchitecture.
     """
     tensors = check_complete(folder, check)
     if parameter_bytes(folder, compute_dtype(), check) <= RESIDENT_SHARE * free_memory_bytes(device()):
@@ -133,9 +135,20 @@ def free_memory_bytes(at: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """How many tokens the model has an embedding of."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; no remote code."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+    """The model's tokenizer; no remote code. Raises: UnreadableSource."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # Of a file that is no tokenizer's, `tokenizers` raises just that.
+        raise UnreadableSource(
+            f"The model's tokenizer cannot be loaded: {said(error)}", param="model.source"
+        ) from error
     return tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from pdtrim.contract.errors import InvalidRequest
 from pdtrim.contract.spec import JobSpec
 from service.stopping import Check, go_on
-from workers.pruning.model.calibration import Split, cut_windows, split_stream, stdlib_documents, token_stream
+from workers.pruning.model.calibration import (
+    Split,
+    TooLittleText,
+    cut_windows,
+    split_stream,
+    stdlib_documents,
+    token_stream,
+)
 
 
 def token_windows(
@@ -20,7 +27,7 @@ def token_windows(
     """Windows by use, each (windows, tokens). None for `documents` means the Python standard library.
 
     There are as many training windows as distillation reads, or all there are. Asks `check` all the while.
-    Raises: InvalidRequest when there is too little text.
+    Raises: InvalidRequest when there is too little text; what `documents` raise.
     """
     tokens = spec.calibration.window_tokens
     wanted: dict[Split, int] = {
@@ -40,7 +47,7 @@ def token_windows(
             split: cut_windows(streams[split], count=count, tokens=tokens, seed=spec.seed)
             for split, count in wanted.items()
         }
-    except ValueError as error:
+    except TooLittleText as error:
         raise InvalidRequest(f"{error}; give more text or a smaller calibration.window_tokens", param="data") from error
 
 
@@ -48,3 +55,18 @@ def _stdlib_stream(split: Split, tokens: int, seed: int, tokenizer: PreTrainedTo
     documents = list(stdlib_documents(split))
     random.Random(seed).shuffle(documents)
     return token_stream(documents, tokenizer, at_least=tokens, check=check)
+
+
+def check_tokens(windows: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, *, embeddings: int) -> None:
+    """Hold every token of windows (windows, tokens) against the embeddings there are. Raises: InvalidRequest."""
+    for part in windows.values():
+        if part.numel() and (highest := int(part.max())) >= embeddings:
+            raise InvalidRequest(without_embedding(highest, tokenizer, embeddings), param="model.source")
+
+
+def without_embedding(token: int, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> str:
+    """What is said of a token that the model's embedding has no row for."""
+    return (
+        f"The text has the token {tokenizer.convert_ids_to_tokens(token)!r}, which is number {token} of the model's "
+        f"tokenizer, but the model embeds {embeddings}. Give the model with the tokenizer that belongs to it."
+    )

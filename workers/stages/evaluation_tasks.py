@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pdtrim.contract.errors import ExtraNotInstalled, InvalidRequest, SourceUnreadable
 from pdtrim.contract.evaluation_tasks import InlineTask
 from pdtrim.contract.results import TaskMetric, TaskResult
+from workers.inputs.models import embedded_tokens
+from workers.inputs.windows import without_embedding
 
 BATCH_SIZE = 8
 BOOTSTRAP_ITERATIONS = 1000
@@ -113,6 +115,55 @@ def _inline_task(task: InlineTask) -> Any:
     )
 
 
+def check_tasks(
+    tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: int | None, seed: int
+) -> None:
+    """Hold what `load_tasks`' tasks ask against the model's context and embedding, before hours go into the model.
+
+    Raises: InvalidRequest naming the task and the number of its question.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+
+    context_tokens = resolve_max_length(model.config, tokenizer)
+    embeddings = embedded_tokens(model)
+    all_embedded = max(tokenizer.get_vocab().values()) < embeddings
+
+    def fault(text: str, answer: str) -> str | None:
+        # A token is a byte or more, so that most need not be counted.
+        if not all_embedded and (highest := max(tokenizer(text + answer)["input_ids"], default=0)) >= embeddings:
+            return without_embedding(highest, tokenizer, embeddings)
+        if len(answer.encode()) > context_tokens:
+            tokens = len(tokenizer(text + answer)["input_ids"]) - len(tokenizer(text)["input_ids"])
+            if tokens > context_tokens:
+                return f"An answer has {tokens} tokens, but the model reads at most {context_tokens}."
+        return None
+
+    def too_much(options: Mapping[str, Any]) -> str | None:
+        asked = normalize_gen_kwargs(dict(options))["max_gen_toks"]
+        if asked >= context_tokens:
+            return f"It asks for answers of {asked} tokens, but the model reads at most {context_tokens}."
+        return None
+
+    for name, task in _prepared(tasks, seed=seed).items():
+        task.build_all_requests(limit=limit)
+        for request in task.instances:
+            text, *rest = request.args
+            answer = rest[0] if rest and isinstance(rest[0], str) else ""
+            found = fault(text, answer) or (too_much(rest[0]) if rest and isinstance(rest[0], Mapping) else None)
+            if found is not None:
+                raise InvalidRequest(f"Question {request.doc_id} of the task {name}: {found}", param="evaluation.tasks")
+
+
+def _prepared(tasks: Any, *, seed: int) -> Mapping[str, Any]:
+    """The tasks by name, with examples chosen by the seed, and none where the task does not say how many."""
+    for task in tasks["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    prepared: Mapping[str, Any] = tasks["tasks"]
+    return prepared
+
+
 def measure_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -129,10 +180,7 @@ def measure_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    for task in tasks["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seed)
+    _prepared(tasks, seed=seed)
     handle = model.register_forward_pre_hook(lambda module, args: on_forward())
     try:
         found = evaluate(

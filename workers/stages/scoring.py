@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pdtrim.contract.architectures import is_tested
 from pdtrim.contract.blocks import check_blocks
-from pdtrim.contract.errors import ModelUnsupported
+from pdtrim.contract.errors import ModelUnsupported, SourceUnreadable
 from pdtrim.contract.results import SCORES, BlockScores, ScoringResult, WindowCounts
+from service.sources import SourceError
 from service.stopping import interruptible
-from workers.inputs.models import device, load_for_walks, load_tokenizer, windows_at_once
-from workers.inputs.windows import token_windows
-from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, prove
+from workers.inputs.models import device, embedded_tokens, load_for_walks, load_tokenizer, windows_at_once
+from workers.inputs.windows import check_tokens, token_windows
+from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, prove, try_out
+from workers.pruning.model.building import ImpossibleModel
+from workers.pruning.model.checkpoint import BrokenCheckpoint, check_complete
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
-from workers.stages.evaluation_tasks import load_tasks
+from workers.stages.evaluation_tasks import check_tasks, load_tasks
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
+TRIED_TOKENS = 12
 
 
 def run(context: StageContext) -> ScoringResult:
     """Writes the windows that every later stage reads, each block's scores, and the MLP channels that stay.
 
-    Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text), SourceUnreadable; as `load_tasks`.
+    Raises: ModelUnsupported, TooManyBlocks, InvalidRequest (too little text, a token without an embedding),
+    SourceUnreadable; as `load_tasks`.
     """
+    context.say(0.0, "Looking at the model.")
+    with _blamed_on_the_model(context):
+        check_complete(context.model_dir, context.check)
     context.say(0.0, "Loading the evaluation tasks.")
     # What they lack should show now, not after hours of work.
-    interruptible(context.check, partial(load_tasks, context.spec.evaluation.tasks))
+    tasks = interruptible(context.check, partial(load_tasks, context.spec.evaluation.tasks))
     context.say(0.05, "Cutting the text into windows.")
-    windows = interruptible(context.check, partial(_windows, context))
+    tokenizer = load_tokenizer(context.model_dir)
+    windows = interruptible(context.check, partial(_windows, context, tokenizer))
     save_file(windows, context.out / WINDOWS)
 
-    context.say(0.4, "Scoring blocks.")
-    try:
+    context.say(0.4, "Trying the model out.")
+    with _blamed_on_the_model(context):
         stack = block_stack(load_for_walks(context.model_dir, context.check))
+        check_tokens(windows, tokenizer, embeddings=embedded_tokens(stack.model))
+        try_out(stack, windows["calibration"][:1, :TRIED_TOKENS])
         if not is_tested(stack.model.config.model_type):
             prove(stack)
-    except UnsupportedArchitecture as error:
-        raise ModelUnsupported(str(error), param="model.source") from error
+    if tasks is not None:
+        limit, seed = context.spec.evaluation.task_limit, context.spec.seed
+        interruptible(context.check, partial(check_tasks, tasks, stack.model, tokenizer, limit=limit, seed=seed))
+    context.say(0.45, "Scoring blocks.")
     num_blocks = len(stack.blocks)
     check_blocks(context.spec, num_blocks)
     calibration = windows["calibration"].to(device())
@@ -57,5 +73,21 @@ def run(context: StageContext) -> ScoringResult:
     )
 
 
-def _windows(context: StageContext) -> dict[str, Tensor]:
-    return token_windows(context.spec, context.documents(), load_tokenizer(context.model_dir), context.check)
+def _windows(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    try:
+        return token_windows(context.spec, context.documents(), tokenizer, context.check)
+    except SourceError as error:
+        error.param = error.param or "data.source"
+        raise
+
+
+@contextmanager
+def _blamed_on_the_model(context: StageContext) -> Iterator[None]:
+    """Raises: ModelUnsupported, SourceUnreadable."""
+    try:
+        yield
+    except (UnsupportedArchitecture, ImpossibleModel) as error:
+        raise ModelUnsupported(f"{error}.", param="model.source") from error
+    except BrokenCheckpoint as error:
+        message = str(error).replace(str(context.model_dir), context.spec.model.source)
+        raise SourceUnreadable(f"{message}.", param="model.source") from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pdtrim.contract.architectures import BLOCK_COUNT_KEYS
+from workers.pruning.model.building import FAULTS, ImpossibleModel, said
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 """What blocks call the KV cache among their arguments."""
@@ -112,6 +113,22 @@ def block_stack(model: PreTrainedModel) -> BlockStack:
     # OPT may project after its norm, or instead of one.
     final += [module for name, module in children if name == "project_out" and module is not None]
     return BlockStack(model, path, found[path], tuple(final))
+
+
+@torch.no_grad()
+def try_out(stack: BlockStack, ids: Tensor) -> None:
+    """Run the whole model once on `ids` (batch, time): what a configuration spoils shows now, not after hours.
+
+    Raises: ImpossibleModel.
+    """
+    try:
+        logits = stack.model(input_ids=ids.to(stack.device), use_cache=False).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (*FAULTS, RuntimeError) as error:
+        raise ImpossibleModel(f"config.json describes a model that cannot be run: {said(error)}") from error
+    if not bool(logits.isfinite().all()):
+        raise ImpossibleModel("as config.json describes it, the model's logits are not finite")
 
 
 @torch.no_grad()

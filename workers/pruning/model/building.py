@@ -1,6 +1,7 @@
 """One model built at a time: transformers and accelerate patch torch for every thread of a process while they build.
 
-What is built is what a configuration says, and no more than the checkpoint's tensors could fill.
+What is built is what a configuration says, and no more than the checkpoint's tensors could fill. Of what cannot be
+built libraries raise whatever they come upon first; here that is one error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from threading import RLock, get_ident
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -21,11 +23,23 @@ _BUILDING = RLock()
 WAIT_SECONDS = 0.5
 
 
+MAX_SAID = 300
 PARTS_A_TENSOR, MORE_PARTS = 20, 1000
 """Modules and parameters: of the supported architectures none has more than three for each stored tensor."""
 
 
-class NotThatLarge(ValueError):
+FAULTS = (
+    *(TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(NotImplementedError, ImportError, StrictDataclassError),
+)
+"""What libraries raise of values that they did not expect; a full memory, disk or device is something else."""
+
+
+class ImpossibleModel(ValueError):
+    """A configuration describes no model that can be built, or run; the message has the library's own words."""
+
+
+class NotThatLarge(ImpossibleModel):
     """A configuration describes a larger model than the one whose tensors lie beside it."""
 
 
@@ -35,7 +49,8 @@ def building(check: Callable[[], None] = lambda: None, *, tensors: int) -> Itera
 
     `check`, which may raise, is called while another thread is waited for, before each part of a model that is built,
     and before each weight that transformers loads: where it would move a progress bar.
-    Raises: NotThatLarge for a model that its checkpoint of so many `tensors` could not fill.
+    Raises: NotThatLarge for a model that its checkpoint of so many `tensors` could not fill; ImpossibleModel for one
+    that cannot be built; what `check` raises, which is none of FAULTS.
     """
     while not _BUILDING.acquire(timeout=WAIT_SECONDS):
         check()
@@ -61,11 +76,22 @@ def building(check: Callable[[], None] = lambda: None, *, tensors: int) -> Itera
     outer = transformers_logging.set_tqdm_hook(bar)
     try:
         yield
+    except ImpossibleModel:
+        raise
+    except FAULTS as error:
+        raise ImpossibleModel(f"config.json describes no model that can be built: {said(error)}") from error
     finally:
         transformers_logging.set_tqdm_hook(outer)
         for hook in hooks:
             hook.remove()
         _BUILDING.release()
+
+
+def said(error: Exception) -> str:
+    """A library's error in one line of bounded length."""
+    words = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return text if len(text) <= MAX_SAID else f"{text[:MAX_SAID]}…"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ LINE_START = re.compile(r"(?<=\n)(?=\S)")
 EXCLUDED_PARTS = {"site-packages", "test", "tests", "lib2to3", "__pycache__"}
 
 
+class TooLittleText(ValueError):
+    """A text has fewer tokens than the windows that are to be cut of it."""
+
+
 def stdlib_documents(split: Split) -> Iterator[str]:
     """The source files of the running Python's standard library, split by the SHA-1 of their relative path.
 
@@ -76,11 +80,11 @@ def parts(document: str) -> Iterator[str]:
 def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int) -> Tensor:
     """`count` windows that do not overlap, (windows, tokens), in the stream's order; the seed chooses which.
 
-    Fewer when the stream holds fewer. Raises: ValueError when it does not hold one.
+    Fewer when the stream holds fewer. Raises: TooLittleText when it does not hold one.
     """
     available = len(stream) // tokens
     if available == 0:
-        raise ValueError(f"the text has {len(stream)} tokens, less than one window of {tokens}")
+        raise TooLittleText(f"the text has {len(stream)} tokens, less than one window of {tokens}")
     chosen = sorted(random.Random(seed).sample(range(available), min(count, available)))
     return stream[: available * tokens].view(available, tokens)[chosen]
 
@@ -88,10 +92,10 @@ def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int) -> Tensor
 def split_stream(stream: Tensor, *, tokens: int) -> dict[Split, Tensor]:
     """A stream without a split of its own: the last tenth for validation, the tenth before for calibration.
 
-    Each part holds at least one window of `tokens`. Raises: ValueError when the stream is shorter than three.
+    Each part holds at least one window of `tokens`. Raises: TooLittleText when the stream is shorter than three.
     """
     if len(stream) < 3 * tokens:
-        raise ValueError(
+        raise TooLittleText(
             f"the text has {len(stream)} tokens; training, calibration and validation need a window of {tokens} each"
         )
     tenth = max(len(stream) // 10, tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 
 from workers.pruning.model.blocks import BlockStack, block_stack, pruned_config
-from workers.pruning.model.building import building
+from workers.pruning.model.building import ImpossibleModel, building
 from workers.pruning.model.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -95,7 +96,7 @@ class SourceTensors:
         path = self.files[name]
         with _opened(path, f"the tensor {name}") as file:
             if name not in file.keys():  # noqa: SIM118  (the handle is no mapping)
-                raise BrokenCheckpoint(f"{path.name} does not hold the tensor {name} that {INDEX} says it does")
+                raise _not_there(path, name)
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
@@ -120,12 +121,29 @@ def _opened(path: Path, wanted: str) -> safe_open:
 def empty_model(folder: Path, check: Callable[[], None] = lambda: None) -> PreTrainedModel:
     """The model that a checkpoint folder's configuration describes, without weights: everything is on `meta`.
 
-    Before every part `check` is called, which may raise. Raises: BrokenCheckpoint, NotThatLarge.
+    Before every part `check` is called, which may raise. Raises: BrokenCheckpoint, ImpossibleModel.
     """
-    config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
-    with building(check, tensors=count_tensors(folder)), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    given = json.loads((folder / "config.json").read_text())
+    try:
+        with building(check, tensors=count_tensors(folder)), torch.device("meta"):
+            config = AutoConfig.for_model(**given)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ImpossibleModel as error:
+        # A table's missing key is all that transformers says of a value that it does not know.
+        unknown = error.__cause__.args[0] if isinstance(error.__cause__, KeyError) else None
+        if isinstance(unknown, str) and (fields := list(_fields(given, unknown))):
+            raise ImpossibleModel(f"config.json has {fields[0]} = {unknown[:80]!r}, which is not known") from error
+        raise
     return model
+
+
+def _fields(config: Mapping[str, Any], value: str) -> Iterator[str]:
+    """The fields of a configuration that have a value, in whatever depth."""
+    for key, found in config.items():
+        if found == value:
+            yield key
+        elif isinstance(found, dict):
+            yield from _fields(found, value)
 
 
 def count_tensors(folder: Path) -> int:
@@ -137,7 +155,8 @@ def check_complete(folder: Path, check: Callable[[], None] = lambda: None) -> So
     """The tensors of a checkpoint that holds every weight of its model; transformers would make up missing ones.
 
     Calls `check` as `empty_model` does.
-    Raises: BrokenCheckpoint naming a missing tensor and the file that should list it; NotThatLarge.
+    Raises: BrokenCheckpoint naming a missing tensor and the file that should list it; ImpossibleModel naming a
+    tensor that has another shape than the configuration says.
     """
     model = empty_model(folder, check)
     files = SourceTensors.of(folder).files
@@ -146,7 +165,31 @@ def check_complete(folder: Path, check: Callable[[], None] = lambda: None) -> So
     if missing := sorted({name for name in needed if name not in files}, key=_natural):
         place = SINGLE if (folder / SINGLE).is_file() else INDEX
         raise BrokenCheckpoint(f"{place} in {folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
+    _check_shapes(model, stored, files)
     return SourceTensors(files, {name: parts for name, parts in stored.items() if parts != (name,)})
+
+
+def _check_shapes(model: PreTrainedModel, stored: Mapping[str, tuple[str, ...]], files: Mapping[str, Path]) -> None:
+    """Hold the shapes that a configuration gives against those of the tensors, but for what is stored in parts."""
+    wanted: dict[Path, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, parameter in model.named_parameters():
+        if len(stored[name]) == 1:
+            wanted[files[stored[name][0]]][stored[name][0]] = tuple(parameter.shape)
+    for path, shapes in wanted.items():
+        with _opened(path, f"the tensor {next(iter(shapes))}") as file:
+            held = set(file.keys())
+            for name, shape in shapes.items():
+                if name not in held:
+                    raise _not_there(path, name)
+                if (found := tuple(file.get_slice(name).get_shape())) != shape:
+                    raise ImpossibleModel(
+                        f"config.json describes another model: {name} of {path.name} has the shape {found}, and "
+                        f"would have {shape}"
+                    )
+
+
+def _not_there(path: Path, name: str) -> BrokenCheckpoint:
+    return BrokenCheckpoint(f"{path.name} does not hold the tensor {name} that {INDEX} says it does")
 
 
 def _stored_names(model: PreTrainedModel, name: str, parameter: Tensor, files: Mapping[str, Path]) -> tuple[str, ...]:
@@ -333,7 +376,7 @@ def load_checkpoint(
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode; safetensors only, no remote code; as stored when `dtype` is None.
 
-    Before every part and every tensor `check` is called, which may raise. Raises: BrokenCheckpoint, NotThatLarge.
+    Before every part and every tensor `check` is called, which may raise. Raises: BrokenCheckpoint, ImpossibleModel.
     """
     with building(check, tensors=count_tensors(folder)):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

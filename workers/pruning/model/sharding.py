@@ -28,7 +28,7 @@ def placement(
     """Where the modules of a checkpoint's model go, no block split, given the bytes that each accelerator may take.
 
     The first one keeps room for the largest part besides, as accelerate has it. None when the weights do not fit.
-    Calls `check` as `empty_model` does. Raises: UnsupportedArchitecture, NotThatLarge.
+    Calls `check` as `empty_model` does. Raises: UnsupportedArchitecture, ImpossibleModel.
     """
     model = empty_model(folder, check)
     whole = type(block_stack(model).blocks[0]).__name__

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_other_names_of_the_same_numbers_are_read() -> None:
         preflight.check_config(spec(1, 3), config)
     with pytest.raises(InvalidRequest, match="at most 128 tokens"):
         preflight.check_config(spec(calibration={"window_tokens": 129}), config)
+
+
+def test_an_answer_beyond_the_context_is_refused_at_its_field() -> None:
+    check = partial(preflight.check_config, config={**CONFIG, "max_position_embeddings": 128})
+    check(spec(calibration={"window_tokens": 128}))
+    with pytest.raises(InvalidRequest, match="after a prompt of half a window, 64 tokens.* at most 128") as refused:
+        check(spec(calibration={"window_tokens": 128}, evaluation={"speed_tokens": 65}))
+    assert refused.value.param == "evaluation.speed_tokens"
 
 
 def test_an_unknown_decoder_only_model_is_left_to_the_worker() -> None:

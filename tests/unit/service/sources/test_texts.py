@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.sources import InvalidSource, UnreadableSource, check_text, fetch_text_documents
+from service.sources import InvalidSource, UnreadableSource, check_text, fetch_text_documents, texts
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
@@ -40,6 +40,32 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, com
     assert next(documents) == "good"
     with pytest.raises(UnreadableSource, match=rf"line 3 of file:///.*/a\.jsonl .*{complaint}"):
         next(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n{"Text": 1}\n', "line 2 of .* has no field `text`"),
+        ("a.jsonl", b'{"text": "good"}\n' * 9 + b"{", "line 10 of .* is not JSON"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"ab\xff", "is not UTF-8"),
+    ],
+)
+def test_what_shows_at_a_text_s_beginning_is_refused_without_reading_the_rest(
+    tmp_path: Path, name: str, content: bytes, complaint: str
+) -> None:
+    (path := tmp_path / name).write_bytes(content)
+    with pytest.raises(UnreadableSource, match=complaint):
+        check_text(path.as_uri())
+
+
+def test_a_beginning_that_ends_in_the_middle_of_a_line_or_a_character_passes(tmp_path: Path) -> None:
+    (lines := tmp_path / "a.jsonl").write_text((json.dumps({"text": "ö" * 999}, ensure_ascii=False) + "\n") * 99)
+    (one := tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * texts.BEGINNING_BYTES}))
+    (text := tmp_path / "a.txt").write_text("x" + "ö" * texts.BEGINNING_BYTES)
+    for path in (lines, one, text):
+        check_text(path.as_uri())
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:

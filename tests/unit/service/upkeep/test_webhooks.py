@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
+from typing import Any
 
 import pytest
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
@@ -34,7 +35,6 @@ from service.db.tables import DeliveryRow, WebhookRow, now
 from service.settings import Settings
 from service.upkeep import reconciler
 from service.upkeep.outbound import Outbound
-from service.upkeep.reconciler import deliver
 from service.upkeep.webhooks import DELAYS, JITTER, LONGEST_DELAY, MAX_TRIES, policy
 from tests.receiver import Received, Reply, receiving
 from tests.stored_jobs import store_job
@@ -53,6 +53,11 @@ def database(settings: Settings) -> Iterator[Database]:
     migrate(database)
     yield database
     database.dispose()
+
+
+def deliver(database: Database, settings: Settings, **options: Any) -> int:
+    """Send what is due, as the reconciler does."""
+    return reconciler.deliver(database, settings, Outbound(policy(settings), **options))
 
 
 def new_hook(
@@ -288,13 +293,31 @@ def test_a_slow_receiver_is_cut_and_keeps_no_other_waiting(database: Database, s
         hooks = [new_hook(database, server.url) for server in (slow, quick)]
         new_job(database)
         slow.shutdown()  # It accepts connections, but nobody reads them.
-        outbound = Outbound(policy(settings), total_seconds=2.0)
-        assert deliver(database, settings, outbound) == 2
+        assert deliver(database, settings, total_seconds=2.0) == 2
 
     rows = [message_of(database, hook) for hook in hooks]
     assert [row.status for row in rows] == [DeliveryStatus.PENDING, DeliveryStatus.SUCCEEDED]
     assert rows[0].attempts[0]["error"] == "no answer within 2 s"
     assert rows[1].attempts[0]["seconds"] < 2.0
+
+
+def test_a_name_server_that_says_nothing_keeps_no_other_receiver_waiting(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.upkeep.lookups.LOOKUP_SECONDS", 0.5)
+    closing = Event()
+    with receiving() as quick:
+        hooks = [new_hook(database, url) for url in ("http://hooks.example.com:1/", quick.url)]
+        new_job(database)
+        try:
+            assert deliver(database, settings, find=lambda host, port: [str(closing.wait())]) == 2
+        finally:
+            closing.set()
+
+    rows = [message_of(database, hook) for hook in hooks]
+    assert [row.status for row in rows] == [DeliveryStatus.PENDING, DeliveryStatus.SUCCEEDED]
+    assert rows[0].attempts[0]["error"] == "hooks.example.com was not found within 0.5 s"
+    assert rows[1].attempts[0]["seconds"] < 0.5
 
 
 def test_who_dies_between_sending_and_recording_leaves_the_message_to_be_sent_again_under_its_id(

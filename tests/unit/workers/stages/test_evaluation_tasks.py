@@ -15,7 +15,7 @@ from pdtrim.contract.evaluation_tasks import InlineTask
 from tests.tiny_job import write_tiny_model
 from workers.inputs.models import load_model, load_tokenizer
 from workers.stages import evaluation_tasks as stage
-from workers.stages.evaluation_tasks import load_tasks, measure_tasks
+from workers.stages.evaluation_tasks import check_tasks, load_tasks, measure_tasks
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 TASK = InlineTask.model_validate(
@@ -147,3 +147,30 @@ def test_names_are_looked_up_before_any_work(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(SourceUnreadable, match="arc_easy cannot be loaded") as unreadable:
         load_tasks(["arc_easy", TASK])
     assert unreadable.value.param == "evaluation.tasks[0]"
+
+
+@harness
+def test_an_answer_that_the_model_cannot_read_is_named_before_the_work(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    check_tasks(load_tasks([TASK]), model, tokenizer, limit=None, seed=0)
+    long = [*TASK.docs[:2], {**TASK.docs[2], "choices": ("1", "value = 1\n" * 100, "3")}]
+    tasks = load_tasks([TASK.model_copy(update={"docs": tuple(long)})])
+
+    with pytest.raises(
+        InvalidRequest, match=r"Question 2 of the task sums: An answer has \d+ tokens.* at most 128"
+    ) as refused:
+        check_tasks(tasks, model, tokenizer, limit=None, seed=0)
+
+    assert refused.value.param == "evaluation.tasks"
+    check_tasks(tasks, model, tokenizer, limit=2, seed=0)  # It is not among the questions that are asked.
+
+
+@harness
+def test_a_question_s_token_without_an_embedding_is_named_before_the_work(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    tokenizer.add_tokens(["Sums"])
+
+    with pytest.raises(InvalidRequest, match="Question 0 of the task sums: The text has the token 'Sums', .* 4096"):
+        check_tasks(load_tasks([TASK]), model, tokenizer, limit=None, seed=0)

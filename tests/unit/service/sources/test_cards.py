@@ -1,0 +1,57 @@
+"""What a data set's card says is held against what will be read; a card that says nothing refuses nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.sources import UnreadableSource
+from service.sources.cards import check_card
+from service.sources.names import HubDataset
+
+TEXT = [{"name": "id", "dtype": "int64"}, {"name": "text", "dtype": "string"}]
+TWO = {"configs": [{"config_name": "en", "data_files": "en/*"}, {"config_name": "de", "data_files": "de/*"}]}
+
+
+@pytest.mark.parametrize(
+    ("card", "config"),
+    [
+        ({}, None),
+        ({"configs": "all of them", "dataset_info": 7}, "en"),
+        ({"configs": [], "dataset_info": [7, None]}, None),
+        ({"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*"}]}]}, None),
+        ({"configs": [{"config_name": "default", "data_files": "data.csv"}]}, None),
+        ({"configs": [{"config_name": "default", "data_files": ["a.csv", "b.csv"]}]}, None),
+        ({"dataset_info": {"features": TEXT, "splits": [{"name": "train"}, {"name": "test"}]}}, None),
+        (TWO, "de"),
+        ({"configs": [{**TWO["configs"][0], "default": True}, TWO["configs"][1]]}, None),
+        ({"dataset_info": [{"config_name": "qa", "features": [{"name": "q"}]}, {"config_name": "en"}]}, "en"),
+    ],
+)
+def test_what_a_card_allows_or_does_not_say_passes(card: dict[str, Any], config: str | None) -> None:
+    check_card(card, HubDataset("acme/wiki", config), "train")
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "complaint"),
+    [
+        (TWO, "fr", r"hf://datasets/acme/wiki/fr does not exist: .* configurations en, de\."),
+        (TWO, None, r"has several configurations; give hf://datasets/acme/wiki/ and one of en, de\."),
+        (
+            {"configs": [{"config_name": "default", "data_files": [{"split": "test", "path": "t"}]}]},
+            None,
+            r"has no split `train`, which is what is read; it has test\.",
+        ),
+        ({"dataset_info": {"splits": [{"name": "validation"}]}}, None, r"has no split `train`.* validation\."),
+        ({"dataset_info": {"features": [{"name": "question"}]}}, None, r"has no field `text`; its rows have question"),
+        (
+            {"dataset_info": [{"config_name": "qa", "features": [{"name": "q"}]}, {"config_name": "en"}]},
+            "qa",
+            "has no field `text`",
+        ),
+    ],
+)
+def test_what_a_card_rules_out_is_refused_by_name(card: dict[str, Any], config: str | None, complaint: str) -> None:
+    with pytest.raises(UnreadableSource, match=complaint):
+        check_card(card, HubDataset("acme/wiki", config), "train")
