@@ -83,8 +83,10 @@ bench-service: $(VENV)/.test ## The gateway under load, and who runs next: a qua
 	$(BIN)/python -m benchmarks.order
 	$(BIN)/python -m benchmarks.picking
 
-faults: $(VENV)/.test ## 200 jobs through 300 faults
-	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed 0
+FAULTS_SEED ?= 0
+faults: $(VENV)/.test ## 200 jobs through 300 faults, and 60 through 90 on the broker of embedded mode
+	$(BIN)/python -m tests.faults.run --jobs 200 --faults 300 --seed $(FAULTS_SEED)
+	$(BIN)/python -m tests.faults.run --jobs 60 --faults 90 --seed $(FAULTS_SEED) --broker folder
 
 # Each target of tests/fuzz for so long; what it finds is kept in tests/fuzz/corpus, and fails the tests until it is mended.
 FUZZ_SECONDS ?= 600

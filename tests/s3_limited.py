@@ -4,12 +4,14 @@ uploads, and with the whole object's checksum on a part of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>not here</Message></Error>'
@@ -17,11 +19,20 @@ WRONG_CHECKSUM = "AAAAAA=="
 """The CRC32 of the whole object, as far as a part's reader can see."""
 
 
+class _Server(ThreadingHTTPServer):
+    """Says nothing of clients that went away."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 @dataclass
 class LimitedStore:
-    """`refused` are the calls that it refused."""
+    """`refused` are the calls that it refused, while it is `limiting`."""
 
     url: str = ""
+    limiting: bool = True
     refused: list[str] = field(default_factory=list)
 
 
@@ -42,7 +53,9 @@ def limited_store(
         def _handle(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
-            if self.command == "POST" and "delete" in query:
+            if not limited.limiting:
+                self._pass_on(body)
+            elif self.command == "POST" and "delete" in query:
                 self._refuse("DeleteObjects", *delete_objects)
             elif self.command == "GET" and "uploads" in query:
                 self._refuse("ListMultipartUploads", *list_uploads)
@@ -76,13 +89,13 @@ def limited_store(
                     self.send_header(name, value)
             length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
             self.send_header("Content-Length", length or "0")
-            if "Range" in self.headers:
+            if limited.limiting and "Range" in self.headers:
                 self.send_header("x-amz-checksum-crc32", WRONG_CHECKSUM)
             self.end_headers()
             self.wfile.write(content)
             connection.close()
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with _Server(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         limited.url = f"http://127.0.0.1:{server.server_port}"
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -23,7 +23,7 @@ def test_jobs_through_faults_of_every_kind_end_as_they_have_to_and_nothing_is_lo
 ) -> None:
     """The script checks; `make faults` runs more than ten times as much. Fewer faults would leave a kind out."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.run", "--jobs", "14", "--faults", "22", "--seed", "0"],
+        [sys.executable, "-m", "tests.faults.run", "--jobs", "12", "--faults", "19", "--seed", "0"],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")},
         capture_output=True,

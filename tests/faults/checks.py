@@ -15,10 +15,15 @@ from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow
 from service.queue import celery_app
 from service.storage import ArtifactStore, ObjectNotFound
 from tests.faults.cluster import Cluster
+from tests.faults.inject import SECRET
 from tests.faults.workload import LABEL, Follower, Planned
 
-PASSING = ("fell silent", "StoreUnavailable", "OperationalError", "No space left on device", "os error 28")
+PASSING = (
+    "fell silent", "StoreUnavailable", "OperationalError", "No space left on device", "os error 28", "is being stopped",
+)  # fmt: skip
 """What the loss of an attempt to an injected fault looks like."""
+REFUSING = ("not on the allow list", "cannot be read")
+"""And what refusing an exchanged file does."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ def check_jobs(cluster: Cluster, planned: Sequence[Planned], ids: Mapping[int, s
         found = {job.number: [row for row in rows if row.labels.get(LABEL) == str(job.number)] for job in planned}
         for job in planned:
             those = found[job.number]
+            if job.deleted:
+                if those or (left := list(cluster.store.list_keys(f"jobs/{ids[job.number]}"))):
+                    yield Violation(f"job {job.number} was deleted, and left {those or left}")
+                continue
             if len(those) != 1:
                 yield Violation(f"job {job.number} exists {len(those)} times: {[row.id for row in those]}")
                 continue
@@ -49,6 +58,7 @@ def check_jobs(cluster: Cluster, planned: Sequence[Planned], ids: Mapping[int, s
                 yield Violation(f"job {job.number} was answered as {ids.get(job.number)}", row.id)
             yield from _check_job(session, row, job, cluster.settings.max_attempts)
             yield from _check_artifacts(session, cluster.store, row)
+            yield from _check_secret(session, cluster.store, row)
 
 
 def _check_job(session: Session, job: JobRow, planned: Planned, max_attempts: int) -> Iterator[Violation]:
@@ -59,7 +69,7 @@ def _check_job(session: Session, job: JobRow, planned: Planned, max_attempts: in
         yield Violation(f"events are numbered {[event.number for event in events]}, last {job.last_event}", job.id)
     outcome = outcome_of(job)
     exhausted_by_faults = outcome == "attempts_exhausted" and not planned.poison
-    if outcome != planned.outcome and not exhausted_by_faults:
+    if outcome not in planned.outcomes and not exhausted_by_faults:
         yield Violation(f"ended {outcome}, not {planned.outcome}: {job.error}", job.id)
     for row in stages:
         of_stage = [event for event in events if event.stage == row.name]
@@ -74,10 +84,11 @@ def _check_job(session: Session, job: JobRow, planned: Planned, max_attempts: in
             yield Violation(f"{row.name} was claimed {row.attempt} times, but started as {attempts}", job.id)
         if len(lost) != row.attempt - counts["stage.succeeded"]:
             yield Violation(f"{row.name} lost {row.attempt} attempts with {len(lost)} reasons: {lost}", job.id)
-        if row.attempt > max_attempts:
+        if row.attempt - row.attempts_forgiven > max_attempts:
             yield Violation(f"{row.name} was tried {row.attempt} times", job.id)
         if outcome != planned.outcome or planned.poison or planned.outcome == "succeeded":
-            unexplained = [reason for reason in lost if not any(word in reason for word in PASSING)]
+            words = (*PASSING, *REFUSING) if planned.folder else PASSING
+            unexplained = [reason for reason in lost if not any(word in reason for word in words)]
             if unexplained:
                 yield Violation(f"{row.name} lost attempts to no fault that was injected: {unexplained}", job.id)
     statuses = {StageName(row.name): row.status for row in stages}
@@ -98,6 +109,13 @@ def _check_artifacts(session: Session, store: ArtifactStore, job: JobRow) -> Ite
             continue
         if (len(content), hashlib.sha256(content).hexdigest()) != (row.size, row.sha256):
             yield Violation(f"{row.key} holds other bytes than were recorded", job.id)
+
+
+def _check_secret(session: Session, store: ArtifactStore, job: JobRow) -> Iterator[Violation]:
+    """No checkpoint has what an exchanged file led to."""
+    for row in session.exec(select(ArtifactRow).where(ArtifactRow.job_id == job.id, ArtifactRow.stage == "export")):
+        if SECRET.encode() in store.get_bytes(row.key):
+            yield Violation(f"{row.key} has the content of a file that was none of the job's business", job.id)
 
 
 def check_followers(cluster: Cluster, followers: Sequence[Follower], seconds: float) -> Iterator[Violation]:

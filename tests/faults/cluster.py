@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 from sqlalchemy import Engine as Database
@@ -22,10 +23,13 @@ from service.settings import Settings
 from service.storage import ArtifactStore, open_store
 from tests import servers
 from tests.faults.proxy import Proxy
+from tests.hub import REPOSITORY, Hub, serve_hub
+from tests.s3_limited import LimitedStore, limited_store
 from tests.servers import Postgres
 
 ROOT = Path(__file__).parents[2]
 SCRATCH_BYTES = 48 << 20
+LACKING = {"delete_objects": (501, "NotImplemented"), "list_uploads": (501, "NotImplemented")}
 STOP_SECONDS = 20.0
 COMMANDS = {"gateway": "gateway", "worker": "worker", "reconciler": "reconcile"}
 MEMBERS = ("gateway", "gateway", "worker", "worker", "reconciler")
@@ -71,8 +75,13 @@ class Cluster:
 
     folder: Path
     postgres: Postgres
-    valkey: ValkeyServer
+    valkey: ValkeyServer | None
+    """None where the broker is a folder."""
     proxy: Proxy
+    """Between the service and the store."""
+    limited: LimitedStore
+    hub: Hub
+    hub_proxy: Proxy
     settings: Settings
     database: Database
     store: ArtifactStore
@@ -139,24 +148,32 @@ class Cluster:
 
 
 @contextmanager
-def running(folder: Path, models: Path) -> Iterator[Cluster]:
-    """A cluster in `folder`, whose jobs may name models below `models`."""
+def running(folder: Path, models: Path, broker: Literal["valkey", "folder"]) -> Iterator[Cluster]:
+    """A cluster in `folder`, whose jobs may name models below `models`, and the repository of its hub."""
     with (
         servers.restartable_postgres() as postgres,
-        servers.restartable_valkey() as valkey,
+        servers.restartable_valkey() if broker == "valkey" else nullcontext() as valkey,
         servers.seaweedfs() as s3,
-        Proxy(int(s3.endpoint_url.rpartition(":")[2])) as proxy,
+        limited_store(s3.endpoint_url, **LACKING) as limited,
+        Proxy(_port(limited.url)) as proxy,
+        serve_hub({}) as hub,
+        Proxy(_port(hub.url)) as hub_proxy,
         _scratch(folder / "scratch") as no_full_disk,
     ):
+        limited.limiting = False
         environment = _environment() | s3.environment | {
             "PYTHONPATH": str(ROOT),
             "PDTRIM_DATA_DIR": str(folder / "data"),
             "PDTRIM_SCRATCH_DIR": str(folder / "scratch"),
             "PDTRIM_DATABASE_URL": postgres.url,
-            "PDTRIM_BROKER_URL": f"{valkey.connection_url}/0",
+            **({} if valkey is None else {"PDTRIM_BROKER_URL": f"{valkey.connection_url}/0"}),
             "PDTRIM_ARTIFACTS_URL": f"s3://{s3.bucket}/faults",
             "PDTRIM_S3_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-            "PDTRIM_ALLOWED_SOURCES": json.dumps([models.as_uri()]),
+            "PDTRIM_ALLOWED_SOURCES": json.dumps([models.as_uri(), f"hf://{REPOSITORY}"]),
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub_proxy.port}",
+            "HF_HOME": str(folder / "hub"),
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "PDTRIM_SHUTDOWN_SECONDS": "0.5",
             "PDTRIM_RECONCILE_IN_GATEWAY": "false",
             "PDTRIM_LEASE_SECONDS": "2.5",
             "PDTRIM_RECONCILE_SECONDS": "0.5",
@@ -166,7 +183,7 @@ def running(folder: Path, models: Path) -> Iterator[Cluster]:
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         settings = Settings(
-            data_dir=folder / "data", database_url=postgres.url, broker_url=environment["PDTRIM_BROKER_URL"],
+            data_dir=folder / "data", database_url=postgres.url, broker_url=environment.get("PDTRIM_BROKER_URL", ""),
             max_attempts=6,
         )  # fmt: skip
         ports = servers.free_ports(len(MEMBERS))
@@ -175,7 +192,7 @@ def running(folder: Path, models: Path) -> Iterator[Cluster]:
             for number, (kind, port) in enumerate(zip(MEMBERS, ports, strict=True))
         ]
         cluster = Cluster(
-            folder, postgres, valkey, proxy, settings, connect(postgres.url),
+            folder, postgres, valkey, proxy, limited, hub, hub_proxy, settings, connect(postgres.url),
             open_store(environment["PDTRIM_ARTIFACTS_URL"], **s3.options), members,
             None if no_full_disk else folder / "scratch" / "fill", no_full_disk,
         )  # fmt: skip
@@ -186,6 +203,10 @@ def running(folder: Path, models: Path) -> Iterator[Cluster]:
         finally:
             cluster.kill()
             cluster.database.dispose()
+
+
+def _port(url: str) -> int:
+    return int(url.rpartition(":")[2])
 
 
 def _environment() -> dict[str, str]:

@@ -6,9 +6,11 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import psutil
 import redis
@@ -17,8 +19,11 @@ from sqlmodel import select
 
 from pdtrim.contract.jobs import StageStatus
 from service.db.session import transaction
-from service.db.tables import StageRow
+from service.db.tables import JobRow, StageRow
+from service.queue import QUEUE
 from tests.faults.cluster import Cluster, Member
+from tests.faults.workload import LABEL, LICENCE
+from tests.odd_messages import a_message, odd_messages
 
 SHARES = {
     "worker's child killed": 8,
@@ -35,14 +40,24 @@ SHARES = {
     "store stalls": 1,
     "store cuts uploads": 2,
     "disk full": 1,
+    "worker asked to end by SIGHUP": 2,
+    "odd messages": 2,
+    "licence exchanged for a link": 3,
+    "hub stalls": 2,
+    "store without bulk delete": 2,
 }
 """Of how many faults, how many are of each kind, about."""
+OF_VALKEY = {"Valkey flushed", "Valkey restarted"}
+SECRET = "what no checkpoint may hold"
+"""In the file that the exchanged licence leads to."""
 
 
-def schedule(count: int, rng: random.Random) -> list[str]:
-    """`count` kinds in random order, each about as often as its share says."""
-    kinds = list(SHARES)
-    exact = [count * share / sum(SHARES.values()) for share in SHARES.values()]
+def schedule(count: int, rng: random.Random, *, without: Collection[str] = ()) -> list[str]:
+    """`count` kinds in random order, each once if they suffice, and beyond that about as often as its share says."""
+    shares = {kind: share for kind, share in SHARES.items() if kind not in without}
+    kinds, each = list(shares), int(count >= len(shares))
+    more = count - each * len(kinds)
+    exact = [each + more * share / sum(shares.values()) for share in shares.values()]
     chosen = [kind for kind, wanted in zip(kinds, exact, strict=True) for _ in range(int(wanted))]
     by_rest = sorted(range(len(kinds)), key=lambda i: int(exact[i]) - exact[i])
     chosen += [kinds[i] for i in by_rest[: count - len(chosen)]]
@@ -56,6 +71,8 @@ class Injector:
 
     cluster: Cluster
     rng: random.Random
+    folders: Mapping[int, Path]
+    """The models' own folders, by the jobs' numbers."""
     done: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     _undo: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
@@ -100,6 +117,7 @@ class Injector:
                 with redis.Redis.from_url(cluster.settings.broker_url) as broker:
                     broker.flushall()
             case "Valkey restarted":
+                assert cluster.valkey is not None
                 cluster.valkey.terminate()
                 time.sleep(rng.uniform(0, 1))
                 cluster.valkey.start()
@@ -118,6 +136,18 @@ class Injector:
                 self._later(cluster.proxy.mend)
             case "disk full":
                 return self._fill_disk()
+            case "worker asked to end by SIGHUP":
+                return self._hang_up()
+            case "odd messages":
+                self._send_odd_messages()
+            case "licence exchanged for a link":
+                return self._exchange()
+            case "hub stalls":
+                cluster.hub_proxy.stall()
+                self._later(cluster.hub_proxy.mend)
+            case "store without bulk delete":
+                cluster.limited.limiting = True
+                self._later(partial(setattr, cluster.limited, "limiting", False))
             case _:
                 raise ValueError(f"no such fault: {kind}")
         return True
@@ -134,6 +164,56 @@ class Injector:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         return bool(struck)
+
+    def _hang_up(self) -> bool:
+        candidates = self.cluster.of("worker")
+        if len(candidates) < 2:
+            return False
+        process = self.rng.choice(candidates).process
+        assert process is not None
+        process.send_signal(signal.SIGHUP)
+        return True
+
+    def _send_odd_messages(self) -> None:
+        """Beside those of ours, into whichever broker there is; in a folder a table of queues is cut short, too."""
+        odd = self.rng.sample(list(odd_messages(a_message())), 5)
+        settings = self.cluster.settings
+        if self.cluster.valkey is not None:
+            with redis.Redis.from_url(settings.broker_url) as broker, suppress(redis.RedisError):
+                for message in odd:
+                    broker.lpush(QUEUE, message)
+            return
+        folder = settings.data_dir / "broker"
+        for number, message in enumerate(odd):
+            (folder / "messages" / f"{time.time_ns()}{number}.{QUEUE}.msg").write_bytes(message)
+        for table in folder.glob("control/*.exchange"):
+            table.write_bytes(table.read_bytes()[: self.rng.randrange(20)])
+
+    def _exchange(self) -> bool:
+        """The licence of a model that a stage reads just now, for a link to what is none of the job's business."""
+        try:
+            with transaction(self.cluster.database) as session:
+                running = select(JobRow).join(StageRow).where(StageRow.status == StageStatus.RUNNING)
+                numbers = {int(job.labels[LABEL]) for job in session.exec(running).all()}
+        except SQLAlchemyError:
+            return False
+        candidates = [folder for number in sorted(numbers) if (folder := self.folders.get(number)) is not None]
+        if not candidates:
+            return False
+        secret, licence = self.cluster.folder / "secret", self.rng.choice(candidates) / "LICENSE"
+        secret.write_text(SECRET)
+        if licence.is_symlink():
+            return False
+        link = licence.with_name("new")
+        link.symlink_to(secret)
+        os.replace(link, licence)
+
+        def restore() -> None:
+            link.write_text(LICENCE)
+            os.replace(link, licence)
+
+        self._later(restore)
+        return True
 
     def _children(self, member: Member) -> list[psutil.Process]:
         return member.tree()[1:]

@@ -1,18 +1,22 @@
 """Runs jobs on real servers while everything that can fail is made to, and checks that nothing was lost or doubled.
 
-`python -m tests.faults.run --jobs 200 --faults 300 --seed 0`. The faults, their order and the jobs follow from the
-seed; what they meet depends on the machine. Exits with 1, the seed and the events of the jobs concerned on a violation.
+`python -m tests.faults.run --jobs 200 --faults 300 --seed 0 --broker valkey`. The faults, their order and the jobs
+follow from the seed; what they meet depends on the machine, and a fault that can strike nothing just now lets the next
+go first. Exits with 1, the seed and the events of the jobs concerned on a violation.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,14 +29,15 @@ from sqlalchemy import func
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col, select
 
-from pdtrim.contract.jobs import JobStatus, StageStatus
+from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from service.db.session import transaction
 from service.db.tables import JobRow, StageRow
 from tests.faults import checks
 from tests.faults.checks import Violation
 from tests.faults.cluster import Cluster, running
-from tests.faults.inject import Injector, kill_worker_of, schedule
-from tests.faults.workload import Follower, Planned, Submitter, plan
+from tests.faults.inject import OF_VALKEY, Injector, kill_worker_of, schedule
+from tests.faults.workload import LICENCE, Follower, Planned, Submitter, plan
+from tests.hub import Hub
 
 START_SECONDS = 180.0
 QUIET_SECONDS = 300.0
@@ -42,10 +47,16 @@ TICK_S = 0.1
 console = Console(width=110)
 
 
+class Broker(StrEnum):
+    VALKEY = "valkey"
+    FOLDER = "folder"
+
+
 def main(
     jobs: Annotated[int, typer.Option(min=3, help="How many jobs.")] = 200,
     faults: Annotated[int, typer.Option(min=0, help="How many faults.")] = 300,
     seed: Annotated[int, typer.Option(help="What jobs and faults follow from.")] = 0,
+    broker: Annotated[Broker, typer.Option(help="Valkey, or the folder of embedded mode.")] = Broker.VALKEY,
     folder: Annotated[Path | None, typer.Option(help="Folder to keep with logs; by default a temporary one.")] = None,
 ) -> None:
     """Run jobs through faults."""
@@ -58,9 +69,10 @@ def main(
         folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="pdtrim-faults-") if folder is None else nullcontext(folder) as name:
         models = Path(name) / "models"
-        with running(Path(name), models) as cluster:
-            run = Run(cluster, plan(jobs, models / "tiny", rng), schedule(faults, rng), rng)
-            _write_model(models / "tiny")
+        with running(Path(name), models, broker.value) as cluster:
+            without = OF_VALKEY if broker == Broker.FOLDER else ()
+            run = Run(cluster, plan(jobs, models, rng), schedule(faults, rng, without=without), rng)
+            _write_models(models, run.jobs, cluster.hub)
             _wait_until_ready(cluster)
             run.go()
             violations = run.verdict()
@@ -79,7 +91,8 @@ class Run:
         self.jobs = jobs
         self.faults = faults
         # Each of its own seed, so that they do not change one another's.
-        self.injector = Injector(cluster, random.Random(rng.random()))
+        folders = {job.number: job.folder for job in jobs if job.folder is not None}
+        self.injector = Injector(cluster, random.Random(rng.random()), folders)
         self.submitter = Submitter(jobs, cluster.urls(), random.Random(rng.random()))
         self.followers: dict[str, Follower] = {}
         self.timed_out = False
@@ -91,6 +104,7 @@ class Run:
             bars = progress.add_task("jobs", total=len(self.jobs)), progress.add_task("faults", total=len(self.faults))
             self.submitter.start()
             injected, stages_done, quiet_since = 0, 0, time.monotonic()
+            waiting = list(self.faults)
             while self.submitter.finished < len(self.jobs) or self.injector.lasting:
                 time.sleep(TICK_S)
                 self.cluster.tend()
@@ -103,9 +117,11 @@ class Run:
                     stages_done, quiet_since = now_done, time.monotonic()
                 self.submitter.finished = jobs_done
                 # As the work goes on, so do the faults.
-                while injected < len(self.faults) and stages_done >= injected / len(self.faults) * 5 * len(self.jobs):
-                    if not self.injector.inject(self.faults[injected]):
+                while waiting and stages_done >= injected / len(self.faults) * 5 * len(self.jobs):
+                    kind = next(filter(self.injector.inject, dict.fromkeys(waiting)), None)
+                    if kind is None:
                         break
+                    waiting.remove(kind)
                     injected += 1
                 progress.update(bars[0], completed=jobs_done)
                 progress.update(bars[1], completed=injected)
@@ -116,12 +132,11 @@ class Run:
         self.submitter.stop()
 
     def _look(self) -> tuple[int, int]:
-        """How many jobs and how many stages are done; also kills who works on poison, and follows events."""
+        """How many jobs and how many stages are done; also kills who works on poison, deletes, and follows events."""
         ids = dict(self.submitter.ids)
         poison = {ids[job.number] for job in self.jobs if job.poison and job.number in ids}
         with transaction(self.cluster.database) as session:
-            final = [status for status in JobStatus if status.final]
-            jobs_done = session.exec(select(func.count()).where(col(JobRow.status).in_(final))).one()
+            statuses = dict(session.exec(select(JobRow.id, JobRow.status)).all())
             ended = (StageStatus.SUCCEEDED, StageStatus.FAILED, StageStatus.CANCELLED)
             stages_done = session.exec(select(func.count()).where(col(StageRow.status).in_(ended))).one()
             distilling = select(StageRow.job_id).where(
@@ -130,10 +145,16 @@ class Run:
             poisoned = poison & set(session.exec(distilling).all())
         if poisoned:
             kill_worker_of(self.cluster, poisoned)
+        done = {job_id for job_id, status in statuses.items() if JobStatus(status).final}
+        doomed = {job.number for job in self.jobs if job.deleted}
+        for number in doomed - self.submitter.gone:
+            if ids.get(number) in done:
+                self.submitter.delete(number)
         for number, job_id in ids.items():
-            if number % FOLLOW_EVERY == 0 and job_id not in self.followers:
+            if number % FOLLOW_EVERY == 0 and number not in doomed and job_id not in self.followers:
                 self.followers[job_id] = Follower(self.cluster.urls()[number % 2], job_id)
-        return jobs_done, stages_done
+        gone = {ids[number] for number in self.submitter.gone} - statuses.keys()
+        return len(done | gone), stages_done + len(StageName) * len(gone)
 
     def verdict(self) -> list[Violation]:
         """Everything that does not hold; the cluster is stopped on the way."""
@@ -144,11 +165,18 @@ class Run:
         while not _all_ready(self.cluster) and time.monotonic() < deadline:
             self.cluster.tend()
             time.sleep(0.2)
+        while self._doomed_are_there() and time.monotonic() < deadline:
+            time.sleep(0.2)
         violations += checks.check_followers(self.cluster, list(self.followers.values()), 70.0)
         violations += checks.check_workers(self.cluster)
         violations += [Violation(what) for what in self.cluster.stop()]
         violations += checks.check_jobs(self.cluster, self.jobs, self.submitter.ids)
         return violations
+
+    def _doomed_are_there(self) -> bool:
+        doomed = [self.submitter.ids[number] for number in self.submitter.gone]
+        with transaction(self.cluster.database) as session:
+            return bool(session.exec(select(JobRow.id).where(col(JobRow.id).in_(doomed))).all())
 
     def tables(self, seconds: float, seed: int) -> Table:
         """What was done to the service, and what became of the jobs."""
@@ -163,7 +191,10 @@ class Run:
         with transaction(self.cluster.database) as session:
             rows = {row.id: checks.outcome_of(row) for row in session.exec(select(JobRow)).all()}
             attempts = session.exec(select(StageRow.attempt)).all()
-        ended = Counter((job.outcome, rows.get(self.submitter.ids.get(job.number, ""), "lost")) for job in self.jobs)
+        ended = Counter(
+            (job.outcome, "deleted" if job.deleted else rows.get(self.submitter.ids.get(job.number, ""), "lost"))
+            for job in self.jobs
+        )
         for (planned, outcome), count in sorted(ended.items()):
             outcomes.add_row(planned, outcome, str(count))
         outcomes.add_row("attempts at stages", "", str(sum(attempts)), style="dim")
@@ -173,10 +204,15 @@ class Run:
         return both
 
 
-def _write_model(folder: Path) -> None:
+def _write_models(models: Path, jobs: Sequence[Planned], hub: Hub) -> None:
     from tests.tiny_job import write_tiny_model  # PyTorch: the service starts meanwhile.
 
-    write_tiny_model(folder, blocks=4)
+    tiny = write_tiny_model(models / "tiny", blocks=4)
+    (tiny / "LICENSE").write_text(LICENCE)
+    hub.files |= {path.name: path.read_bytes() for path in tiny.iterdir()}
+    for job in jobs:
+        if job.folder is not None:
+            shutil.copytree(tiny, job.folder)
 
 
 def _all_ready(cluster: Cluster) -> bool:

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from uuid import uuid4
 import httpx
 
 from pdtrim.client import Client, ClientError
+from tests.hub import REPOSITORY
 
 TEXT = "".join(f"value_{i} = {i} * {i + 1}\n" for i in range(300))
 LABEL = "fault-run-job"
+LICENCE = "Do as you like.\n"
 IN_FLIGHT = 8
 RETRY_S = 0.2
 
@@ -30,21 +33,34 @@ class Planned:
     outcome: str = "succeeded"
     poison: bool = False
     """Whoever works on its distillation is killed."""
+    folder: Path | None = None
+    """Its model's own folder, whose licence may be exchanged for a link while one of its stages runs. A stage that
+    begins meanwhile is right to refuse it."""
+    deleted: bool = False
+    """It is deleted once it has ended, and has to be gone with all it left."""
+
+    @property
+    def outcomes(self) -> set[str]:
+        """How it may end."""
+        return {self.outcome, "source_not_allowed", "source_unreadable"} if self.folder else {self.outcome}
 
 
-def plan(count: int, model: Path, rng: random.Random) -> list[Planned]:
-    """`count` small jobs in random order; one in eight distils, and for every 60 one each is poison, hopeless, late."""
+def plan(count: int, models: Path, rng: random.Random) -> list[Planned]:
+    """`count` small jobs in random order. One in eight distils, as many have their model from the hub, one in twelve
+    has its own, as many are deleted, and for every 60 one each is poison, hopeless, late.
+    """
     special = max(1, count // 60)
     kinds = ["poison", "hopeless", "late"] * special
-    kinds += ["distilled"] * (count // 8)
+    kinds += ["distilled", "hub"] * (count // 8)
+    kinds += ["exchanged", "deleted"] * (count // 12)
     kinds += ["plain"] * (count - len(kinds))
     rng.shuffle(kinds)
-    return [_planned(number, kind, model, rng) for number, kind in enumerate(kinds)]
+    return [_planned(number, kind, models, rng) for number, kind in enumerate(kinds)]
 
 
-def _planned(number: int, kind: str, model: Path, rng: random.Random) -> Planned:
+def _planned(number: int, kind: str, models: Path, rng: random.Random) -> Planned:
     spec: dict[str, Any] = {
-        "model": model.as_uri(),
+        "model": (models / "tiny").as_uri(),
         "prefill": {"remove_blocks": 1},
         "decode": {"remove_blocks": rng.choice([1, 2])},
         "data": {"text": TEXT},
@@ -63,6 +79,13 @@ def _planned(number: int, kind: str, model: Path, rng: random.Random) -> Planned
             return Planned(number, {**spec, "data": {"text": "too short"}}, "invalid_request")
         case "late":
             return Planned(number, {**spec, "deadline_seconds": 0.001}, "deadline_exceeded")
+        case "hub":
+            return Planned(number, {**spec, "model": f"hf://{REPOSITORY}"})
+        case "exchanged":
+            own = models / f"own-{number}"
+            return Planned(number, {**spec, "model": own.as_uri()}, folder=own)
+        case "deleted":
+            return Planned(number, spec, deleted=True)
         case "poison":
             endless = {**steps, "heal_tokens": 10**9, "patience": None}
             return Planned(number, {**spec, "distillation": endless}, "attempts_exhausted", poison=True)
@@ -81,6 +104,8 @@ class Submitter:
     urls: Sequence[str]
     rng: random.Random
     finished: int = 0
+    gone: set[int] = field(default_factory=set)
+    """Jobs that were deleted."""
     ids: dict[int, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -116,6 +141,17 @@ class Submitter:
                 self.errors.append(f"job {job.number} was refused with {answer.status_code}: {answer.text}")
                 return
             time.sleep(RETRY_S)
+
+    def delete(self, number: int) -> None:
+        """Delete a job that has ended, if a gateway answers just now."""
+        with suppress(httpx.RequestError):
+            answer = httpx.delete(
+                f"{self.rng.choice(self.urls)}/v1/jobs/{self.ids[number]}", timeout=3, trust_env=False
+            )
+            if answer.status_code in (202, 204, 404):
+                self.gone.add(number)
+            elif answer.status_code != 503:
+                self.errors.append(f"job {number} was not deleted: {answer.status_code} {answer.text}")
 
 
 class Follower:

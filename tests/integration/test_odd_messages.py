@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -16,6 +13,7 @@ import redis
 from pdtrim.contract.jobs import StageName
 from service import brokers, queue
 from service.settings import Settings
+from tests.odd_messages import odd_messages
 from tests.processes import wait_until
 
 WORKER = """
@@ -29,39 +27,6 @@ def score(job_id):
         print(job_id, file=file)
 app.worker_main(["worker", "--concurrency=1", "--queues=pdtrim", "--without-gossip", "--without-mingle", "-l", "INFO"])
 """
-ODD_HEADERS: dict[str, Any] = {
-    "timelimit": ["soon", 7],
-    "eta": 7,
-    "expires": {"a": 1},
-    "retries": "many",
-    "argsrepr": 7,
-    "id": None,
-    "task": "pdtrim.nothing",
-    "lang": 1,
-    "group": [1],
-    "root_id": {},
-    "stamped_headers": 3,
-}
-
-
-def odd_messages(one: dict[str, Any]) -> Iterator[bytes]:
-    """What may lie in a queue beside messages like this one."""
-
-    def another() -> dict[str, Any]:
-        headers = {**one["headers"], "id": str(uuid.uuid4())}
-        return {**one, "headers": headers, "properties": {**one["properties"], "delivery_tag": str(uuid.uuid4())}}
-
-    yield from (b"", b"no json", b"\xff\xfe", b"[]", b"null", b"7", b"{}", b'{"headers": {}, "properties": {}}')
-    for name, value in ODD_HEADERS.items():
-        good = another()
-        yield json.dumps({**good, "headers": {**good["headers"], name: value}}).encode()
-        good = another()
-        without = {key: kept for key, kept in good["headers"].items() if key != name}
-        yield json.dumps({**good, "headers": without}).encode()
-    for name in one:
-        yield json.dumps({**another(), name: 7}).encode()
-        yield json.dumps({key: value for key, value in another().items() if key != name}).encode()
-    yield json.dumps({**another(), "body": "!!!"}).encode()
 
 
 def wake(settings: Settings, job_id: str) -> None:

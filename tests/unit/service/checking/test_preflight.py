@@ -51,7 +51,7 @@ def test_other_names_of_the_same_numbers_are_read() -> None:
 def test_an_answer_beyond_the_context_is_refused_at_its_field() -> None:
     check = partial(preflight.check_config, config={**CONFIG, "max_position_embeddings": 128})
     check(spec(calibration={"window_tokens": 128}))
-    with pytest.raises(InvalidRequest, match="after a prompt of half a window, 64 tokens.* at most 128") as refused:
+    with pytest.raises(InvalidRequest, match=r"after a prompt of half a window, 64 tokens.* at most 128") as refused:
         check(spec(calibration={"window_tokens": 128}, evaluation={"speed_tokens": 65}))
     assert refused.value.param == "evaluation.speed_tokens"
 

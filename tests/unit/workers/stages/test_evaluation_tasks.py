@@ -172,5 +172,5 @@ def test_a_question_s_token_without_an_embedding_is_named_before_the_work(tmp_pa
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     tokenizer.add_tokens(["Sums"])
 
-    with pytest.raises(InvalidRequest, match="Question 0 of the task sums: The text has the token 'Sums', .* 4096"):
+    with pytest.raises(InvalidRequest, match=r"Question 0 of the task sums: The text has the token 'Sums', .* 4096"):
         check_tasks(load_tasks([TASK]), model, tokenizer, limit=None, seed=0)
