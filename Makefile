@@ -78,10 +78,11 @@ bench: $(VENV)/.worker ## The figures of benchmarks/RESULTS.md on the method
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/peers.py --removed 3 4 5 --heal-tokens 131072
 
-bench-service: $(VENV)/.test ## The gateway under load, and who runs next: a quarter of an hour, most of which fills databases with a million jobs
+bench-service: $(VENV)/.test ## The gateway under load and under attack, and who runs next: half an hour, of which a quarter fills databases with a million jobs
 	$(BIN)/python -m benchmarks.service
 	$(BIN)/python -m benchmarks.order
 	$(BIN)/python -m benchmarks.picking
+	$(BIN)/python -m benchmarks.mixed --minutes 10
 
 FAULTS_SEED ?= 0
 faults: $(VENV)/.test ## 200 jobs through 300 faults, and 60 through 90 on the broker of embedded mode

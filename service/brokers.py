@@ -32,6 +32,8 @@ CONTROL = "pidbox"
 """In the names of queues of questions to workers, such as pings, and of their answers."""
 STALE_SECONDS = 600.0
 """Nobody reads a question, or an answer, that is as old, nor a message that somebody took and died over."""
+BOUND_AGAIN_SECONDS = 10.0
+"""So long after a table of queues was lost, those who read from them hear what is sent to them again, such as pings."""
 KEPT_SECONDS = 7 * 86400.0
 """How long what was set aside is kept."""
 HEADERS = frozenset({"task", "id", "lang", "argsrepr", "kwargsrepr", "origin", "traceparent", "tracestate", "baggage"})
@@ -84,6 +86,12 @@ class RedisTransport(_Careful, redis.Transport):  # type: ignore[misc]
 class _FileChannel(filesystem.Channel):
     """Messages, and which queues an exchange has, each in a file that appears whole."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bound: dict[str, tuple[str, Any]] = {}
+        """Of each queue that this channel bound, its exchange and the entry there."""
+        self._bind_again_at = time.monotonic() + BOUND_AGAIN_SECONDS
+
     def _put(self, queue: str, payload: dict[str, Any], **kwargs: Any) -> None:  # type: ignore[override]
         # In the order in which they were sent, also after the machine has started again.
         name = f"{time.time_ns():020d}_{uuid.uuid4()}.{queue}.msg"
@@ -93,6 +101,11 @@ class _FileChannel(filesystem.Channel):
             raise ChannelError(f"the message {name} cannot be written: {error}") from error
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:
+        if time.monotonic() >= self._bind_again_at:
+            self._bind_again_at = time.monotonic() + BOUND_AGAIN_SECONDS
+            for exchange, entry in self._bound.values():
+                with suppress(ChannelError):  # A full disk, say. There is a next time.
+                    self._bind(exchange, entry)
         for name in sorted(os.listdir(self.data_folder_in)):
             if _queue_of(name) != queue:
                 continue
@@ -116,7 +129,7 @@ class _FileChannel(filesystem.Channel):
         except FileNotFoundError:
             return []
         except FAULTS as error:
-            # The queues are declared again by whoever sends to them, or reads from them.
+            # The queues are declared again by whoever sends to them, and after a while by whoever reads from them.
             _set_aside(file, error)
             return []
         except OSError as error:
@@ -124,9 +137,14 @@ class _FileChannel(filesystem.Channel):
 
     def _queue_bind(self, exchange: str, routing_key: str | None, pattern: str | None, queue: str) -> None:
         entry = filesystem.exchange_queue_t(routing_key or "", pattern or "", queue or "")
+        self._bound[queue or ""] = exchange, entry
+        self._bind(exchange, entry)
+
+    def _bind(self, exchange: str, entry: Any) -> None:
         self.change(exchange, lambda table: table if entry in table else [entry, *table])
 
     def _delete(self, queue: str, exchange: str, routing_key: str, pattern: str, *args: Any, **kwargs: Any) -> None:
+        self._bound.pop(queue, None)
         self._purge(queue)
         entry = filesystem.exchange_queue_t(routing_key or "", pattern or "", queue or "")
         self.change(exchange, lambda table: [one for one in table if one != entry])

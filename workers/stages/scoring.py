@@ -27,7 +27,7 @@ from workers.stages.evaluation_tasks import check_tasks, load_tasks
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
-TRIED_TOKENS = 12
+TRIED_TOKENS = 64
 
 
 def run(context: StageContext) -> ScoringResult:

@@ -10,7 +10,7 @@ from queue import Empty
 from typing import Any
 
 import pytest
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from pdtrim.contract.jobs import StageName
 from service import brokers, queue
@@ -81,6 +81,24 @@ def test_a_table_of_queues_that_cannot_be_read_is_made_again(settings: Settings,
 
     assert taken(settings) == ["job_1"]
     assert json.loads((control / f"{queue.QUEUE}.exchange").read_bytes()) == [["pdtrim", "", "pdtrim"]]
+
+
+def test_who_reads_from_a_queue_is_heard_of_again_when_its_table_is_lost(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(brokers, "BOUND_AGAIN_SECONDS", 0.0)
+    table = settings.data_dir / "broker" / "control" / "celery.pidbox.exchange"
+    with queue.celery_app(settings.broker_url).connection_for_read() as connection:
+        channel = connection.channel()
+        pings = Queue("worker.celery.pidbox", Exchange("celery.pidbox", "fanout"), channel=channel)
+        pings.declare()
+        before = json.loads(table.read_bytes())
+        table.write_bytes(b'[["", "')
+
+        assert pings.get() is None
+        assert json.loads(table.read_bytes()) == before
+        pings.delete()
+        assert json.loads(table.read_bytes()) == []
 
 
 def test_who_reads_while_others_write_gets_every_message_whole_and_once(settings: Settings) -> None:
