@@ -46,6 +46,8 @@ DEMO_SPEC = {
 
 WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "peft")
 PING_SECONDS = 5.0
+SWITCH_SECONDS = 0.0005
+"""How long one of the gateway's threads computes while others wait, of which there are several for each request."""
 # Importing the tasks first pins them: Celery would rather take a folder `workers` where the user happens to be.
 CELERY = "import workers.tasks, celery.__main__; celery.__main__.main()"
 
@@ -91,6 +93,7 @@ def gateway() -> None:
     # What is there by now stays. Looking through all of it for garbage stopped every request for a third of a second.
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
     uvicorn.run(
         app,
         host=settings.host,
