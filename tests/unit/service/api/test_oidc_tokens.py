@@ -244,6 +244,7 @@ def test_for_a_name_that_is_looked_up_for_ever_few_requests_wait_and_not_for_lon
     assert times[5] < 1.5 < times[6] < 6
     assert looked_up.count("login.example.com") == 1
     closing.set()
+    assert provider._read_out.wait(10)  # What it logs is this test's.
 
 
 def test_a_provider_that_was_never_there_is_asked_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
