@@ -21,7 +21,7 @@ import workers
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.calibration import Split, cut_windows, stdlib_documents, token_stream
 from workers.pruning.model.pair import FirstToken
-from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, kept_for_cache
 from workers.pruning.search.engine import ChunkedEngine, Objective, PairEngine, WholeEngine
 from workers.pruning.search.memo import Memo
 from workers.pruning.search.scores import block_scores
@@ -40,7 +40,7 @@ class Pairs:
         self._objective = objective
         self._first_token = first_token
 
-    def engine(self, prefill: Units, *, project_skipped: bool = False) -> PairEngine:
+    def engine(self, prefill: Units) -> PairEngine:
         """With a prefill model that gave up `prefill`."""
         return PairEngine(
             self._stack,
@@ -50,12 +50,11 @@ class Pairs:
             prompt_tokens=self.windows.shape[1] // 2,
             first_token=self._first_token,
             chunk_windows=CHUNK_WINDOWS,
-            project_skipped=project_skipped,
         )
 
-    def loss(self, prefill: Units, decode: Units, *, project_skipped: bool = False) -> float:
+    def loss(self, prefill: Units, decode: Units) -> float:
         """Of continuations by a pair."""
-        return self.engine(prefill, project_skipped=project_skipped).losses([decode])[decode]
+        return self.engine(prefill).losses([decode])[decode]
 
 
 def best(engine: ChunkedEngine, scores: Sequence[float], remove: int, base: Units, seed: int) -> Units:
@@ -99,24 +98,25 @@ def controls(calibration: Pairs, validation: Pairs, stack: BlockStack, args: arg
     whole = WholeEngine(stack, calibration.windows, args.objective, chunk_windows=CHUNK_WINDOWS)
     prefill = best(whole, scores, args.prefill, NOTHING, args.seed)
     decode = best(calibration.engine(prefill), scores, args.decode, prefill, args.seed)
-    free = best(calibration.engine(prefill, project_skipped=True), scores, args.decode, NOTHING, args.seed)
+    projecting = kept_for_cache(blocks_of(prefill))
+    free = best(calibration.engine(projecting), scores, args.decode, NOTHING, args.seed)
     rows = {
-        "dense": (NOTHING, NOTHING, False),
-        "the nested pair": (prefill, decode, False),
-        "its decode set in both halves": (decode, decode, False),
-        "its decode set in decode only": (NOTHING, decode, False),
-        "not nested: prefill projects what it skips": (prefill, free, True),
+        "dense": (NOTHING, NOTHING),
+        "the nested pair": (prefill, decode),
+        "its decode set in both halves": (decode, decode),
+        "its decode set in decode only": (NOTHING, decode),
+        "not nested: prefill projects what it skips": (projecting, free),
     }
     lines = ["| | prefill without | decode without | calibration | validation |", "|---|---|---|---|---|"]
-    for name, (before, after, project_skipped) in rows.items():
-        losses = (pairs.loss(before, after, project_skipped=project_skipped) for pairs in (calibration, validation))
+    for name, (before, after) in rows.items():
+        losses = (pairs.loss(before, after) for pairs in (calibration, validation))
         cells = [name, shown(before), shown(after), *(f"{loss:.4f}" for loss in losses)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def shown(units: Units) -> str:
-    return ", ".join(map(str, sorted(blocks_of(units)))) or "–"
+    return ", ".join(str(unit.block) for unit in sorted(units)) or "–"
 
 
 def main() -> None:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pdtrim.contract.errors import InvalidRequest, TooManyBlocks
-from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.spec import JobSpec, Part
+
+FIELDS: Mapping[Part, str] = {
+    "attention": "remove_attentions",
+    "kv_only": "kv_only_blocks",
+    "mlp": "remove_mlps",
+}
+"""What the specification calls how many blocks give up which part."""
 
 
 def most_removable(spec: JobSpec, blocks: int) -> int:
@@ -53,3 +62,12 @@ def check_blocks(spec: JobSpec, blocks: int) -> None:
             f"be removed, but {stage}.remove_blocks is {target.remove_blocks}; protect or remove fewer.",
             param="search.protect",
         )
+    for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
+        parts, removed = sum(target.parts.values()), target.remove_blocks or 0
+        left = blocks - len(spec.search.protect) - removed
+        if parts > left:
+            raise TooManyBlocks(
+                f"{stage} gives up parts of {parts} blocks besides the {removed} that it removes, but of the model's "
+                f"{blocks} blocks {left} are left that search.protect does not keep; give up fewer.",
+                param=f"{stage}.{FIELDS[next(iter(target.parts))]}",
+            )

@@ -30,6 +30,7 @@ class SearchEstimate(AnswerModel):
 
     prefill: int
     decode: int
+    parts: int = Field(default=0, description="For parts of kept blocks, both halves together.")
     control: int = Field(description="For the control without nesting.")
 
 

@@ -13,7 +13,7 @@ from pdtrim.contract.base import SpecModel
 from pdtrim.contract.errors import NoSuchPoint, SetsNotNested
 from pdtrim.contract.jobs import AnswerModel
 from pdtrim.contract.results import Bound, FrontierSet, HalfPlan, Plan
-from pdtrim.contract.spec import MAX_BLOCKS, HalfTarget, JobName, JobSpec, Labels
+from pdtrim.contract.spec import MAX_BLOCKS, JobName, JobSpec, Labels
 
 
 class FrontierPoint(FrontierSet):
@@ -156,7 +156,7 @@ class ExportSpec(SpecModel):
     def job(self, parent: JobSpec) -> JobSpec:
         """The specification of the job that makes this export from one of `parent`."""
         changes: dict[str, Any] = {"push_to_hub": None} | {
-            half: HalfTarget(remove_blocks=count, mlp_width=given.mlp_width)
+            half: given.model_copy(update={"remove_blocks": count, "max_perplexity_increase": None})
             for half, count, given in (
                 ("prefill", self.prefill.remove_blocks, parent.prefill),
                 ("decode", self.decode.remove_blocks, parent.decode),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -12,6 +14,12 @@ from pdtrim.contract.evaluation_tasks import InlineTask, parse_tasks
 from pdtrim.contract.queues import Priority, QueueName
 
 MAX_BLOCKS = 1024
+Part = Literal["attention", "kv_only", "mlp"]
+"""What a block that stays may give up: its attention, its MLP, or, in prefill, all but its keys and values."""
+PART_NAMES: Mapping[Part, str] = MappingProxyType(
+    {"attention": "attentions", "kv_only": "kept for keys and values alone", "mlp": "MLPs"}
+)
+"""How several of each are called after their number."""
 
 
 SourceString = Annotated[str, Field(min_length=1, max_length=1024, json_schema_extra=NO_NUL), AfterValidator(storable)]
@@ -50,8 +58,8 @@ CHANNEL_MULTIPLE = 8
 
 
 class HalfTarget(SpecModel):
-    """What one serving stage gives up: blocks (a count, as many as a bound on perplexity allows, or the lower), and
-    channels of the MLP of every block that stays."""
+    """What one serving stage gives up: blocks (a count, as many as a bound on perplexity allows, or the lower), parts
+    of blocks that stay, and channels of the MLP of every block that stays."""
 
     remove_blocks: int | None = Field(
         default=None,
@@ -69,6 +77,28 @@ class HalfTarget(SpecModel):
         "by the prefill/decode pair.",
         examples=[0.05],
     )
+    kv_only_blocks: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_BLOCKS,
+        description="Prefill only: blocks of which nothing runs but what makes their keys and values, besides those "
+        "removed. Decode keeps these blocks if it will. Searched last, by the loss of the pair.",
+        examples=[4],
+    )
+    remove_attentions: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_BLOCKS,
+        description="Decode only: blocks that give up their attention and keep their MLP, besides those removed. Their "
+        "keys and values are neither sent nor read by a runtime that knows of it.",
+        examples=[2],
+    )
+    remove_mlps: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_BLOCKS,
+        description="Blocks that give up their MLP and keep their attention, besides those removed.",
+    )
     mlp_width: float = Field(
         default=1.0,
         gt=0.0,
@@ -84,6 +114,16 @@ class HalfTarget(SpecModel):
             raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both")
         return self
 
+    @property
+    def parts(self) -> dict[Part, int]:
+        """How many blocks give up which part, in the order in which they are searched."""
+        asked: dict[Part, int] = {
+            "attention": self.remove_attentions,
+            "kv_only": self.kv_only_blocks,
+            "mlp": self.remove_mlps,
+        }
+        return {part: count for part, count in asked.items() if count}
+
     def mlp_channels(self, available: int) -> int:
         """How many of `available` MLP channels every block keeps: a multiple of 8, as tensor cores want it, or all."""
         if self.mlp_width == 1.0:
@@ -93,7 +133,9 @@ class HalfTarget(SpecModel):
 
     def __str__(self) -> str:
         bound = "" if self.max_perplexity_increase is None else f"within +{self.max_perplexity_increase:.3g} perplexity"
-        return " ".join(part for part in ("" if self.remove_blocks is None else str(self.remove_blocks), bound) if part)
+        count = "" if self.remove_blocks is None else str(self.remove_blocks)
+        parts = [f"{count} {PART_NAMES[part]}" for part, count in self.parts.items()]
+        return ", ".join([" ".join(said for said in (count, bound) if said), *parts])
 
 
 class DataSpec(SpecModel):
@@ -379,7 +421,7 @@ JobName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\
 
 
 class JobSpec(SpecModel):
-    """One pruning job. Prefill may not give up more blocks than decode; equal sets and widths give one checkpoint."""
+    """One pruning job. Prefill may not remove more blocks than decode; equal sets and widths give one checkpoint."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -454,6 +496,24 @@ class JobSpec(SpecModel):
                     "decode": self.decode.remove_blocks,
                     "param": "prefill.remove_blocks",
                 },
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_of_halves_that_can_give_them_up(self) -> Self:
+        if self.decode.kv_only_blocks:
+            raise PydanticCustomError(
+                "kv_only_in_decode",
+                "decode.kv_only_blocks has to be 0: decode makes no keys and values for others. Give "
+                "decode.remove_blocks or decode.remove_attentions",
+                {"param": "decode.kv_only_blocks"},
+            )
+        if self.prefill.remove_attentions:
+            raise PydanticCustomError(
+                "attentions_in_prefill",
+                "prefill.remove_attentions has to be 0: decode reads the keys and values that they make. Give "
+                "prefill.kv_only_blocks, or decode.remove_attentions, whose keys and values prefill then need not send",
+                {"param": "prefill.remove_attentions"},
             )
         return self
 

@@ -25,6 +25,7 @@ from pdtrim.contract.spec import HalfTarget
 from pdtrim.display.quantities import duration, size
 from pdtrim.display.remedies import REMEDIES
 from pdtrim.display.rendering import evaluation_report, search_report, verdict_report
+from pdtrim.display.tables import PARTS
 from pdtrim.display.verdict import verdict_of
 
 ID_WIDTH = len("job_") + 32
@@ -42,7 +43,9 @@ COLOURS = {
 
 def job_table(jobs: Iterable[Job], now: datetime) -> Table:
     """One line of at most 80 columns a job; `now` is what ages are counted from."""
-    table = Table(box=None, header_style="bold", caption="gives up: blocks of prefill, blocks of decode")
+    table = Table(
+        box=None, header_style="bold", caption="gives up: blocks of prefill, blocks of decode; +: parts of others"
+    )
     table.add_column("job", no_wrap=True, min_width=ID_WIDTH)
     table.add_column("status", no_wrap=True)
     table.add_column("gives up", no_wrap=True)
@@ -56,8 +59,8 @@ def job_table(jobs: Iterable[Job], now: datetime) -> Table:
 
 
 def _target(half: HalfTarget) -> str:
-    bound = half.max_perplexity_increase
-    return str(half.remove_blocks) if bound is None else f"≤{bound:.0%}"
+    bound, parts = half.max_perplexity_increase, "".join(f"+{count}" for count in half.parts.values())
+    return (str(half.remove_blocks) if bound is None else f"≤{bound:.0%}") + parts
 
 
 def what_next(job: Job) -> str:
@@ -139,7 +142,8 @@ def _healed(found: Healing) -> str:
 
 
 def _removed(plan: HalfPlan) -> str:
-    return ", ".join(map(str, plan.removed)) or "nothing"
+    parts = [f"{PARTS[part]} of {block}" for block, part in plan.parts.items()]
+    return ", ".join([*map(str, plan.removed), *parts]) or "nothing"
 
 
 def age(passed: timedelta) -> str:

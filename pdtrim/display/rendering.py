@@ -23,6 +23,7 @@ from pdtrim.display.tables import (
     evaluation_tables,
     folded,
     frontier_tables,
+    parts_table,
     sensitivity_table,
     took,
 )
@@ -59,6 +60,8 @@ def verdict_report(found: Verdict) -> RenderableType:
 def search_report(removal: RemovalResult) -> RenderableType:
     """The pair beside its controls, what the search took, bounds on perplexity, and each block's worth."""
     parts: list[RenderableType] = [rendered(controls_table(removal))]
+    if (of_kept := parts_table(removal)) is not None:
+        parts.append(rendered(of_kept))
     if lines := [*effort_lines(removal), *bound_lines(removal)]:
         parts += [*lines, ""]
     if removal.sensitivity is not None:

@@ -23,11 +23,18 @@ from pdtrim.contract.results import (
     TaskMetric,
     TaskResult,
 )
+from pdtrim.contract.spec import Part
 from pdtrim.display.captions import objective_name
 from pdtrim.display.model_figures import FIGURES
 from pdtrim.display.quantities import NOTHING, UNKNOWN, counted, duration, increase, listed, size
 from pdtrim.display.series import best_so_far, controls
 
+PARTS: Mapping[Part, str] = {
+    "attention": "the attention",
+    "mlp": "the MLP",
+    "kv_only": "all but the keys and values",
+}
+"""What a kept block may give up."""
 SENSITIVITY_COLUMNS = 3
 """Blocks a line, where blocks stand beside each other."""
 ENDED_BY = {"budget": "its budget", "neighbourhood": "having no new set near the best", "time": "its time"}
@@ -58,6 +65,19 @@ def controls_table(removal: Removed) -> Table:
     return Table(title, ("", "prefill gives up", "decode gives up", "loss"), (False, False, False, True), rows)
 
 
+def parts_table(removal: Removed) -> Table | None:
+    """The kept blocks that give up a part; None where none does."""
+    rows = [
+        (half, PARTS[part], listed(block for block, given_up in plan.parts.items() if given_up == part))
+        for half, plan in removal.items()
+        for part in PARTS
+        if part in plan.parts.values()
+    ]
+    return (
+        Table("Parts of kept blocks", ("half", "gives up", "of blocks"), (False, False, False), rows) if rows else None
+    )
+
+
 def bound_lines(removal: Removed) -> list[str]:
     """What became of the bounds on perplexity, where the job has any."""
     return [
@@ -76,7 +96,11 @@ def effort_lines(removal: RemovalResult) -> list[str]:
     """What each search took, where that was recorded."""
     if removal.effort is None:
         return []
-    searches = [*removal.effort.items(), ("the control", removal.effort.control)]
+    searches = [
+        *removal.effort.items(),
+        *((f"{PARTS[found.part]} of blocks in {found.half}", found.effort) for found in removal.parts),
+        ("the control", removal.effort.control),
+    ]
     return [f"Search for {what}: {_effort(effort)}" for what, effort in searches if effort is not None]
 
 
@@ -233,7 +257,8 @@ def estimate_facts(estimate: Estimate) -> dict[str, str]:
     sets, memory = estimate.evaluations, estimate.memory_bytes
     # What the search takes is known wherever parameters are; then nothing is known of a training that there is not.
     trained = NOTHING if memory.distillation is None and memory.search is not None else _known(memory.distillation)
-    counts = f"prefill {sets.prefill:,}, decode {sets.decode:,}, control {sets.control:,}"
+    parts = f", parts {sets.parts:,}" if sets.parts else ""
+    counts = f"prefill {sets.prefill:,}, decode {sets.decode:,}{parts}, control {sets.control:,}"
     return {
         **({"Revision": estimate.model_revision} if estimate.model_revision else {}),
         "Sets to evaluate, at most about": counts,

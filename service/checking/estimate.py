@@ -72,7 +72,11 @@ def estimate(spec: JobSpec, model: ModelDescription, earlier: tuple[str, Sequenc
     """What a job that passed its checks would make and take; `earlier` is a job on the same model, and its stages."""
     shape = _shape(model)
     prefill, decode = limits(spec, shape.blocks)
-    unified = prefill == decode and spec.prefill.mlp_width == spec.decode.mlp_width
+    unified = (
+        prefill == decode
+        and spec.prefill.mlp_width == spec.decode.mlp_width
+        and not (spec.prefill.parts or spec.decode.parts)
+    )
     halves: list[tuple[Role, int, HalfTarget]] = (
         [("unified", prefill, spec.prefill)]
         if unified
@@ -121,10 +125,20 @@ def _evaluations(spec: JobSpec, blocks: int, prefill: int, decode: int) -> Searc
     return SearchEstimate(
         prefill=_sets(spec, blocks, forced, prefill, algorithm),
         decode=_sets(spec, blocks, prefill, decode, algorithm),
+        parts=_part_sets(spec, blocks, prefill, spec.prefill) + _part_sets(spec, blocks, decode, spec.decode),
         control=0
         if prefill == forced
         else _sets(spec, blocks, forced, decode, "annealing" if algorithm == "exhaustive" else algorithm),
     )
+
+
+def _part_sets(spec: JobSpec, blocks: int, removed: int, target: HalfTarget) -> int:
+    """Sets that the searches of the parts of a half's kept blocks compare, at most."""
+    sets, given_up = 0, removed
+    for count in target.parts.values():
+        sets += _sets(spec, blocks, given_up, given_up + count, spec.search.algorithm)
+        given_up += count
+    return sets
 
 
 def _sets(spec: JobSpec, blocks: int, base: int, remove: int, algorithm: str) -> int:
@@ -214,6 +228,12 @@ def _warnings(
                 f"those of the most, {most}.",
                 param=f"{half}.max_perplexity_increase",
             )
+    if spec.prefill.parts or spec.decode.parts:
+        yield EstimateWarning(
+            message="Parts of blocks that go are written as zeros, so the checkpoints load everywhere; they take less "
+            "time only in a runtime that skips what `dead_units` of pdtrim.json lists.",
+            param="prefill" if spec.prefill.parts else "decode",
+        )
     if 2 * decode > shape.blocks:
         yield EstimateWarning(
             message=f"Up to {decode} of {shape.blocks} blocks go, more than half. Look at the frontier before you "

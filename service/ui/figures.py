@@ -17,15 +17,18 @@ from pdtrim.contract.results import (
     SearchRecord,
     Sensitivity,
 )
+from pdtrim.contract.spec import Part
 from pdtrim.display import captions
 from pdtrim.display.captions import objective_name
 from pdtrim.display.healing import HealingCurve, healing_line, healing_table
 from pdtrim.display.quantities import counted, listed, size
 from pdtrim.display.series import FATES, Fate, best_so_far, fates, kv_amounts
 from pdtrim.display.series import controls as measured_controls
-from pdtrim.display.tables import Table, frontier_tables, search_table, sensitivity_table
+from pdtrim.display.tables import PARTS, Table, frontier_tables, search_table, sensitivity_table
 from service.ui.charts import Chart, Point, Series, chart, without_outliers
 
+PART_SYMBOLS: Mapping[Part, str] = {"attention": "M", "mlp": "A", "kv_only": "KV"}
+"""What is left of a block that gives up a part: its MLP, its attention, its keys and values."""
 ROW_BLOCKS = 24
 """Blocks in a row of the block map."""
 MARKED = 40
@@ -69,6 +72,7 @@ class BlockMap:
 
     rows: Sequence[MapRow]
     summary: Mapping[str, str]
+    gives_up_parts: bool
 
 
 def block_map(plans: Halves[HalfPlan]) -> BlockMap:
@@ -87,7 +91,8 @@ def block_map(plans: Halves[HalfPlan]) -> BlockMap:
         )
         for start in starts
     ]
-    return BlockMap(rows, {half: _summary(plan) for half, plan in plans.items()})
+    summary: dict[str, str] = {half: _summary(plan) for half, plan in plans.items()}
+    return BlockMap(rows, summary, any(plan.parts for _, plan in plans.items()))
 
 
 def _cell(plan: HalfPlan, block: int) -> Cell:
@@ -98,12 +103,16 @@ def _cell(plan: HalfPlan, block: int) -> Cell:
         return Cell(block, "distilled", "←" if into < block else "→", f"block {block} is distilled into block {into}")
     absorbed = [removed for removed, absorber in plan.distilled.items() if absorber == block]
     stands = f" and stands for block {absorbed[0]} too" if absorbed else ""
+    part = plan.parts.get(block)
+    if part is not None:
+        return Cell(block, "kept", PART_SYMBOLS[part], f"block {block} is kept without {PARTS[part]}")
     return Cell(block, "kept", "+" if absorbed else "", f"block {block} is kept{stands}")
 
 
 def _summary(plan: HalfPlan) -> str:
     kept = plan.num_blocks - len(plan.removed)
-    return f"keeps {kept} of {plan.num_blocks}: {len(plan.deleted)} deleted, {len(plan.distilled)} distilled"
+    parts = f", {len(plan.parts)} of those kept give up a part" if plan.parts else ""
+    return f"keeps {kept} of {plan.num_blocks}: {len(plan.deleted)} deleted, {len(plan.distilled)} distilled{parts}"
 
 
 def scores(cosine: Sequence[float], threshold: float, plans: Halves[HalfPlan] | None) -> Figure:

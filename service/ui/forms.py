@@ -30,10 +30,12 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     "Prefill gives up": {
         "prefill.remove_blocks": "Blocks",
         "prefill.max_perplexity_increase": "Perplexity may rise by",
+        "prefill.kv_only_blocks": "Blocks kept for keys and values alone",
     },
     "Decode gives up": {
         "decode.remove_blocks": "Blocks",
         "decode.max_perplexity_increase": "Perplexity may rise by",
+        "decode.remove_attentions": "Attentions of other blocks",
     },
     "Text, calibration and search": {
         "data.source": "Text",

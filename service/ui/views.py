@@ -36,6 +36,7 @@ from pdtrim.display.tables import (
     estimate_facts,
     estimate_table,
     evaluation_tables,
+    parts_table,
     took,
 )
 from pdtrim.display.verdict import Verdict, verdict_of
@@ -139,6 +140,7 @@ class JobPage:
     sensitivity: Figure | None
     controls: Sequence[Bar]
     control_table: Table | None
+    parts_table: Table | None
     bounds: Sequence[str]
     efforts: Sequence[str]
     kv: Sequence[Bar]
@@ -259,6 +261,7 @@ def job_page(
         sensitivity=figures.sensitivity(worth, job.spec.search.objective) if worth else None,
         controls=figures.controls(removal) if removal else [],
         control_table=controls_table(removal) if removal else None,
+        parts_table=parts_table(removal) if removal else None,
         bounds=bound_lines(removal) if removal else [],
         efforts=effort_lines(removal) if removal else [],
         kv=figures.kv_bytes(pair) if pair else [],

@@ -32,9 +32,11 @@ from transformers import (
 )
 
 import workers
+from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.calibration import stdlib_documents
-from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
+from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_checkpoint
 from workers.pruning.model.pair import handover
+from workers.pruning.model.parts import zeroed_tensors
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
@@ -145,6 +147,12 @@ PAIRS = {
     "unified": Pair(
         lambda folder: REFERENCE, BlockPlan(12, frozenset({7, 8})), BlockPlan(12, frozenset({7, 8})), "job_unified"
     ),
+    "parts": Pair(
+        lambda folder: REFERENCE,
+        BlockPlan(12, parts={7: "kv_only", 8: "kv_only", 9: "mlp"}),
+        BlockPlan(12, frozenset({5}), parts={3: "attention", 8: "mlp"}),
+        "job_parts",
+    ),
     "dense": Pair(lambda folder: REFERENCE, BlockPlan(12), BlockPlan(12), "job_dense"),
     "qwen3": Pair(random_model(QWEN3), BlockPlan(14, frozenset({6})), BlockPlan(14, frozenset({3, 6, 9})), "job_qwen3"),
     "gemma3": Pair(
@@ -168,13 +176,16 @@ def write_pair(folder: Path, pair: Pair) -> None:
                 "num_source_blocks": plan.num_blocks,
                 "kept_blocks": list(plan.kept),
                 "kv_layer_map": kv_layer_map(pair.prefill, pair.decode),
+                **({"dead_units": {str(block): part for block, part in plan.parts.items()}} if plan.parts else {}),
                 "job": pair.made,
             }
+            stack = block_stack(empty_model(source))
             write_checkpoint(
                 source,
                 folder / role,
                 kept=plan.kept,
                 overrides=SourceTensors({}),
+                zeroed=zeroed_tensors(stack, plan.parts),
                 pdtrim=pdtrim,
                 model_card="A checkpoint for tests.\n",
             )

@@ -34,6 +34,7 @@ SERVED = {
     "qwen3-prefill": ("qwen3", "prefill", ()),
     "gemma3-decode": ("gemma3", "decode", WINDOWED),
     "unified-decode": ("unified", "decode", ()),
+    "parts-decode": ("parts", "decode", ()),
 }
 """Pair, who says the first token, options of both engines. vLLM's prefix caching is on, as by default."""
 FLOAT32_BYTES = 4

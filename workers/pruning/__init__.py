@@ -6,6 +6,7 @@ after it; `repair` and `serving` do not know each other. To be read in this orde
 model/      the model as the method sees it
   blocks            where a model's blocks are; run one on a hidden state; drop some and renumber the rest
   plan              what a half gives up, and how; nesting; the KV layer map
+  parts             a block's attention and MLP: where they are, running it without one, what is zero then on disk
   units             what can be given up, one at a time: what a search chooses among
   calibration       text to fixed token windows
   pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
@@ -19,6 +20,7 @@ search/     what may go
   scores            how redundant each block is
   anchor            hidden states that are held, so that a walk can begin near where the last one went
   engine            the losses of many sets in one pass over the weights
+  prefill_engine    the same for what prefill gives up and leaves keys and values of, beside a decode half
   memo              what is known of sets, window by window, and races between them
   ascent            which sets lie next to one another; going up the counts of removed blocks
   greedy            one unit more, count by count

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from pdtrim.display.tables import Table
+from pdtrim.display.tables import PARTS, Table
 from workers.pruning.serving.pair_server import first_token_of
 
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -91,6 +91,10 @@ def _given_up(pdtrim: Mapping[str, Any]) -> str:
     removed = [block for block in range(pdtrim["num_source_blocks"]) if block not in kept]
     lines = [f"removed blocks (indices of the dense model): {', '.join(map(str, removed)) or 'none'}"]
     lines += [f"block {gone} was distilled into block {into}" for gone, into in pdtrim["distilled_blocks"].items()]
+    lines += [
+        f"block {block} gives up {PARTS[part]}: what is left of it adds zero to the hidden state"
+        for block, part in pdtrim.get("dead_units", {}).items()
+    ]
     if "mlp_width" in pdtrim:
         lines.append(f"MLP channels: {pdtrim['mlp_width']:g} of the dense model's, those that weigh most")
     lines.append(f"serves: {'prefill and decode' if role == 'unified' else role}")

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pdtrim.contract.results import HalfPlan, ModelFigures
+from pdtrim.contract.spec import Part
 from pdtrim.display import captions
 from pdtrim.display.captions import Caption, objective_name
 from pdtrim.display.quantities import listed, size
@@ -178,6 +179,10 @@ def _block_map(findings: Findings) -> tuple[Figure, str]:
     return figure, "; ".join(told) + "."
 
 
+PART_LEFT: Mapping[Part, str] = {"attention": "MLP", "mlp": "attn", "kv_only": "KV"}
+"""What is left of a block that gives up a part."""
+
+
 def _block(axes: Axes, x: float, y: float, block: int, plan: HalfPlan, kept: str) -> None:
     deleted, absorber = block in plan.deleted, plan.distilled.get(block)
     look: dict[str, Any] = {"facecolor": kept}
@@ -187,6 +192,8 @@ def _block(axes: Axes, x: float, y: float, block: int, plan: HalfPlan, kept: str
     elif absorber is not None:
         look = {"facecolor": INK.distilled}
         text = f"{block}→" if absorber > block else f"←{block}"
+    elif block in plan.parts:
+        text = f"{block}\n{PART_LEFT[plan.parts[block]]}"
     axes.add_patch(Rectangle((x + 0.05, y + 0.08), 0.9, 0.84, linewidth=0.6, **look))
     colour = INK.ink if deleted else INK.paper
     box = {"facecolor": INK.gone, "edgecolor": "none", "pad": 1.0} if deleted else None

@@ -11,7 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from pdtrim.contract.results import Plan
 from pdtrim.display import captions
-from pdtrim.display.tables import SENSITIVITY_COLUMNS, Table, bound_lines, controls_table, folded, sensitivity_table
+from pdtrim.display.tables import (
+    SENSITIVITY_COLUMNS,
+    Table,
+    bound_lines,
+    controls_table,
+    folded,
+    parts_table,
+    sensitivity_table,
+)
 from pdtrim.display.verdict import verdict
 from workers.reporting.figures import DARK, INK, Drawing
 from workers.reporting.findings import Findings
@@ -38,7 +46,8 @@ def render(findings: Findings, drawings: Iterable[Drawing]) -> str:
 def _search_tables(plan: Plan) -> list[Table]:
     worth = plan.sensitivity
     of_blocks = [] if worth is None else [folded(sensitivity_table(worth), SENSITIVITY_COLUMNS)]
-    return [controls_table(plan), *of_blocks]
+    of_kept = parts_table(plan)
+    return [controls_table(plan), *([] if of_kept is None else [of_kept]), *of_blocks]
 
 
 def data_uri(drawing: Drawing) -> str:

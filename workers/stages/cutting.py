@@ -44,19 +44,26 @@ def cut(context: StageContext) -> RemovalResult:
     stack, windows = load(context)
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
     prefill, decode = deleting(points.prefill.removed), deleting(points.decode.removed)
-    context.say(0.5, "Measuring the pair.")
+    context.say(0.3, "Measuring the pair.")
     losses = searcher.losses(prefill, decode)
+    of_parts = searcher.parts(prefill, decode, (0.4, 0.7))
     context.say(0.7, "Measuring the controls.")
     controls = searcher.simple_controls(prefill, decode)
     measured = Measured(
-        losses=Losses(objective=spec.search.objective, prefill=losses[0], decode=losses[1], controls=controls),
+        losses=Losses(
+            objective=spec.search.objective,
+            prefill=losses[0],
+            decode=losses[1] if of_parts.loss is None else of_parts.loss,
+            controls=controls,
+        ),
         bounds=Bounds(),
         # Jobs of earlier versions measured none.
         sensitivity=plan.sensitivity or searcher.sensitivity(),
     )
     shutil.move(context.input(StageName.REMOVAL, SEARCH), context.out / SEARCH)
-    decided = ChosenSets(prefill, decode, searcher.prompt_tokens)
-    return RemovalResult(**dict(write_plan(context, scores, decided, measured, plan.frontier)))
+    decided = ChosenSets(of_parts.prefill, of_parts.decode, searcher.prompt_tokens)
+    found = write_plan(context, scores, decided, measured, plan.frontier)
+    return RemovalResult(**dict(found), parts=of_parts.searches)
 
 
 def _parent(context: StageContext) -> Parent:

@@ -15,8 +15,9 @@ from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Healing
 from pdtrim.contract.results.distillation import Kept
 from workers.inputs.models import device, load_model
-from workers.pruning.model.blocks import block_stack, drop_blocks
+from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import stored_dtype
+from workers.pruning.model.parts import idle_tensors, pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.width import change_width
 from workers.pruning.repair.distill import (
@@ -67,14 +68,19 @@ def run(context: StageContext) -> DistillationResult:
     teacher = load_model(context.model_dir, context.check)
 
     prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
-    prefill, in_prefill = _distil_prefill(context, plans, channels, prefill_weights, teacher, data)
+    if plans.prefill.parts:
+        # What such a half predicts by itself is not what it is for: it learns what decode reads of it.
+        prefill, in_prefill = _distil_prefill_for_decode(context, plans, channels, prefill_weights, teacher, data)
+    else:
+        prefill, in_prefill = _distil_prefill(context, plans, channels, prefill_weights, teacher, data)
     context.write_tensors(context.out / PREFILL, prefill)
     if plans.unified:
         decode, in_decode = prefill, in_prefill
     else:
         dense = load_model(context.model_dir, context.check, dtype=torch.float32)
+        # Decode goes on from prefill's weights, unless those learned to make keys and values for it as it is.
         inherited = change_width(
-            {name: t for name, t in prefill.items() if _block(name) in plans.decode.kept},
+            {name: t for name, t in prefill.items() if _block(name) in plans.decode.kept and not plans.prefill.parts},
             channels.prefill,
             channels.decode,
             dict(dense.named_parameters()),
@@ -112,7 +118,7 @@ def _memory_saved(context: StageContext, student: PreTrainedModel) -> AbstractCo
 
 def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
     if context.spec.distillation.trainable == "distilled":
-        return sorted(plan.distilled.values())
+        return sorted({*plan.distilled.values(), *plan.parts})
     return list(plan.kept)
 
 
@@ -144,17 +150,60 @@ def _distil_prefill(
     data: TrainingWindows,
 ) -> tuple[Tensors, Healing | None]:
     """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
-    student = drop_blocks(weights, plans.prefill.removed)
+    student = pruned(weights, plans.prefill)
     return _distil(
         context,
         weights,
         student,
         sequence_loss(student, teacher, plans.prefill.kept, _losses(context)),
-        pruned=bool(plans.prefill.removed) or channels.prefill is not None,
+        gave_up=bool(plans.prefill.removed) or channels.prefill is not None,
         blocks=_trained_blocks(context, plans.prefill),
         frozen=set(),
         data=data,
         journal=journal(context, "prefill", (0.0, 0.5)),
+    )
+
+
+def _distil_prefill_for_decode(
+    context: StageContext,
+    plans: Plans,
+    channels: HalfChannels,
+    weights: PreTrainedModel,
+    teacher: PreTrainedModel,
+    data: TrainingWindows,
+) -> tuple[Tensors, Healing | None]:
+    """The same by what a decode half predicts that is not healed yet and reads the cache of `weights`.
+
+    Where prefill says the first token, its own predictions count as well.
+    """
+    student = pruned(weights, plans.prefill)
+    dense = load_model(context.model_dir, context.check, dtype=torch.float32)
+    reader = pruned(narrowed(dense, channels.decode), plans.decode)
+    layer_map, losses = kv_layer_map(plans.prefill, plans.decode), _losses(context)
+    first_token = context.spec.serving.first_token
+    read = continuation_loss(
+        student,
+        reader,
+        layer_map,
+        teacher,
+        plans.decode.kept,
+        losses,
+        prompt_tokens=data.prompt_tokens,
+        first_token=first_token,
+    )
+    own = sequence_loss(student, teacher, plans.prefill.kept, LossWeights(kl=losses.kl, label=losses.label, hidden=0.0))
+    return _distil(
+        context,
+        weights,
+        student,
+        read if first_token == "decode" else lambda ids: read(ids) + own(ids),
+        gave_up=True,
+        blocks=_trained_blocks(context, plans.prefill),
+        frozen=idle_tensors(block_stack(weights), plans.prefill.parts),
+        data=data,
+        journal=journal(context, "prefill", (0.0, 0.5)),
+        # A block that is computed again leaves no keys and values for decode.
+        memory_saved=nullcontext(),
     )
 
 
@@ -169,9 +218,9 @@ def _distil_decode(
 ) -> tuple[Tensors, Healing | None]:
     """`weights` hold what decode inherits of the prefill weights; those are also what it falls back to."""
     only_decode = _only_in_decode(plans).values()
-    student = drop_blocks(weights, plans.decode.removed)
+    student = pruned(weights, plans.decode)
     loss = continuation_loss(
-        drop_blocks(prefill_weights, plans.prefill.removed),
+        pruned(prefill_weights, plans.prefill),
         student,
         kv_layer_map(plans.prefill, plans.decode),
         teacher,
@@ -185,9 +234,10 @@ def _distil_decode(
         weights,
         student,
         loss,
-        pruned=bool(plans.decode.removed) or channels.decode is not None,
+        gave_up=bool(plans.decode.removed or plans.decode.parts) or channels.decode is not None,
         blocks=_trained_blocks(context, plans.decode),
-        frozen={name for absorber in only_decode for name in kv_tensor_names(block_stack(weights), absorber)},
+        frozen={name for absorber in only_decode for name in kv_tensor_names(block_stack(weights), absorber)}
+        | idle_tensors(block_stack(weights), plans.decode.parts),
         data=data,
         journal=journal(context, "decode", (0.5, 1.0)),
     )
@@ -199,11 +249,12 @@ def _distil(
     student: PreTrainedModel,
     loss: Loss,
     *,
-    pruned: bool,
+    gave_up: bool,
     blocks: list[int],
     frozen: set[str],
     data: TrainingWindows,
     journal: Journal,
+    memory_saved: AbstractContextManager[None] | None = None,
 ) -> tuple[Tensors, Healing | None]:
     """Heal `weights`, which `student` shares.
 
@@ -211,14 +262,15 @@ def _distil(
     that do no better than those given are put back, and nothing is returned as trained.
     """
     settings = training_settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
-    healed = _healed_weights(context, weights, blocks, frozen) if pruned and settings.steps else {}
+    healed = _healed_weights(context, weights, blocks, frozen) if gave_up and settings.steps else {}
     if not healed:
         weights.requires_grad_(False)
         return {}, None
     named = dict(weights.named_parameters())
     given = {name: named[name].detach().cpu().clone() for name in healed}
     before = mean_loss(loss, data.held_out, settings.batch_windows)
-    with _memory_saved(context, student), _trained(context, student, healed) as parameters:
+    saved = _memory_saved(context, student) if memory_saved is None else memory_saved
+    with saved, _trained(context, student, healed) as parameters:
         steps = train_on(loss, parameters, data.training, data.held_out, settings, journal).steps
     weights.requires_grad_(False)
     dtype = stored_dtype(context.model_dir)

@@ -33,10 +33,10 @@ from pdtrim.contract.results import (
 )
 from service.stopping import interruptible
 from workers.inputs.models import device, load_model, load_tokenizer
-from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.measure import Speed, parameters, perplexity, quality, speeds
 from workers.pruning.model.pair import first_token_losses, handed_tokens, kv_cache_bytes, pd_loss
+from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.width import Channels
 from workers.pruning.serving.pair_server import read_rule
@@ -67,7 +67,7 @@ class MeasuredModel:
 
     @property
     def pruned(self) -> bool:
-        return bool(self.plan.removed) or self.channels is not None
+        return bool(self.plan.removed or self.plan.parts) or self.channels is not None
 
 
 def run(context: StageContext) -> EvaluationResult:
@@ -172,6 +172,7 @@ def _describe(
         kept_blocks=list(subject.plan.kept),
         deleted_blocks=sorted(subject.plan.deleted),
         distilled_blocks=dict(sorted(subject.plan.distilled.items())),
+        parts=dict(sorted(subject.plan.parts.items())),
         # Some configurations list them by block.
         mlp_channels=channels if isinstance(channels, int) else None,
         parameters=parameters(subject.model),
@@ -184,7 +185,7 @@ def _describe(
 
 def _pruned(dense: PreTrainedModel, subject: MeasuredModel) -> PreTrainedModel:
     """What the subject was before distillation."""
-    return drop_blocks(narrowed(dense, subject.channels), subject.plan.removed)
+    return pruned(narrowed(dense, subject.channels), subject.plan)
 
 
 def _measure_pair(

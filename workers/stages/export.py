@@ -16,8 +16,9 @@ from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import CheckpointProof, ExportResult
 from service.stopping import interruptible
 from workers.inputs.models import Check, device, load_model
-from workers.pruning.model.blocks import drop_blocks
-from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_checkpoint
+from workers.pruning.model.parts import pruned, zeroed_tensors
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.width import Channels
 from workers.pruning.repair.distill import load_tensors
@@ -67,6 +68,7 @@ def run(context: StageContext) -> ExportResult:
             overrides=SourceTensors.in_file(overrides),
             pdtrim=pdtrim,
             model_card=model_card(pdtrim, inherited_metadata(context.model_dir)),
+            zeroed=_zeroed(context, plan),
             kept_channels=channels.of(role),
             check=context.check,
         )
@@ -89,7 +91,14 @@ def _healed(
     """What a checkpoint has to compute: the narrowed dense model with the trained tensors, without removed blocks."""
     weights = narrowed(load_model(context.model_dir, context.check, dtype=dtype), channels)
     load_tensors(weights, load_file(context.input(StageName.DISTILLATION, trained)))
-    return drop_blocks(weights, plan.removed)
+    return pruned(weights, plan)
+
+
+def _zeroed(context: StageContext, plan: BlockPlan) -> set[str]:
+    """What is zero in a checkpoint whose kept blocks give up parts."""
+    if not plan.parts:
+        return set()
+    return zeroed_tensors(block_stack(empty_model(context.model_dir, context.check)), plan.parts)
 
 
 def _choose_rule(context: StageContext, plans: Plans, channels: HalfChannels, windows: Tensor) -> KvTokenRule | None:
@@ -134,6 +143,7 @@ def pdtrim_json(
         "kept_blocks": list(plan.kept),
         "distilled_blocks": {str(removed): absorber for removed, absorber in sorted(plan.distilled.items())},
         "kv_layer_map": kv_layer_map(plans.prefill, plans.decode),
+        **({"dead_units": {str(block): part for block, part in sorted(plan.parts.items())}} if plan.parts else {}),
         **({} if share == 1 else {"mlp_width": share}),
         **({} if rule is None else {"kv_tokens": rule.to_json()}),
         "serving": {"first_token": context.spec.serving.first_token},

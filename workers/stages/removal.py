@@ -26,8 +26,8 @@ from pdtrim.contract.results import (
 )
 from workers.inputs.models import device, load_for_walks
 from workers.pruning.model.blocks import BlockStack, block_stack
-from workers.pruning.model.plan import BlockPlan, Blocks, assign_actions, kv_layer_map
-from workers.pruning.model.units import Units, blocks_of
+from workers.pruning.model.plan import BlockPlan, assign_actions, kv_layer_map
+from workers.pruning.model.units import Units, blocks_of, parts_of
 from workers.pruning.search.scores import Scores
 from workers.stages.context import StageContext
 from workers.stages.scoring import WINDOWS
@@ -60,7 +60,7 @@ def read_plans(context: StageContext) -> Plans:
 
 def block_plan(half: HalfPlan) -> BlockPlan:
     """The inverse of `half_plan`."""
-    return BlockPlan(half.num_blocks, frozenset(half.deleted), half.distilled)
+    return BlockPlan(half.num_blocks, frozenset(half.deleted), half.distilled, half.parts)
 
 
 def read_scores(context: StageContext) -> Scores:
@@ -83,20 +83,21 @@ def run(context: StageContext) -> RemovalResult:
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
 
     for_prefill = searcher.prefill((0.0, 0.3))
-    for_decode = searcher.decode(for_prefill.units, (0.3, 0.6))
-    context.say(0.6, "Measuring what each block is worth.")
+    for_decode = searcher.decode(for_prefill.units, (0.3, 0.5))
+    of_parts = searcher.parts(for_prefill.units, for_decode.units, (0.5, 0.7))
+    context.say(0.7, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
-    controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.65, 1.0))
+    controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.75, 1.0))
 
     found = write_plan(
         context,
         scores,
-        ChosenSets(for_prefill.units, for_decode.units, searcher.prompt_tokens),
+        ChosenSets(of_parts.prefill, of_parts.decode, searcher.prompt_tokens),
         Measured(
             losses=Losses(
                 objective=spec.search.objective,
                 prefill=for_prefill.chosen.loss,
-                decode=for_decode.chosen.loss,
+                decode=for_decode.chosen.loss if of_parts.loss is None else of_parts.loss,
                 controls=controls,
             ),
             bounds=Bounds(prefill=for_prefill.bound_result, decode=for_decode.bound_result),
@@ -110,6 +111,7 @@ def run(context: StageContext) -> RemovalResult:
     context.write_json(SEARCH, SearchRecord.model_validate(trajectories))
     return RemovalResult(
         **dict(found),
+        parts=of_parts.searches,
         effort=SearchEfforts(
             prefill=searcher.efforts["prefill"],
             decode=searcher.efforts["decode"],
@@ -140,8 +142,8 @@ def write_plan(
     context: StageContext, scores: Scores, decided: ChosenSets, measured: Measured, frontier: Frontiers
 ) -> Removed:
     """Write the plan; returns what goes into the result, too."""
-    prefill = _plan(context, scores, blocks_of(decided.prefill))
-    decode = _plan(context, scores, blocks_of(decided.decode), prefill)
+    prefill = _plan(context, scores, decided.prefill)
+    decode = _plan(context, scores, decided.decode, prefill)
     found = Removed(
         prefill=half_plan(prefill),
         decode=half_plan(decode),
@@ -164,12 +166,14 @@ def write_plan(
 def half_plan(plan: BlockPlan) -> HalfPlan:
     """A half's plan as results hold it; its bytes depend on the plan alone."""
     distilled = dict(sorted(plan.distilled.items()))
-    return HalfPlan(num_blocks=plan.num_blocks, deleted=sorted(plan.deleted), distilled=distilled)
+    parts = dict(sorted(plan.parts.items()))
+    return HalfPlan(num_blocks=plan.num_blocks, deleted=sorted(plan.deleted), distilled=distilled, parts=parts)
 
 
-def _plan(context: StageContext, scores: Scores, removed: Blocks, fixed: BlockPlan | None = None) -> BlockPlan:
+def _plan(context: StageContext, scores: Scores, units: Units, fixed: BlockPlan | None = None) -> BlockPlan:
     return assign_actions(
-        removed,
+        blocks_of(units),
+        parts=parts_of(units),
         num_blocks=len(scores.cosine),
         scores=scores.cosine,
         threshold=context.spec.distillation.threshold,

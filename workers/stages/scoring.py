@@ -21,6 +21,7 @@ from workers.inputs.windows import check_tokens, token_windows
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, prove, try_out
 from workers.pruning.model.building import ImpossibleModel
 from workers.pruning.model.checkpoint import BrokenCheckpoint, check_complete
+from workers.pruning.model.parts import prove_parts
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import check_tasks, load_tasks
@@ -54,6 +55,7 @@ def run(context: StageContext) -> ScoringResult:
         try_out(stack, windows["calibration"][:1, :TRIED_TOKENS])
         if not is_tested(stack.model.config.model_type):
             prove(stack)
+        prove_parts(stack, {*context.spec.prefill.parts, *context.spec.decode.parts})
     if tasks is not None:
         limit, seed = context.spec.evaluation.task_limit, context.spec.seed
         interruptible(context.check, partial(check_tasks, tasks, stack.model, tokenizer, limit=limit, seed=seed))

@@ -9,41 +9,47 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from pdtrim.contract.results import Half
+from workers.pruning.model.plan import Part
 from workers.pruning.model.units import Units, units_from_json, units_json
 from workers.pruning.search.engine import LossEngine, Objective
 from workers.pruning.search.memo import Memo
 from workers.stages.context import StageContext
 
 STATE = "search-state.json"
-VERSION = 2
+VERSION = 3
 """Of the state's form. What another version left is not read: the search measures again."""
 SAVE_INTERVAL_S = 10.0
-SearchName = Literal["prefill", "decode", "control"]
-"""The searches of a stage: for each half, and for the control without nesting."""
+SearchName = Literal["prefill", "decode", "control"] | tuple[Half, Part]
+"""The searches of a stage: for the blocks of each half, for the control without nesting, for the parts of a half."""
 
 
 @dataclass(frozen=True)
 class Phase:
     """Which losses are meant: by which objective, and of sets in which place.
 
-    Without `prefill` a set is given up on whole windows. With it, a set is what decode gives up beside a prefill half
-    that gives up `prefill`, on continuations; not `nested`, that prefill half projects keys and values for all blocks.
+    Without `prefill` and `decode` a set is given up on whole windows. With `prefill`, a set is what decode gives up
+    beside a prefill half that gives up `prefill`, on continuations; with `decode`, what prefill does beside a decode
+    half that gives up `decode`. `part` tells the searches of parts of blocks from one another.
     """
 
     objective: Objective
     prefill: Units | None = None
-    nested: bool = True
+    decode: Units | None = None
+    part: Part | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON that depends on the phase alone."""
-        prefill = None if self.prefill is None else units_json(self.prefill)
-        return {"objective": self.objective, "prefill": prefill, "nested": self.nested}
+        prefill, decode = (None if units is None else units_json(units) for units in (self.prefill, self.decode))
+        return {"objective": self.objective, "prefill": prefill, "decode": decode, "part": self.part}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Phase:
         """The inverse of `to_json`."""
-        prefill = None if content["prefill"] is None else units_from_json(content["prefill"])
-        return cls(content["objective"], prefill, content["nested"])
+        prefill, decode = (
+            None if content[half] is None else units_from_json(content[half]) for half in ("prefill", "decode")
+        )
+        return cls(content["objective"], prefill, decode, content["part"])
 
 
 class SearchState:
@@ -79,11 +85,12 @@ class SearchState:
 
     def out_of_time(self, search: SearchName, limit_s: float | None) -> Callable[[], bool]:
         """Whether a search has run for `limit_s` seconds, all attempts together."""
-        started, before = time.monotonic(), self._seconds.get(search, 0.0)
+        name = search if isinstance(search, str) else " ".join(search)
+        started, before = time.monotonic(), self._seconds.get(name, 0.0)
 
         def spent() -> bool:
-            self._seconds[search] = before + time.monotonic() - started
-            return limit_s is not None and self._seconds[search] >= limit_s
+            self._seconds[name] = before + time.monotonic() - started
+            return limit_s is not None and self._seconds[name] >= limit_s
 
         return spent
 

@@ -8,22 +8,43 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pdtrim.contract.blocks import limits
-from pdtrim.contract.results import BlockWorth, Bound, Controls, DenseLoss, SearchEffort, SearchPart, Sensitivity
+from pdtrim.contract.results import (
+    BlockWorth,
+    Bound,
+    Controls,
+    DenseLoss,
+    Half,
+    PartSearch,
+    PartSet,
+    SearchEffort,
+    SearchPart,
+    Sensitivity,
+)
 from pdtrim.contract.spec import HalfTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.units import NOTHING, Units, deleting
+from workers.pruning.model.plan import Part
+from workers.pruning.model.units import NOTHING, Kind, Units, blocks_of, deleting, kept_for_cache
 from workers.pruning.search.engine import LossEngine, PairEngine, WholeEngine
 from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
+from workers.pruning.search.prefill_engine import PrefillEngine
 from workers.pruning.search.search import Algorithm, SearchResult, search
 from workers.stages.context import StageContext
 from workers.stages.search_state import Phase, SearchName, SearchState
 
 ProgressRange = tuple[float, float]
 """The part of the stage's progress that something takes: where it begins and ends, of 1."""
-SOUGHT: Mapping[SearchName, str] = {"prefill": "prefill", "decode": "decode", "control": "decode without nesting"}
-"""Whose units a search looks for, in messages."""
+SOUGHT: Mapping[SearchName, str] = {
+    "prefill": "which blocks prefill gives up",
+    "decode": "which blocks decode gives up",
+    "control": "which blocks decode gives up without nesting",
+    ("decode", "attention"): "which attentions decode gives up",
+    ("decode", "mlp"): "which MLPs decode gives up",
+    ("prefill", "kv_only"): "which blocks prefill keeps for their keys and values alone",
+    ("prefill", "mlp"): "which MLPs prefill gives up",
+}
+"""What a search looks for, in messages."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,24 @@ class HalfSearched:
         """What came of the bound on perplexity, if the job set one."""
         frontier = [found for _, found in sorted(self.result.frontier.items())]
         return None if self.bound is None else Bound.model_validate(self.bound.to_json(self.chosen, frontier))
+
+
+@dataclass(frozen=True)
+class PartSearched:
+    """What one half gives up with a part of some blocks, and how that was found."""
+
+    chosen: MeasuredSet
+    record: PartSearch
+
+
+@dataclass(frozen=True)
+class PartsSearched:
+    """What both halves give up, parts of blocks among it; the loss of that pair, if any part was searched."""
+
+    prefill: Units
+    decode: Units
+    loss: float | None
+    searches: list[PartSearch]
 
 
 class Searcher:
@@ -78,6 +117,48 @@ class Searcher:
         bound = self._bound(self._spec.decode, prefill, engine, dense=self._pair(NOTHING))
         memo = self._memo(self._phase(prefill), engine)
         return self._half("decode", memo, prefill, self._decode_limit, bound, progress_range)
+
+    def parts(self, prefill: Units, decode: Units, progress_range: ProgressRange) -> PartsSearched:
+        """The parts of kept blocks that each half gives up besides: the least loss on continuations by the pair.
+
+        Decode's come first, since prefill leaves keys and values for what decode still reads. Where decode would give
+        up a part of a block that a bound on perplexity let go, there are fewer to choose from.
+        """
+        asked: list[tuple[Half, Part, int]] = [
+            *(("decode", part, count) for part, count in self._spec.decode.parts.items()),
+            *(("prefill", part, count) for part, count in self._spec.prefill.parts.items()),
+        ]
+        start, end = progress_range
+        found: list[PartSearch] = []
+        loss = None
+        for number, (half, part, count) in enumerate(asked):
+            steps = [start + (end - start) * (number + more) / len(asked) for more in (0, 1)]
+            if half == "decode":
+                base, engine = decode, self._pair(prefill)
+                phase = Phase(self._spec.search.objective, prefill=prefill, part=part)
+            else:
+                base, engine = prefill, self._of_prefill(decode)
+                phase = Phase(self._spec.search.objective, decode=decode, part=part)
+            searched = self._search_part((half, part), self._memo(phase, engine), base, count, (steps[0], steps[1]))
+            found.append(searched.record)
+            loss = searched.chosen.loss
+            prefill, decode = (searched.chosen.units, decode) if half == "prefill" else (prefill, searched.chosen.units)
+        return PartsSearched(prefill, decode, loss, found)
+
+    def _search_part(
+        self, name: tuple[Half, Part], memo: Memo, base: Units, count: int, progress_range: ProgressRange
+    ) -> PartSearched:
+        half, part = name
+        untouched = len(self._cosine) - len({unit.block for unit in base} | set(self._spec.search.protect))
+        last = len(base) + min(count, untouched)
+        algorithm = self._spec.search.algorithm
+        result = self._search(name, memo, base, last, progress_range, algorithm=algorithm, kind=part)
+        frontier = [
+            PartSet(blocks=sorted(unit.block for unit in best.units - base), loss=best.loss)
+            for _, best in sorted(result.frontier.items())
+        ]
+        record = PartSearch(half=half, part=part, frontier=frontier, effort=_effort(result))
+        return PartSearched(result.frontier[last], record)
 
     def sensitivity(self) -> Sensitivity:
         """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
@@ -121,8 +202,8 @@ class Searcher:
     def _non_nested(self, prefill: Units, decode: MeasuredSet, progress_range: ProgressRange) -> MeasuredSet:
         if prefill == self._forced:
             return decode  # Nesting asked for nothing.
-        phase = Phase(self._spec.search.objective, prefill, nested=False)
-        memo = self._memo(phase, self._pair(prefill, project_skipped=True))
+        projecting = kept_for_cache(blocks_of(prefill))
+        memo = self._memo(self._phase(projecting), self._pair(projecting))
         memo([decode.units])
         algorithm = self._spec.search.algorithm
         # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
@@ -157,6 +238,7 @@ class Searcher:
         progress_range: ProgressRange,
         *,
         algorithm: Algorithm,
+        kind: Kind = "block",
         acceptable: Callable[[MeasuredSet], bool] | None = None,
     ) -> SearchResult:
         start, end = progress_range
@@ -165,10 +247,10 @@ class Searcher:
         def on_progress(done: float, best: MeasuredSet) -> None:
             self._context.say(
                 start + (end - start) * done,
-                f"Searching what {SOUGHT[name]} gives up.",
+                f"Searching {SOUGHT[name]}.",
                 evaluated=len(memo.asked),
                 loss=round(best.loss, 5),
-                removed=sorted(best.blocks),
+                removed=sorted(unit.block for unit in best.units if unit.kind == kind),
             )
 
         result = search(
@@ -177,6 +259,7 @@ class Searcher:
             num_blocks=len(self._cosine),
             remove=remove,
             base=base,
+            kind=kind,
             protect=frozenset(spec.protect),
             scores=self._cosine,
             evaluations=spec.annealing_budget(len(self._cosine)),
@@ -213,7 +296,18 @@ class Searcher:
             anchor_bytes=anchor_bytes(self._stack.model),
         )
 
-    def _pair(self, prefill: Units, *, project_skipped: bool = False) -> LossEngine:
+    def _of_prefill(self, decode: Units) -> LossEngine:
+        return PrefillEngine(
+            self._stack,
+            self._windows,
+            self._spec.search.objective,
+            decode=decode,
+            prompt_tokens=self.prompt_tokens,
+            first_token=self._spec.serving.first_token,
+            chunk_windows=self._chunk_windows,
+        )
+
+    def _pair(self, prefill: Units) -> LossEngine:
         return PairEngine(
             self._stack,
             self._windows,
@@ -222,7 +316,6 @@ class Searcher:
             prompt_tokens=self.prompt_tokens,
             first_token=self._spec.serving.first_token,
             chunk_windows=self._chunk_windows,
-            project_skipped=project_skipped,
             anchor_bytes=anchor_bytes(self._stack.model),
         )
 

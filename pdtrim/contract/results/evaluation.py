@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pdtrim.contract.results.base import Half, Halves, Result
 from pdtrim.contract.results.export import TokenRule
+from pdtrim.contract.spec import Part
 
 REPORT = "report.json"
 """The evaluation stage's artifact that holds the `EvaluationResult`."""
@@ -36,6 +37,7 @@ class ModelFigures(Result):
     kept_blocks: list[int]
     deleted_blocks: list[int]
     distilled_blocks: dict[int, int] = Field(description="Block that went → the kept block that stands for both.")
+    parts: dict[int, Part] = Field(default_factory=dict, description="Kept block → what of it is given up.")
     mlp_channels: int | None = Field(default=None, description="Null where they differ between blocks.")
     parameters: int
     bytes: int = Field(description="Of its weights.")

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
-from pdtrim.contract.results.base import Halves, Result
+from pdtrim.contract.results.base import Half, Halves, Result
+from pdtrim.contract.spec import Part
 
 
 class HalfPlan(Result):
@@ -15,6 +16,7 @@ class HalfPlan(Result):
     num_blocks: int = Field(description="Blocks of the dense model.")
     deleted: list[int] = Field(description="Blocks that go outright.")
     distilled: dict[int, int] = Field(description="Block that goes → the kept neighbour that stands for both.")
+    parts: dict[int, Part] = Field(default_factory=dict, description="Block that stays → what of it is given up.")
 
     @property
     def removed(self) -> list[int]:
@@ -39,7 +41,7 @@ class Losses(Result):
     """Losses of the search's objective on the calibration windows, before distillation."""
 
     objective: str = Field(examples=["kl"])
-    prefill: float = Field(description="Of the prefill half, on whole windows.")
+    prefill: float = Field(description="Of the prefill half without the blocks that it removes, on whole windows.")
     decode: float = Field(description="Of the pair, on continuations.")
     controls: Controls
 
@@ -151,11 +153,30 @@ class SearchEfforts(Halves[SearchEffort]):
     )
 
 
+class PartSet(Result):
+    """The best set found that gives up a part of so many blocks."""
+
+    blocks: list[int]
+    loss: float = Field(description="Of the pair, on continuations, before distillation.")
+
+
+class PartSearch(Result):
+    """The search of the blocks of which one half gives up a part, beside all that was decided before."""
+
+    half: Half
+    part: Part
+    frontier: list[PartSet] = Field(description="The best set for every count, from none.")
+    effort: SearchEffort
+
+
 class RemovalResult(Removed):
     """What the removal stage found."""
 
     effort: SearchEfforts | None = Field(
         default=None, description="What the search took. Null where the job was cut from another, and in older jobs."
+    )
+    parts: list[PartSearch] = Field(
+        default_factory=list, description="Of parts of blocks that stay, in the order in which they were searched."
     )
     evaluated: SetsEvaluated | None = Field(default=None, description="Of versions that recorded no effort.")
     # Searches of version 0.1 could be shared by workers.

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -229,19 +229,21 @@ def write_checkpoint(
     overrides: SourceTensors,
     pdtrim: Mapping[str, Any],
     model_card: str,
+    zeroed: Collection[str] = (),
     kept_channels: Channels | None = None,
     max_shard_bytes: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the model of folder `source` without the blocks not in `kept` to the new folder `target`.
 
-    `overrides` replaces tensors, called as in the dense model, and is cast to the stored dtype. `kept_channels` names
-    the MLP channels that stay in each kept block, by its dense index; overrides are then as narrow. `pdtrim` becomes
-    `pdtrim.json` and `model_card` README.md. Memory holds one shard of at most `max_shard_bytes` (or one tensor), by
-    default as much as the source's largest file. Before every tensor and shard `check` is called, which may raise.
+    `overrides` replaces tensors, called as in the dense model, and is cast to the stored dtype; those that `zeroed`
+    names are written as zeros. `kept_channels` names the MLP channels that stay in each kept block, by its dense index;
+    overrides are then as narrow. `pdtrim` becomes `pdtrim.json` and `model_card` README.md. Memory holds one shard of
+    at most `max_shard_bytes` (or one tensor), by default as much as the source's largest file. Before every tensor and
+    shard `check` is called, which may raise.
 
-    Raises: BrokenCheckpoint; KeyError when an override names no tensor of a kept block; UnsupportedArchitecture or
-    ValueError when the channels do not fit the model.
+    Raises: BrokenCheckpoint; KeyError when an override, or what is zeroed, names no tensor of a kept block;
+    UnsupportedArchitecture or ValueError when the channels do not fit the model.
     """
     # What the pruned model is: its configuration, checked before anything is written.
     config = pruned_config(_read_config(source), kept)
@@ -264,7 +266,8 @@ def write_checkpoint(
     tensors = check_complete(source, check)
     renamed = dict(_renamed(tensors.files, names, kept))
     replaced = {part: name for name in overrides.files for part in tensors.stored(name)}
-    if unknown := replaced.keys() - renamed.keys():
+    silent = {part for name in zeroed for part in tensors.stored(name)}
+    if unknown := (replaced.keys() | silent) - renamed.keys():
         raise KeyError(f"no kept tensor is called {min(unknown)}")
     largest = max(path.stat().st_size for path in set(tensors.files.values()))
 
@@ -281,6 +284,8 @@ def write_checkpoint(
         found = names.split(old)
         if kept_channels is not None and found is not None:
             value = sliced_tensor(found[2], value, kept_channels[found[1]])
+        if old in silent:
+            return torch.zeros_like(value)
         return _override(old, override(replaced[old])[old], value) if old in replaced else value
 
     # The weights, shard by shard.

@@ -71,13 +71,11 @@ def pair_hidden(
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states, after the final norm, from which `pair_logits` predicts; the same shapes with `hidden` last.
 
-    Gradients reach the decode model only.
+    Gradients reach the parameters of either model that require them, prefill's through the cache that decode reads.
     """
     handed = handed_tokens(prompt_tokens, first_token)
-    with torch.no_grad():
-        prompt = prefill.base_model(
-            input_ids=ids[:, :handed], past_key_values=DynamicCache(config=prefill.config), use_cache=True
-        )
+    empty = DynamicCache(config=prefill.config)
+    prompt = prefill.base_model(input_ids=ids[:, :handed], past_key_values=empty, use_cache=True)
     received = handover(prompt.past_key_values, layer_map, decode.config)
     continued = decode.base_model(input_ids=ids[:, handed:-1], past_key_values=received, use_cache=True)
     return prompt.last_hidden_state[:, prompt_tokens - 1 :], continued.last_hidden_state
@@ -94,7 +92,7 @@ def pair_logits(
     """Logits for every token of `ids` (batch, time) after the prompt: those by prefill, those by decode.
 
     Shapes (batch, first, vocabulary) and (batch, time − prompt − first, vocabulary), where `first` is 1 when prefill
-    says the first token and 0 when decode does. Gradients reach the decode model only.
+    says the first token and 0 when decode does. Gradients go where those of `pair_hidden` do.
     """
     first, others = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens, first_token)
     return head(prefill, first), head(decode, others)

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
 
 Blocks = frozenset[int]
+Part = Literal["attention", "kv_only", "mlp"]
+"""What a kept block may give up: its MLP; its attention with its keys and values; or both and leave the keys and values
+(`kv_only`), which prefill then still makes for decode."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class BlockPlan:
     """Blocks removed outright."""
     distilled: Mapping[int, int] = field(default_factory=dict)
     """Removed block → the adjacent kept block that absorbs it."""
+    parts: Mapping[int, Part] = field(default_factory=dict)
+    """Kept block → what of it is given up."""
 
     def __post_init__(self) -> None:
         for block in self.removed:
@@ -42,6 +49,11 @@ class BlockPlan:
                 raise ValueError(f"block {block} is distilled into block {absorber}, which is not kept")
             if absorbers.count(absorber) > 1:
                 raise ValueError(f"block {absorber} absorbs more than one block")
+        for block, part in self.parts.items():
+            if not 0 <= block < self.num_blocks or block in self.removed:
+                raise ValueError(f"block {block} gives up its {part}, but is not kept")
+            if block in absorbers:
+                raise ValueError(f"block {block} gives up its {part}, but stands for another block")
 
     @property
     def removed(self) -> Blocks:
@@ -51,9 +63,17 @@ class BlockPlan:
     def kept(self) -> tuple[int, ...]:
         return tuple(block for block in range(self.num_blocks) if block not in self.removed)
 
+    @property
+    def without_cache(self) -> Blocks:
+        """The blocks that leave no keys and values behind."""
+        return self.removed | {block for block, part in self.parts.items() if part == "attention"}
+
 
 def check_nested(prefill: Blocks, decode: Blocks) -> None:
-    """Every block that decode keeps must have its KV cache computed by prefill. Raises: ValueError naming a block."""
+    """Every block whose KV cache decode reads must have it computed by prefill; given are the blocks that have none.
+
+    Raises: ValueError naming a block.
+    """
     if missing := prefill - decode:
         raise ValueError(
             f"decode keeps block {min(missing)}, whose KV cache prefill no longer computes; decode must remove it too"
@@ -61,8 +81,12 @@ def check_nested(prefill: Blocks, decode: Blocks) -> None:
 
 
 def kv_layer_map(prefill: BlockPlan, decode: BlockPlan) -> list[int]:
-    """For each layer of the decode checkpoint, the layer of the prefill checkpoint whose KV cache it reads."""
+    """For each layer of the decode checkpoint, the layer of the prefill checkpoint whose KV cache it reads.
+
+    Raises: ValueError naming a block that decode keeps, though prefill leaves no keys and values of it.
+    """
     check_nested(prefill.removed, decode.removed)
+    check_nested(prefill.without_cache, decode.without_cache)
     position = {block: layer for layer, block in enumerate(prefill.kept)}
     return [position[block] for block in decode.kept]
 
@@ -74,15 +98,16 @@ def assign_actions(
     scores: Sequence[float],
     threshold: float,
     merge_errors: Mapping[tuple[int, int], float],
+    parts: Mapping[int, Part] = MappingProxyType({}),
     fixed: BlockPlan | None = None,
 ) -> BlockPlan:
     """Decide for every removed block whether it is deleted or distilled, and into which neighbour, by score alone.
 
     A block whose cosine score reaches `threshold` is redundant enough to delete; below, it is distilled into the kept
     neighbour from which the pair starts with the lower error, `merge_errors[removed, neighbour]`. A kept block absorbs
-    at most one; when no neighbour is free the block is deleted and healing has to repair it. `fixed` is the prefill
-    plan that a decode plan extends: what it distilled into blocks that are still kept stays, so the weights and with
-    them the handed-over KV cache stay the same.
+    at most one, and gives up no part; when no neighbour is free the block is deleted and healing has to repair it.
+    `fixed` is the prefill plan that a decode plan extends: what it distilled into blocks that are still kept whole
+    stays, so the weights and with them the handed-over KV cache stay the same.
     """
     gone = frozenset(removed)
     distilled: dict[int, int] = {}
@@ -90,15 +115,19 @@ def assign_actions(
     if fixed is not None:
         check_nested(fixed.removed, gone)
         settled |= fixed.removed
-        distilled |= {block: absorber for block, absorber in fixed.distilled.items() if absorber not in gone}
+        kept = (item for item in fixed.distilled.items() if item[1] not in gone and item[1] not in parts)
+        distilled |= dict(kept)
     for block in sorted(gone - settled, key=lambda block: (scores[block], block)):
         if scores[block] >= threshold:
             continue
         free = [
             neighbour
             for neighbour in (block - 1, block + 1)
-            if 0 <= neighbour < num_blocks and neighbour not in gone and neighbour not in distilled.values()
+            if 0 <= neighbour < num_blocks
+            and neighbour not in gone
+            and neighbour not in parts
+            and neighbour not in distilled.values()
         ]
         if free:
             distilled[block] = min(free, key=lambda neighbour: (merge_errors[block, neighbour], neighbour))
-    return BlockPlan(num_blocks, gone.difference(distilled), distilled)
+    return BlockPlan(num_blocks, gone.difference(distilled), distilled, parts)

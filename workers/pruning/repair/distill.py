@@ -82,7 +82,7 @@ def _matched(kept: Sequence[int], weights: LossWeights) -> tuple[Sequence[int], 
 
 def continuation_loss(
     prefill: PreTrainedModel,
-    student: PreTrainedModel,
+    decode: PreTrainedModel,
     layer_map: Sequence[int],
     teacher: PreTrainedModel,
     kept: Sequence[int],
@@ -91,9 +91,10 @@ def continuation_loss(
     prompt_tokens: int,
     first_token: FirstToken,
 ) -> Loss:
-    """The healing loss of the decode `student` on what follows the prompt, reading the frozen prefill model's cache.
+    """The healing loss of a decode model on what follows the prompt, reading the prefill model's cache.
 
-    The student's blocks are the teacher's `kept` ones. The loss is over the tokens that the student predicts: all after
+    Whichever of the two has parameters that require gradients learns: decode, or prefill for what decode reads of it.
+    The decode model's blocks are the teacher's `kept` ones. The loss is over the tokens that it predicts: all after
     the prompt where decode says the first token, all but the first where that one is the prefill model's.
     """
     ours, theirs = _matched(kept, weights)
@@ -104,9 +105,9 @@ def continuation_loss(
             last = teacher.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
             hidden = [state[:, handed:] for state in (*states, last)]
             wanted = Outputs(hidden, head(teacher, hidden[-1]))
-        with _mixed_precision(ids.device), entering(student, ours) as states:
-            last = pair_hidden(prefill, student, layer_map, ids, prompt_tokens, first_token)[1]
-            given = Outputs([*states, last], head(student, last))
+        with _mixed_precision(ids.device), entering(decode, ours) as states:
+            last = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens, first_token)[1]
+            given = Outputs([*states, last], head(decode, last))
         return healing_loss(given, wanted, ids[:, handed + 1 :], weights)
 
     return loss

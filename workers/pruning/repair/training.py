@@ -161,8 +161,10 @@ def _state(
     for name, parameter in parameters.items():
         state[f"weight.{name}"] = parameter.detach().cpu()
         state[f"best.{name}"] = best[name].cpu()
-        state[f"mean.{name}"] = optimizer.state[parameter]["exp_avg"].cpu()
-        state[f"square.{name}"] = optimizer.state[parameter]["exp_avg_sq"].cpu()
+        # What the loss does not depend on has no gradient, and AdamW no moments of it.
+        if moments := optimizer.state.get(parameter):
+            state[f"mean.{name}"] = moments["exp_avg"].cpu()
+            state[f"square.{name}"] = moments["exp_avg_sq"].cpu()
     return state
 
 
@@ -177,9 +179,10 @@ def _restore(
         for name, parameter in parameters.items():
             parameter.copy_(state[f"weight.{name}"])
             best[name].copy_(state[f"best.{name}"])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
-                "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
-            }
+            if f"mean.{name}" in state:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
+                    "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
+                }
     return _Progress(int(step), before, best_loss, int(stale))

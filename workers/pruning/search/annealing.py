@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from workers.pruning.model.units import Unit, Units
+from workers.pruning.model.units import Units
 from workers.pruning.search.ascent import Ascent
 from workers.pruning.search.greedy import Greedy
 from workers.pruning.search.memo import MeasuredSet
@@ -35,7 +35,7 @@ class Annealing:
         """`ahead` has ascended the same counts; `scores` are the blocks' cosine scores, highest most redundant."""
         self._ascent = ascent
         self._memo = ascent.memo
-        self._ranked = sorted(ascent.free, key=lambda block: -scores[block])
+        self._ranked = sorted(ascent.offered, key=lambda unit: -scores[unit.block])
         self._extended = ahead.extended
         self._gaps = dict(ahead.gaps)
         self._rng = random.Random(seed)
@@ -62,7 +62,7 @@ class Annealing:
 
     def _try_most_redundant(self, count: int) -> None:
         """Know the set that the blocks' scores alone would choose: annealing begins there if greedy's is no better."""
-        redundant = self._ascent.base.union(map(Unit, self._ranked[: count - len(self._ascent.base)]))
+        redundant = self._ascent.base.union(self._ranked[: count - len(self._ascent.base)])
         if redundant in self._memo.asked:
             return
         if self._affords_sets([redundant]) and self._affords_time(known=self._memo.knows([redundant])):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from workers.pruning.model.units import Unit, Units
 from workers.pruning.search.memo import MeasuredSet, Memo
@@ -26,8 +25,8 @@ class Ascent:
     memo: Memo
     base: Units
     """In every set."""
-    free: Sequence[int]
-    """The blocks that may be given up besides, ascending."""
+    offered: Sequence[Unit]
+    """The units that may be given up besides, ascending."""
     remove: int
     """The last count."""
     on_progress: OnProgress
@@ -39,11 +38,6 @@ class Ascent:
     def counts(self) -> range:
         """From one block more than the base."""
         return range(len(self.base) + 1, self.remove + 1)
-
-    @cached_property
-    def offered(self) -> list[Unit]:
-        """The units that may be added to the base."""
-        return [*map(Unit, self.free)]
 
     def extensions(self, units: Units) -> list[Units]:
         """The sets with one unit more."""

@@ -24,7 +24,8 @@ from transformers import DynamicCache
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
 from workers.pruning.model.pair import FirstToken, handed_tokens
-from workers.pruning.model.units import NOTHING, Units, Way, blocks_of, check_nested, way_through
+from workers.pruning.model.parts import run_without
+from workers.pruning.model.units import NOTHING, Step, Units, Way, blocks_of, check_nested, parts_of, way_through
 from workers.pruning.search.anchor import Anchor, Trail
 
 Objective = Literal["kl", "cross_entropy", "hidden"]
@@ -104,13 +105,19 @@ def walk(
         following: dict[Way, Tensor] = {}
         for way in {way[: block + 1]: None for way, begin in begins.items() if begin <= block}:
             before, step = states[way[:block]], way[block]
-            if step == "skip":
-                following[way] = before
-                continue
-            following[way] = run_block(stack.blocks[block], before, calls.kwargs[block], caches.get(block))
-            forwards += 1
+            following[way] = take_step(stack, calls, block, step, before, caches.get(block))
+            forwards += step != "skip"
         states = following
     return {candidate: states[way] for candidate, way in ways.items()}, forwards
+
+
+def take_step(stack: BlockStack, calls: BlockCalls, block: int, step: Step, h: Tensor, cache: Any = None) -> Tensor:
+    """What h_i (batch, time, hidden) becomes at a block, given what happens there, same shape."""
+    if step == "skip":
+        return h
+    if step == "run":
+        return run_block(stack.blocks[block], h, calls.kwargs[block], cache)
+    return run_without(stack.blocks[block], step, h, calls.kwargs[block], cache)
 
 
 def mean_losses(
@@ -172,8 +179,9 @@ def check_finite(losses: Mapping[Units, Sequence[float]], first_window: int) -> 
     for candidate, by_window in losses.items():
         for window, loss in enumerate(by_window, start=first_window):
             if not math.isfinite(loss):
-                removed = sorted(blocks_of(candidate))
-                raise NonFiniteLoss(f"removing blocks {removed} gives the loss {loss} on window {window}")
+                parts = f" and parts {parts_of(candidate)}" if parts_of(candidate) else ""
+                removed = f"removing blocks {sorted(blocks_of(candidate))}{parts}"
+                raise NonFiniteLoss(f"{removed} gives the loss {loss} on window {window}")
 
 
 def mean(losses: Mapping[Units, Sequence[float]]) -> dict[Units, float]:
@@ -326,6 +334,22 @@ class WholeEngine(ChunkedEngine):
         return {candidate: losses.get(candidate, [0.0] * len(ids)) for candidate in candidates}
 
 
+def prefill_step(
+    stack: BlockStack, calls: BlockCalls, block: int, step: Step, h: Tensor
+) -> tuple[Tensor, Prefix | None]:
+    """What a prompt's h_i (batch, time, hidden) becomes at a block, and the keys and values that are left there."""
+    cache = DynamicCache(config=stack.model.config)
+    after = take_step(stack, calls, block, step, h, cache)
+    return after, None if step in ("skip", "attention") else Prefix.of(cache, block)
+
+
+def dense_hidden(stack: BlockStack, windows: Tensor) -> tuple[Tensor, int]:
+    """The dense model's h_L (windows, time - 1, hidden) of windows (windows, time), and the block-forwards it took."""
+    whole = windows[:, :-1]
+    found, forwards = walk(stack, capture_calls(stack, whole), Trail.starting(stack.embed(whole)), [NOTHING], {})
+    return found[NOTHING], forwards
+
+
 @dataclass(frozen=True)
 class _Prompt:
     """What the prefill model leaves behind for one chunk of windows."""
@@ -356,13 +380,9 @@ class PairEngine(ChunkedEngine):
         prompt_tokens: int,
         first_token: FirstToken,
         chunk_windows: int,
-        project_skipped: bool = False,
         anchor_bytes: int = 0,
     ) -> None:
-        """With `project_skipped`, prefill projects keys and values also for the blocks that it skips,
-        from the hidden state there (as POP does), and decode may keep them: the bound to what nesting costs.
-
-        Raises: ValueError when nothing would be handed over, or the windows leave no room for a continuation of at
+        """Raises: ValueError when nothing would be handed over, or the windows leave no room for a continuation of at
         least two tokens.
         """
         handed = handed_tokens(prompt_tokens, first_token)
@@ -379,28 +399,19 @@ class PairEngine(ChunkedEngine):
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
         self._handed = handed
-        self._project_skipped = project_skipped
         self._calls = capture_continuation_calls(stack, windows[:, :-1], handed)
         self._prompts: dict[range, _Prompt] = {}
 
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
         stack, prompt = self._stack, chunk[:, : self._handed]
-        cache = DynamicCache(config=stack.model.config)
         calls, h = capture_calls(stack, prompt), stack.embed(prompt)
         caches: dict[int, Prefix] = {}
         for block, step in enumerate(way_through(self._prefill, self.num_blocks)):
-            after = h
-            if step == "run" or self._project_skipped:
-                after = calls.run(stack, block, h, cache)
-                caches[block] = Prefix.of(cache, block)
-            # A skipped block leaves its keys and values behind; what it gives is not used.
-            h = h if step == "skip" else after
-        whole = chunk[:, :-1]
-        dense, dense_forwards = walk(
-            stack, capture_calls(stack, whole), Trail.starting(stack.embed(whole)), [NOTHING], {}
-        )
+            h, kept = prefill_step(stack, calls, block, step, h)
+            caches |= {} if kept is None else {block: kept}
+        dense, dense_forwards = dense_hidden(stack, chunk)
         self.block_forwards += len(caches) + dense_forwards
-        return _Prompt(caches, h[:, self._prompt_tokens - 1 :], dense[NOTHING][:, self._prompt_tokens - 1 :])
+        return _Prompt(caches, h[:, self._prompt_tokens - 1 :], dense[:, self._prompt_tokens - 1 :])
 
     def window_losses(
         self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
@@ -409,9 +420,8 @@ class PairEngine(ChunkedEngine):
 
         Raises: NonFiniteLoss; OutOfMemoryError; ValueError when a candidate does not give up what prefill does.
         """
-        if not self._project_skipped:
-            for candidate in candidates:
-                check_nested(self._prefill, candidate)
+        for candidate in candidates:
+            check_nested(self._prefill, candidate)
         return super().window_losses(candidates, windows, objective)
 
     def _shrink(self, chunk_windows: int) -> None:

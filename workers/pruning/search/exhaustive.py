@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from workers.pruning.model.units import Unit
 from workers.pruning.search.ascent import Ascent
 
 BATCH = 64
@@ -17,8 +16,8 @@ def exhaustive(ascent: Ascent) -> Iterator[int]:
     """Each count once all its sets are known."""
     for count in ascent.counts:
         more = count - len(ascent.base)
-        total = math.comb(len(ascent.free), more)
-        sets = (ascent.base.union(map(Unit, chosen)) for chosen in itertools.combinations(ascent.free, more))
+        total = math.comb(len(ascent.offered), more)
+        sets = (ascent.base.union(chosen) for chosen in itertools.combinations(ascent.offered, more))
         done = 0
         while batch := list(itertools.islice(sets, BATCH)):
             ascent.memo(batch)

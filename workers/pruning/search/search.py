@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workers.pruning.model.plan import Blocks
-from workers.pruning.model.units import Units, blocks_of, removed_json
+from workers.pruning.model.units import Kind, Unit, Units, removed_json
 from workers.pruning.search.annealing import Annealing, EndedBy
 from workers.pruning.search.ascent import Acceptable, Ascent, OnProgress
 from workers.pruning.search.exhaustive import exhaustive
@@ -61,14 +61,16 @@ def search(
     evaluations: int,
     seed: int,
     on_progress: OnProgress,
+    kind: Kind = "block",
     protect: Blocks = frozenset(),
     out_of_time: Callable[[], bool] = lambda: False,
     acceptable: Acceptable | None = None,
 ) -> SearchResult:
-    """The best sets that contain `base` and give up nothing of `protect`, for every count up to `remove` blocks.
+    """The best sets that contain `base` and give up nothing of `protect`, for every count up to `remove` units.
 
-    `scores` are the blocks' cosine scores, highest most redundant. `evaluations` bounds the sets that annealing asks
-    for besides greedy's, and `out_of_time` is asked before every step of it; greedy's steps are always taken.
+    The units besides the base are of one `kind`, each of another block. `scores` are the blocks' cosine scores, highest
+    most redundant. `evaluations` bounds the sets that annealing asks for besides greedy's, and `out_of_time` is asked
+    before every step of it; greedy's steps are always taken.
 
     With `acceptable`, the search ends before `remove` once the best sets of two counts in a row are not acceptable.
 
@@ -78,15 +80,15 @@ def search(
     Raises: ValueError when `remove`, or the base beside the protected blocks, is impossible.
     """
     # Which blocks may go.
-    given_up = blocks_of(base)
+    given_up = frozenset(unit.block for unit in base)
     if both := given_up & protect:
         raise ValueError(f"block {min(both)} is both protected and removed from the start")
-    if not len(base) <= remove < num_blocks:
+    if not len(base) <= remove < num_blocks + (kind != "block"):
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks starting from {len(base)} removed ones")
     if remove > num_blocks - len(protect):
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks, of which {len(protect)} are protected")
     free = [block for block in range(num_blocks) if block not in given_up | protect]
-    ascent = Ascent(memo, base, free, remove, on_progress, out_of_time)
+    ascent = Ascent(memo, base, [Unit(block, kind) for block in free], remove, on_progress, out_of_time)
 
     # Greedy goes first, unless every set is tried anyway: it finds how far to go, and where annealing begins.
     efforts: dict[Algorithm, Effort] = {}

@@ -965,3 +965,71 @@ def test_text_from_the_standard_library_needs_no_source(worker: Worker, model: P
     windows = stage_row(worker, job_id, StageName.SCORING).metrics["windows"]
     assert windows["calibration"] == 4
     assert windows["validation"] == 4
+
+
+PARTS: list[tuple[dict[str, int], dict[str, int]]] = [
+    ({"remove_blocks": 0, "kv_only_blocks": 2}, {"remove_blocks": 0}),
+    ({"remove_blocks": 1, "kv_only_blocks": 1, "remove_mlps": 1}, {"remove_blocks": 2, "remove_attentions": 1}),
+    ({"remove_blocks": 0}, {"remove_blocks": 0, "remove_attentions": 1, "remove_mlps": 2}),
+]
+
+
+@pytest.mark.parametrize("heals", [False, True])
+@pytest.mark.parametrize("first_token", ["decode", "prefill"])
+@pytest.mark.parametrize(("prefill", "decode"), PARTS)
+def test_parts_of_blocks_are_searched_exported_and_measured_as_plain_transformers_has_them(
+    prefill: dict[str, int],
+    decode: dict[str, int],
+    first_token: str,
+    heals: bool,
+    worker: Worker,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    spec = tiny_spec(
+        model,
+        prefill=prefill,
+        decode=decode,
+        serving={"first_token": first_token},
+        search={"evaluations": 12, "objective": "cross_entropy"},
+    )
+    spec["distillation"] |= {"enabled": heals, "threshold": -1.0}
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+    removal, report = (stage_row(worker, job_id, stage).metrics for stage in (StageName.REMOVAL, StageName.EVALUATION))
+
+    # What was asked for is what went, and checkpoints say so.
+    halves: dict[str, Any] = {}
+    for half, asked in (("prefill", prefill), ("decode", decode)):
+        (tmp_path / half).mkdir()
+        for name in ("config.json", "model.safetensors", "pdtrim.json"):
+            (tmp_path / half / name).write_bytes(content(worker, job_id, StageName.EXPORT, f"{half}/{name}"))
+        parts = removal[half]["parts"]
+        counts = [list(parts.values()).count(part) for part in ("kv_only", "attention", "mlp")]
+        assert counts == [asked.get(key, 0) for key in ("kv_only_blocks", "remove_attentions", "remove_mlps")]
+        assert json.loads((tmp_path / half / "pdtrim.json").read_text()).get("dead_units", {}) == parts
+        halves[half] = loaded_whole(tmp_path / half)
+
+    # Plain transformers computes the same from the files alone.
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))
+    layer_map = report["pair"]["kv_layer_map"]
+
+    def loss(split: str) -> float:
+        return float(plain_nll(halves["prefill"], halves["decode"], layer_map, windows[split], first_token).mean())
+
+    assert report["pair"]["distilled_loss"] == pytest.approx(loss("validation"), abs=1e-4)
+    if heals:
+        assert report["pair"]["distilled_loss"] != report["pair"]["pruned_loss"]
+    else:
+        assert removal["losses"]["decode"] == pytest.approx(loss("calibration"), abs=1e-4)
+        assert report["pair"]["pruned_loss"] == pytest.approx(loss("validation"), abs=1e-4)
+    searched = [(found["half"], found["part"]) for found in removal["parts"]]
+    assert searched == [
+        *(
+            ("decode", part)
+            for part, key in (("attention", "remove_attentions"), ("mlp", "remove_mlps"))
+            if key in decode
+        ),
+        *(("prefill", part) for part, key in (("kv_only", "kv_only_blocks"), ("mlp", "remove_mlps")) if key in prefill),
+    ]
+    assert removal["parts"][-1]["frontier"][-1]["loss"] == removal["losses"]["decode"]

@@ -8,11 +8,11 @@ import pytest
 
 from pdtrim.contract.spec import JobSpec
 from service.storage import open_store
-from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, kept_for_cache
 from workers.pruning.search.engine import Objective, mean
 from workers.stages import search_state
 from workers.stages.context import StageContext
-from workers.stages.search_state import STATE, Phase, SearchState
+from workers.stages.search_state import STATE, VERSION, Phase, SearchState
 
 SOME = deleting({1, 4})
 PHASES = [
@@ -21,7 +21,9 @@ PHASES = [
     Phase("kl", NOTHING),
     Phase("kl", SOME),
     Phase("kl", deleting({1})),
-    Phase("kl", SOME, nested=False),
+    Phase("kl", kept_for_cache({1, 4})),
+    Phase("kl", None, SOME, "kv_only"),
+    Phase("kl", SOME, None, "attention"),
 ]
 
 
@@ -86,7 +88,7 @@ def test_a_later_attempt_knows_the_losses_of_each_phase_and_measures_none_again(
 
 
 def test_the_time_of_a_search_is_that_of_all_attempts(context: StageContext) -> None:
-    context.save_state(STATE, json.dumps({"version": 2, "phases": [], "seconds": {"prefill": 9.0}}).encode())
+    context.save_state(STATE, json.dumps({"version": VERSION, "phases": [], "seconds": {"prefill": 9.0}}).encode())
     state = SearchState(context)
     assert state.out_of_time("prefill", 9.0)()
     assert not state.out_of_time("decode", 9.0)()

@@ -13,7 +13,7 @@ from tests.unit.workers.pruning.devices import FIRST, SECOND, accelerators
 from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, TOLERANCE, random_ids, tiny_model
 from workers.pruning.model.blocks import BlockStack, block_stack, prove
 from workers.pruning.model.sharding import Placement, load_placed, placement
-from workers.pruning.model.units import deleting
+from workers.pruning.model.units import deleting, kept_for_cache
 from workers.pruning.model.width import channel_scores
 from workers.pruning.search.engine import Objective, PairEngine, WholeEngine
 from workers.pruning.search.scores import block_scores
@@ -58,11 +58,10 @@ def losses(stack: BlockStack, ids: Tensor) -> dict[str, Any]:
         stack,
         ids,
         "kl",
-        prefill=deleting({4}),
+        prefill=kept_for_cache({4}),
         prompt_tokens=5,
         first_token="prefill",
         chunk_windows=2,
-        project_skipped=True,
     )
     # The first keeps block 4, the second gives up all of the other device but one: their last states lie apart.
     found["pair"] = [pair.losses([deleting({1}), deleting({2, 3, 4})], objective) for objective in objectives]

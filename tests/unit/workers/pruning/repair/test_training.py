@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -66,6 +67,20 @@ def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(kept_step: int, setting
     resumed = Regression()
     assert resumed.run(Journal(resume=states[kept_step if kept_step < 0 else kept_step - 1]), settings) == expected
     assert torch.equal(resumed.weight, unbroken.weight)
+
+
+def test_what_the_loss_does_not_depend_on_stays_as_it_is_through_an_interruption() -> None:
+    idle, saved = nn.Parameter(torch.ones(2)), dict[str, Tensor]()
+
+    def keep(last: bool, state: Callable[[], dict[str, Tensor]]) -> None:
+        saved.update(state())
+
+    for journal in (Journal(save=keep), Journal(resume=saved)):
+        problem = Regression()
+        parameters = {"w": problem.weight, "idle": idle}
+        train(parameters, problem.loss, problem.held_out, problem.windows, SETTINGS, journal)
+        assert torch.equal(idle, torch.ones(2))
+    assert "weight.idle" in saved
 
 
 def test_training_stops_when_the_held_out_loss_has_not_fallen_for_long_and_leaves_the_best_weights() -> None:

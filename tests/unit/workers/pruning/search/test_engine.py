@@ -19,7 +19,7 @@ from tests.unit.workers.pruning.models import (
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.pair import FirstToken, pd_loss
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
-from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
+from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, kept_for_cache
 from workers.pruning.search.engine import NonFiniteLoss, Objective, PairEngine, WholeEngine, windows_in
 
 HALVES: tuple[FirstToken, ...] = ("decode", "prefill")
@@ -84,19 +84,18 @@ def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(
     family: str, first_token: FirstToken
 ) -> None:
     model, ids = tiny_model(family), random_ids(3, 20)
-    stack, prefill = block_stack(model), deleting({1, 3})
+    stack, prefill = block_stack(model), kept_for_cache({1, 3})
     engine, nested = (
         PairEngine(
             stack,
             ids,
             "cross_entropy",
-            prefill=prefill,
+            prefill=skipped,
             prompt_tokens=9,
             first_token=first_token,
             chunk_windows=2,
-            project_skipped=projected,
         )
-        for projected in (True, False)
+        for skipped in (prefill, deleting({1, 3}))
     )
     read = 8 if first_token == "decode" else 9
     assert engine.losses([deleting({1, 3, 4})]) == nested.losses([deleting({1, 3, 4})])
@@ -108,7 +107,7 @@ def test_a_prefill_that_projects_what_it_skips_lets_decode_keep_those_blocks(
         for gone, part in ((prefill, ids[:, :read]), (decode, ids[:, read:-1])):
             hooks = [
                 stack.blocks[block].register_forward_hook(lambda module, args, out: args[0])
-                for block in sorted(blocks_of(gone))
+                for block in sorted(unit.block for unit in gone)
             ]
             outputs.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
             for hook in hooks:
