@@ -4,6 +4,7 @@ It knows neither queue, database, store nor service, and works from a notebook. 
 after it; `repair` and `serving` do not know each other. To be read in this order, each file after those it uses:
 
 model/      the model as the method sees it
+  building          one model is built at a time, since that patches torch for all threads
   blocks            where a model's blocks are; run one on a hidden state; drop some and renumber the rest
   plan              what a half gives up, and how; nesting; the KV layer map
   parts             a block's attention and MLP: where they are, running it without one, what is zero then on disk
@@ -12,7 +13,6 @@ model/      the model as the method sees it
   pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
   measure           perplexity, likeness to the dense model, size, speed
   width             fewer MLP channels in every block
-  building          one model is built at a time, since that patches torch for all threads
   checkpoint        pruned checkpoints, sliced tensor by tensor out of the source's shards
   sharding          a model over several devices
   streaming         a model read block by block from disk

@@ -955,7 +955,7 @@ def test_weights_of_another_model_fail_the_job_before_anything_is_measured(worke
     job_id = create(worker, tiny_spec(model))
     run_stage(worker, job_id, StageName.SCORING)
     error = job_error(worker, job_id)
-    assert error["code"] == "invalid_input"
+    assert error["code"] == "source_unreadable"
     assert "of the model's tensors, first transformer.h.0" in error["message"]
 
 

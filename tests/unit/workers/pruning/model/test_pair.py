@@ -119,12 +119,15 @@ def test_the_prefill_cache_is_not_changed_by_decoding() -> None:
         assert torch.equal(held.keys, was.keys)
 
 
-def test_gradients_reach_the_decode_model_only() -> None:
-    prefill, decode = tiny_model("llama").requires_grad_(True), tiny_model("llama").requires_grad_(True)
-    _, logits = pair_logits(prefill, decode, ALL, random_ids(1, 8), 4, "decode")
+@pytest.mark.parametrize("learns", ["prefill", "decode"])
+def test_gradients_reach_the_half_that_learns_through_the_cache_where_that_is_prefill(learns: str) -> None:
+    halves = {half: tiny_model("llama").requires_grad_(half == learns) for half in ("prefill", "decode")}
+    _, logits = pair_logits(halves["prefill"], halves["decode"], ALL, random_ids(1, 8), 4, "decode")
     logits.sum().backward()
-    assert all(parameter.grad is None for parameter in prefill.parameters())
-    assert decode.model.layers[0].mlp.up_proj.weight.grad is not None
+    for half, model in halves.items():
+        assert (model.model.layers[0].self_attn.k_proj.weight.grad is not None) == (half == learns)
+    # Behind its last keys and values nothing of prefill is read.
+    assert halves["prefill"].model.layers[-1].mlp.up_proj.weight.grad is None
 
 
 def test_kv_cache_bytes_are_those_of_the_tensors() -> None:
