@@ -19,7 +19,8 @@ REMEDIES = {
     "distillation.gradient_checkpointing.",
     "source_not_allowed": "Submit it with a source that the service allows, or have the operator add it to "
     "PDTRIM_ALLOWED_SOURCES.",
-    "source_unreadable": "Check the source's address, its files and the workers' right to read them, then resume the job.",
+    "source_unreadable": "Check the source's address, its files and the workers' right to read them, then resume the "
+    "job.",
     "store_refused": "Have the operator check the artifact store's bucket and credentials, then resume the job.",
     "too_many_blocks": "Submit it with fewer blocks to remove.",
 }
