@@ -84,6 +84,8 @@ def engine_options(serving: Serving, half: Half) -> tuple[str, ...]:
     if serving.device == "cpu":
         # Compiling takes minutes there, and gains nothing for a trial.
         options.append("--enforce-eager")
+        # A worker in a process of its own and its engine miss each other's messages for 5 s on a busy machine.
+        options += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     return tuple(options)
 
 

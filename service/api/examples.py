@@ -207,7 +207,7 @@ ESTIMATE: dict[str, Any] = {
             "kv_bytes_per_token": 2048,
         },
     ],
-    "evaluations": {"prefill": 79, "decode": 56, "control": 115},
+    "evaluations": {"prefill": 79, "decode": 56, "parts": 0, "control": 115},
     "memory_bytes": {"search": 11_031_520, "distillation": 92_992_160},
     "earlier": {
         "job_id": JOB_ID,
