@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -30,7 +31,8 @@ ANSWER_SECONDS = 240
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The worker in the engine's process: on a busy machine two miss each other's messages for 5 s, again and again."""
 FIRST_TOKEN = "pdtrim_vllm.first_token:FirstToken"
-_candidates = count(int(os.environ["PDTRIM_TEST_PORTS"])) if "PDTRIM_TEST_PORTS" in os.environ else None
+_candidates = count(int(os.environ.get("PDTRIM_TEST_PORTS", random.randrange(20_000, 30_000))))
+"""Below those that the system gives out by itself, of which an engine that starts takes some."""
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -45,11 +47,7 @@ ENVIRONMENT = {
 
 
 def free_port() -> int:
-    """A port that nothing listens on; from PDTRIM_TEST_PORTS on, where that is given, none twice."""
-    if _candidates is None:
-        with socket.socket() as bound:
-            bound.bind(("127.0.0.1", 0))
-            return int(bound.getsockname()[1])
+    """A port that nothing listens on; from PDTRIM_TEST_PORTS on, where that is given. None is given twice."""
     for port in _candidates:
         with socket.socket() as tried:
             if tried.connect_ex(("127.0.0.1", port)):
