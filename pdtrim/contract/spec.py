@@ -74,7 +74,7 @@ class HalfTarget(SpecModel):
         le=1e6,
         description="Remove as many blocks as keep the perplexity on the calibration windows, before distillation, "
         "within this fraction above the dense model's: 0.05 is 5 %. For decode it is the perplexity of continuations "
-        "by the prefill/decode pair.",
+        "by the prefill/decode pair. Parts of other blocks go besides, by their counts.",
         examples=[0.05],
     )
     kv_only_blocks: int = Field(

@@ -41,10 +41,10 @@ class Control:
 def controls(removal: Removed) -> list[Control]:
     """The pair, then its controls. A job that was cut from another searched none without nesting."""
     prefill, decode = removal.prefill.removed, removal.decode.removed
-    losses = removal.losses
+    losses, parts = removal.losses, removal.prefill.parts or removal.decode.parts
     measured = losses.controls
     found = [
-        Control("the pair", prefill, decode, losses.decode),
+        Control("the pair, without parts too" if parts else "the pair", prefill, decode, losses.decode),
         Control("decode's set in both", decode, decode, measured.decode_set_in_both),
         Control("decode only", [], decode, measured.decode_only),
     ]

@@ -68,11 +68,7 @@ def run(context: StageContext) -> DistillationResult:
     teacher = load_model(context.model_dir, context.check)
 
     prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
-    if plans.prefill.parts:
-        # What such a half predicts by itself is not what it is for: it learns what decode reads of it.
-        prefill, in_prefill = _distil_prefill_for_decode(context, plans, channels, prefill_weights, teacher, data)
-    else:
-        prefill, in_prefill = _distil_prefill(context, plans, channels, prefill_weights, teacher, data)
+    prefill, in_prefill = _distil_prefill(context, plans, channels, prefill_weights, teacher, data)
     context.write_tensors(context.out / PREFILL, prefill)
     if plans.unified:
         decode, in_decode = prefill, in_prefill
@@ -80,7 +76,11 @@ def run(context: StageContext) -> DistillationResult:
         dense = load_model(context.model_dir, context.check, dtype=torch.float32)
         # Decode goes on from prefill's weights, unless those learned to make keys and values for it as it is.
         inherited = change_width(
-            {name: t for name, t in prefill.items() if _block(name) in plans.decode.kept and not plans.prefill.parts},
+            {
+                name: t
+                for name, t in prefill.items()
+                if _block(name) in plans.decode.kept and not plans.prefill_is_read_alone
+            },
             channels.prefill,
             channels.decode,
             dict(dense.named_parameters()),
@@ -151,60 +151,52 @@ def _distil_prefill(
 ) -> tuple[Tensors, Healing | None]:
     """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
     student = pruned(weights, plans.prefill)
+    for_decode = plans.prefill_is_read_alone
     return _distil(
         context,
         weights,
         student,
-        sequence_loss(student, teacher, plans.prefill.kept, _losses(context)),
-        gave_up=bool(plans.prefill.removed) or channels.prefill is not None,
+        _read_by_decode(context, plans, channels, student, teacher, data)
+        if for_decode
+        else sequence_loss(student, teacher, plans.prefill.kept, _losses(context)),
+        gave_up=bool(plans.prefill.removed or plans.prefill.parts) or channels.prefill is not None,
         blocks=_trained_blocks(context, plans.prefill),
-        frozen=set(),
+        frozen=idle_tensors(block_stack(weights), plans.prefill.parts),
         data=data,
         journal=journal(context, "prefill", (0.0, 0.5)),
+        # A block that is computed again leaves no keys and values for decode.
+        memory_saved=nullcontext() if for_decode else _memory_saved(context, student),
     )
 
 
-def _distil_prefill_for_decode(
+def _read_by_decode(
     context: StageContext,
     plans: Plans,
     channels: HalfChannels,
-    weights: PreTrainedModel,
+    student: PreTrainedModel,
     teacher: PreTrainedModel,
     data: TrainingWindows,
-) -> tuple[Tensors, Healing | None]:
-    """The same by what a decode half predicts that is not healed yet and reads the cache of `weights`.
+) -> Loss:
+    """The healing loss of what a decode half that is not healed yet predicts from the cache of the prefill `student`.
 
     Where prefill says the first token, its own predictions count as well.
     """
-    student = pruned(weights, plans.prefill)
     dense = load_model(context.model_dir, context.check, dtype=torch.float32)
-    reader = pruned(narrowed(dense, channels.decode), plans.decode)
-    layer_map, losses = kv_layer_map(plans.prefill, plans.decode), _losses(context)
-    first_token = context.spec.serving.first_token
+    losses, first_token = _losses(context), context.spec.serving.first_token
     read = continuation_loss(
         student,
-        reader,
-        layer_map,
+        pruned(narrowed(dense, channels.decode), plans.decode),
+        kv_layer_map(plans.prefill, plans.decode),
         teacher,
         plans.decode.kept,
         losses,
         prompt_tokens=data.prompt_tokens,
         first_token=first_token,
     )
+    if first_token == "decode":
+        return read
     own = sequence_loss(student, teacher, plans.prefill.kept, LossWeights(kl=losses.kl, label=losses.label, hidden=0.0))
-    return _distil(
-        context,
-        weights,
-        student,
-        read if first_token == "decode" else lambda ids: read(ids) + own(ids),
-        gave_up=True,
-        blocks=_trained_blocks(context, plans.prefill),
-        frozen=idle_tensors(block_stack(weights), plans.prefill.parts),
-        data=data,
-        journal=journal(context, "prefill", (0.0, 0.5)),
-        # A block that is computed again leaves no keys and values for decode.
-        memory_saved=nullcontext(),
-    )
+    return lambda ids: read(ids) + own(ids)
 
 
 def _distil_decode(
@@ -240,6 +232,7 @@ def _distil_decode(
         | idle_tensors(block_stack(weights), plans.decode.parts),
         data=data,
         journal=journal(context, "decode", (0.5, 1.0)),
+        memory_saved=_memory_saved(context, student),
     )
 
 
@@ -254,7 +247,7 @@ def _distil(
     frozen: set[str],
     data: TrainingWindows,
     journal: Journal,
-    memory_saved: AbstractContextManager[None] | None = None,
+    memory_saved: AbstractContextManager[None],
 ) -> tuple[Tensors, Healing | None]:
     """Heal `weights`, which `student` shares.
 
@@ -269,8 +262,7 @@ def _distil(
     named = dict(weights.named_parameters())
     given = {name: named[name].detach().cpu().clone() for name in healed}
     before = mean_loss(loss, data.held_out, settings.batch_windows)
-    saved = _memory_saved(context, student) if memory_saved is None else memory_saved
-    with saved, _trained(context, student, healed) as parameters:
+    with memory_saved, _trained(context, student, healed) as parameters:
         steps = train_on(loss, parameters, data.training, data.held_out, settings, journal).steps
     weights.requires_grad_(False)
     dtype = stored_dtype(context.model_dir)

@@ -47,6 +47,12 @@ class Plans:
     def unified(self) -> bool:
         return self.prefill == self.decode and self.same_width
 
+    @property
+    def prefill_is_read_alone(self) -> bool:
+        """Whether prefill gives up parts of blocks for a decode half that does not: its cache is then what it is for,
+        not what it predicts."""
+        return bool(self.prefill.parts) and not self.unified
+
 
 def read_plans(context: StageContext) -> Plans:
     """What the removal stage decided."""

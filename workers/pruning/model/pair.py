@@ -29,6 +29,17 @@ def handed_tokens(prompt_tokens: int, first_token: FirstToken) -> int:
     return prompt_tokens - 1 if first_token == "decode" else prompt_tokens
 
 
+def check_prompt(prompt_tokens: int, first_token: FirstToken, window_tokens: int) -> int:
+    """How many tokens of a window's prompt are handed over.
+
+    Raises: ValueError when none are, or the window leaves no room for a continuation of at least two tokens.
+    """
+    handed = handed_tokens(prompt_tokens, first_token)
+    if handed < 1 or prompt_tokens > window_tokens - 2:
+        raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {window_tokens}")
+    return handed
+
+
 def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedConfig) -> DynamicCache:
     """A cache for the decode model that holds what the prefill model's `cache` holds in the mapped layers.
 

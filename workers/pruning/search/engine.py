@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
-from workers.pruning.model.pair import FirstToken, handed_tokens
+from workers.pruning.model.pair import FirstToken, check_prompt
 from workers.pruning.model.parts import run_without
 from workers.pruning.model.units import NOTHING, Step, Units, Way, blocks_of, check_nested, parts_of, way_through
 from workers.pruning.search.anchor import Anchor, Trail
@@ -385,9 +385,7 @@ class PairEngine(ChunkedEngine):
         """Raises: ValueError when nothing would be handed over, or the windows leave no room for a continuation of at
         least two tokens.
         """
-        handed = handed_tokens(prompt_tokens, first_token)
-        if handed < 1 or prompt_tokens > windows.shape[1] - 2:
-            raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
+        handed = check_prompt(prompt_tokens, first_token, windows.shape[1])
         super().__init__(
             stack,
             windows,

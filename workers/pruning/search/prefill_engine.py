@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.pruning.model.blocks import BlockStack, capture_calls, capture_continuation_calls
-from workers.pruning.model.pair import FirstToken, handed_tokens
+from workers.pruning.model.pair import FirstToken, check_prompt
 from workers.pruning.model.units import Units, Way, check_nested, way_through
 from workers.pruning.search.engine import ChunkedEngine, Objective, dense_hidden, mean_losses, prefill_step, take_step
 
@@ -35,10 +35,8 @@ class PrefillEngine(ChunkedEngine):
         first_token: FirstToken,
         chunk_windows: int,
     ) -> None:
-        """Raises: ValueError when nothing would be handed over."""
-        self._handed = handed_tokens(prompt_tokens, first_token)
-        if self._handed < 1 or prompt_tokens > windows.shape[1] - 2:
-            raise ValueError(f"a prompt of {prompt_tokens} tokens does not fit windows of {windows.shape[1]}")
+        """Raises: as `PairEngine`."""
+        self._handed = check_prompt(prompt_tokens, first_token, windows.shape[1])
         super().__init__(stack, windows, objective, chunk_windows, walked_tokens=windows.shape[1] - 1, anchor_bytes=0)
         self._decode = decode
         self._prompt_tokens = prompt_tokens

@@ -974,6 +974,18 @@ PARTS: list[tuple[dict[str, int], dict[str, int]]] = [
 ]
 
 
+def test_halves_that_give_up_the_same_parts_are_one_checkpoint_healed_on_its_own_predictions(
+    worker: Worker, model: Path
+) -> None:
+    gives_up = {"remove_blocks": 1, "remove_mlps": 4}
+    job_id = create(worker, tiny_spec(model, prefill=gives_up, decode=gives_up))
+    run_through(worker, job_id)
+    removal, export = (stage_row(worker, job_id, stage).metrics for stage in (StageName.REMOVAL, StageName.EXPORT))
+    assert removal["prefill"]["parts"] == removal["decode"]["parts"]
+    assert len(removal["prefill"]["parts"]) == 4
+    assert list(export["checkpoints"]) == ["unified"]
+
+
 @pytest.mark.parametrize("heals", [False, True])
 @pytest.mark.parametrize("first_token", ["decode", "prefill"])
 @pytest.mark.parametrize(("prefill", "decode"), PARTS)
