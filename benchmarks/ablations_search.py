@@ -208,17 +208,19 @@ def bound(seeds: int) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for allowed in track((0.03, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6), description="bound"):
-        exact = PerplexityBound(true, dense, allowed)
+        exact = PerplexityBound(true, dense, allowed, range(true.windows))
         there = max(n for n in counts if exact.holds(true.best(n)))
         bounded, by_frontier, known = [], [], []
         for seed in range(seeds):
-            held = PerplexityBound(table.memo("cross_entropy"), dense, allowed)
+            cross_entropy = table.memo("cross_entropy")
+            held = PerplexityBound(cross_entropy, dense, allowed, range(cross_entropy.windows))
             held.increase(NOTHING)
             memo, found = searched(seed, len(scores) - 1, held.holds)
             chosen = held.largest(memo, smallest=found[0])
             bounded.append((len(chosen.units), len(memo.asked), len(held.cross_entropy.asked)))
 
-            read = PerplexityBound(table.memo("cross_entropy"), dense, allowed)
+            cross_entropy = table.memo("cross_entropy")
+            read = PerplexityBound(cross_entropy, dense, allowed, range(cross_entropy.windows))
             memo, found = searched(seed, 6)
             kept = max(n for n, best in found.items() if read.holds(best))
             by_frontier.append((kept, len(memo.asked), len(read.cross_entropy.asked)))

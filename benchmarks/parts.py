@@ -1,6 +1,7 @@
 """What parts of blocks cost beside whole blocks, unhealed, on running text and on what answers copy from the prompt.
 
     python -m benchmarks.parts
+    python -m benchmarks.parts --model build/real/smollm2-135m-instruct --text build/real/brown.jsonl --dtype bfloat16
 
 Prompts and continuations of 128 tokens. Each set is found by greedy on the calibration windows; losses are of
 continuations by the pair on validation windows, above the dense model's. In the copying windows the continuation
@@ -11,18 +12,22 @@ windows.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 from rich.progress import track
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.ablations_search import WINDOW_TOKENS, cut
 from benchmarks.distillation import load
 from benchmarks.search import CHUNK_WINDOWS
 from workers.pruning.model.blocks import BlockStack, block_stack
+from workers.pruning.model.calibration import Split, cut_windows, split_stream, token_stream
 from workers.pruning.model.units import NOTHING, Kind, Units
 from workers.pruning.search.engine import Objective, PairEngine
 from workers.pruning.search.memo import Memo
@@ -130,21 +135,40 @@ def more(losses: Losses, units: Units, windows: int) -> str:
     return f"{fmean(differences):+.4f} ± {stdev(differences) / len(differences) ** 0.5:.4f}"
 
 
+def own_windows(model: Path, text: Path, counts: Mapping[Split, int]) -> dict[Split, Tensor]:
+    """Windows (windows, tokens) of a text with a JSON object a line, by split."""
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    stream = token_stream(documents, AutoTokenizer.from_pretrained(model))
+    parts = split_stream(stream, tokens=WINDOW_TOKENS)
+    return {
+        split: cut_windows(parts[split], count=count, tokens=WINDOW_TOKENS, seed=0) for split, count in counts.items()
+    }
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--validation-windows", type=int, default=160)
+    parser.add_argument("--model", type=Path, help="a model's folder, in place of the reference model")
+    parser.add_argument("--text", type=Path, help="its text, an object with `text` a line")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], default=[way.name for way in WAYS])
     args = parser.parse_args()
     torch.manual_seed(0)
-    stack = block_stack(load())
-    calibration = cut("calibration", args.calibration_windows)
-    validation = cut("validation", args.validation_windows)
+    counts: dict[Split, int] = {"calibration": args.calibration_windows, "validation": args.validation_windows}
+    if args.model is None:
+        stack, windows_of = block_stack(load()), {split: cut(split, count) for split, count in counts.items()}
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().requires_grad_(False)
+        stack, windows_of = block_stack(model), own_windows(args.model, args.text, counts)
+    calibration, validation = windows_of["calibration"], windows_of["validation"]
     few = calibration[: max(1, round(COPYING_SHARE * len(calibration)))]
     texts = {"text": [calibration], "text and copying": [calibration, copying(few)]}
     lines = ["| given up | found on | how many | of blocks | text | copying |", "|---|---|---|---|---|---|"]
-    for way, (name, windows) in track([(way, text) for way in WAYS for text in texts.items()], description="sets"):
+    ways = [way for way in WAYS if way.name in args.ways]
+    for way, (name, windows) in track([(way, text) for way in ways for text in texts.items()], description="sets"):
         sets = found(stack, windows, way, max(args.counts))
         on_text, on_copying = (
             losses_of(stack, held_out, way, "cross_entropy") for held_out in (validation, copying(validation))

@@ -35,6 +35,9 @@ def _of_search(removal: RemovalResult) -> Iterator[tuple[str, Value]]:
     losses = removal.losses
     yield f"prefill loss, {losses.objective}", losses.prefill
     yield f"pair loss, {losses.objective}", losses.decode
+    if losses.decode_text is not None and losses.decode_copying is not None:
+        yield f"pair loss on text, {losses.objective}", losses.decode_text
+        yield f"pair loss on copying, {losses.objective}", losses.decode_copying
 
 
 def _of_evaluation(evaluation: EvaluationResult) -> Iterator[tuple[str, Value]]:
@@ -46,6 +49,9 @@ def _of_evaluation(evaluation: EvaluationResult) -> Iterator[tuple[str, Value]]:
     yield "PD loss, dense", pair.dense_loss
     yield "PD loss, pruned", pair.pruned_loss
     yield "PD loss, distilled", pair.distilled_loss
+    if pair.copying is not None:
+        yield "PD loss of a prompt said again, dense", pair.copying.dense
+        yield "PD loss of a prompt said again, distilled", pair.copying.distilled
     yield "first token by", pair.first_token
     if pair.first_token_losses is not None:
         for half, loss in pair.first_token_losses.distilled.items():

@@ -191,6 +191,9 @@ def pair_table(pair: PairFigures) -> Table:
     losses = (pair.dense_loss, pair.pruned_loss, pair.distilled_loss)
     label = f"PD loss in nats, prompt {pair.prompt_tokens} + {pair.continuation_tokens}"
     rows = [(label, *(f"{loss:.4f}" for loss in losses)), *_first_token_rows(pair)]
+    if (again := pair.copying) is not None:
+        copying = (again.dense, again.pruned, again.distilled)
+        rows.append(("PD loss of a prompt said again, nats", *(f"{loss:.4f}" for loss in copying)))
     share = f"{size(kv.pruned)} ({kv.pruned / kv.dense:.0%})"
     rows.append((f"KV cache, {kv.tokens}-token request", size(kv.dense), share, share))
     rows.append(("KV sent to decode a request", size(kv.dense_sent), size(kv.sent), size(kv.sent)))

@@ -9,6 +9,8 @@ REPLACED_ALGORITHMS = {"lazy_greedy": "greedy"}
 """A search algorithm of earlier versions → the one that took its place, whose sets cost no more."""
 SERVED_THEN = {"first_token": "prefill"}
 """How earlier versions, whose jobs say nothing of serving, searched, healed and measured every pair."""
+CALIBRATED_THEN = {"copying": 0.0}
+"""Earlier versions compared removals on running text alone."""
 
 
 def spec_of(job: JobRow) -> JobSpec:
@@ -21,5 +23,10 @@ def spec_of(job: JobRow) -> JobSpec:
     distillation.pop("merge_tokens", None)  # Merges that were fitted before the search, which then weighed them.
     if (algorithm := search.get("algorithm")) in REPLACED_ALGORITHMS:
         search["algorithm"] = REPLACED_ALGORITHMS[algorithm]
-    serving = job.spec.get("serving", SERVED_THEN)
-    return JobSpec.model_validate(job.spec | {"search": search, "distillation": distillation, "serving": serving})
+    asked = {
+        "search": search,
+        "distillation": distillation,
+        "serving": job.spec.get("serving", SERVED_THEN),
+        "calibration": CALIBRATED_THEN | job.spec.get("calibration", {}),
+    }
+    return JobSpec.model_validate(job.spec | asked)

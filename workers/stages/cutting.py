@@ -49,11 +49,13 @@ def cut(context: StageContext) -> RemovalResult:
     of_parts = searcher.parts(prefill, decode, (0.4, 0.7))
     context.say(0.7, "Measuring the controls.")
     controls = searcher.simple_controls(prefill, decode)
+    by_kind = searcher.by_kind_of_window(of_parts.prefill, of_parts.decode)
     measured = Measured(
         losses=Losses(
             objective=spec.search.objective,
             prefill=losses[0],
             decode=losses[1] if of_parts.loss is None else of_parts.loss,
+            **by_kind,
             controls=controls,
         ),
         bounds=Bounds(),

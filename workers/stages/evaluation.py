@@ -20,6 +20,7 @@ from pdtrim.contract.results import (
     SCORES,
     SEARCH,
     BlockScores,
+    CopyingLosses,
     EvaluationResult,
     FirstTokenLoss,
     FirstTokenLosses,
@@ -33,6 +34,7 @@ from pdtrim.contract.results import (
 )
 from service.stopping import interruptible
 from workers.inputs.models import device, load_model, load_tokenizer
+from workers.pruning.model.calibration import said_again
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.measure import Speed, parameters, perplexity, quality, speeds
 from workers.pruning.model.pair import first_token_losses, handed_tokens, kv_cache_bytes, pd_loss
@@ -199,7 +201,9 @@ def _measure_pair(
     tokens = windows.shape[1]
     prompt_tokens, first_token = tokens // 2, context.spec.serving.first_token
 
-    def loss(prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: list[int]) -> float:
+    def loss(
+        prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: list[int], windows: Tensor = windows
+    ) -> float:
         context.check()
         return pd_loss(
             prefill,
@@ -227,6 +231,7 @@ def _measure_pair(
         )
     pruned = (_pruned(dense, prefill_subject), _pruned(dense, decode_subject))
     every_block = list(range(plans.prefill.num_blocks))
+    copying = said_again(windows, prompt_tokens)
     return PairFigures(
         prompt_tokens=prompt_tokens,
         continuation_tokens=tokens - prompt_tokens,
@@ -238,6 +243,11 @@ def _measure_pair(
             dense=first_token_loss(dense, dense, every_block),
             pruned=first_token_loss(*pruned, layer_map),
             distilled=first_token_loss(prefill, decode, layer_map),
+        ),
+        copying=CopyingLosses(
+            dense=loss(dense, dense, every_block, copying),
+            pruned=loss(*pruned, layer_map, copying),
+            distilled=loss(prefill, decode, layer_map, copying),
         ),
         kv_layer_map=layer_map,
         kv_tokens=kv_tokens,

@@ -93,6 +93,7 @@ def run(context: StageContext) -> RemovalResult:
     of_parts = searcher.parts(for_prefill.units, for_decode.units, (0.5, 0.7))
     context.say(0.7, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
+    by_kind = searcher.by_kind_of_window(of_parts.prefill, of_parts.decode)
     controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.75, 1.0))
 
     found = write_plan(
@@ -104,6 +105,7 @@ def run(context: StageContext) -> RemovalResult:
                 objective=spec.search.objective,
                 prefill=for_prefill.chosen.loss,
                 decode=for_decode.chosen.loss if of_parts.loss is None else of_parts.loss,
+                **by_kind,
                 controls=controls,
             ),
             bounds=Bounds(prefill=for_prefill.bound_result, decode=for_decode.bound_result),

@@ -17,7 +17,7 @@ from workers.pruning.search.memo import Memo
 from workers.stages.context import StageContext
 
 STATE = "search-state.json"
-VERSION = 3
+VERSION = 4
 """Of the state's form. What another version left is not read: the search measures again."""
 SAVE_INTERVAL_S = 10.0
 SearchName = Literal["prefill", "decode", "control"] | tuple[Half, Part]

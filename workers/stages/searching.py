@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from pdtrim.contract.results import (
 from pdtrim.contract.spec import HalfTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
+from workers.pruning.model.calibration import interleaved, said_again
 from workers.pruning.model.plan import Part
 from workers.pruning.model.units import NOTHING, Kind, Units, blocks_of, deleting, kept_for_cache
 from workers.pruning.search.engine import LossEngine, PairEngine, WholeEngine
@@ -93,7 +95,8 @@ class Searcher:
         self._context = context
         self._spec = context.spec
         self._stack = stack
-        self._windows = windows
+        again = said_again(windows[: context.spec.calibration.copying_windows], self.prompt_tokens)
+        self._windows, self._is_copying = interleaved(windows, again)
         self._cosine = cosine
         self._chunk_windows = windows_at_once(stack.model, windows.shape[1])
         self._state = SearchState(context)
@@ -101,6 +104,7 @@ class Searcher:
         """What each search that was done took."""
         # Every heat of a race would read streamed weights once more.
         self._racing = self._spec.search.racing and not is_streamed(stack.model)
+        self._text = [number for number, copying in enumerate(self._is_copying) if not copying]
         self._forced = deleting(self._spec.search.force)
         self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
@@ -193,6 +197,20 @@ class Searcher:
         alone = self._memo(self._phase(NOTHING), self._pair(NOTHING))([decode])
         return Controls(decode_set_in_both=in_both[decode], decode_only=alone[decode])
 
+    def by_kind_of_window(self, prefill: Units, decode: Units) -> dict[str, float]:
+        """The pair's loss on running text alone and on copying alone, by its name in `Losses`.
+
+        Nothing where the search has no copying windows.
+        """
+        if not any(self._is_copying):
+            return {}
+        memo = self._memo(self._phase(prefill), self._pair(prefill))
+        memo([decode])
+        kinds: dict[bool, list[float]] = {False: [], True: []}
+        for loss, copying in zip(memo.known[decode], self._is_copying, strict=True):
+            kinds[copying].append(loss)
+        return {"decode_text": fmean(kinds[False]), "decode_copying": fmean(kinds[True])}
+
     def losses(self, prefill: Units, decode: Units) -> tuple[float, float]:
         """The loss of the prefill half on whole windows, and that of the pair on continuations."""
         of_prefill = self._memo(self._phase(), self._engine())([prefill])[prefill]
@@ -277,8 +295,9 @@ class Searcher:
         if target.max_perplexity_increase is None:
             return None
         memo = self._memo(Phase("cross_entropy", prefill), engine)
-        of_dense = dense.losses([NOTHING], "cross_entropy")[NOTHING]
-        return PerplexityBound(memo, of_dense, target.max_perplexity_increase)
+        by_window = dense.window_losses([NOTHING], range(engine.windows), "cross_entropy")[NOTHING]
+        of_dense = fmean(by_window[window] for window in self._text)
+        return PerplexityBound(memo, of_dense, target.max_perplexity_increase, self._text)
 
     def _phase(self, prefill: Units | None = None) -> Phase:
         """The losses that a search goes by: on whole windows, or beside a prefill half."""

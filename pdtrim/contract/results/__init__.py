@@ -10,6 +10,7 @@ from pdtrim.contract.results.base import Half, Halves, Result
 from pdtrim.contract.results.distillation import DistillationResult, FittedMerge, Healing
 from pdtrim.contract.results.evaluation import (
     REPORT,
+    CopyingLosses,
     EvaluationResult,
     FirstTokenLoss,
     FirstTokenLosses,
@@ -60,6 +61,7 @@ __all__ = [
     "Bounds",
     "CheckpointProof",
     "Controls",
+    "CopyingLosses",
     "DenseLoss",
     "DistillationResult",
     "EvaluatedSet",

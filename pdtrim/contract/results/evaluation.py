@@ -96,6 +96,14 @@ class FirstTokenLosses(Result):
     distilled: FirstTokenLoss
 
 
+class CopyingLosses(Result):
+    """The PD loss where the continuation is the prompt said again, which a model that finds it there predicts well."""
+
+    dense: float
+    pruned: float = Field(description="Before distillation.")
+    distilled: float
+
+
 class PairFigures(Result):
     """What the two halves make of a request together. Losses are in nats a token of the continuation."""
 
@@ -110,6 +118,7 @@ class PairFigures(Result):
     first_token_losses: FirstTokenLosses | None = Field(
         default=None, description="Null in jobs of versions that measured none."
     )
+    copying: CopyingLosses | None = Field(default=None, description="Null in jobs of versions that measured none.")
     kv_layer_map: list[int] = Field(
         description="For each layer of decode, the layer of prefill whose KV cache it reads."
     )

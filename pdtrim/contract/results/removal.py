@@ -43,6 +43,12 @@ class Losses(Result):
     objective: str = Field(examples=["kl"])
     prefill: float = Field(description="Of the prefill half without the blocks that it removes, on whole windows.")
     decode: float = Field(description="Of the pair, on continuations.")
+    decode_text: float | None = Field(
+        default=None, description="The same on windows of running text alone. Null where the search had no others."
+    )
+    decode_copying: float | None = Field(
+        default=None, description="The same on windows in which the prompt is said again alone."
+    )
     controls: Controls
 
 

@@ -89,6 +89,33 @@ def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int) -> Tensor
     return stream[: available * tokens].view(available, tokens)[chosen]
 
 
+def said_again(windows: Tensor, prompt_tokens: int) -> Tensor:
+    """Windows (windows, tokens) whose first `prompt_tokens` are followed by themselves, as often as there is room.
+
+    Whether a model predicts them shows whether it finds again what stands in its prompt.
+    """
+    positions = torch.arange(windows.shape[1]) % prompt_tokens
+    return windows[:, positions]
+
+
+def interleaved(text: Tensor, copying: Tensor) -> tuple[Tensor, list[bool]]:
+    """Both kinds of windows in one (windows, tokens), evenly mixed so that the first few are like all of them.
+
+    Also whether each is of `copying`, of which there are no more than of `text`.
+    """
+    windows: list[Tensor] = []
+    is_copying: list[bool] = []
+    taken = 0
+    for number, window in enumerate(text, start=1):
+        windows.append(window)
+        is_copying.append(False)
+        if taken < number * len(copying) // len(text):
+            windows.append(copying[taken])
+            is_copying.append(True)
+            taken += 1
+    return torch.stack(windows), is_copying
+
+
 def split_stream(stream: Tensor, *, tokens: int) -> dict[Split, Tensor]:
     """A stream without a split of its own: the last tenth for validation, the tenth before for calibration.
 

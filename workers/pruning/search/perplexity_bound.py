@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from workers.pruning.model.units import Units
@@ -23,10 +24,14 @@ class PerplexityBound:
     dense: float
     """The dense model's, on the same tokens."""
     max_increase: float
+    windows: Sequence[int]
+    """Those that count: running text, of which perplexity is said."""
 
     def increase(self, units: Units) -> float:
         """Perplexity without the blocks over the dense model's, less one."""
-        return math.expm1(min(self.cross_entropy([units])[units] - self.dense, MAX_EXPONENT))
+        self.cross_entropy([units])
+        by_window = self.cross_entropy.known[units]
+        return math.expm1(min(fmean(by_window[window] for window in self.windows) - self.dense, MAX_EXPONENT))
 
     def holds(self, found: MeasuredSet) -> bool:
         """Whether a set is within the bound."""

@@ -1026,15 +1026,24 @@ def test_parts_of_blocks_are_searched_exported_and_measured_as_plain_transformer
     windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))
     layer_map = report["pair"]["kv_layer_map"]
 
-    def loss(split: str) -> float:
-        return float(plain_nll(halves["prefill"], halves["decode"], layer_map, windows[split], first_token).mean())
+    prompt = windows["validation"].shape[1] // 2
+    copying = {split: torch.cat([part[:, :prompt], part[:, :prompt]], dim=1) for split, part in windows.items()}
 
-    assert report["pair"]["distilled_loss"] == pytest.approx(loss("validation"), abs=1e-4)
+    def loss(part: Tensor) -> float:
+        return float(plain_nll(halves["prefill"], halves["decode"], layer_map, part, first_token).mean())
+
+    assert report["pair"]["distilled_loss"] == pytest.approx(loss(windows["validation"]), abs=1e-4)
+    assert report["pair"]["copying"]["distilled"] == pytest.approx(loss(copying["validation"]), abs=1e-4)
     if heals:
         assert report["pair"]["distilled_loss"] != report["pair"]["pruned_loss"]
     else:
-        assert removal["losses"]["decode"] == pytest.approx(loss("calibration"), abs=1e-4)
-        assert report["pair"]["pruned_loss"] == pytest.approx(loss("validation"), abs=1e-4)
+        # Of four windows, one counts a second time with its prompt said again.
+        found, on_text, on_copying = (removal["losses"][name] for name in ("decode", "decode_text", "decode_copying"))
+        assert on_text == pytest.approx(loss(windows["calibration"]), abs=1e-4)
+        assert on_copying == pytest.approx(loss(copying["calibration"][:1]), abs=1e-4)
+        assert found == pytest.approx((4 * on_text + on_copying) / 5, abs=1e-6)
+        assert report["pair"]["pruned_loss"] == pytest.approx(loss(windows["validation"]), abs=1e-4)
+        assert report["pair"]["copying"]["pruned"] == pytest.approx(loss(copying["validation"]), abs=1e-4)
     searched = [(found["half"], found["part"]) for found in removal["parts"]]
     assert searched == [
         *(

@@ -7,7 +7,14 @@ import torch
 
 from tests.unit.workers.pruning.models import reference_tokenizer
 from workers.pruning.model import calibration
-from workers.pruning.model.calibration import cut_windows, split_stream, stdlib_documents, token_stream
+from workers.pruning.model.calibration import (
+    cut_windows,
+    interleaved,
+    said_again,
+    split_stream,
+    stdlib_documents,
+    token_stream,
+)
 
 
 def test_the_standard_librarys_splits_are_disjoint_and_stable() -> None:
@@ -33,6 +40,26 @@ def test_reading_stops_when_there_are_enough_tokens() -> None:
 
     assert len(token_stream(documents(), reference_tokenizer(), at_least=60)) >= 60
     assert read == ["x", "y"]
+
+
+def test_a_prompt_is_said_again_for_as_long_as_there_is_room() -> None:
+    windows = torch.arange(14).view(2, 7)
+    assert said_again(windows, 3).tolist() == [[0, 1, 2, 0, 1, 2, 0], [7, 8, 9, 7, 8, 9, 7]]
+
+
+@pytest.mark.parametrize(
+    ("copying", "order"),
+    [
+        (0, [0, 1, 2, 3, 4]),
+        (1, [0, 1, 2, 3, 4, -1]),
+        (2, [0, 1, 2, -1, 3, 4, -2]),
+        (5, [0, -1, 1, -2, 2, -3, 3, -4, 4, -5]),
+    ],
+)
+def test_windows_of_both_kinds_are_mixed_evenly_and_none_is_lost(copying: int, order: list[int]) -> None:
+    mixed, is_copying = interleaved(torch.arange(5).view(5, 1), -1 - torch.arange(copying).view(copying, 1))
+    assert mixed.flatten().tolist() == order
+    assert is_copying == [window < 0 for window in order]
 
 
 def test_windows_do_not_overlap_and_follow_from_the_seed() -> None:

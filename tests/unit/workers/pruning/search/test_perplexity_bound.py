@@ -22,7 +22,7 @@ def bound(max_increase: float) -> tuple[PerplexityBound, Memo]:
     for removed in LOSS:
         found([deleting(removed)])
         cross_entropy([deleting(removed)])
-    return PerplexityBound(cross_entropy, math.log(10.0), max_increase), found
+    return PerplexityBound(cross_entropy, math.log(10.0), max_increase, [0]), found
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,9 @@ def test_the_smallest_set_is_chosen_when_none_is_within_the_bound_and_that_is_sa
     everything = deleting({0, 1})
     memo = Memo(lambda candidates, windows: {c: [2.0] for c in candidates}, windows=1)
     memo([everything])
-    limit = PerplexityBound(Memo(lambda candidates, windows: {c: [800.0] for c in candidates}, windows=1), 1.0, 0.5)
+    limit = PerplexityBound(
+        Memo(lambda candidates, windows: {c: [800.0] for c in candidates}, windows=1), 1.0, 0.5, [0]
+    )
     smallest = memo.best(2)
     assert not limit.holds(smallest)
     assert limit.largest(memo, smallest) == smallest
