@@ -20,7 +20,11 @@ PART_NAMES: Mapping[Part, str] = MappingProxyType(
     {"attention": "attentions", "kv_only": "kept for keys and values alone", "mlp": "MLPs"}
 )
 """How several of each are called after their number."""
-
+Cost = Literal["flops", "kv_bytes", "weight_bytes"]
+"""What a budget is of: the operations of a prompt, the bytes of a request's KV cache, or those of the weights."""
+COST_NAMES: Mapping[Cost, str] = MappingProxyType(
+    {"flops": "FLOPs of a prompt", "kv_bytes": "KV cache bytes", "weight_bytes": "weight bytes"}
+)
 
 SourceString = Annotated[str, Field(min_length=1, max_length=1024, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
@@ -55,6 +59,7 @@ BlockList = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=MAX_BLOCKS)], ...], Field(max_length=MAX_BLOCKS), AfterValidator(_distinct)
 ]
 CHANNEL_MULTIPLE = 8
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class HalfTarget(SpecModel):
@@ -99,6 +104,25 @@ class HalfTarget(SpecModel):
         le=MAX_BLOCKS,
         description="Blocks that give up their MLP and keep their attention, besides those removed.",
     )
+    flops: Share | None = Field(
+        default=None,
+        description="Prefill only, in place of counts: give up MLPs, or all but keys and values, whatever costs "
+        "least, and blocks where decode does, until a prompt of half a calibration window takes at most this share of "
+        "the dense model's operations.",
+        examples=[0.75],
+    )
+    kv_bytes: Share | None = Field(
+        default=None,
+        description="Decode only, in place of counts: give up blocks or attentions, whatever costs least, until a "
+        "request's keys and values take at most this share of the dense model's.",
+        examples=[0.75],
+    )
+    weight_bytes: Share | None = Field(
+        default=None,
+        description="Decode only, in place of counts: give up blocks, attentions or MLPs, whatever costs least, until "
+        "the weights at work take at most this share of the dense model's, embeddings among them.",
+        examples=[0.75],
+    )
     mlp_width: float = Field(
         default=1.0,
         gt=0.0,
@@ -108,11 +132,33 @@ class HalfTarget(SpecModel):
         examples=[0.75],
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _budgets_need_no_count(cls, value: Any) -> Any:
+        given = isinstance(value, Mapping) and any(value.get(cost) is not None for cost in COST_NAMES)
+        if given and value.get("remove_blocks") is None and value.get("max_perplexity_increase") is None:
+            return {**value, "remove_blocks": 0}
+        return value
+
     @model_validator(mode="after")
     def _some_target(self) -> Self:
         if self.remove_blocks is None and self.max_perplexity_increase is None:
-            raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both")
+            raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both, or a budget")
+        if len(budgets := [f"`{cost}`" for cost in COST_NAMES if getattr(self, cost) is not None]) > 1:
+            raise ValueError(f"give one of {' and '.join(budgets)}")
+        if budgets and (self.parts or self.max_perplexity_increase is not None):
+            raise ValueError(f"{budgets[0]} chooses what goes: give no counts of parts and no bound beside it")
         return self
+
+    @property
+    def budget(self) -> tuple[Cost, float] | None:
+        """The cost that is bounded, and the share of the dense model's that may be left; None without a budget."""
+        shares: dict[Cost, float | None] = {
+            "flops": self.flops,
+            "kv_bytes": self.kv_bytes,
+            "weight_bytes": self.weight_bytes,
+        }
+        return next(((cost, share) for cost, share in shares.items() if share is not None), None)
 
     @property
     def parts(self) -> dict[Part, int]:
@@ -135,7 +181,8 @@ class HalfTarget(SpecModel):
         bound = "" if self.max_perplexity_increase is None else f"within +{self.max_perplexity_increase:.3g} perplexity"
         count = "" if self.remove_blocks is None else str(self.remove_blocks)
         parts = [f"{count} {PART_NAMES[part]}" for part, count in self.parts.items()]
-        return ", ".join([" ".join(said for said in (count, bound) if said), *parts])
+        least = [] if self.budget is None else [f"{self.budget[1]:.0%} of the {COST_NAMES[self.budget[0]]}"]
+        return ", ".join([" ".join(said for said in (count, bound) if said), *parts, *least])
 
 
 class DataSpec(SpecModel):
@@ -521,6 +568,18 @@ class JobSpec(SpecModel):
                 "decode.remove_blocks or decode.remove_attentions",
                 {"param": "decode.kv_only_blocks"},
             )
+        budgets: list[tuple[Literal["prefill", "decode"], HalfTarget, tuple[Cost, ...]]] = [
+            ("prefill", self.prefill, ("kv_bytes", "weight_bytes")),
+            ("decode", self.decode, ("flops",)),
+        ]
+        for half, target, not_its in budgets:
+            if target.budget is not None and target.budget[0] in not_its:
+                raise PydanticCustomError(
+                    "budget_of_the_other_half",
+                    "{half}.{cost} is no budget of {half}: prefill is bound by `flops`, decode by `kv_bytes` or "
+                    "`weight_bytes`",
+                    {"half": half, "cost": target.budget[0], "param": f"{half}.{target.budget[0]}"},
+                )
         if self.prefill.remove_attentions:
             raise PydanticCustomError(
                 "attentions_in_prefill",

@@ -44,7 +44,9 @@ COLOURS = {
 def job_table(jobs: Iterable[Job], now: datetime) -> Table:
     """One line of at most 80 columns a job; `now` is what ages are counted from."""
     table = Table(
-        box=None, header_style="bold", caption="gives up: blocks of prefill, blocks of decode; +: parts of others"
+        box=None,
+        header_style="bold",
+        caption="gives up: blocks of prefill, blocks of decode; +: parts of others; →: down to a budget",
     )
     table.add_column("job", no_wrap=True, min_width=ID_WIDTH)
     table.add_column("status", no_wrap=True)
@@ -60,6 +62,8 @@ def job_table(jobs: Iterable[Job], now: datetime) -> Table:
 
 def _target(half: HalfTarget) -> str:
     bound, parts = half.max_perplexity_increase, "".join(f"+{count}" for count in half.parts.values())
+    if half.budget is not None:
+        return f"{half.remove_blocks or ''}→{half.budget[1]:.0%}"
     return (str(half.remove_blocks) if bound is None else f"≤{bound:.0%}") + parts
 
 

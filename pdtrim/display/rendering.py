@@ -16,6 +16,7 @@ from pdtrim.display.tables import (
     SENSITIVITY_COLUMNS,
     Table,
     bound_lines,
+    budget_tables,
     controls_table,
     effort_lines,
     estimate_facts,
@@ -62,6 +63,7 @@ def search_report(removal: RemovalResult) -> RenderableType:
     parts: list[RenderableType] = [rendered(controls_table(removal))]
     if (of_kept := parts_table(removal)) is not None:
         parts.append(rendered(of_kept))
+    parts += map(rendered, budget_tables(removal))
     if lines := [*effort_lines(removal), *bound_lines(removal)]:
         parts += [*lines, ""]
     if removal.sensitivity is not None:

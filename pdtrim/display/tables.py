@@ -23,7 +23,7 @@ from pdtrim.contract.results import (
     TaskMetric,
     TaskResult,
 )
-from pdtrim.contract.spec import Part
+from pdtrim.contract.spec import COST_NAMES, Part
 from pdtrim.display.captions import objective_name
 from pdtrim.display.model_figures import FIGURES
 from pdtrim.display.quantities import NOTHING, UNKNOWN, counted, duration, increase, listed, size
@@ -76,6 +76,24 @@ def parts_table(removal: Removed) -> Table | None:
     return (
         Table("Parts of kept blocks", ("half", "gives up", "of blocks"), (False, False, False), rows) if rows else None
     )
+
+
+def budget_tables(removal: RemovalResult) -> list[Table]:
+    """For each half with a budget, where each walk ended: with units of every kind, then with one kind at a time."""
+    found = []
+    for search in removal.budgets:
+        kept = f"{search.share:.1%} of {search.dense:,} {COST_NAMES[search.cost]} left, asked for {search.asked:.1%}"
+        unmet = "" if search.met else "; no set found keeps it"
+        rows = []
+        for walk in search.walks:
+            last = walk.steps[-1]
+            parts = [f"{PARTS[part]} of {block}" for block, part in sorted(last.parts.items())]
+            kinds = [PARTS[kind] if kind != "block" else "blocks" for kind in walk.kinds]
+            gives_up = "; ".join(filter(None, [listed(last.blocks) if last.blocks else "", ", ".join(parts)])) or "–"
+            rows.append((", ".join(kinds), f"{last.share:.1%}", f"{last.loss:.4f}", gives_up))
+        title = f"Budget of {search.half}: {kept}{unmet}"
+        found.append(Table(title, ("may give up", "left", "loss", "gives up"), (False, True, True, False), rows))
+    return found
 
 
 def bound_lines(removal: Removed) -> list[str]:

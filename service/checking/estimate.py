@@ -31,6 +31,8 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 LARGEST = 2**53
 """The largest integer that every JSON reader keeps exactly."""
 MANY_SETS = 100_000
+PREFILL_KINDS, DECODE_KINDS = 3, 3
+"""Of units that a half may give up for a budget."""
 HALF_PRECISION, SINGLE_PRECISION = 2, 4
 OPTIMISER = 12
 """Bytes for each trained parameter besides its weight: the gradient, and AdamW's two moments."""
@@ -75,7 +77,7 @@ def estimate(spec: JobSpec, model: ModelDescription, earlier: tuple[str, Sequenc
     unified = (
         prefill == decode
         and spec.prefill.mlp_width == spec.decode.mlp_width
-        and not (spec.prefill.parts or spec.decode.parts)
+        and not (spec.prefill.parts or spec.decode.parts or spec.prefill.budget or spec.decode.budget)
     )
     halves: list[tuple[Role, int, HalfTarget]] = (
         [("unified", prefill, spec.prefill)]
@@ -125,7 +127,10 @@ def _evaluations(spec: JobSpec, blocks: int, prefill: int, decode: int) -> Searc
     return SearchEstimate(
         prefill=_sets(spec, blocks, forced, prefill, algorithm),
         decode=_sets(spec, blocks, prefill, decode, algorithm),
-        parts=_part_sets(spec, blocks, prefill, spec.prefill) + _part_sets(spec, blocks, decode, spec.decode),
+        parts=_part_sets(spec, blocks, prefill, spec.prefill)
+        + _part_sets(spec, blocks, decode, spec.decode)
+        + _budget_sets(spec.prefill, PREFILL_KINDS, blocks)
+        + _budget_sets(spec.decode, DECODE_KINDS, blocks),
         control=0
         if prefill == forced
         else _sets(spec, blocks, forced, decode, "annealing" if algorithm == "exhaustive" else algorithm),
@@ -139,6 +144,17 @@ def _part_sets(spec: JobSpec, blocks: int, removed: int, target: HalfTarget) -> 
         sets += _sets(spec, blocks, given_up, given_up + count, spec.search.algorithm)
         given_up += count
     return sets
+
+
+def _budget_sets(target: HalfTarget, kinds: int, blocks: int) -> int:
+    """Sets that the search for a budget compares, at most: a walk with all kinds of units, and one with each kind.
+
+    A step takes off a block's cost or a part of it; no more than two parts of every block go.
+    """
+    if target.budget is None:
+        return 0
+    steps = min(2 * blocks, math.ceil(2 * (1 - target.budget[1]) * blocks) + 1)
+    return kinds * blocks * (steps + min(steps, blocks))
 
 
 def _sets(spec: JobSpec, blocks: int, base: int, remove: int, algorithm: str) -> int:
@@ -228,11 +244,17 @@ def _warnings(
                 f"those of the most, {most}.",
                 param=f"{half}.max_perplexity_increase",
             )
-    if spec.prefill.parts or spec.decode.parts:
+    for half, target in (("prefill", spec.prefill), ("decode", spec.decode)):
+        if target.budget is not None:
+            yield EstimateWarning(
+                message=f"What {half} gives up is found by its budget; its size here is that of what goes in any case.",
+                param=f"{half}.{target.budget[0]}",
+            )
+    if spec.prefill.parts or spec.decode.parts or spec.prefill.budget or spec.decode.budget:
         yield EstimateWarning(
             message="Parts of blocks that go are written as zeros, so the checkpoints load everywhere; they take less "
             "time only in a runtime that skips what `dead_units` of pdtrim.json lists.",
-            param="prefill" if spec.prefill.parts else "decode",
+            param="prefill" if spec.prefill.parts or spec.prefill.budget else "decode",
         )
     if 2 * decode > shape.blocks:
         yield EstimateWarning(

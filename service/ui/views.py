@@ -22,6 +22,7 @@ from pdtrim.contract.results import (
     ScoringResult,
     SearchRecord,
 )
+from pdtrim.contract.spec import COST_NAMES
 from pdtrim.display import captions
 from pdtrim.display.comparison import comparison
 from pdtrim.display.events import numbers
@@ -31,6 +32,7 @@ from pdtrim.display.remedies import REMEDIES
 from pdtrim.display.tables import (
     Table,
     bound_lines,
+    budget_tables,
     controls_table,
     effort_lines,
     estimate_facts,
@@ -141,6 +143,7 @@ class JobPage:
     controls: Sequence[Bar]
     control_table: Table | None
     parts_table: Table | None
+    budget_tables: Sequence[Table]
     bounds: Sequence[str]
     efforts: Sequence[str]
     kv: Sequence[Bar]
@@ -262,6 +265,7 @@ def job_page(
         controls=figures.controls(removal) if removal else [],
         control_table=controls_table(removal) if removal else None,
         parts_table=parts_table(removal) if removal else None,
+        budget_tables=budget_tables(removal) if removal else [],
         bounds=bound_lines(removal) if removal else [],
         efforts=effort_lines(removal) if removal else [],
         kv=figures.kv_bytes(pair) if pair else [],
@@ -379,6 +383,9 @@ def _facts(job: Job) -> dict[str, str]:
 def _target(target: Any) -> str:
     bounded = target.max_perplexity_increase is not None
     blocks = f"blocks {target}" if bounded else counted(target.remove_blocks)
+    if target.budget is not None:
+        cost, share = target.budget
+        blocks = f"what leaves {share:.0%} of the {COST_NAMES[cost]}"
     return blocks if target.mlp_width == 1 else f"{blocks}, keeps {target.mlp_width:g} of MLP channels"
 
 

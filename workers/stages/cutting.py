@@ -47,14 +47,16 @@ def cut(context: StageContext) -> RemovalResult:
     context.say(0.3, "Measuring the pair.")
     losses = searcher.losses(prefill, decode)
     of_parts = searcher.parts(prefill, decode, (0.4, 0.7))
+    chosen = searcher.budgets(of_parts.prefill, of_parts.decode, (0.4, 0.7))
+    pair_loss = next(loss for loss in (chosen.loss, of_parts.loss, losses[1]) if loss is not None)
     context.say(0.7, "Measuring the controls.")
     controls = searcher.simple_controls(prefill, decode)
-    by_kind = searcher.by_kind_of_window(of_parts.prefill, of_parts.decode)
+    by_kind = searcher.by_kind_of_window(chosen.prefill, chosen.decode)
     measured = Measured(
         losses=Losses(
             objective=spec.search.objective,
             prefill=losses[0],
-            decode=losses[1] if of_parts.loss is None else of_parts.loss,
+            decode=pair_loss,
             **by_kind,
             controls=controls,
         ),
@@ -63,9 +65,9 @@ def cut(context: StageContext) -> RemovalResult:
         sensitivity=plan.sensitivity or searcher.sensitivity(),
     )
     shutil.move(context.input(StageName.REMOVAL, SEARCH), context.out / SEARCH)
-    decided = ChosenSets(of_parts.prefill, of_parts.decode, searcher.prompt_tokens)
+    decided = ChosenSets(chosen.prefill, chosen.decode, searcher.prompt_tokens)
     found = write_plan(context, scores, decided, measured, plan.frontier)
-    return RemovalResult(**dict(found), parts=of_parts.searches)
+    return RemovalResult(**dict(found), parts=of_parts.searches, budgets=chosen.searches)
 
 
 def _parent(context: StageContext) -> Parent:

@@ -91,20 +91,22 @@ def run(context: StageContext) -> RemovalResult:
     for_prefill = searcher.prefill((0.0, 0.3))
     for_decode = searcher.decode(for_prefill.units, (0.3, 0.5))
     of_parts = searcher.parts(for_prefill.units, for_decode.units, (0.5, 0.7))
+    chosen = searcher.budgets(of_parts.prefill, of_parts.decode, (0.5, 0.7))
+    pair_loss = next(loss for loss in (chosen.loss, of_parts.loss, for_decode.chosen.loss) if loss is not None)
     context.say(0.7, "Measuring what each block is worth.")
     sensitivity = searcher.sensitivity()
-    by_kind = searcher.by_kind_of_window(of_parts.prefill, of_parts.decode)
+    by_kind = searcher.by_kind_of_window(chosen.prefill, chosen.decode)
     controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.75, 1.0))
 
     found = write_plan(
         context,
         scores,
-        ChosenSets(of_parts.prefill, of_parts.decode, searcher.prompt_tokens),
+        ChosenSets(chosen.prefill, chosen.decode, searcher.prompt_tokens),
         Measured(
             losses=Losses(
                 objective=spec.search.objective,
                 prefill=for_prefill.chosen.loss,
-                decode=for_decode.chosen.loss if of_parts.loss is None else of_parts.loss,
+                decode=pair_loss,
                 **by_kind,
                 controls=controls,
             ),
@@ -120,6 +122,7 @@ def run(context: StageContext) -> RemovalResult:
     return RemovalResult(
         **dict(found),
         parts=of_parts.searches,
+        budgets=chosen.searches,
         effort=SearchEfforts(
             prefill=searcher.efforts["prefill"],
             decode=searcher.efforts["decode"],

@@ -12,6 +12,9 @@ from pdtrim.contract.blocks import limits
 from pdtrim.contract.results import (
     BlockWorth,
     Bound,
+    BudgetSearch,
+    BudgetStep,
+    BudgetWalk,
     Controls,
     DenseLoss,
     Half,
@@ -21,12 +24,14 @@ from pdtrim.contract.results import (
     SearchPart,
     Sensitivity,
 )
-from pdtrim.contract.spec import HalfTarget
+from pdtrim.contract.spec import COST_NAMES, Cost, HalfTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import interleaved, said_again
+from workers.pruning.model.costs import costs_of
 from workers.pruning.model.plan import Part
-from workers.pruning.model.units import NOTHING, Kind, Units, blocks_of, deleting, kept_for_cache
+from workers.pruning.model.units import NOTHING, Kind, Unit, Units, blocks_of, deleting, kept_for_cache, parts_of
+from workers.pruning.search.budget import within_budget
 from workers.pruning.search.engine import LossEngine, PairEngine, WholeEngine
 from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
@@ -75,6 +80,20 @@ class PartSearched:
 
     chosen: MeasuredSet
     record: PartSearch
+
+
+KINDS: Mapping[Half, tuple[Kind, ...]] = {"prefill": ("kv_only", "mlp"), "decode": ("block", "attention", "mlp")}
+"""What each half may give up for a budget. Prefill may give up whole blocks besides, where decode does."""
+
+
+@dataclass(frozen=True)
+class BudgetsSearched:
+    """What both halves give up, that within their budgets; the loss of that pair, if any half has one."""
+
+    prefill: Units
+    decode: Units
+    loss: float | None
+    searches: list[BudgetSearch]
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,84 @@ class Searcher:
             loss = searched.chosen.loss
             prefill, decode = (searched.chosen.units, decode) if half == "prefill" else (prefill, searched.chosen.units)
         return PartsSearched(prefill, decode, loss, found)
+
+    def budgets(self, prefill: Units, decode: Units, progress_range: ProgressRange) -> BudgetsSearched:
+        """What each half that has a budget gives up besides: the least loss on continuations by the pair.
+
+        Decode's comes first, as with parts.
+        """
+        found: list[BudgetSearch] = []
+        loss = None
+        halves: list[tuple[Half, HalfTarget]] = [("decode", self._spec.decode), ("prefill", self._spec.prefill)]
+        for half, target in halves:
+            if target.budget is None:
+                continue
+            of_prefill = half == "prefill"
+            base, engine = (prefill, self._of_prefill(decode)) if of_prefill else (decode, self._pair(prefill))
+            objective = self._spec.search.objective
+            phase = Phase(objective, decode=decode) if of_prefill else self._phase(prefill)
+            chosen, record = self._search_budget(
+                half, target.budget, self._memo(phase, engine), base, decode, progress_range
+            )
+            found.append(record)
+            loss = chosen.loss
+            prefill, decode = (chosen.units, decode) if of_prefill else (prefill, chosen.units)
+        return BudgetsSearched(prefill, decode, loss, found)
+
+    def _search_budget(
+        self,
+        half: Half,
+        budget: tuple[Cost, float],
+        memo: Memo,
+        base: Units,
+        decode: Units,
+        progress_range: ProgressRange,
+    ) -> tuple[MeasuredSet, BudgetSearch]:
+        cost, asked = budget
+        costs = costs_of(self._stack, cost, self._windows[:1, : self.prompt_tokens])
+        touched = {unit.block for unit in base} | set(self._spec.search.protect)
+        free = [block for block in range(len(self._cosine)) if block not in touched]
+        offered = [Unit(block, kind) for block in free for kind in KINDS[half]]
+        if half == "prefill":
+            offered += [Unit(block) for block in free if block in blocks_of(decode)]
+
+        def on_step(share: float, best: MeasuredSet) -> None:
+            start, end = progress_range
+            done = min(1.0, (1 - share) / max(1 - asked, 1e-9))
+            self._context.say(
+                start + (end - start) * done,
+                f"Searching what {half} gives up for its budget: {share:.0%} of the {COST_NAMES[cost]} left.",
+                evaluated=len(memo.asked),
+                loss=round(best.loss, 5),
+            )
+
+        result = within_budget(memo, costs, base=base, offered=offered, share=asked, on_step=on_step)
+        record = BudgetSearch(
+            half=half,
+            cost=cost,
+            dense=costs.dense,
+            asked=asked,
+            share=result.share,
+            met=result.share <= asked,
+            sets=len(memo.asked),
+            walks=[
+                BudgetWalk(
+                    kinds=list(walk.kinds),
+                    met=walk.met,
+                    steps=[
+                        BudgetStep(
+                            share=share,
+                            loss=found.loss,
+                            blocks=sorted(found.blocks),
+                            parts=parts_of(found.units),
+                        )
+                        for share, found in walk.steps
+                    ],
+                )
+                for walk in result.walks
+            ],
+        )
+        return result.chosen, record
 
     def _search_part(
         self, name: tuple[Half, Part], memo: Memo, base: Units, count: int, progress_range: ProgressRange

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import AliasChoices, Field
 
 from pdtrim.contract.results.base import Half, Halves, Result
-from pdtrim.contract.spec import Part
+from pdtrim.contract.spec import Cost, Part
 
 
 class HalfPlan(Result):
@@ -175,6 +175,36 @@ class PartSearch(Result):
     effort: SearchEffort
 
 
+class BudgetStep(Result):
+    """A set on the way to a budget, and what it leaves of the dense model's cost."""
+
+    share: float
+    loss: float = Field(description="Of the pair, on continuations, before distillation.")
+    blocks: list[int] = Field(description="Given up whole.")
+    parts: dict[int, Part] = Field(description="Block that stays → what of it is given up.")
+
+
+class BudgetWalk(Result):
+    """The sets that one walk went by; of one kind of unit, or of all."""
+
+    kinds: list[Literal["block"] | Part]
+    met: bool = Field(description="Whether it got within the budget. If not, there was nothing left to give up.")
+    steps: list[BudgetStep]
+
+
+class BudgetSearch(Result):
+    """The search of what one half gives up to keep a budget, beside all that was decided before."""
+
+    half: Half
+    cost: Cost
+    dense: int = Field(description="The dense model's: operations of a prompt, or bytes.")
+    asked: float = Field(description="The share of it that may be left.")
+    share: float = Field(description="That is left.")
+    met: bool
+    sets: int = Field(description="Sets of units that were compared.")
+    walks: list[BudgetWalk] = Field(description="With every kind of unit, then with one kind at a time.")
+
+
 class RemovalResult(Removed):
     """What the removal stage found."""
 
@@ -184,6 +214,7 @@ class RemovalResult(Removed):
     parts: list[PartSearch] = Field(
         default_factory=list, description="Of parts of blocks that stay, in the order in which they were searched."
     )
+    budgets: list[BudgetSearch] = Field(default_factory=list, description="Where a half has one; decode's first.")
     evaluated: SetsEvaluated | None = Field(default=None, description="Of versions that recorded no effort.")
     # Searches of version 0.1 could be shared by workers.
     workers: int | None = Field(default=None, description="How many workers took part; null since that is one.")

@@ -305,7 +305,7 @@ def test_search_healing_and_evaluation_are_of_the_pair_as_it_is_served(
         for half in ("prefill", "decode")
     )
     searched = plain_nll(before_prefill, before_decode, layer_map, windows["calibration"], first_token)
-    assert removal["losses"]["decode"] == pytest.approx(float(searched.mean()), abs=1e-4)
+    assert removal["losses"]["decode_text"] == pytest.approx(float(searched.mean()), abs=1e-4)
 
 
 def test_what_the_threshold_has_distilled_is_named_in_plan_and_checkpoint(worker: Worker, model: Path) -> None:
@@ -378,7 +378,7 @@ def test_where_no_block_can_go_within_the_bound_only_forced_ones_do_and_that_is_
 def test_every_block_s_sensitivity_and_three_controls_stand_beside_the_nested_pair(
     algorithm: str, prefill: int, worker: Worker, model: Path
 ) -> None:
-    search = {"algorithm": algorithm, "protect": [4]}
+    search = {"algorithm": algorithm, "protect": [4], "racing": False}
     job_id = create(worker, tiny_spec(model, search=search, prefill={"remove_blocks": prefill}))
     run_through(worker, job_id, StageName.REMOVAL)
     metrics = stage_row(worker, job_id, StageName.REMOVAL).metrics
@@ -986,6 +986,60 @@ def test_halves_that_give_up_the_same_parts_are_one_checkpoint_healed_on_its_own
     assert list(export["checkpoints"]) == ["unified"]
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        ({"flops": 0.6}, {"kv_bytes": 0.55}),
+        ({"flops": 0.6}, {"remove_blocks": 2}),
+        ({"remove_blocks": 1}, {"remove_blocks": 1, "weight_bytes": 0.94}),
+    ],
+)
+def test_a_budget_is_kept_by_what_goes_and_the_pair_is_as_plain_transformers_has_it(
+    prefill: dict[str, Any], decode: dict[str, Any], worker: Worker, model: Path, tmp_path: Path
+) -> None:
+    spec = tiny_spec(model, prefill=prefill, decode=decode, search={"evaluations": 12, "objective": "cross_entropy"})
+    spec["distillation"] |= {"enabled": False}
+    job_id = create(worker, spec)
+    run_through(worker, job_id)
+    removal, report = (stage_row(worker, job_id, stage).metrics for stage in (StageName.REMOVAL, StageName.EVALUATION))
+
+    budgets = {found["half"]: found for found in removal["budgets"]}
+    asked = {
+        half: cost
+        for half, target in (("decode", decode), ("prefill", prefill))
+        if (cost := {name: share for name, share in target.items() if name != "remove_blocks"})
+    }
+    assert list(budgets) == list(asked)
+    for half, cost in asked.items():
+        found = budgets[half]
+        assert {found["cost"]: found["asked"]} == cost
+        assert found["met"]
+        assert found["share"] <= found["asked"]
+        # Every kind of unit together, then each alone.
+        assert len(found["walks"]) == len(found["walks"][0]["kinds"]) + 1
+        # Decode's losses are those beside the prefill half before its own budget.
+        if half == list(asked)[-1]:
+            assert removal["losses"]["decode"] <= min(w["steps"][-1]["loss"] for w in found["walks"] if w["met"])
+
+    # What is left of the cost, from the exported files alone.
+    halves: dict[str, Any] = {}
+    for half in ("prefill", "decode"):
+        (tmp_path / half).mkdir()
+        for name in ("config.json", "model.safetensors", "pdtrim.json"):
+            (tmp_path / half / name).write_bytes(content(worker, job_id, StageName.EXPORT, f"{half}/{name}"))
+        halves[half] = loaded_whole(tmp_path / half)
+    dense = report["models"]["dense"]
+    if "kv_bytes" in decode:
+        dead = json.loads((tmp_path / "decode" / "pdtrim.json").read_text()).get("dead_units", {})
+        layers = report["models"]["decode"]["blocks"] - list(dead.values()).count("attention")
+        assert budgets["decode"]["share"] == pytest.approx(layers / dense["blocks"])
+
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))
+    layer_map = report["pair"]["kv_layer_map"]
+    loss = plain_nll(halves["prefill"], halves["decode"], layer_map, windows["calibration"], "decode").mean()
+    assert removal["losses"]["decode_text"] == pytest.approx(float(loss), abs=1e-4)
+
+
 @pytest.mark.parametrize("heals", [False, True])
 @pytest.mark.parametrize("first_token", ["decode", "prefill"])
 @pytest.mark.parametrize(("prefill", "decode"), PARTS)
@@ -1029,7 +1083,7 @@ def test_parts_of_blocks_are_searched_exported_and_measured_as_plain_transformer
     prompt = windows["validation"].shape[1] // 2
     copying = {split: torch.cat([part[:, :prompt], part[:, :prompt]], dim=1) for split, part in windows.items()}
 
-    def loss(part: Tensor) -> float:
+    def loss(part: torch.Tensor) -> float:
         return float(plain_nll(halves["prefill"], halves["decode"], layer_map, part, first_token).mean())
 
     assert report["pair"]["distilled_loss"] == pytest.approx(loss(windows["validation"]), abs=1e-4)
