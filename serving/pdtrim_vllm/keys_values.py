@@ -1,6 +1,8 @@
 """Keys and values without attention: what is left of the attention of a block that is kept for its KV cache alone."""
 
 # Not `from __future__ import annotations`: PyTorch reads the annotations of an operator as types.
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
@@ -51,7 +53,9 @@ class KeyValueLinear(QKVParallelLinear):
             v_head_size=stock.v_head_size,
         )
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: str | None = None) -> None:
+    def weight_loader(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: str | None = None
+    ) -> None:
         if loaded_shard_id != "q":
             super().weight_loader(param, self._without_queries(loaded_weight, loaded_shard_id), loaded_shard_id)
 
@@ -70,7 +74,10 @@ class KeyValueLinear(QKVParallelLinear):
 class KeysAndValues(nn.Module):
     """Keys and values of a block, for its KV cache, by the modules of its attention, under their own names."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    k_norm: nn.Module
+    rotary_emb: nn.Module
+
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         for name, child in attention.named_children():
             # vLLM's loaders leave out the weights of what is missing.
@@ -78,13 +85,10 @@ class KeysAndValues(nn.Module):
         # Quantized weights are left as they are: their scales may be shared by all three.
         if attention.qkv_proj.quant_config is None:
             self.qkv_proj = KeyValueLinear(attention.qkv_proj)
-        self.heads, self.size = attention.num_kv_heads, attention.kv_size
+        self.heads: int = attention.num_kv_heads
+        self.size: int = attention.kv_size
         self.layer_name = _encode_layer_name(attention.attn.layer_name)
-        self.operator = (
-            pdtrim_keep_keys_values
-            if attention.attn.use_direct_call
-            else getattr(torch.ops.vllm, OPERATOR)
-        )
+        self.operator = pdtrim_keep_keys_values if attention.attn.use_direct_call else getattr(torch.ops.vllm, OPERATOR)
 
     def forward(self, positions: torch.Tensor, normed: torch.Tensor, hidden: torch.Tensor) -> None:
         """Write the cache for `normed` (tokens, width), which came of `hidden`."""

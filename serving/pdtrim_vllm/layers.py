@@ -59,6 +59,10 @@ def normed(norm: nn.Module, hidden: torch.Tensor, residual: torch.Tensor | None)
 class SkippingLayer(nn.Module):
     """The parts of a stock layer that are at work, under their own names."""
 
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    mlp: nn.Module
+
     def __init__(self, stock: nn.Module, alive: tuple[str, ...]) -> None:
         super().__init__()
         for name, child in stock.named_children():
@@ -97,7 +101,7 @@ class WithoutAttention(SkippingLayer):
 
 
 class KeysAndValuesOnly(SkippingLayer):
-    def __init__(self, stock: nn.Module, norms: Norms) -> None:
+    def __init__(self, stock: Any, norms: Norms) -> None:
         super().__init__(stock, ("input_layernorm",))
         self.self_attn = KeysAndValues(stock.self_attn)
 

@@ -62,7 +62,7 @@ def skip_dead(model: nn.Module, config: VllmConfig, model_config: ModelConfig) -
     layers = decoder_layers(model)[0]
     with set_current_vllm_config(config):
         for layer, part in half.dead:
-            stock = layers[layer]
+            stock: Any = layers[layer]
             # Other stages of the pipeline have the rest.
             if hasattr(stock, "self_attn"):
                 layers[layer] = skipping(stock, part)
@@ -82,12 +82,12 @@ def skip_dead(model: nn.Module, config: VllmConfig, model_config: ModelConfig) -
 
 def problems(model: nn.Module, half: Half, config: VllmConfig) -> Iterator[str]:
     """What stands against skipping."""
-    from pdtrim_vllm.layers import KNOWN, class_name
+    from pdtrim_vllm.layers import class_name
 
     found = decoder_layers(model)
     if len(found) != 1:
         classes = {class_name(layer) for layer in model.modules() if hasattr(layer, "self_attn")}
-        yield f"its layers {', '.join(sorted(classes)) or type(model).__name__} are none of {', '.join(KNOWN)}"
+        yield f"its layers are {', '.join(sorted(classes)) or f'not found in {class_name(model)}'}"
         return
     if len(found[0]) != len(half.kept_blocks):
         yield f"the model has {len(found[0])} layers, and its pdtrim.json names {len(half.kept_blocks)} blocks"
@@ -96,7 +96,7 @@ def problems(model: nn.Module, half: Half, config: VllmConfig) -> Iterator[str]:
         yield "LoRA is on"
     if not isinstance(config.additional_config, dict):
         yield "additional_config is not a dictionary"
-    dead = [found[0][layer] for layer, _ in half.dead if hasattr(found[0][layer], "self_attn")]
+    dead: list[Any] = [found[0][layer] for layer, _ in half.dead if hasattr(found[0][layer], "self_attn")]
     if any(getattr(layer, "ada_rms_norm_t_cond", None) is not None for layer in dead):
         yield "its norms depend on a time"
     if any(layer.self_attn.attn.attn_backend.forward_includes_kv_cache_update for layer in dead):
