@@ -67,7 +67,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024, 4000], help="tokens")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024], help="tokens")
     args = parser.parse_args()
 
     weights, times = [], []

@@ -82,9 +82,7 @@ class KeysAndValues(nn.Module):
         for name, child in attention.named_children():
             # vLLM's loaders leave out the weights of what is missing.
             self.add_module(name, PPMissingLayer() if name in QUERIES else child)
-        # Quantized weights are left as they are: their scales may be shared by all three.
-        if attention.qkv_proj.quant_config is None:
-            self.qkv_proj = KeyValueLinear(attention.qkv_proj)
+        self.qkv_proj = KeyValueLinear(attention.qkv_proj)
         self.heads: int = attention.num_kv_heads
         self.size: int = attention.kv_size
         self.layer_name = _encode_layer_name(attention.attn.layer_name)

@@ -92,14 +92,17 @@ def problems(model: nn.Module, half: Half, config: VllmConfig) -> Iterator[str]:
     if len(found[0]) != len(half.kept_blocks):
         yield f"the model has {len(found[0])} layers, and its pdtrim.json names {len(half.kept_blocks)} blocks"
         return
+    if config.quant_config is not None:
+        yield "weights are quantized"
     if config.lora_config is not None:
         yield "LoRA is on"
     if not isinstance(config.additional_config, dict):
         yield "additional_config is not a dictionary"
-    dead: list[Any] = [found[0][layer] for layer, _ in half.dead if hasattr(found[0][layer], "self_attn")]
-    if any(getattr(layer, "ada_rms_norm_t_cond", None) is not None for layer in dead):
+    dead: list[tuple[Any, str]] = [(found[0][layer], part) for layer, part in half.dead]
+    if any(getattr(layer, "ada_rms_norm_t_cond", None) is not None for layer, _ in dead):
         yield "its norms depend on a time"
-    if any(layer.self_attn.attn.attn_backend.forward_includes_kv_cache_update for layer in dead):
+    attentions = [layer.self_attn.attn for layer, part in dead if part == "kv_only" and hasattr(layer, "self_attn")]
+    if any(attention.attn_backend.forward_includes_kv_cache_update for attention in attentions):
         yield "this attention cannot write a KV cache by itself"
 
 
