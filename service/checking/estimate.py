@@ -253,7 +253,7 @@ def _warnings(
     if spec.prefill.parts or spec.decode.parts or spec.prefill.budget or spec.decode.budget:
         yield EstimateWarning(
             message="Parts of blocks that go are written as zeros, so the checkpoints load everywhere; they take less "
-            "time only in a runtime that skips what `dead_units` of pdtrim.json lists.",
+            "time and memory in vLLM with pdtrim-vllm, which skips what `dead_units` of pdtrim.json lists.",
             param="prefill" if spec.prefill.parts or spec.prefill.budget else "decode",
         )
     if 2 * decode > shape.blocks:

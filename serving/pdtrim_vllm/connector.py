@@ -14,7 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBase
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from pdtrim_vllm.engines import describe, read_half
+from pdtrim_vllm.checkpoint import read_half
+from pdtrim_vllm.engines import describe
 from pdtrim_vllm.scheduler import PairScheduler
 from pdtrim_vllm.startup import check
 from pdtrim_vllm.worker import PairWorker

@@ -5,7 +5,6 @@ from __future__ import annotations
 import vllm
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NIXL_CONNECTOR_VERSION
-from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, UniformTypeKVCacheSpecs
 
 from pdtrim_vllm.half import Half
@@ -14,12 +13,6 @@ from pdtrim_vllm.startup import Engine
 
 LEASE_SECONDS = 30
 """vLLM's own, where `kv_lease_duration` says nothing."""
-
-
-def read_half(config: VllmConfig) -> Half:
-    """The half that an engine was given, a folder or a repository of the hub. Raises: NotAHalf."""
-    model = config.model_config
-    return Half.from_json(get_hf_file_to_dict("pdtrim.json", model.model, model.revision))
 
 
 def describe(config: VllmConfig, cache: KVCacheConfig) -> Engine:

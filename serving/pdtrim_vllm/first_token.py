@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from pdtrim_vllm.engines import read_half
+from pdtrim_vllm.checkpoint import read_half
 from pdtrim_vllm.sampling import check_params, handover
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
-from pdtrim_vllm.engines import read_half
+from pdtrim_vllm.checkpoint import read_half
 from pdtrim_vllm.handover import Handover
 from pdtrim_vllm.sampling import check_params, handover
 

@@ -9,6 +9,8 @@ from typing import Any
 
 ROLES = ("prefill", "decode", "unified")
 FIRST_TOKENS = ("decode", "prefill")
+PARTS = ("attention", "kv_only", "mlp")
+"""What a kept block may give up: its attention; all but its keys and values; its MLP."""
 
 
 class NotAHalf(ValueError):
@@ -34,6 +36,8 @@ class Half:
     """Which half says the token after the prompt: one of `FIRST_TOKENS`."""
     kv_tokens: bool = False
     """Whether the job chose prompt tokens that decode need not be sent. vLLM's decode is sent all."""
+    dead: tuple[tuple[int, str], ...] = ()
+    """(layer, which of `PARTS` of it is given up), by layer."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | None) -> Half:
@@ -43,6 +47,7 @@ class Half:
         if content.get("format_version") != 1:
             raise NotAHalf(f"its format_version is {content.get('format_version')!r}; this plugin reads 1")
         try:
+            layers = {block: layer for layer, block in enumerate(content["kept_blocks"])}
             half = cls(
                 role=content["role"],
                 job=content["job"],
@@ -53,12 +58,20 @@ class Half:
                 # Jobs of version 0.1 knew one answer, which their files have at the top.
                 first_token=content.get("serving", content).get("first_token", "decode"),
                 kv_tokens="kv_tokens" in content,
+                dead=tuple(
+                    sorted((layers.get(int(block), -1), part) for block, part in content.get("dead_units", {}).items())
+                ),
             )
         except KeyError as missing:
             raise NotAHalf(f"it has no {missing}") from None
         if problem := half.contradiction():
             raise NotAHalf(problem)
         return half
+
+    @property
+    def without_attention(self) -> frozenset[int]:
+        """Layers whose attention is given up, which need no KV cache."""
+        return frozenset(layer for layer, part in self.dead if part == "attention")
 
     def contradiction(self) -> str | None:
         """What in it cannot be, or None."""
@@ -67,6 +80,10 @@ class Half:
             return f"its role is {self.role!r}, none of {', '.join(ROLES)}"
         if self.first_token not in FIRST_TOKENS:
             return f"its serving.first_token is {self.first_token!r}, none of {', '.join(FIRST_TOKENS)}"
+        if any(layer < 0 for layer, _ in self.dead):
+            return f"its dead_units name blocks that are none of its kept_blocks {list(self.kept_blocks)}"
+        if unknown := [part for _, part in self.dead if part not in PARTS]:
+            return f"its dead_units name a part {unknown[0]!r}, none of {', '.join(PARTS)}"
         if any(after <= before for before, after in pairwise(layer_map)):
             return f"its kv_layer_map {layer_map} does not ascend"
         if self.role != "prefill" and len(layer_map) != layers:

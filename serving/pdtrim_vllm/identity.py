@@ -9,7 +9,7 @@ from typing import Any
 
 from pdtrim_vllm.half import Half
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of what the halves tell each other: this page, and `handover`. Higher when an older plugin would misread it."""
 
 
@@ -59,9 +59,7 @@ class Identity:
         """Raises: ValueError for anything but what `to_text` of this protocol wrote."""
         try:
             content = json.loads(text)
-            half: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in content["half"].items()
-            }
+            half: dict[str, Any] = {name: _immutable(value) for name, value in content["half"].items()}
             return cls(Half(**half), Runtime(**content["runtime"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"it speaks another protocol than {PROTOCOL}: {error}") from error
@@ -73,6 +71,11 @@ class Identity:
             f"{list(half.kept_blocks)}, kv_layer_map {list(half.kv_layer_map)}, first token by {half.first_token}, "
             f"{runtime.dtype}, KV cache {runtime.cache_dtype}, vLLM {runtime.vllm}"
         )
+
+
+def _immutable(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(_immutable(one) for one in value) if isinstance(value, list) else value
 
 
 def why_no_pair(decode: Identity, prefill: Identity) -> str | None:

@@ -27,7 +27,7 @@ from pdtrim_vllm.engines import identify
 from pdtrim_vllm.half import Half
 from pdtrim_vllm.identity import Identity, why_no_pair
 from pdtrim_vllm.lease import Leases
-from pdtrim_vllm.regions import UnmappedRegions, sources
+from pdtrim_vllm.regions import UnmappedRegions, check_regions, sources
 from pdtrim_vllm.scheduler import Instructions
 
 # vLLM shows what loggers below its own say.
@@ -73,8 +73,7 @@ class PairWorker(NixlPullConnectorWorker):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         super().register_kv_caches(kv_caches)
-        if len(self.region_names) != len(self.half.kept_blocks):
-            raise UnmappedRegions(f"{len(self.region_names)} KV caches for {len(self.half.kept_blocks)} layers")
+        check_regions(self.region_names, len(self.half.kept_blocks), self.half.without_attention)
         blocks = self.kv_cache_config.num_blocks * self._physical_blocks_per_logical_kv_block
         if any(len(cache) != blocks for cache in kv_caches.values()):
             raise UnmappedRegions(f"the KV cache of a layer is not {blocks} blocks after one another")
@@ -115,7 +114,7 @@ class PairWorker(NixlPullConnectorWorker):
             if entries := getattr(nixl_agent_meta, name):
                 setattr(nixl_agent_meta, name, [entries[region] for region in picked])
         nixl_agent_meta.region_names = list(self.region_names)
-        logger.info("PDTrim: layer k of decode reads layer %s[k] of prefill", picked)
+        logger.info("PDTrim: KV cache k of decode goes on from KV cache %s[k] of prefill", picked)
         agent: str = super().add_remote_agent(nixl_agent_meta, *args, **kwargs)
         return agent
 

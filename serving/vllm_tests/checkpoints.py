@@ -11,8 +11,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-JOB = "job"
-"""The pair that a job makes on a running service; the others are cut from a model without training."""
+JOB, JOB_PARTS = "job", "job_parts"
+"""The pairs that jobs make on a running service; the others are cut from a model without training."""
 WORKER_PYTHON = ROOT / ".venv" / "bin" / "python"
 """Where `workers` is installed, which writes checkpoints; this environment is vLLM's."""
 
@@ -46,7 +46,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Pairs:
-    """`JOB`, and pairs by the names in `make_pairs`, each made when it is first asked for."""
+    """`JOB`, `JOB_PARTS`, and pairs by the names in `make_pairs`, each made when it is first asked for."""
 
     folder: Path
 
@@ -54,7 +54,11 @@ class Pairs:
         """A pair as it was made."""
         made = self.folder / name
         if not (made / "expected.json").exists():
-            script = [HERE / "make_job.py", made] if name == JOB else [HERE / "make_pairs.py", self.folder, name]
+            script = (
+                [HERE / "make_job.py", made]
+                if name in (JOB, JOB_PARTS)
+                else [HERE / "make_pairs.py", self.folder, name]
+            )
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{HERE.parent}"}
             command = [str(part) for part in (WORKER_PYTHON, *script)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)

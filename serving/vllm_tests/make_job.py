@@ -1,6 +1,7 @@
 """The pair that a real job exports: submitted over HTTP to a running service, downloaded, its answers computed.
 
-Call it as `python serving/vllm_tests/make_job.py FOLDER`, where `service` and `workers` are installed.
+Call it as `python serving/vllm_tests/make_job.py FOLDER`, where `service` and `workers` are installed; the folder's
+name is one of `JOBS`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,10 +19,13 @@ from pdtrim.contract.jobs import JobStatus
 from tests.processes import pdtrim_up, wait_until
 from vllm_tests.make_pairs import expect
 
-SPEC = {
+JOBS: dict[str, Any] = {
+    "job": {"prefill": {"remove_blocks": 2}, "decode": {"remove_blocks": 4}},
+    "job_parts": {"prefill": {"remove_blocks": 0, "kv_only_blocks": 4}, "decode": {"remove_blocks": 0}},
+}
+"""What each half gives up."""
+SHARED: dict[str, Any] = {
     "model": "reference",
-    "prefill": {"remove_blocks": 2},
-    "decode": {"remove_blocks": 4},
     "calibration": {"windows": 8, "window_tokens": 64},
     "search": {"evaluations": 24},
     "distillation": {"heal_tokens": 4096, "threshold": 0.965},
@@ -34,7 +39,7 @@ def run_job(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"PDTRIM_DATA_DIR": f"{scratch}/data", "OMP_NUM_THREADS": "1"}
         with pdtrim_up(environment, Path(scratch)) as url, Client(url) as client:
-            answer = httpx.post(f"{url}/v1/jobs", json=SPEC)
+            answer = httpx.post(f"{url}/v1/jobs", json=SHARED | JOBS[folder.name])
             assert answer.status_code == 201, answer.text
             job = answer.json()["id"]
             wait_until(lambda: client.get(job).status.final, seconds=SECONDS, what="the job to end")

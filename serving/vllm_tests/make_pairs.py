@@ -26,8 +26,12 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     Gemma3TextConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -134,6 +138,14 @@ GEMMA3 = Gemma3TextConfig(
     query_pre_attn_scalar=32,
     layer_types=["full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(12)],
 )
+QWEN3_12 = Qwen3Config(**SHARED, num_hidden_layers=12, num_key_value_heads=2)
+QWEN2 = Qwen2Config(**SHARED, num_hidden_layers=12, num_key_value_heads=2)
+MISTRAL = MistralConfig(**SHARED, num_hidden_layers=12, num_key_value_heads=2, sliding_window=None)
+PHI3 = Phi3Config(**SHARED, num_hidden_layers=12, num_key_value_heads=2)
+OLMO2 = Olmo2Config(**SHARED, num_hidden_layers=12, num_key_value_heads=2)
+OUTER_PREFILL = BlockPlan(12, parts={0: "kv_only", 4: "mlp", 5: "kv_only", 6: "kv_only", 11: "kv_only"})
+OUTER_DECODE = BlockPlan(12, frozenset({3}), parts={0: "attention", 5: "attention", 6: "mlp", 11: "attention"})
+"""First and last blocks among them, and neighbours."""
 PAIRS = {
     "reference": Pair(
         lambda folder: REFERENCE,
@@ -153,6 +165,12 @@ PAIRS = {
         BlockPlan(12, frozenset({5}), parts={3: "attention", 8: "mlp"}),
         "job_parts",
     ),
+    "qwen3_parts": Pair(random_model(QWEN3_12), OUTER_PREFILL, OUTER_DECODE, "job_qwen3_parts"),
+    "gemma3_parts": Pair(random_model(GEMMA3), OUTER_PREFILL, OUTER_DECODE, "job_gemma3_parts"),
+    "qwen2_parts": Pair(random_model(QWEN2), OUTER_PREFILL, OUTER_DECODE, "job_qwen2_parts"),
+    "mistral_parts": Pair(random_model(MISTRAL), OUTER_PREFILL, OUTER_DECODE, "job_mistral_parts"),
+    "phi3_parts": Pair(random_model(PHI3), OUTER_PREFILL, OUTER_DECODE, "job_phi3_parts"),
+    "olmo2_parts": Pair(random_model(OLMO2), OUTER_PREFILL, OUTER_DECODE, "job_olmo2_parts"),
     "dense": Pair(lambda folder: REFERENCE, BlockPlan(12), BlockPlan(12), "job_dense"),
     "qwen3": Pair(random_model(QWEN3), BlockPlan(14, frozenset({6})), BlockPlan(14, frozenset({3, 6, 9})), "job_qwen3"),
     "gemma3": Pair(

@@ -12,12 +12,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 BLOCK_SIZE = 32
@@ -31,6 +32,8 @@ ANSWER_SECONDS = 240
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The worker in the engine's process: on a busy machine two miss each other's messages for 5 s, again and again."""
 FIRST_TOKEN = "pdtrim_vllm.first_token:FirstToken"
+PLUGIN, NO_PLUGIN = {"VLLM_PLUGINS": "pdtrim"}, {"VLLM_PLUGINS": "none"}
+"""Variables of an engine: vLLM loads the plugins that are named, all where none is."""
 _candidates = count(int(os.environ.get("PDTRIM_TEST_PORTS", random.randrange(20_000, 30_000))))
 """Below those that the system gives out by itself, of which an engine that starts takes some."""
 ENVIRONMENT = {
@@ -122,6 +125,7 @@ def engine(
     transfer: dict[str, Any] | None = None,
     options: Sequence[str] = (),
     blocks: int = 2 * BLOCKS,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Server:
     """An engine that is not started yet. `options` come last, so that they replace what stands before them."""
     port = free_port()
@@ -133,8 +137,8 @@ def engine(
     if kv_role is not None:
         connector = {"kv_connector": "PDTrimConnector", "kv_connector_module_path": "pdtrim_vllm.connector"}
         command += ["--kv-transfer-config", json.dumps({**connector, "kv_role": kv_role, **(transfer or {})})]
-    environment = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-    return Server(name, [*command, *options], port, folder / f"{name}.log", environment)
+    own = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    return Server(name, [*command, *options], port, folder / f"{name}.log", {**own, **environment})
 
 
 def router(folder: Path, prefill: Server, decode: Server) -> Server:
@@ -170,6 +174,24 @@ class ServedPair:
     router: Server
 
 
+@dataclass(frozen=True)
+class Connector:
+    """What carries keys and values from one engine to the other."""
+
+    transfer: Mapping[str, Any]
+    """Entries of `--kv-transfer-config`."""
+    extra: Mapping[str, Any]
+    """Entries of its `kv_connector_extra_config`."""
+    decode_options: tuple[str, ...]
+
+
+PDTRIM = Connector({}, {}, ("--logits-processors", FIRST_TOKEN))
+NIXL = Connector(
+    {"kv_connector": "NixlConnector", "kv_connector_module_path": None}, {"enforce_handshake_compat": False}, ()
+)
+"""vLLM's own, which is not to mind that the two models have different names."""
+
+
 @contextmanager
 def served(
     folder: Path,
@@ -178,16 +200,15 @@ def served(
     prefill_options: Sequence[str] = (),
     decode_options: Sequence[str] = (),
     lease_seconds: int = 120,
+    connector: Connector = PDTRIM,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[ServedPair]:
     """Two engines and the router, up. A busy machine does not always keep vLLM's own lease of 30 s."""
-    transfer = {"kv_connector_extra_config": {"kv_lease_duration": lease_seconds}}
-    prefill = engine(
-        folder, "prefill", checkpoints[0], kv_role="kv_producer", transfer=transfer, options=prefill_options
-    )
-    options = ["--logits-processors", FIRST_TOKEN, *decode_options]
-    decode = engine(
-        folder, "decode", checkpoints[1], kv_role="kv_consumer", transfer=transfer, options=options, blocks=BLOCKS
-    )
+    extra = {"kv_connector_extra_config": {"kv_lease_duration": lease_seconds, **connector.extra}}
+    alike: dict[str, Any] = {"transfer": {**connector.transfer, **extra}, "environment": environment}
+    prefill = engine(folder, "prefill", checkpoints[0], kv_role="kv_producer", options=prefill_options, **alike)
+    options = [*connector.decode_options, *decode_options]
+    decode = engine(folder, "decode", checkpoints[1], kv_role="kv_consumer", options=options, blocks=BLOCKS, **alike)
     with running(prefill, decode):
         front = router(folder, prefill, decode)
         with running(front):

@@ -72,6 +72,11 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
         "prefill/decode\npair, `kv_layer_map`: layer k of the decode checkpoint continues the KV cache of layer "
         f"`kv_layer_map[k]` of the prefill\ncheckpoint. {FIRST_TOKEN[first_token_of(pdtrim)]}",
     ]
+    if pdtrim.get("dead_units"):
+        parts.append(
+            "What blocks give up is zeros in the weights, so any runtime computes the pruned model. vLLM with "
+            "`pdtrim-vllm`\nleaves it out (`dead_units` of `pdtrim.json`); others take the dense model's time for it."
+        )
     rule = pdtrim.get("kv_tokens")
     if rule is not None and rule["layers"]:
         parts.append(

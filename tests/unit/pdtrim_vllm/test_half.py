@@ -37,6 +37,13 @@ def test_a_decode_half_may_go_on_from_layers_that_it_does_not_have_itself() -> N
     assert Half.from_json({**DECODE, "kv_layer_map": [0, 1, 8]}).kv_layer_map == (0, 1, 8)
 
 
+def test_what_blocks_give_up_is_read_by_layer() -> None:
+    half = Half.from_json({**DECODE, "dead_units": {"3": "attention", "1": "mlp"}})
+
+    assert half.dead == ((1, "mlp"), (2, "attention"))
+    assert half.without_attention == {2}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -45,6 +52,8 @@ def test_a_decode_half_may_go_on_from_layers_that_it_does_not_have_itself() -> N
         ({"serving": {"first_token": "router"}}, "its serving.first_token is 'router'"),
         ({"kv_layer_map": [0, 2, 1]}, "does not ascend"),
         ({"kv_layer_map": [0, 1]}, "is not one entry for each of 3 layers"),
+        ({"dead_units": {"2": "mlp"}}, "dead_units name blocks that are none of its kept_blocks"),
+        ({"dead_units": {"3": "norm"}}, "a part 'norm'"),
         ({"role": "prefill", "kv_layer_map": [0, 3]}, "names layer 3, and it has 3"),
     ],
 )

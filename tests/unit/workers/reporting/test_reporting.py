@@ -201,6 +201,13 @@ def test_a_card_says_where_prefill_says_the_first_token(recorded: dict[str, Any]
     assert "Prefill says the first generated token." in model_card(described, {})
 
 
+def test_a_card_says_which_runtime_leaves_out_what_blocks_give_up() -> None:
+    assert "pdtrim-vllm" not in model_card(PDTRIM, {})
+    card = model_card({**PDTRIM, "dead_units": {"3": "kv_only"}}, {})
+    assert "block 3 gives up all but the keys and values" in card
+    assert "vLLM with `pdtrim-vllm`" in card
+
+
 @pytest.mark.parametrize("text", ["", "---\nlicense: [\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n- license\n---\n"])
 def test_a_card_that_tells_no_licence_passes_none_on(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
