@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check format lint style types imports fast test coverage test-vllm chart-test chart-docs docs hooks bench bench-service faults fuzz schemathesis state-machine clean
+.PHONY: help demo check format lint style types imports fast test coverage test-vllm chart-test chart-docs docs hooks architectures bench bench-service faults fuzz schemathesis state-machine clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,9 @@ docs: $(VENV)/.docs ## The documentation, into build/docs, which any web server 
 
 hooks: $(VENV)/.dev ## Let git run `make lint` before each commit, and the fast tests before each push
 	$(BIN)/pre-commit install
+
+architectures: $(VENV)/.test ## Every architecture of transformers put through the method: docs/reference/architectures.md, in some ten minutes
+	$(BIN)/python -m benchmarks.architectures --table docs/reference/architectures.md
 
 bench: $(VENV)/.worker ## The figures of benchmarks/RESULTS.md on the method
 	$(BIN)/python benchmarks/engine.py --streamed

@@ -14,7 +14,7 @@ from benchmarks.device.findings import Findings, Spread
 from benchmarks.device.walks import Losses, largest_difference, plain_losses, pruned
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.measure import parameters, speeds
-from workers.pruning.model.pair import handover, kv_cache_bytes
+from workers.pruning.model.pair import cache_bytes, handover
 from workers.pruning.model.plan import BlockPlan, Blocks, kv_layer_map
 from workers.pruning.model.units import deleting
 from workers.pruning.search.engine import WholeEngine
@@ -186,7 +186,7 @@ def speed(bench: Bench) -> Findings:
                 Spread.of(ratios(first[name], first["dense"])),
                 Spread.of(others[name]),
                 Spread.of(ratios(others[name], others["dense"])),
-                batch * kv_cache_bytes(pair.decode.config, size.prompt_tokens, model.dtype) / 1e6,
+                batch * cache_bytes(pair.decode, size.prompt_tokens, model.dtype) / 1e6,
             )
 
     memory = findings.table("Each by itself, one prompt:", {"": "", "model": "", "peak, GB": ".2f"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 BLOCK_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What configurations call their number of blocks."""
@@ -50,6 +51,44 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     }
 )
 """Tested architectures by their `model_type`."""
+_KNOWN = """
+afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation big_bird
+bigbird_pegasus biogpt bitnet blenderbot blenderbot-small bloom blt camembert codegen cohere cohere2 cohere2_moe
+cohere_compass_text cpmant ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
+diffllama doge dots1 dots3_note dots3_note_text electra emu3 ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe
+falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4
+gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text git glm glm4 glm4_moe
+glm4_moe_lite glm_moe_dsa got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj
+granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
+hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe
+kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4 llama4_text longcat_flash mamba mamba2 marian mbart
+megatron-bert mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
+mixtral mllama modernbert-decoder moshi moss_transcribe_diarize mpt musicgen musicgen_melody mvp nanochat
+nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus persimmon phi phi3 phi4_multimodal
+phimoe plbart prophetnet qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe
+qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert
+roformer rwkv seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta
+xlm-roberta-xl xlnet xlstm xmod youtu zamba zamba2 zaya
+"""
+KNOWN = frozenset(_KNOWN.split())
+"""Every `model_type` that transformers has a causal language model of: code beside their weights is not needed."""
+_ENCODERS = """
+bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
+roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod
+"""
+ENCODERS = frozenset(_ENCODERS.split())
+"""Those of them that are encoders, although they can be given a head and a causal mask."""
+STATE_KINDS = frozenset({"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent"})
+"""Kinds of layers that keep a state that is not keys and values."""
+LAYER_KIND_KEYS = ("layer_types", "layers_block_type", "block_types")
+"""What configurations call the list of their layers' kinds."""
+_STATEFUL = """
+bailing_hybrid bamba falcon_h1 granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3
+minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma zamba
+zamba2 zaya
+"""
+STATEFUL = frozenset(_STATEFUL.split())
+"""Types with such layers where their configuration does not say otherwise."""
 UNTESTED = Architecture()
 """What is assumed of any other; the worker finds out before it begins."""
 
@@ -57,6 +96,25 @@ UNTESTED = Architecture()
 def architecture(model_type: object) -> Architecture:
     """What can be done with a model of that type."""
     return ARCHITECTURES.get(model_type, UNTESTED) if isinstance(model_type, str) else UNTESTED
+
+
+def block_count(config: Mapping[str, Any]) -> object:
+    """What a configuration says of its number of blocks: a number, or a list or text with one entry for each."""
+    for key in BLOCK_COUNT_KEYS:
+        if config.get(key) is not None:
+            return config[key]
+    for key in (*LAYER_KIND_KEYS, "hybrid_override_pattern"):
+        if isinstance(kinds := config.get(key), list | str):
+            return len(kinds)
+    return None
+
+
+def keeps_states(config: Mapping[str, Any]) -> bool:
+    """Whether some layers keep a state that is not keys and values, which a prefill half cannot hand over."""
+    for key in LAYER_KIND_KEYS:
+        if isinstance(kinds := config.get(key), list) and kinds:
+            return not STATE_KINDS.isdisjoint(kind for kind in kinds if isinstance(kind, str))
+    return config.get("model_type") in STATEFUL
 
 
 def is_tested(model_type: object) -> bool:

@@ -10,9 +10,13 @@ from pdtrim.contract.architectures import (
     ARCHITECTURES,
     BLOCK_COUNT_KEYS,
     CONTEXT_KEYS,
+    ENCODERS,
     EXPERT_KEYS,
+    KNOWN,
     architecture,
+    block_count,
     is_tested,
+    keeps_states,
 )
 from pdtrim.contract.blocks import check_blocks
 from pdtrim.contract.errors import (
@@ -39,6 +43,9 @@ from service.sources import (
 )
 from service.storage import StoreUnavailable
 
+DTYPES = (None, "bfloat16", "float16", "float32", "float64")
+COMPOSITE_KEYS = ("text_config", "vision_config", "audio_config", "thinker_config", "llm_config", "language_config")
+"""Keys of configurations that are made of several."""
 ANSWER_SECONDS = 4.0
 """How long S3 is waited for, while somebody waits for us."""
 
@@ -99,10 +106,15 @@ def _check_queue(spec: JobSpec, settings: Settings) -> None:
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     """Hold a job against its model's `config.json`. Raises: ModelUnsupported, TooManyBlocks, InvalidRequest."""
     kind = config.get("model_type")
-    if not is_tested(kind) and not _may_be_decoder_only(config):
+    if (reason := _alien(config)) is not None:
         raise ModelUnsupported(
-            f"The model's architecture is {repr(kind)[:80]}; this service prunes {', '.join(ARCHITECTURES)}, and tries "
-            "other decoder-only language models (`…ForCausalLM`) that need no code of their own.",
+            f"The model's architecture is {repr(kind)[:80]}{reason}; this service prunes {', '.join(ARCHITECTURES)}, "
+            "and tries other decoder-only language models (`…ForCausalLM`) that need no code of their own.",
+            param="model.source",
+        )
+    if (dtype := config.get("dtype", config.get("torch_dtype"))) not in DTYPES:
+        raise ModelUnsupported(
+            f"The model's config.json has dtype = {repr(dtype)[:80]}; it has to be one of bfloat16, float16, float32.",
             param="model.source",
         )
     if config.get("quantization_config") is not None:
@@ -117,12 +129,23 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
         with _noted(found):
             _check_mlp_width(stage, target, config)
     with _noted(found):
+        _check_pair(spec, config)
+    with _noted(found):
         _check_kv_tokens(spec, kind)
     with _noted(found):
         _check_adapters(spec, kind)
     with _noted(found):
         _check_window(spec, config)
     _raise(found)
+
+
+def _check_pair(spec: JobSpec, config: Mapping[str, Any]) -> None:
+    if spec.prefill != spec.decode and keeps_states(config):
+        raise ModelUnsupported(
+            f"Some layers of this {config.get('model_type')} model keep a state that is not keys and values, which "
+            "prefill does not hand over to decode. Let both halves give up the same: one checkpoint then serves both.",
+            param="decode",
+        )
 
 
 def _check_kv_tokens(spec: JobSpec, kind: Any) -> None:
@@ -160,7 +183,7 @@ def _check_window(spec: JobSpec, config: Mapping[str, Any]) -> None:
 def num_blocks(config: Mapping[str, Any]) -> int:
     """How many blocks a model has by its `config.json`. Raises: ModelUnsupported."""
     count = next((key for key in BLOCK_COUNT_KEYS if key in config), BLOCK_COUNT_KEYS[0])
-    blocks = config.get(count)
+    blocks = block_count(config)
     if type(blocks) is not int or blocks < 1:
         raise ModelUnsupported(f"The model's config.json has {count} = {repr(blocks)[:80]}.", param="model.source")
     if blocks > MAX_BLOCKS:
@@ -172,12 +195,29 @@ def num_blocks(config: Mapping[str, Any]) -> int:
     return blocks
 
 
-def _may_be_decoder_only(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration looks like a causal language model that transformers knows by itself."""
-    names = config.get("architectures")
-    named = isinstance(names, list) and len(names) == 1 and str(names[0]).endswith(("ForCausalLM", "LMHeadModel"))
-    alien = config.get("is_encoder_decoder") or config.get("auto_map")
-    return named and not alien and isinstance(config.get("model_type"), str)
+def _alien(config: Mapping[str, Any]) -> str | None:
+    """Why a configuration is not that of a causal language model that transformers knows by itself; None if it is."""
+    kind, names = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str):
+        return ""
+    if any(isinstance(config.get(key), dict) for key in COMPOSITE_KEYS):
+        return (
+            ", a multimodal model, of which the language model alone could be pruned: give that as a model of its own"
+        )
+    if config.get("is_encoder_decoder"):
+        return ", which has an encoder"
+    if kind in ENCODERS:
+        return ", an encoder"
+    if kind not in KNOWN and not is_tested(kind):
+        return ", which needs code of its own" if config.get("auto_map") else ", which transformers does not know"
+    return f", as {repr(names)[:80]}, which is no language model" if _other_head(names) else None
+
+
+def _other_head(names: object) -> bool:
+    """Whether `architectures` names something that is no causal language model, such as a classifier."""
+    if not isinstance(names, list) or not names:
+        return False
+    return not any(str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names)
 
 
 def _check_mlp_width(stage: str, target: HalfTarget, config: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,7 @@ from service.sources.names import (
     parse_model_source,
 )
 from service.sources.numbers import TensorBounds, check_numbers
+from service.sources.quantisation import check_names, check_types
 from service.sources.weights import check_weights, headers_size, indexed_names, read_json, weight_names
 from service.stopping import Check, go_on
 from service.storage import S3Options
@@ -35,7 +36,7 @@ CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_FILES = 5_000
 SMALL_FILES = re.compile(r"README\.md|[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
-LICENCES = re.compile(r"(LICENSE|NOTICE)[^/]*")
+LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*")
 CHEAP_HEADER_BYTES = 4 << 20
 """Headers of a local model that are checked before a job is accepted; longer ones are the worker's to check."""
 
@@ -86,11 +87,21 @@ def _describe(files: FolderFiles | BucketFiles | HubFiles, max_bytes: int | None
     _check_size(files, _needed(files, weights), max_bytes)
     sizes = {name: files.size(name) for name in weights}
     if isinstance(files, FolderFiles) and headers_size(files) <= CHEAP_HEADER_BYTES:
-        held = TensorBounds.in_headers(check_weights(files))
+        held = _bounds(files, config)
     else:
-        held = TensorBounds.in_index(indexed_names(files), sum(sizes.values()))
+        names = indexed_names(files)
+        check_names(files, files.names(), config, names)
+        held = TensorBounds.in_index(names, sum(sizes.values()))
     check_numbers(config, held, f"{CONFIG} of {files}")
     return ModelDescription(config, files.commit if isinstance(files, HubFiles) else None, sizes)
+
+
+def _bounds(files: FolderFiles, config: Mapping[str, Any]) -> TensorBounds:
+    """By the headers of all weight files in a folder, which are no quantised ones. Raises: UnreadableSource."""
+    tensors = check_weights(files)
+    check_names(files, files.names(), config, tensors)
+    check_types(files, tensors)
+    return TensorBounds.in_headers(tensors)
 
 
 def resolve_revision(source: str, revision: str | None = None) -> str | None:
@@ -129,7 +140,7 @@ def fetch_model(
         files = FolderFiles(parse_model_source(source), target)
     # Of what came, which need not be what was there before.
     config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
-    check_numbers(config, TensorBounds.in_headers(check_weights(files)), f"{CONFIG} of {files}")
+    check_numbers(config, _bounds(files, config), f"{CONFIG} of {files}")
     return files.folder
 
 
@@ -143,13 +154,13 @@ def hold_model(
     """
     files = FolderFiles(source, source.path, permit)
     weights = weight_names(files)
-    small = [name for name in files.names() if SMALL_FILES.fullmatch(name) or LICENCES.fullmatch(name)]
-    needed = _bounded(files, [*small, *(name for name in weights if name not in small)])
+    needed = _needed(files, weights)
+    small = [name for name in needed if name not in weights]
     _check_size(files, needed, max_bytes)
     held = HeldFiles(files, needed, small, target, opened)
     weight_names(held)
     config = read_json(held, CONFIG, MAX_CONFIG_BYTES)
-    check_numbers(config, TensorBounds.in_headers(check_weights(held)), f"{CONFIG} of {files}")
+    check_numbers(config, _bounds(held, config), f"{CONFIG} of {files}")
     return target
 
 
@@ -196,7 +207,8 @@ def _check_revision(source: ModelSource, revision: str | None) -> None:
 
 def _needed(files: ModelFiles, weights: Sequence[str]) -> list[str]:
     """The small files and the weights. Raises: UnreadableSource."""
-    return _bounded(files, [*(name for name in files.names() if SMALL_FILES.fullmatch(name)), *weights])
+    small = [name for name in files.names() if SMALL_FILES.fullmatch(name) or LICENCES.fullmatch(name)]
+    return _bounded(files, [*small, *(name for name in weights if name not in small)])
 
 
 def _bounded(files: ModelFiles, names: list[str]) -> list[str]:

@@ -5,8 +5,10 @@ after it; `repair` and `serving` do not know each other. To be read in this orde
 
 model/      the model as the method sees it
   building          one model is built at a time, since that patches torch for all threads
+  configuration     configurations as transformers reads them, and those of pruned models
   blocks            where a model's blocks are; run one on a hidden state; drop some and renumber the rest
   plan              what a half gives up, and how; nesting; the KV layer map
+  proof             before any work: pruned models of this architecture are what they should be
   parts             a block's attention and MLP: where they are, running it without one, what is zero then on disk
   units             what can be given up, one at a time: what a search chooses among
   calibration       text to fixed token windows

@@ -37,7 +37,7 @@ from workers.inputs.models import device, load_model, load_tokenizer
 from workers.pruning.model.calibration import said_again
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.measure import Speed, parameters, perplexity, quality, speeds
-from workers.pruning.model.pair import first_token_losses, handed_tokens, kv_cache_bytes, pd_loss
+from workers.pruning.model.pair import cache_bytes, first_token_losses, handed_tokens, pd_loss
 from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.width import Channels
@@ -253,9 +253,9 @@ def _measure_pair(
         kv_tokens=kv_tokens,
         kv_bytes_per_request=KvBytes(
             tokens=tokens,
-            dense=kv_cache_bytes(dense.config, tokens, dtype),
-            pruned=kv_cache_bytes(decode.config, tokens, dtype),
-            dense_sent=kv_cache_bytes(dense.config, handed_tokens(prompt_tokens, first_token), dtype),
-            sent=kv_cache_bytes(decode.config, handed_tokens(prompt_tokens, first_token), dtype),
+            dense=cache_bytes(dense, tokens, dtype),
+            pruned=cache_bytes(decode, tokens, dtype),
+            dense_sent=cache_bytes(dense, handed_tokens(prompt_tokens, first_token), dtype),
+            sent=cache_bytes(decode, handed_tokens(prompt_tokens, first_token), dtype),
         ),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import CheckpointProof, ExportResult
@@ -18,6 +18,7 @@ from service.stopping import interruptible
 from workers.inputs.models import Check, device, load_model
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_checkpoint
+from workers.pruning.model.configuration import read_config
 from workers.pruning.model.parts import pruned, zeroed_tensors
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.width import Channels
@@ -108,7 +109,7 @@ def _choose_rule(context: StageContext, plans: Plans, channels: HalfChannels, wi
         return None
     context.say(0.0, "Choosing the KV tokens that decode is sent.")
     models = [_healed(context, plan, channels.of(role), trained) for role, (plan, trained) in roles(plans).items()]
-    dense = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False, local_files_only=True)
+    dense = read_config(context.model_dir)
     layer_map = kv_layer_map(plans.prefill, plans.decode)
     return choose_rule(context, asked, dense, (models[0], models[-1]), layer_map, windows)
 

@@ -18,13 +18,14 @@ from service.sources import SourceError
 from service.stopping import interruptible
 from workers.inputs.models import device, embedded_tokens, load_for_walks, load_tokenizer, windows_at_once
 from workers.inputs.windows import check_tokens, token_windows
-from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, prove, try_out
+from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, try_out
 from workers.pruning.model.building import ImpossibleModel
 from workers.pruning.model.checkpoint import BrokenCheckpoint, check_complete
 from workers.pruning.model.parts import prove_parts
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import check_tasks, load_tasks
+from workers.stages.proving import prove_architecture, prove_pair
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
@@ -54,7 +55,13 @@ def run(context: StageContext) -> ScoringResult:
         check_tokens(windows, tokenizer, embeddings=embedded_tokens(stack.model))
         try_out(stack, windows["calibration"][:1, :TRIED_TOKENS])
         if not is_tested(stack.model.config.model_type):
-            prove(stack)
+            protected = frozenset(context.spec.search.protect)
+            asked = (half.remove_blocks for half in (context.spec.prefill, context.spec.decode))
+            removable = max(len(stack.blocks) - 1 if count is None else count for count in asked)
+            proving = partial(prove_architecture, removable=removable, protected=protected, check=context.check)
+            interruptible(context.check, partial(proving, stack, context.model_dir))
+            if context.spec.prefill != context.spec.decode:
+                prove_pair(stack, context.spec.serving.first_token, protected)
         prove_parts(stack, {*context.spec.prefill.parts, *context.spec.decode.parts})
     if tasks is not None:
         limit, seed = context.spec.evaluation.task_limit, context.spec.seed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pdtrim.contract.architectures import BLOCK_COUNT_KEYS
 from workers.pruning.model.building import FAULTS, ImpossibleModel, said
+from workers.pruning.model.configuration import pruned_values
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 """What blocks call the KV cache among their arguments."""
+LAYER_NUMBERS = ("layer_idx", "layer_id")
+"""What modules of a block call the number of its layer."""
 PROOF_TOKENS = 12
 PROOF_TOLERANCE = 1e-4
 
@@ -46,6 +48,13 @@ class BlockStack:
     def prefix(self) -> str:
         """What the names of all blocks' tensors begin with, as in `model.layers.`."""
         return f"{self.path}."
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its head."""
+        base: nn.Module = self.model.base_model
+        # Llama 4 alone calls itself its own base.
+        return self.model.get_submodule(self.path.rpartition(".")[0]) if base is self.model else base
 
     @property
     def device(self) -> torch.device:
@@ -76,10 +85,15 @@ def head(model: PreTrainedModel, normed: Tensor) -> Tensor:
     """Last hidden states after the final norm (…, hidden) → logits (…, vocabulary) of a causal language model."""
     output: Any = model.get_output_embeddings()
     logits: Tensor = output(normed)
-    if divisor := getattr(model.config, "logits_scaling", None):  # Granite
-        logits = logits / divisor
-    if cap := getattr(model.config, "final_logit_softcapping", None):  # Gemma 2 and 3
-        logits = torch.tanh(logits / cap) * cap
+    for key in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon H1
+        if factor := getattr(model.config, key, None):
+            logits = logits * factor
+    for key in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite, Inkling
+        if divisor := getattr(model.config, key, None):
+            logits = logits / divisor
+    for key in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma 2 and 3, Recurrent Gemma
+        if cap := getattr(model.config, key, None):
+            logits = torch.tanh(logits / cap) * cap
     return logits
 
 
@@ -98,7 +112,7 @@ def block_stack(model: PreTrainedModel) -> BlockStack:
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(block) for block in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) == count and _are_blocks(module)
     }
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outermost) != 1:
@@ -109,10 +123,20 @@ def block_stack(model: PreTrainedModel) -> BlockStack:
     (path,) = outermost
     body = model.get_submodule(path.rpartition(".")[0])
     children = list(body.named_children())
-    final = [module for _, module in children if isinstance(module, nn.Module) and "Norm" in type(module).__name__]
+    norms = {name: module for name, module in children if "Norm" in type(module).__name__}
+    names = [name for name, _ in children]
+    # Bloom has a norm of its embeddings beside the final one; OPT alone has the final one before its blocks.
+    after = {name for name in norms if names.index(name) > names.index(path.rpartition(".")[2])}
+    final = [module for name, module in norms.items() if name in after or not after]
     # OPT may project after its norm, or instead of one.
     final += [module for name, module in children if name == "project_out" and module is not None]
     return BlockStack(model, path, found[path], tuple(final))
+
+
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    """Whether they are of one class, or all take a cache, as the blocks of hybrids do."""
+    kinds = {type(module) for module in modules}
+    return len(kinds) == 1 or all(_cache_argument(kind) for kind in kinds)
 
 
 @torch.no_grad()
@@ -146,9 +170,11 @@ def prove(stack: BlockStack) -> None:
         for block in range(len(stack.blocks)):
             h = calls.run(stack, block, h)
         walked = stack.head(stack.norm(h)).float().cpu()
-    except (TypeError, RuntimeError, IndexError, AttributeError, ValueError) as error:
+    except (UnsupportedArchitecture, torch.OutOfMemoryError):
+        raise
+    except (*FAULTS, RuntimeError) as error:
         raise UnsupportedArchitecture(
-            f"model_type {kind!r} is not supported: its blocks cannot be run one by one ({error})"
+            f"model_type {kind!r} is not supported: its blocks cannot be run one by one, with what the model gives each"
         ) from error
     whole = stack.model(input_ids=ids, use_cache=False).logits.float().cpu()
     difference = float((walked - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
@@ -173,18 +199,25 @@ class BlockCalls:
 
 def run_block(block: nn.Module, h: Tensor, kwargs: Mapping[str, Any], cache: Any = None) -> Tensor:
     """One block, or another with its signature, on h_i (batch, time, hidden)."""
+    if (alibi := kwargs.get("alibi")) is not None:  # Bloom has batch and heads in one dimension.
+        kwargs = {**kwargs, "alibi": alibi.repeat(h.shape[0], *(1 for _ in alibi.shape[1:]))}
     out = block(h, **{cache_name(block): cache}, **kwargs)
-    after: Tensor = out[0] if isinstance(out, tuple) else out
+    after: Tensor = out[0] if isinstance(out, tuple | list) else out
     return after
 
 
 def cache_name(block: nn.Module) -> str:
     """What a block calls its KV cache. Raises: UnsupportedArchitecture when it takes none."""
-    parameters = inspect.signature(type(block).forward).parameters
-    for name in CACHE_NAMES:
-        if name in parameters:
-            return name
-    raise UnsupportedArchitecture(f"the blocks of the class {type(block).__name__} take no KV cache")
+    if (name := _cache_argument(type(block))) is not None:
+        return name
+    raise UnsupportedArchitecture(
+        f"its blocks, of the class {type(block).__name__}, take no cache of keys and values among their arguments"
+    )
+
+
+def _cache_argument(kind: type[nn.Module]) -> str | None:
+    parameters = inspect.signature(kind.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def capture_calls(stack: BlockStack, ids: Tensor, cache: Cache | None = None) -> BlockCalls:
@@ -199,15 +232,19 @@ def capture_calls(stack: BlockStack, ids: Tensor, cache: Cache | None = None) ->
 def capture_continuation_calls(stack: BlockStack, ids: Tensor, prompt_tokens: int) -> BlockCalls:
     """What the model passes to each block for tokens after a cached prompt: `ids` (batch, time) cut at the prompt."""
     cache = DynamicCache(config=stack.model.config)
-    stack.model.base_model(input_ids=ids[:1, :prompt_tokens], past_key_values=cache, use_cache=True)
+    stack.body(input_ids=ids[:1, :prompt_tokens], past_key_values=cache, use_cache=True)
     return capture_calls(stack, ids[:, prompt_tokens:], cache)
 
 
 class _Recorder(nn.Module):
-    """Stands where a block stands: notes what the block would be called with, and passes the hidden state on."""
+    """Stands where a block stands: notes what the block would be called with, and passes the hidden state on.
 
-    def __init__(self, block: nn.Module) -> None:
+    It gives what the block gives: the hidden state, or a tuple that begins with it.
+    """
+
+    def __init__(self, block: nn.Module, given: int | None) -> None:
         super().__init__()
+        self.given = given
         # Not a submodule: a model that looks at its modules must not find the block twice.
         object.__setattr__(self, "block", block)
         self.entered: Tensor | None = None
@@ -219,7 +256,7 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "block"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         block: nn.Module = object.__getattribute__(self, "block")
         signature = inspect.signature(type(block).forward)
         bound = signature.bind(block, *args, **kwargs).arguments
@@ -229,7 +266,38 @@ class _Recorder(nn.Module):
         named |= bound.get("kwargs", {})
         self.kwargs = {name: value for name, value in named.items() if name not in (*CACHE_NAMES, "use_cache")}
         self.entered = h
-        return h
+        return h if self.given is None else (h, *(None for _ in range(self.given - 1)))
+
+
+_GIVEN: dict[type[nn.Module], int | None] = {}
+"""Class of a block → how many things it gives in a tuple, None where it gives a tensor; seen when one runs."""
+
+
+class _Seen(Exception):
+    """A block has run; nothing more is wanted of the model."""
+
+
+def _given(stack: BlockStack) -> list[int | None]:
+    """How many things each block gives in a tuple, None where it gives a tensor: one of each class is run to see it."""
+    wanted = {type(block) for block in stack.blocks} - _GIVEN.keys()
+
+    def see(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        _GIVEN[type(block)] = len(output) if isinstance(output, tuple | list) else None
+        wanted.discard(type(block))
+        if not wanted:
+            raise _Seen
+
+    if wanted:
+        handles = [block.register_forward_hook(see) for block in stack.blocks]
+        try:
+            with suppress(_Seen), torch.no_grad():
+                stack.body(input_ids=torch.zeros((1, 2), dtype=torch.long, device=stack.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if wanted:
+        raise UnsupportedArchitecture("the model runs without its list of blocks")
+    return [_GIVEN[type(block)] for block in stack.blocks]
 
 
 @torch.no_grad()
@@ -238,13 +306,11 @@ def _entered(
 ) -> tuple[Tensor, BlockCalls]:
     """h_0 of `ids` (batch, time) and what every block is called with; no block is run, or read from disk."""
     positions = torch.arange(start, start + ids.shape[1], device=stack.device)[None] if start else None
-    recorders = [_Recorder(block) for block in stack.blocks]
+    recorders = [_Recorder(block, given) for block, given in zip(stack.blocks, _given(stack), strict=True)]
     with _blocks_replaced(stack, recorders):
-        stack.model.base_model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
-        )
+        stack.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
     if recorders[0].entered is None:
-        raise UnsupportedArchitecture("the model runs without its blocks")
+        raise UnsupportedArchitecture("the model runs without its list of blocks")
     return recorders[0].entered, BlockCalls([recorder.kwargs for recorder in recorders])
 
 
@@ -259,30 +325,6 @@ def _blocks_replaced(stack: BlockStack, modules: Sequence[nn.Module]) -> Iterato
         setattr(body, name, stack.blocks)
 
 
-def count_key(config: Mapping[str, Any]) -> str:
-    """What a configuration calls its number of blocks. Raises: UnsupportedArchitecture."""
-    for key in BLOCK_COUNT_KEYS:
-        if key in config:
-            return key
-    raise UnsupportedArchitecture(f"the configuration has none of {', '.join(BLOCK_COUNT_KEYS)}")
-
-
-def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """A model's configuration with only the blocks `kept`: their count, and every list with one entry a layer."""
-    count = count_key(config)
-    num_blocks = config[count]
-    result = dict(config)
-    if step := config.get("decoder_sparse_step"):  # Qwen MoE: which blocks have experts follows from their numbers.
-        dense = {*(config.get("mlp_only_layers") or ()), *(b for b in range(num_blocks) if (b + 1) % step)}
-        result |= {"decoder_sparse_step": 1, "mlp_only_layers": [k for k, b in enumerate(kept) if b in dense]}
-        config = {key: value for key, value in config.items() if key != "mlp_only_layers"}
-    for key, value in config.items():
-        if "layer" in key and isinstance(value, (list, tuple)) and len(value) == num_blocks:
-            result[key] = [value[block] for block in kept]
-    result[count] = len(kept)
-    return result
-
-
 def drop_blocks(model: PreTrainedModel, removed: Iterable[int]) -> PreTrainedModel:
     """The model without the blocks `removed`, sharing every parameter and buffer; the original stays as it is."""
     gone = frozenset(removed)
@@ -292,12 +334,11 @@ def drop_blocks(model: PreTrainedModel, removed: Iterable[int]) -> PreTrainedMod
     kept = [index for index in range(len(stack.blocks)) if index not in gone]
     for layer, index in enumerate(kept):
         for module in stack.blocks[index].modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", layer)  # noqa: B010  (torch types attributes as modules)
+            for name in LAYER_NUMBERS:
+                if hasattr(module, name):
+                    setattr(module, name, layer)  # torch types attributes as modules
     parent, _, name = stack.path.rpartition(".")
     setattr(pruned.get_submodule(parent), name, nn.ModuleList(stack.blocks[index] for index in kept))
-    before = model.config.to_dict()
-    for key, value in pruned_config(before, kept).items():
-        if value != before.get(key):
-            setattr(pruned.config, key, value)
+    for key, value in pruned_values(model.config, kept).items():
+        setattr(pruned.config, key, value)
     return pruned

@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from workers.pruning.model.blocks import BlockStack, block_stack, pruned_config
+from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.building import ImpossibleModel, building
+from workers.pruning.model.configuration import config_of, pruned_json, read_config
 from workers.pruning.model.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -29,16 +30,20 @@ COPIED = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    "*.model",  # tokenizer, spiece, sentencepiece.bpe, tiktoken
+    "*.tiktoken",
     "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
     "LICENSE*",
+    "LICENCE*",
+    "USE_POLICY*",
     "NOTICE*",
 )
 """Patterns of what a server reads beside config and weights, and of what a licence may ask to pass on."""
@@ -126,7 +131,7 @@ def empty_model(folder: Path, check: Callable[[], None] = lambda: None) -> PreTr
     given = json.loads((folder / "config.json").read_text())
     try:
         with building(check, tensors=count_tensors(folder)), torch.device("meta"):
-            config = AutoConfig.for_model(**given)
+            config = config_of(given)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ImpossibleModel as error:
         # A table's missing key is all that transformers says of a value that it does not know.
@@ -203,17 +208,22 @@ def _stored_names(model: PreTrainedModel, name: str, parameter: Tensor, files: M
 
 @dataclass(frozen=True)
 class BlockNames:
-    """How a checkpoint calls the tensors of its blocks, with or without the model's own first part."""
+    """How a checkpoint calls the tensors of its blocks: as the model does, without its first part, or otherwise."""
 
     pattern: re.Pattern[str]
     prefix: str
     """As the model in memory calls them."""
 
     @classmethod
-    def of(cls, stack: BlockStack) -> BlockNames:
-        base = f"{stack.model.base_model_prefix}."
-        rest = stack.prefix.removeprefix(base)
-        return cls(re.compile(rf"((?:{re.escape(base)})?{re.escape(rest)})(\d+)\.(.+)"), stack.prefix)
+    def of(cls, stack: BlockStack, stored: Mapping[str, tuple[str, ...]]) -> BlockNames:
+        """`stored` has what the checkpoint calls tensors of the model, where that differs."""
+        prefixes = {stack.prefix, stack.prefix.removeprefix(f"{stack.model.base_model_prefix}.")}
+        for name, parts in stored.items():
+            if name.startswith(stack.prefix):  # Nemotron-H has `backbone.layers.` in its files.
+                number = name.removeprefix(stack.prefix).partition(".")[0]
+                prefixes |= {part.partition(f".{number}.")[0] + "." for part in parts if f".{number}." in part}
+        known = "|".join(re.escape(prefix) for prefix in sorted(prefixes))
+        return cls(re.compile(rf"({known})(\d+)\.(.+)"), stack.prefix)
 
     def split(self, name: str) -> tuple[str, int, str] | None:
         """(prefix, block, rest) of a stored tensor's name; None when it belongs to no block."""
@@ -246,11 +256,12 @@ def write_checkpoint(
     UnsupportedArchitecture or ValueError when the channels do not fit the model.
     """
     # What the pruned model is: its configuration, checked before anything is written.
-    config = pruned_config(_read_config(source), kept)
+    config = pruned_json(json.loads((source / "config.json").read_text()), kept)
     model = empty_model(source, check)
-    names = BlockNames.of(block_stack(model))
+    tensors = check_complete(source, check)
+    names = BlockNames.of(block_stack(model), tensors.names)
     if kept_channels is not None:
-        config["intermediate_size"] = _check_width(source, names, kept, kept_channels, AutoConfig.for_model(**config))
+        config["intermediate_size"] = _check_width(source, names, kept, kept_channels, config_of(config))
 
     # The small files: configuration, tokenizer and the like, and what is said of the checkpoint.
     target.mkdir(parents=True)
@@ -263,7 +274,6 @@ def write_checkpoint(
     (target / "README.md").write_text(model_card)
 
     # Which tensors stay, under which names, and which of them were trained.
-    tensors = check_complete(source, check)
     renamed = dict(_renamed(tensors.files, names, kept))
     replaced = {part: name for name in overrides.files for part in tensors.stored(name)}
     silent = {part for name in zeroed for part in tensors.stored(name)}
@@ -302,14 +312,6 @@ def _check_width(
     for block in kept:
         check_gated(of_block[block], block)
     return check_channels(channels, kept, intermediate_size(config))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """A model's configuration. What its class would derive from a layer's number becomes an explicit list."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    if layer_types := getattr(AutoConfig.for_model(**config), "layer_types", None):
-        config["layer_types"] = list(layer_types)
-    return config
 
 
 def _renamed(files: Mapping[str, Path], names: BlockNames, kept: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -386,6 +388,7 @@ def load_checkpoint(
     with building(check, tensors=count_tensors(folder)):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=read_config(folder),
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,

@@ -73,7 +73,7 @@ def _parts(ids: Tensor, *models: PreTrainedModel) -> Iterator[tuple[Tensor, ...]
     """Parts of `ids` (batch, time): each model's float32 logits (tokens, vocabulary), and the tokens that followed."""
     stacks = [block_stack(model) for model in models]
     hidden = [
-        model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1) for model in models
+        stack.body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1) for stack in stacks
     ]  # (batch · (time − 1), hidden)
     tokens = max(1, LOGITS_BYTES // (4 * models[0].config.vocab_size))
     for *parts, targets in zip(*(h.split(tokens) for h in hidden), ids[:, 1:].flatten().split(tokens), strict=True):

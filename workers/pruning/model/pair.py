@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from workers.pruning.model.blocks import head
+from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, head
 
 FirstToken = Literal["decode", "prefill"]
 """The half that predicts the token after the prompt, as the pair is served."""
@@ -58,18 +59,56 @@ def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedCo
     return received
 
 
-def kv_cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one request's KV cache: 2 · layers · KV heads · head dimension · tokens · bytes a number."""
-    heads, head_dim = kv_heads(config)
-    numbers: int = 2 * config.num_hidden_layers * heads * head_dim * tokens
+@torch.no_grad()
+def cache_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that the cache of one request holds after `tokens` tokens, served in `dtype`: read off such a cache.
+
+    Layers with a window hold no more than it, those of linear attention a state that does not grow.
+    """
+    numbers = sum(tensor.numel() for layer in _filled(model, tokens).layers for tensor in held_tensors(layer))
     return numbers * dtype.itemsize
 
 
-def kv_heads(config: PretrainedConfig) -> tuple[int, int]:
-    """KV heads of each layer, and their dimension; without grouped queries there are as many as attention heads."""
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads, head_dim
+@dataclass(frozen=True)
+class KvShape:
+    """What a layer's keys and values are for one token."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    """Unlike that of the keys where attention is latent."""
+
+
+@torch.no_grad()
+def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
+    """Each layer's, read off a cache. Raises: UnsupportedArchitecture for a layer that holds anything else."""
+    shapes = []
+    for number, layer in enumerate(_filled(model, 1).layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or len(held_tensors(layer)) != 2:
+            raise UnsupportedArchitecture(
+                f"layer {number} of {model.config.model_type!r} keeps a state that is not keys and values, which is "
+                "not handed over"
+            )
+        shapes.append(KvShape(keys.shape[1], keys.shape[3], values.shape[3]))
+    return tuple(shapes)
+
+
+def held_tensors(layer: Any) -> list[Tensor]:
+    """All that a cache keeps of a layer: keys and values, or states."""
+    found: list[Tensor] = []
+    for value in vars(layer).values():
+        parts = value if isinstance(value, list | tuple) else [value]
+        found += [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    return found
+
+
+def _filled(model: PreTrainedModel, tokens: int) -> DynamicCache:
+    stack, cache = block_stack(model), DynamicCache(config=model.config)
+    stack.body(
+        input_ids=torch.zeros((1, tokens), dtype=torch.long, device=stack.device), past_key_values=cache, use_cache=True
+    )
+    return cache
 
 
 def pair_hidden(
@@ -86,9 +125,9 @@ def pair_hidden(
     """
     handed = handed_tokens(prompt_tokens, first_token)
     empty = DynamicCache(config=prefill.config)
-    prompt = prefill.base_model(input_ids=ids[:, :handed], past_key_values=empty, use_cache=True)
+    prompt = block_stack(prefill).body(input_ids=ids[:, :handed], past_key_values=empty, use_cache=True)
     received = handover(prompt.past_key_values, layer_map, decode.config)
-    continued = decode.base_model(input_ids=ids[:, handed:-1], past_key_values=received, use_cache=True)
+    continued = block_stack(decode).body(input_ids=ids[:, handed:-1], past_key_values=received, use_cache=True)
     return prompt.last_hidden_state[:, prompt_tokens - 1 :], continued.last_hidden_state
 
 
@@ -143,7 +182,7 @@ def first_token_losses(
     for ids in windows.split(batch):
         last, target = ids[:, prompt_tokens - 1 : prompt_tokens], ids[:, prompt_tokens : prompt_tokens + 1]
         cache = DynamicCache(config=prefill.config)
-        prefill.base_model(input_ids=ids[:, : prompt_tokens - 1], past_key_values=cache, use_cache=True)
+        block_stack(prefill).body(input_ids=ids[:, : prompt_tokens - 1], past_key_values=cache, use_cache=True)
         received = handover(cache, layer_map, decode.config)
         by_decode = decode(input_ids=last, past_key_values=received, use_cache=True).logits
         by_prefill = prefill(input_ids=last, past_key_values=cache, use_cache=True).logits

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.building import building
 from workers.pruning.model.checkpoint import count_tensors, empty_model
+from workers.pruning.model.configuration import read_config
 
 Placement = Mapping[str, int | str | torch.device]
 """Name of a module → the device of everything in it."""
@@ -31,9 +32,9 @@ def placement(
     Calls `check` as `empty_model` does. Raises: UnsupportedArchitecture, ImpossibleModel.
     """
     model = empty_model(folder, check)
-    whole = type(block_stack(model).blocks[0]).__name__
+    whole = sorted({type(block).__name__ for block in block_stack(model).blocks})
     placed: Placement = infer_auto_device_map(
-        model, max_memory=dict(memory), no_split_module_classes=[whole], dtype=dtype
+        model, max_memory=dict(memory), no_split_module_classes=whole, dtype=dtype
     )
     return None if "disk" in placed.values() else placed
 
@@ -48,6 +49,7 @@ def load_placed(
     with building(check, tensors=count_tensors(folder)):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=read_config(folder),
             dtype=dtype,
             device_map=dict(placed),
             use_safetensors=True,

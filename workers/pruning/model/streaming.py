@@ -6,7 +6,6 @@ is, so a walk that runs all its streams through one block before the next (`engi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.building import building
 from workers.pruning.model.checkpoint import SourceTensors, check_complete, empty_model
+from workers.pruning.model.configuration import read_config
 
 
 class BlockReader:
@@ -89,8 +89,8 @@ def load_streamed(
     Raises: BrokenCheckpoint, UnsupportedArchitecture.
     """
     tensors = check_complete(folder, check)
-    config = AutoConfig.for_model(**json.loads((folder / "config.json").read_text()))
     with building(check, tensors=len(tensors.files)), init_empty_weights(include_buffers=False):
+        config = read_config(folder)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     prefix = block_stack(model).prefix

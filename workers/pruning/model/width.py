@@ -62,7 +62,7 @@ def channel_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) ->
     try:
         with torch.no_grad():
             for ids in windows.split(chunk_windows):
-                stack.model.base_model(input_ids=ids, use_cache=False)
+                stack.body(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

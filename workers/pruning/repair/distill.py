@@ -6,33 +6,42 @@ frozen prefill model's KV cache.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from workers.pruning.model.blocks import BlockStack, block_stack, head
-from workers.pruning.model.pair import FirstToken, handed_tokens, pair_hidden
+from workers.pruning.model.pair import FirstToken, handed_tokens, held_tensors, pair_hidden
 from workers.pruning.repair.losses import LossWeights, Outputs, entering, healing_loss, outputs
 from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings, train
 
 HEALING = LossWeights()
 """What healing minimises unless told otherwise."""
-KV_TENSOR = re.compile(
-    r"(^|\.)(input_layernorm|ln_1|self_attn_layer_norm|k_proj|v_proj|k_norm|qkv_proj|query_key_value|c_attn)\."
-)
-"""In a tensor's name: that it shapes its block's keys and values for a given input."""
 
 
 def kv_tensor_names(stack: BlockStack, block: int) -> set[str]:
-    """Names of the tensors through which a block makes its keys and values, all of them where that cannot be told.
+    """Names of the tensors through which a block makes its keys and values: those that have a gradient of them.
 
     Frozen in a block that is distilled for decode alone, so that what prefill sends stays valid.
     """
-    names = {f"{stack.prefix}{block}.{name}" for name, _ in stack.blocks[block].named_parameters()}
-    return {name for name in names if KV_TENSOR.search(name)} or names
+    module, cache = stack.blocks[block], DynamicCache(config=stack.model.config)
+    ids = torch.zeros((1, 2), dtype=torch.long, device=stack.device)
+    h, calls = stack.enter(ids)
+    parameters = dict(module.named_parameters())
+    required = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        module.requires_grad_(True)
+        with torch.enable_grad():
+            calls.run(stack, block, h.detach(), cache)
+            held = torch.stack([tensor.float().sum() for tensor in held_tensors(cache.layers[block])]).sum()
+        gradients = torch.autograd.grad(held, list(parameters.values()), allow_unused=True)
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(required[name])
+    made = zip(parameters, gradients, strict=True)
+    return {f"{stack.prefix}{block}.{name}" for name, gradient in made if gradient is not None}
 
 
 def trainable(model: PreTrainedModel, blocks: Sequence[int], *, frozen: set[str]) -> dict[str, nn.Parameter]:
@@ -102,7 +111,7 @@ def continuation_loss(
 
     def loss(ids: Tensor) -> Tensor:
         with torch.no_grad(), entering(teacher, theirs) as states:
-            last = teacher.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            last = block_stack(teacher).body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
             hidden = [state[:, handed:] for state in (*states, last)]
             wanted = Outputs(hidden, head(teacher, hidden[-1]))
         with _mixed_precision(ids.device), entering(decode, ours) as states:

@@ -42,7 +42,7 @@ class Outputs:
 def outputs(model: PreTrainedModel, ids: Tensor, blocks: Sequence[int]) -> Outputs:
     """A forward over whole windows `ids` (batch, time): the states that enter `blocks`, and the last."""
     with entering(model, blocks) as states:
-        last: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        last: Tensor = block_stack(model).body(input_ids=ids, use_cache=False).last_hidden_state
     return Outputs([*states, last], head(model, last))
 
 

@@ -61,12 +61,18 @@ class Prefix:
 
     keys: Tensor
     values: Tensor
+    tokens: int
+    """Of the prompt; the keys may be those of a window alone."""
 
     @classmethod
     def of(cls, cache: DynamicCache, layer: int) -> Prefix:
         """What a real cache holds for one layer."""
         held: Any = cache.layers[layer]
-        return cls(held.keys, held.values)
+        return cls(held.keys, held.values, held.get_seq_length())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As a real cache says it."""
+        return self.tokens
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Prompt and continuation side by side along time, as a real cache returns them."""

@@ -70,7 +70,7 @@ EVERY_TOKEN = KvTokenRule()
 
 @dataclass(frozen=True)
 class LayerKV:
-    """The keys and values (batch, kv heads, tokens, head dimension) that one decode layer receives."""
+    """The keys and values that one decode layer receives, each (batch, kv heads, tokens, its head dimension)."""
 
     source: int
     """The prefill layer that computed them."""
@@ -113,7 +113,8 @@ class Handover:
                     f"layer {number}: keys of shape {shape} do not hold {tokens} tokens of {len(self.next_tokens)} "
                     "sequences"
                 )
-            if layer.values.shape != layer.keys.shape or layer.values.dtype != layer.keys.dtype:
+            # Where attention is latent, values are of another size than keys.
+            if layer.values.shape[:-1] != layer.keys.shape[:-1] or layer.values.dtype != layer.keys.dtype:
                 raise BrokenHandover(
                     f"layer {number}: keys are {shape} of {layer.keys.dtype}, values {tuple(layer.values.shape)} of "
                     f"{layer.values.dtype}"

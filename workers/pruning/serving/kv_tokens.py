@@ -16,10 +16,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from workers.pruning.model.blocks import BlockStack, UnsupportedArchitecture, block_stack
-from workers.pruning.model.pair import FirstToken, handed_tokens, kv_cache_bytes
+from workers.pruning.model.pair import FirstToken, handed_tokens
 from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.pair_server import (
     ContinuedKV,
+    Window,
     continue_logits,
     continued_kv,
     layer_windows,
@@ -35,15 +36,19 @@ def sent_tokens(config: PretrainedConfig, rule: KvTokenRule, handed: int) -> int
     """Of `handed` prompt tokens, those that a decode model of this configuration receives, summed over its layers."""
     total = 0
     for layer, window in enumerate(layer_windows(config)):
-        held = handed if window is None else min(handed, window - 1)
+        held = handed if window is None else min(handed, window.tokens - 1)
         total += sum(stop - start for start, stop in rule.ranges(layer, handed, held))
     return total
 
 
 def sent_bytes(config: PretrainedConfig, rule: KvTokenRule, handed: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values sent for one request: 2 · KV heads · head dimension · bytes a number · tokens sent."""
-    a_token: int = kv_cache_bytes(config, 1, dtype) // config.num_hidden_layers
-    return sent_tokens(config, rule, handed) * a_token
+    """Bytes of keys and values sent for one request: 2 · KV heads · head dimension · bytes a number · tokens sent.
+
+    For architectures whose attention can be measured: their layers have keys and values of one shape.
+    """
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return sent_tokens(config, rule, handed) * 2 * heads * head_dim * dtype.itemsize
 
 
 def received_attention(
@@ -53,7 +58,7 @@ def received_attention(
     key_positions: Tensor,
     *,
     scaling: float,
-    window: int | None,
+    window: Window | None,
     block: int = ATTENTION_TILE,
 ) -> Tensor:
     """The attention each key gets, (keys,) in float64: softmax probabilities summed over batch, heads and queries.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, block_stack, head
 from workers.pruning.model.checkpoint import load_checkpoint
-from workers.pruning.model.pair import FirstToken, handed_tokens, kv_heads
+from workers.pruning.model.pair import FirstToken, KvShape, handed_tokens, kv_shapes
 from workers.pruning.serving.handover import EVERY_TOKEN, BrokenHandover, Handover, KvTokenRule, LayerKV, Ranges
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -26,22 +26,39 @@ MASKED_ATTENTION = ("sdpa", "eager")
 CPU = torch.device("cpu")
 
 
-def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """Each layer's sliding window in tokens; None where it sees everything."""
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+@dataclass(frozen=True)
+class Window:
+    """What a layer sees of the tokens before one: the last so many, or those since its chunk began."""
+
+    tokens: int
+    chunked: bool = False
+
+    def oldest(self, positions: Tensor) -> Tensor:
+        """The first position that is seen from each of `positions`, same shape."""
+        return positions // self.tokens * self.tokens if self.chunked else positions - self.tokens + 1
 
 
-def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+def layer_windows(config: PretrainedConfig) -> list[Window | None]:
+    """Each layer's window; None where it sees everything."""
+    layers = DynamicCache(config=config).layers
+    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    return [
+        None if tokens is None else Window(tokens, chunked=kind == "chunked_attention")
+        for tokens, kind in zip(windows, kinds, strict=True)
+    ]
+
+
+def visible(queries: Tensor, keys: Tensor, window: Window | None) -> Tensor:
     """Which key positions (keys,) each query position (queries,) may attend to: (queries, keys), boolean."""
-    distance = queries[:, None] - keys[None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    seen = queries[:, None] >= keys[None, :]
+    return seen if window is None else seen & (keys[None, :] >= window.oldest(queries)[:, None])
 
 
 class ContinuedKV:
     """What one decode layer has received, and what it adds with every token: a cache for its block alone."""
 
-    def __init__(self, received: LayerKV, handed_tokens: int, window: int | None, device: torch.device) -> None:
+    def __init__(self, received: LayerKV, handed_tokens: int, window: Window | None, device: torch.device) -> None:
         self.keys = received.keys.to(device)  # (batch, kv heads, tokens, head dimension)
         self.values = received.values.to(device)
         parts = [torch.arange(start, stop) for start, stop in received.ranges]
@@ -64,6 +81,10 @@ class ContinuedKV:
         mask = torch.zeros(1, 1, *hidden.shape, dtype=like.dtype, device=like.device)
         return mask.masked_fill(hidden, -torch.inf)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the sequence so far."""
+        return self.next
+
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add new keys and values and return all, as a transformers cache does; then drop what has left the window."""
         _, self.positions = self.incoming(keys.shape[-2])
@@ -76,7 +97,7 @@ class ContinuedKV:
     def _leave_window(self) -> None:
         """Drop what the next token cannot see."""
         if self.window is not None:
-            left = int((self.positions <= self.next - self.window).sum())
+            left = int((self.positions < self.window.oldest(torch.tensor(self.next))).sum())
             self.positions = self.positions[left:]
             self.keys, self.values = self.keys[..., left:, :], self.values[..., left:, :]
 
@@ -116,7 +137,7 @@ def process_prompt(
     handed = handed_tokens(ids.shape[1], first_token)
     cache = DynamicCache(config=prefill.config)
     # Of a prompt of one token nothing may be left to hand over; its run then says how keys and values are shaped.
-    read = prefill.base_model(input_ids=ids[:, : max(handed, 1)], past_key_values=cache, use_cache=True)
+    read = block_stack(prefill).body(input_ids=ids[:, : max(handed, 1)], past_key_values=cache, use_cache=True)
     logits = head(prefill, read.last_hidden_state[:, :handed][:, ids.shape[1] - 1 :])
     layers = []
     for number, source in enumerate(layer_map):
@@ -176,6 +197,8 @@ class DecodeHalf:
 
     model: PreTrainedModel
     layer_map: tuple[int, ...]
+    shapes: tuple[KvShape, ...] = field(init=False)
+    """What each layer's keys and values have to be."""
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -189,6 +212,7 @@ class DecodeHalf:
                 f"decode layers may hold different tokens; {config._attn_implementation!r} attention takes no mask, so "
                 f"load the model with attn_implementation {' or '.join(map(repr, MASKED_ATTENTION))}"
             )
+        object.__setattr__(self, "shapes", kv_shapes(self.model))
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = CPU) -> DecodeHalf:
@@ -221,17 +245,21 @@ class DecodeHalf:
             raise BrokenHandover(
                 f"the handover holds prefill layers {list(sources)}; this decode model reads {list(self.layer_map)}"
             )
-        heads = kv_heads(self.model.config)
-        for number, layer in enumerate(handover.layers):
-            sent = (layer.keys.shape[1], layer.keys.shape[3])
-            if sent != heads or layer.keys.dtype != self.model.dtype:
+        for number, (layer, shape) in enumerate(zip(handover.layers, self.shapes, strict=True)):
+            sent = KvShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+            if sent != shape or layer.keys.dtype != self.model.dtype:
                 raise BrokenHandover(
-                    f"layer {number} was sent {sent[0]} KV heads of {sent[1]} in {layer.keys.dtype}; this decode model "
-                    f"has {heads[0]} of {heads[1]} in {self.model.dtype}"
+                    f"layer {number} was sent {_said(sent)} in {layer.keys.dtype}; "
+                    f"this decode model has {_said(shape)} in {self.model.dtype}"
                 )
         vocabulary = self.model.config.vocab_size
         if wrong := [token for token in handover.next_tokens if not 0 <= token < vocabulary]:
             raise BrokenHandover(f"the next token {wrong[0]} is not in a vocabulary of {vocabulary}")
+
+
+def _said(shape: KvShape) -> str:
+    values = "" if shape.value_size == shape.key_size else f", their values of {shape.value_size}"
+    return f"{shape.heads} KV heads of {shape.key_size}{values}"
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,51 @@ def test_an_answer_beyond_the_context_is_refused_at_its_field() -> None:
     assert refused.value.param == "evaluation.speed_tokens"
 
 
-def test_an_unknown_decoder_only_model_is_left_to_the_worker() -> None:
+def test_a_decoder_only_model_that_was_never_tried_is_left_to_the_worker() -> None:
     config = {**CONFIG, "model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"]}
     preflight.check_config(spec(), config)
-    for change in ({"auto_map": {"AutoModel": "x.py"}}, {"is_encoder_decoder": True}, {"architectures": ["T5Model"]}):
-        with pytest.raises(ModelUnsupported, match="starcoder2"):
-            preflight.check_config(spec(), config | change)
+    preflight.check_config(spec(), {**config, "auto_map": {"AutoModel": "x.py"}})  # Code that nobody needs.
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"is_encoder_decoder": True}, "'starcoder2', which has an encoder"),
+        ({"architectures": ["Starcoder2ForSequenceClassification"]}, "which is no language model"),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, "'llama', as .*which is no language model"),
+        ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, "'bert', an encoder"),
+        (
+            {"model_type": "gemma3", "text_config": {}},
+            "'gemma3', a multimodal model, of which the language model alone",
+        ),
+        ({"model_type": "own", "auto_map": {"AutoModel": "x.py"}}, "'own', which needs code of its own"),
+        ({"model_type": "own"}, "'own', which transformers does not know"),
+        ({"dtype": "auto"}, "has dtype = 'auto'; it has to be one of"),
+    ],
+)
+def test_what_is_no_decoder_only_model_is_refused_in_a_sentence(change: dict[str, Any], reason: str) -> None:
+    config = {**CONFIG, "model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"]}
+    with pytest.raises(ModelUnsupported, match=reason):
+        preflight.check_config(spec(), config | change)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"model_type": "qwen3_next"},
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 3},
+        {"model_type": "nemotron_h", "num_hidden_layers": None, "hybrid_override_pattern": "M-M*M-"},
+    ],
+)
+def test_layers_that_keep_a_state_are_for_one_checkpoint_alone(kind: dict[str, Any]) -> None:
+    preflight.check_config(spec(2, 2), CONFIG | kind)
+    with pytest.raises(ModelUnsupported, match="Let both halves give up the same") as refused:
+        preflight.check_config(spec(1, 2), CONFIG | kind)
+    assert refused.value.param == "decode"
+
+
+def test_a_hybrid_with_attention_alone_may_be_a_pair() -> None:
+    preflight.check_config(spec(1, 2), CONFIG | {"model_type": "lfm2", "layer_types": ["full_attention"] * 6})
 
 
 def test_what_an_architecture_cannot_do_is_refused_at_its_field() -> None:

@@ -32,7 +32,7 @@ from workers.pruning.serving.kv_tokens import (
     sent_bytes,
     sent_tokens,
 )
-from workers.pruning.serving.pair_server import DecodeHalf, PrefillHalf, continue_logits, continued_kv, visible
+from workers.pruning.serving.pair_server import DecodeHalf, PrefillHalf, Window, continue_logits, continued_kv, visible
 
 ALL = [0, 1, 2, 3, 4]
 LAYER_MAP = [0, 1, 3, 4]
@@ -61,8 +61,8 @@ def test_the_attention_to_a_prompt_of_several_blocks_is_that_of_the_full_matrice
 
 
 @pytest.mark.parametrize("block", [1, 4, 7, 100])
-@pytest.mark.parametrize("window", [None, 5])
-def test_no_block_size_changes_the_attention(block: int, window: int | None) -> None:
+@pytest.mark.parametrize("window", [None, Window(5), Window(5, chunked=True)])
+def test_no_block_size_changes_the_attention(block: int, window: Window | None) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 6, 9, 8, generator=generator), torch.randn(2, 2, 21, 8, generator=generator)
     at, held = torch.arange(14, 23), torch.tensor([0, 1, *range(4, 23)])  # tokens 2 and 3 were not sent

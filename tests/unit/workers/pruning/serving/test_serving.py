@@ -28,7 +28,7 @@ from tests.unit.workers.pruning.models import (
 )
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
-from workers.pruning.model.pair import FirstToken, kv_cache_bytes
+from workers.pruning.model.pair import FirstToken, cache_bytes
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving.handover import (
     EVERY_TOKEN,
@@ -143,7 +143,7 @@ def test_tokens_that_a_sliding_window_cannot_reach_are_ignored() -> None:
 
 def test_the_full_handover_of_a_model_without_windows_has_the_size_of_its_cache() -> None:
     pair = tiny_pair("qwen3")
-    expected = kv_cache_bytes(pair.decode_half.model.config, 12, torch.float32)
+    expected = cache_bytes(pair.decode_half.model, 12, torch.float32)
     assert pair.prefill(random_ids(1, 12)).nbytes == expected
     assert pair.prefill(random_ids(3, 12)).nbytes == 3 * expected
 
@@ -154,7 +154,7 @@ def test_bfloat16_survives_the_wire() -> None:
     came = Handover.from_bytes(sent.to_bytes())
     assert came.layers[3].keys.dtype == torch.bfloat16
     assert torch.equal(came.layers[3].keys, sent.layers[3].keys)
-    with pytest.raises(BrokenHandover, match=r"in torch\.bfloat16; this decode model has 2 of 8"):
+    with pytest.raises(BrokenHandover, match=r"in torch\.bfloat16; this decode model has 2 KV heads of 8"):
         DecodeHalf(tiny_model("llama"), (0, 1, 2, 3, 4)).decode(came, 2)
 
 
@@ -321,7 +321,7 @@ GOOD = {"0.keys": torch.zeros(1, 2, 4, 8), "0.values": torch.zeros(1, 2, 4, 8)}
         (described(GOOD, layers=[{"source": 0, "ranges": [[0, 3]]}]), "do not hold 3 tokens of 1 sequences"),
         (described(GOOD, first_token="router"), "said by decode or prefill, not by 'router'"),
         (described(GOOD, next_tokens=[3, 4]), "do not hold 4 tokens of 2 sequences"),
-        (described({**GOOD, "0.values": torch.zeros(1, 2, 4, 9)}), r"values \(1, 2, 4, 9\)"),
+        (described({**GOOD, "0.values": torch.zeros(1, 3, 4, 8)}), r"values \(1, 3, 4, 8\)"),
     ],
 )
 def test_what_is_no_handover_is_refused_with_the_reason(data: bytes, reason: str) -> None:

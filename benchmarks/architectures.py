@@ -1,0 +1,458 @@
+"""Every causal language model type of transformers put through the method, and held against a truth of its own.
+
+    python -m benchmarks.architectures --table docs/reference/architectures.md
+    python -m benchmarks.architectures llama gemma3_text
+
+Each type gets a tiny random model of 8 blocks in a process of its own. The truth is the dense model with forward hooks
+that put a block's input in place of its output; it knows nothing of how this repository finds, drops or renumbers
+blocks. Compared are losses of the search, pruned models in memory, exported checkpoints as plain transformers loads
+them, generation with and without a cache, pairs, training, streaming, and the bytes that a cache is said to hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import Empty
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from benchmarks.tiny_architectures import BLOCKS, VOCABULARY, causal_types, tiny_config, tiny_model
+from pdtrim.contract.errors import PDTrimError
+from pdtrim.contract.spec import JobSpec
+from service.checking.preflight import check_config
+from service.stopping import go_on
+from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, drop_blocks, try_out
+from workers.pruning.model.building import ImpossibleModel
+from workers.pruning.model.checkpoint import (
+    BrokenCheckpoint,
+    SourceTensors,
+    check_complete,
+    load_checkpoint,
+    write_checkpoint,
+)
+from workers.pruning.model.pair import cache_bytes
+from workers.pruning.model.streaming import load_streamed
+from workers.pruning.model.units import deleting
+from workers.pruning.repair.distill import heal, trainable
+from workers.pruning.repair.training import Journal, TrainingSettings
+from workers.pruning.search.engine import PairEngine, WholeEngine
+from workers.pruning.serving.handover import EVERY_TOKEN
+from workers.pruning.serving.pair_server import DecodeHalf, PrefillDecodePair, PrefillHalf
+from workers.stages.proving import prove_architecture, prove_pair
+
+Outcome = Literal["works", "unified only", "refused", "foreign words", "late failure", "silently wrong", "not built"]
+OUTCOMES: tuple[Outcome, ...] = (
+    *("works", "unified only", "refused", "foreign words", "late failure", "silently wrong", "not built"),
+)
+TOKENS, PROMPT, NEW_TOKENS = 26, 14, 6
+REMOVED: tuple[frozenset[int], ...] = (frozenset({1}), frozenset({0}), frozenset({2, 5}), frozenset({BLOCKS - 1}))
+PAIRS = ((frozenset({2}), frozenset({2, 5})), (frozenset({0}), frozenset({0, BLOCKS - 1})))
+"""What prefill and decode give up."""
+PROTECTED = {"gemma4_text": frozenset({BLOCKS - 1}), "gemma4_unified_text": frozenset({BLOCKS - 1})}
+"""What a job has to protect of some types; the refusal without says so."""
+TOLERANCE = 1e-5
+"""Of the largest logit."""
+LOSS_TOLERANCE = 1e-3
+MOST_PARAMETERS = 20_000_000
+SECONDS = 300
+MEMORY_BYTES = 4 << 30
+OURS = (UnsupportedArchitecture, ImpossibleModel, BrokenCheckpoint, PDTrimError)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one type, and in whose words."""
+
+    model_type: str
+    outcome: Outcome
+    said: str = ""
+    notes: list[str] = field(default_factory=list)
+    """What is wrong besides, such as a number."""
+
+
+class SilentlyWrong(Exception):
+    """Something gave another result than the truth, and no error."""
+
+
+class LateMismatch(Exception):
+    """An exported checkpoint is not what it should be, and the export stage would say so, after the search."""
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's blocks, for the truth: the outermost list that has as many as there are. Raises: LookupError."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == BLOCKS
+    ]
+    if not lists:
+        raise LookupError(f"no list of {BLOCKS} modules")
+    return min(lists, key=lambda found: found[0].count("."))[1]
+
+
+@contextmanager
+def without(model: PreTrainedModel, removed: frozenset[int]) -> Iterator[None]:
+    """Until the end the blocks `removed` change nothing: their input stands in place of their output."""
+
+    def hook(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        h = args[0] if args else kwargs["hidden_states"]
+        return (h, *output[1:]) if isinstance(output, tuple | list) else h
+
+    blocks = decoder_blocks(model)
+    handles = [blocks[block].register_forward_hook(hook, with_kwargs=True) for block in removed]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def true_logits(model: PreTrainedModel, ids: Tensor, removed: frozenset[int]) -> Tensor:
+    """Logits (batch, time, vocabulary) of the model without `removed`."""
+    with without(model, removed):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def true_pair_logits(
+    model: PreTrainedModel, ids: Tensor, handed: int, prefill: frozenset[int], decode: frozenset[int]
+) -> Tensor:
+    """Logits (batch, time − handed, vocabulary) of a decode half on the cache that a prefill half made."""
+    cache = DynamicCache(config=model.config)
+    with without(model, prefill):
+        model(input_ids=ids[:, :handed], past_key_values=cache, use_cache=True)
+    with without(model, decode):
+        logits: Tensor = model(input_ids=ids[:, handed:], past_key_values=cache, use_cache=True).logits
+    return logits
+
+
+def true_greedy(logits_of: Callable[[Tensor], Tensor], ids: Tensor, new_tokens: int) -> Tensor:
+    """Prompts `ids` (batch, time) and their greedy continuation, every token computed from the whole sequence."""
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, logits_of(ids)[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def compare(what: str, found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    """Raises: SilentlyWrong."""
+    difference = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+    if not difference <= tolerance:
+        raise SilentlyWrong(f"{what}: differs by {difference:.1e} of the largest")
+
+
+def equal(what: str, found: Tensor, wanted: Tensor) -> None:
+    """Raises: SilentlyWrong."""
+    if not torch.equal(found, wanted):
+        raise SilentlyWrong(f"{what}: other tokens")
+
+
+def foreign(error: BaseException) -> bool:
+    """Whether an error has another library's words in it, or is none of ours."""
+    cause = error.__cause__
+    return not isinstance(error, OURS) or (
+        cause is not None and not isinstance(cause, OURS) and " ".join(str(cause).split())[:60] in str(error)
+    )
+
+
+UNIFIED = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 1}}
+PAIR = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+
+
+def gateway(config: dict[str, Any], target: dict[str, Any]) -> None:
+    """What the gateway says of a job. Raises: PDTrimError."""
+    spec = JobSpec.model_validate(
+        {
+            "model": {"source": "/models/tiny"},
+            "calibration": {"window_tokens": 32},
+            "evaluation": {"speed_tokens": 8},
+            **target,
+        }
+    )
+    check_config(spec, config)
+
+
+def proved(folder: Path, protected: frozenset[int]) -> PreTrainedModel:
+    """The model, if the worker takes it on. Raises: what scoring raises before it begins."""
+    check_complete(folder)
+    model = load_checkpoint(folder, dtype=torch.float32, device=torch.device("cpu"))
+    stack = block_stack(model)
+    try_out(stack, torch.ones(1, 8, dtype=torch.long))
+    prove_architecture(stack, folder, removable=1, protected=protected, check=go_on)
+    return model
+
+
+def check_unified(folder: Path, dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -> None:
+    """Raises: SilentlyWrong; whatever breaks."""
+    stack = block_stack(dense)
+    engine = WholeEngine(stack, ids, "kl", chunk_windows=2)
+    reference = true_logits(dense, ids[:, :-1], frozenset()).log_softmax(-1)
+    for removed in (removed for removed in REMOVED if not removed & protected):
+        name = f"without {sorted(removed)}"
+        truth = true_logits(dense, ids, removed)
+        units = deleting(removed)
+        loss = F.kl_div(truth[:, :-1].log_softmax(-1), reference, log_target=True, reduction="sum") / ids[:, 1:].numel()
+        compare(f"{name}, the search's loss", torch.tensor(engine.losses([units])[units]), loss, LOSS_TOLERANCE)
+        pruned = drop_blocks(dense, removed)(input_ids=ids, use_cache=False).logits
+        compare(f"{name}, pruned in memory", pruned, truth)
+        target = folder.parent / f"export-{'-'.join(map(str, sorted(removed)))}"
+        kept = [block for block in range(BLOCKS) if block not in removed]
+        write_checkpoint(folder, target, kept=kept, overrides=SourceTensors({}), pdtrim={}, model_card="")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+        exported = loaded(input_ids=ids, use_cache=False).logits
+        if not torch.allclose(exported, pruned, atol=1e-4):
+            raise LateMismatch(f"{name}, exported: not what it is in memory, which the export stage says")
+        compare(f"{name}, exported", exported, truth)
+        wanted = true_greedy(partial(true_logits, dense, removed=removed), ids[:, :PROMPT], NEW_TOKENS)
+        for use_cache in (True, False):
+            found = loaded.generate(
+                ids[:, :PROMPT],
+                attention_mask=torch.ones_like(ids[:, :PROMPT]),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                use_cache=use_cache,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+            equal(f"{name}, exported, generating {'with' if use_cache else 'without'} a cache", found, wanted)
+        shutil.rmtree(target)
+
+
+def check_pair(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -> None:
+    """Raises: SilentlyWrong; whatever breaks."""
+    stack = block_stack(dense)
+    handed = PROMPT - 1
+    for prefill, decode in (pair for pair in PAIRS if not pair[1] & protected):
+        name = f"prefill without {sorted(prefill)}, decode without {sorted(decode)}"
+        engine = PairEngine(
+            stack,
+            ids,
+            "cross_entropy",
+            prefill=deleting(prefill),
+            prompt_tokens=PROMPT,
+            first_token="decode",
+            chunk_windows=2,
+        )
+        logits = true_pair_logits(dense, ids[:, :-1], handed, prefill, decode)
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, PROMPT:].flatten())
+        units = deleting(decode)
+        for _ in range(2):  # Whoever writes into what it was given shows the second time.
+            compare(f"{name}, the search's loss", torch.tensor(engine.losses([units])[units]), loss, LOSS_TOLERANCE)
+        kept = [block for block in range(BLOCKS) if block not in prefill]
+        layer_map = tuple(kept.index(block) for block in range(BLOCKS) if block not in decode)
+        halves = (
+            PrefillHalf(drop_blocks(dense, prefill), layer_map, EVERY_TOKEN, "decode"),
+            DecodeHalf(drop_blocks(dense, decode), layer_map),
+        )
+        pair = PrefillDecodePair(*halves)
+        found = pair.decode(pair.prefill(ids[:, :PROMPT]), NEW_TOKENS)
+        logits_of = partial(true_pair_logits, dense, handed=handed, prefill=prefill, decode=decode)
+        wanted = true_greedy(logits_of, ids[:, :PROMPT], NEW_TOKENS)
+        equal(f"{name}, served", found, wanted[:, PROMPT:])
+
+
+def check_training(dense: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> None:
+    """Two steps of healing, saved in between. Raises: whatever breaks."""
+    removed = REMOVED[2]
+    kept = [block for block in range(BLOCKS) if block not in removed]
+    parameters = trainable(dense, kept, frozen=set())
+
+    def save(last: bool, state: Callable[[], dict[str, Tensor]]) -> None:
+        state()
+
+    heal(
+        drop_blocks(dense, removed),
+        teacher,
+        kept,
+        parameters,
+        windows=ids.repeat(2, 1),
+        held_out=ids,
+        settings=TrainingSettings(steps=2, batch_windows=2, learning_rate=1e-4, seed=0),
+        journal=Journal(save=save),
+    )
+
+
+def check_streaming(folder: Path, dense: PreTrainedModel, ids: Tensor) -> None:
+    """Raises: SilentlyWrong; whatever breaks."""
+    if check_complete(folder).one_to_one:
+        model, _ = load_streamed(folder, dtype=torch.float32, device=torch.device("cpu"))
+        compare(
+            "read block by block",
+            model(input_ids=ids, use_cache=False).logits,
+            dense(input_ids=ids, use_cache=False).logits,
+        )
+
+
+def held_bytes(model: PreTrainedModel, ids: Tensor) -> int:
+    """What a cache of transformers holds of one prompt (1, time)."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    total = 0
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            tensors = value if isinstance(value, list | tuple) else [value]
+            total += sum(
+                tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()
+            )
+    return total
+
+
+def notes(model: PreTrainedModel, ids: Tensor) -> list[str]:
+    """What is said of the model that is not so."""
+    said, held = cache_bytes(model, ids.shape[1], torch.float32), held_bytes(model, ids[:1])
+    return [] if said == held else [f"said to hold {said} bytes of keys and values, holds {held}"]
+
+
+def examine(model_type: str, workdir: Path) -> Finding:
+    """Put one type through everything."""
+    try:
+        config = tiny_config(model_type)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+        return Finding(model_type, "not built", _line(error))
+    content = json.loads(config.to_json_string())
+    try:
+        gateway(content, UNIFIED)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+        return Finding(model_type, "foreign words" if foreign(error) else "refused", _line(error))
+    folder = workdir / "dense"
+    ids = torch.randint(1, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    try:
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        if size > MOST_PARAMETERS:
+            return Finding(model_type, "not built", f"{size} parameters")
+        model = tiny_model(config)
+        model(input_ids=ids, use_cache=False)
+        model.save_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+        return Finding(model_type, "not built", _line(error))
+    try:
+        protected = PROTECTED.get(model_type, frozenset())
+        dense = proved(folder, protected)
+        teacher = proved(folder, protected)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+        return Finding(model_type, "foreign words" if foreign(error) else "refused", _line(error))
+    try:
+        check_unified(folder, dense, ids, protected)
+        with torch.enable_grad():
+            check_training(teacher, dense, ids)
+        check_streaming(folder, dense, ids)
+        said = notes(dense, ids)
+    except SilentlyWrong as error:
+        return Finding(model_type, "silently wrong", str(error))
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+        return Finding(model_type, "late failure", _line(error))
+    try:
+        gateway(content, PAIR)
+        prove_pair(block_stack(dense), "decode", protected)
+        prove_pair(block_stack(dense), "prefill", protected)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+        return Finding(model_type, "foreign words" if foreign(error) else "unified only", _line(error), said)
+    try:
+        check_pair(dense, ids, protected)
+    except SilentlyWrong as error:
+        return Finding(model_type, "silently wrong", str(error), said)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
+        return Finding(model_type, "late failure", _line(error), said)
+    needs = f"with `search.protect: {sorted(protected)}`, the last block" if protected else ""
+    return Finding(model_type, "works", needs, said)
+
+
+def _remark(finding: Finding) -> str:
+    """What the table says beside the outcome: our sentence without what every such sentence has."""
+    text = re.sub(r"^\w+: |^(model_type '\S+' is not supported: )|; this service prunes.*", "", finding.said)
+    text = re.sub(r"^model_type '\S+' is not supported: |/\S*/dense", "", text)
+    return "; ".join(filter(None, [text, *finding.notes])).replace("|", "\\|")
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def _child(model_type: str, answers: Any) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as workdir:
+        answers.put(examine(model_type, Path(workdir)))
+
+
+def sweep(types: Sequence[str]) -> Iterator[Finding]:
+    """Each type in a process of its own, which may take so long and so much memory."""
+    context = multiprocessing.get_context("fork")
+    for model_type in types:
+        answers = context.Queue()
+        process = context.Process(target=_child, args=(model_type, answers))
+        process.start()
+        try:
+            yield answers.get(timeout=SECONDS)
+        except Empty:
+            yield Finding(model_type, "late failure", f"no answer within {SECONDS} s")
+        process.kill()
+        process.join()
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The page of the documentation."""
+    counts = Counter(finding.outcome for finding in findings)
+    lines = [
+        "# Architectures",
+        "",
+        f"Every `model_type` that transformers {transformers.__version__} has a causal language model of, put through",
+        "the method as a tiny random model and held against the dense model with hooks in place of the removed blocks.",
+        "`make architectures` writes this page.",
+        "",
+        "*Works* is a pair or one checkpoint; *unified only* is one checkpoint for both halves, which is said when the",
+        "job is submitted or before it begins; *refused* is refused then, with the reason.",
+        "",
+        "| outcome | types |",
+        "|---|---|",
+        *(f"| {outcome} | {counts[outcome]} |" for outcome in OUTCOMES),
+        "",
+        "| `model_type` | outcome | |",
+        "|---|---|---|",
+        *(f"| `{finding.model_type}` | {finding.outcome} | {_remark(finding)} |" for finding in findings),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types; all where none are given")
+    parser.add_argument("--table", type=Path, help="write the table of the documentation")
+    arguments = parser.parse_args()
+    findings = []
+    for finding in sweep(arguments.types or causal_types()):
+        findings.append(finding)
+        print(finding.model_type, "|", finding.outcome, "|", finding.said, "|", *finding.notes, flush=True)
+    counts = Counter(finding.outcome for finding in findings)
+    print(", ".join(f"{outcome} {counts[outcome]}" for outcome in OUTCOMES))
+    if arguments.table:
+        arguments.table.write_text(table(findings))
+    return int(any(counts[outcome] for outcome in OUTCOMES[3:6]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
