@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:serving .venv-vllm/bin/python -m benchmarks.skipping
 
-Both engines of a checkpoint run at once and are asked in turns, one request at a time. Figures are ratios, with the
-plugin to without, turn by turn. `make test-vllm` makes the environment.
+Both engines of a checkpoint run at once and are asked in turns, one request at a time. Times are processor seconds of
+the engine that is asked, which computes in one thread, so that what else the machine does matters little. Figures are
+ratios, with the plugin to without, turn by turn. `make test-vllm` makes the environment.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import random
 import re
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -30,19 +30,34 @@ ANSWER = 33
 WEIGHTS = re.compile(r"PDTrim skips .*: (\d+) of (\d+) bytes of weights are held")
 
 
+def processor_seconds(server: Server) -> float:
+    """Of the server and all that it started, since they were."""
+    assert server.process is not None
+    used = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name, which may hold anything, stands in brackets before the rest: state, parent, group, …
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # It has ended since.
+        if int(fields[2]) == server.process.pid:
+            used += int(fields[11]) + int(fields[12])
+    return used / os.sysconf("SC_CLK_TCK")
+
+
 def seconds(server: Server, prompt: list[int], tokens: int) -> float:
-    """Until an answer of so many tokens is whole."""
-    start = time.perf_counter()
+    """For an answer of so many tokens."""
+    start = processor_seconds(server)
     answer = post(server.url, greedy(prompt, tokens))
     if answer.tokens is None:
         raise RuntimeError(answer.error)
-    return time.perf_counter() - start
+    return processor_seconds(server) - start
 
 
 def asked_in_turns(
     skipping: Server, stock: Server, count: int, turns: int, drawn: random.Random
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds (with the plugin, without) of each turn: of reading `count` tokens, and of a further token."""
+    """Processor seconds (with the plugin, without) of each turn: of reading `count` tokens, and of a further token."""
     found: dict[str, list[tuple[float, float]]] = {"reading the prompt": [], "a further token": []}
     for turn in range(turns + 1):
         prompt = [drawn.randrange(3, 4096) for _ in range(count)]

@@ -60,14 +60,13 @@ def skip_dead(model: nn.Module, config: VllmConfig, model_config: ModelConfig) -
         return
     before = parameter_bytes(model)
     layers = decoder_layers(model)[0]
+    for name in needless_caches(layers, half, config):
+        del config.compilation_config.static_forward_context[name]
     with set_current_vllm_config(config):
         for layer, part in half.dead:
-            stock: Any = layers[layer]
             # Other stages of the pipeline have the rest.
-            if hasattr(stock, "self_attn"):
-                layers[layer] = skipping(stock, part)
-                if part == "attention" and keeps_no_cache(config):
-                    del config.compilation_config.static_forward_context[stock.self_attn.attn.layer_name]
+            if hasattr(layers[layer], "self_attn"):
+                layers[layer] = skipping(layers[layer], part)
     record_metadata_for_reloading(model)
     cut_graphs(config.compilation_config)
     # vLLM keeps compiled models by its configuration, which has to differ where what is skipped does.
@@ -121,10 +120,21 @@ def decoder_layers(model: nn.Module) -> list[nn.ModuleList]:
     ]
 
 
-def keeps_no_cache(config: VllmConfig) -> bool:
-    """Whether a dead attention needs no KV cache: stock connectors want as many in decode as there are in prefill."""
+def needless_caches(layers: nn.ModuleList, half: Half, config: VllmConfig) -> list[str]:
+    """Names of the KV caches that are left out: those of dead attentions, all or none.
+
+    Stock connectors want as many caches in decode as there are in prefill. And where no layer without a window were
+    left, vLLM would let go of tokens that are out of sight, and manage blocks otherwise than the other half does.
+    """
     transfer = config.kv_transfer_config
-    return transfer is None or transfer.kv_connector == CONNECTOR
+    if transfer is not None and transfer.kv_connector != CONNECTOR:
+        return []
+    here: dict[int, Any] = {number: layer for number, layer in enumerate(layers) if hasattr(layer, "self_attn")}
+    attentions = {number: layer.self_attn.attn for number, layer in here.items()}
+    alive = [attention for number, attention in attentions.items() if number not in half.without_attention]
+    if {one.sliding_window for one in alive} != {one.sliding_window for one in attentions.values()}:
+        return []
+    return [attention.layer_name for number, attention in attentions.items() if number in half.without_attention]
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -146,6 +146,8 @@ OLMO2 = Olmo2Config(**SHARED, num_hidden_layers=12, num_key_value_heads=2)
 OUTER_PREFILL = BlockPlan(12, parts={0: "kv_only", 4: "mlp", 5: "kv_only", 6: "kv_only", 11: "kv_only"})
 OUTER_DECODE = BlockPlan(12, frozenset({3}), parts={0: "attention", 5: "attention", 6: "mlp", 11: "attention"})
 """First and last blocks among them, and neighbours."""
+WINDOWED_DECODE = BlockPlan(12, frozenset({3}), parts={0: "attention", 4: "attention", 6: "mlp", 11: "attention"})
+"""Which leaves Gemma 3 attentions with a window and without one."""
 PAIRS = {
     "reference": Pair(
         lambda folder: REFERENCE,
@@ -166,7 +168,7 @@ PAIRS = {
         "job_parts",
     ),
     "qwen3_parts": Pair(random_model(QWEN3_12), OUTER_PREFILL, OUTER_DECODE, "job_qwen3_parts"),
-    "gemma3_parts": Pair(random_model(GEMMA3), OUTER_PREFILL, OUTER_DECODE, "job_gemma3_parts"),
+    "gemma3_parts": Pair(random_model(GEMMA3), OUTER_PREFILL, WINDOWED_DECODE, "job_gemma3_parts"),
     "qwen2_parts": Pair(random_model(QWEN2), OUTER_PREFILL, OUTER_DECODE, "job_qwen2_parts"),
     "mistral_parts": Pair(random_model(MISTRAL), OUTER_PREFILL, OUTER_DECODE, "job_mistral_parts"),
     "phi3_parts": Pair(random_model(PHI3), OUTER_PREFILL, OUTER_DECODE, "job_phi3_parts"),

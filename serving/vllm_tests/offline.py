@@ -52,6 +52,8 @@ def run(checkpoint: Path, options: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=8,
         block_size=32,
         num_gpu_blocks_override=BLOCKS,
+        # Each layer has a cache of its own.
+        disable_hybrid_kv_cache_manager=True,
         **options,
     )
     greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)

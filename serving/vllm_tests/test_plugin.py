@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vllm_tests.checkpoints import HERE, Pairs
 from vllm_tests.offline import Offline
@@ -22,6 +24,12 @@ UNKNOWN = "olmo2_parts"
 WHOLE = "reference"
 """Gives up whole blocks alone."""
 CLASSES = {"mlp": "WithoutMlp", "attention": "WithoutAttention", "kv_only": "KeysAndValuesOnly"}
+DEAD = {
+    "mlp": ("mlp", "post_attention_layernorm"),
+    "attention": ("self_attn", "input_layernorm"),
+    "kv_only": ("mlp", "post_attention_layernorm", "self_attn.q_proj", "self_attn.o_proj"),
+}
+"""What is given up → modules of Llama's blocks that then do nothing."""
 COMPILED = 1e-4
 """Keys and values that compiled kernels make may differ by less."""
 
@@ -31,7 +39,6 @@ def offline(folder: Path, plugins: dict[str, str], checkpoints: list[Path], *opt
     output = folder / "offline.pt"
     command = [sys.executable, HERE / "offline.py", *options, output, *checkpoints]
     environment = {**os.environ, **ENVIRONMENT, **plugins, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    environment |= {"VLLM_CACHE_ROOT": str(folder / "compiled")}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     found: Offline = torch.load(output)
@@ -104,11 +111,39 @@ def test_a_checkpoint_of_whole_blocks_is_served_as_without_the_plugin(
     assert skipping[1].count("PDTrim skips") == 2 * (len(KNOWN) + 1)
 
 
+def without_dead_weights(folder: Path, target: Path) -> Path:
+    """A checkpoint whose file has none of the weights that the plugin leaves out."""
+    pdtrim = json.loads((folder / "pdtrim.json").read_text())
+    dead = tuple(
+        f"model.layers.{pdtrim['kept_blocks'].index(int(block))}.{module}."
+        for block, part in pdtrim["dead_units"].items()
+        for module in DEAD[part]
+    )
+    weights = load_file(folder / "model.safetensors")
+    left = {name: tensor for name, tensor in weights.items() if not name.startswith(dead)}
+    assert len(left) < len(weights)
+    shutil.copytree(folder, target)
+    save_file(left, target / "model.safetensors", {"format": "pt"})
+    (target.parent / "expected.json").symlink_to(folder.parent / "expected.json")
+    return target
+
+
+def test_weights_that_are_left_out_need_not_be_in_the_checkpoint(
+    checkpoints: dict[str, tuple[Path, Path]], stock: Offline, tmp_path: Path
+) -> None:
+    folders = [without_dead_weights(folder, tmp_path / folder.name / "half") for folder in checkpoints["parts"]]
+    found = offline(tmp_path, PLUGIN, folders)[0]
+
+    for folder, whole in zip(folders, checkpoints["parts"], strict=True):
+        assert found[str(folder)]["tokens"] == stock[str(whole)]["tokens"]
+
+
 def test_a_compiled_model_writes_the_caches_that_nothing_in_it_reads(
     checkpoints: dict[str, tuple[Path, Path]], stock: Offline, tmp_path: Path
 ) -> None:
     folder = checkpoints["parts"][0]
-    found = offline(tmp_path, PLUGIN, [folder], "--compiled")[0][str(folder)]
+    afresh = {"VLLM_CACHE_ROOT": str(tmp_path / "compiled")}
+    found = offline(tmp_path, PLUGIN | afresh, [folder], "--compiled")[0][str(folder)]
 
     assert found["tokens"] == stock[str(folder)]["tokens"]
     for layer, cache in found["caches"].items():
