@@ -141,8 +141,9 @@ def true_pair_logits(
     with without(model, prefill):
         model(input_ids=ids[:, :handed], past_key_values=cache, use_cache=True)
     with without(model, decode):
-        logits: Tensor = model(input_ids=ids[:, handed:], past_key_values=cache, use_cache=True).logits
-    return logits
+        parts = ids[:, handed:].split(1, dim=1)
+        logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts]
+    return torch.cat(logits, dim=1)
 
 
 def true_greedy(logits_of: Callable[[Tensor], Tensor], ids: Tensor, new_tokens: int) -> Tensor:
@@ -324,7 +325,7 @@ def held_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     total = 0
     for layer in cache.layers:
         for value in vars(layer).values():
-            tensors = value if isinstance(value, list | tuple) else [value]
+            tensors = value.values() if isinstance(value, dict) else [value]
             total += sum(
                 tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()
             )

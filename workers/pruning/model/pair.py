@@ -45,8 +45,9 @@ def copied_layer(layer: Any) -> Any:
     """A layer of a cache that may be written into: keys and values are shared, states copied, which change in place."""
     copied = copy.copy(layer)
     for name, value in vars(layer).items():
-        if isinstance(value, list):
-            setattr(copied, name, [part.clone() if isinstance(part, Tensor) else part for part in value])
+        if isinstance(value, dict):
+            own = {key: part.clone() if isinstance(part, Tensor) else part for key, part in value.items()}
+            setattr(copied, name, own)
     return copied
 
 
@@ -107,7 +108,7 @@ def held_tensors(layer: Any) -> list[Tensor]:
     """All that a cache keeps of a layer: keys and values, or states."""
     found: list[Tensor] = []
     for value in vars(layer).values():
-        parts = value if isinstance(value, list | tuple) else [value]
+        parts = value.values() if isinstance(value, dict) else [value]
         found += [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
     return found
 
