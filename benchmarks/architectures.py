@@ -49,7 +49,7 @@ from workers.pruning.model.checkpoint import (
     load_checkpoint,
     write_checkpoint,
 )
-from workers.pruning.model.pair import cache_bytes
+from workers.pruning.model.pair import cache_bytes, first_token_losses, pd_loss
 from workers.pruning.model.streaming import load_streamed
 from workers.pruning.model.units import deleting
 from workers.pruning.repair.distill import heal, trainable
@@ -57,7 +57,7 @@ from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import PairEngine, WholeEngine
 from workers.pruning.serving.handover import EVERY_TOKEN
 from workers.pruning.serving.pair_server import DecodeHalf, PrefillDecodePair, PrefillHalf
-from workers.stages.proving import prove_architecture, prove_pair
+from workers.stages.proving import prove_architecture, prove_continuation, prove_halves
 
 Outcome = Literal["works", "unified only", "refused", "foreign words", "late failure", "silently wrong", "not built"]
 OUTCOMES: tuple[Outcome, ...] = (
@@ -141,8 +141,9 @@ def true_pair_logits(
     with without(model, prefill):
         model(input_ids=ids[:, :handed], past_key_values=cache, use_cache=True)
     with without(model, decode):
-        logits: Tensor = model(input_ids=ids[:, handed:], past_key_values=cache, use_cache=True).logits
-    return logits
+        parts = ids[:, handed:].split(1, dim=1)
+        logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts]
+    return torch.cat(logits, dim=1)
 
 
 def true_greedy(logits_of: Callable[[Tensor], Tensor], ids: Tensor, new_tokens: int) -> Tensor:
@@ -197,6 +198,8 @@ def proved(folder: Path, protected: frozenset[int]) -> PreTrainedModel:
     stack = block_stack(model)
     try_out(stack, torch.ones(1, 8, dtype=torch.long))
     prove_architecture(stack, folder, removable=1, protected=protected, check=go_on)
+    prove_continuation(stack, "decode", protected)
+    prove_continuation(stack, "prefill", protected)
     return model
 
 
@@ -237,10 +240,9 @@ def check_unified(folder: Path, dense: PreTrainedModel, ids: Tensor, protected: 
         shutil.rmtree(target)
 
 
-def check_pair(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -> None:
-    """Raises: SilentlyWrong; whatever breaks."""
+def check_continuations(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -> None:
+    """The search's losses on continuations, which every job has. Raises: SilentlyWrong; whatever breaks."""
     stack = block_stack(dense)
-    handed = PROMPT - 1
     for prefill, decode in (pair for pair in PAIRS if not pair[1] & protected):
         name = f"prefill without {sorted(prefill)}, decode without {sorted(decode)}"
         engine = PairEngine(
@@ -252,21 +254,35 @@ def check_pair(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -
             first_token="decode",
             chunk_windows=2,
         )
-        logits = true_pair_logits(dense, ids[:, :-1], handed, prefill, decode)
+        logits = true_pair_logits(dense, ids[:, :-1], PROMPT - 1, prefill, decode)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, PROMPT:].flatten())
         units = deleting(decode)
         for _ in range(2):  # Whoever writes into what it was given shows the second time.
             compare(f"{name}, the search's loss", torch.tensor(engine.losses([units])[units]), loss, LOSS_TOLERANCE)
-        kept = [block for block in range(BLOCKS) if block not in prefill]
-        layer_map = tuple(kept.index(block) for block in range(BLOCKS) if block not in decode)
-        halves = (
-            PrefillHalf(drop_blocks(dense, prefill), layer_map, EVERY_TOKEN, "decode"),
-            DecodeHalf(drop_blocks(dense, decode), layer_map),
-        )
-        pair = PrefillDecodePair(*halves)
+        halves, layer_map = pruned_halves(dense, prefill, decode)
+        measured = pd_loss(*halves, layer_map, ids, prompt_tokens=PROMPT, first_token="decode", batch=2)
+        compare(f"{name}, the evaluation's loss", torch.tensor(measured), loss, LOSS_TOLERANCE)
+        first_token_losses(*halves, layer_map, ids, prompt_tokens=PROMPT, batch=2)
+
+
+def pruned_halves(
+    dense: PreTrainedModel, prefill: frozenset[int], decode: frozenset[int]
+) -> tuple[tuple[PreTrainedModel, PreTrainedModel], tuple[int, ...]]:
+    """Both halves in memory, and for each layer of decode the layer of prefill that it goes on from."""
+    kept = [block for block in range(BLOCKS) if block not in prefill]
+    layer_map = tuple(kept.index(block) for block in range(BLOCKS) if block not in decode)
+    return (drop_blocks(dense, prefill), drop_blocks(dense, decode)), layer_map
+
+
+def check_pair(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -> None:
+    """Both halves as they are served. Raises: SilentlyWrong; whatever breaks."""
+    for prefill, decode in (pair for pair in PAIRS if not pair[1] & protected):
+        (one, other), layer_map = pruned_halves(dense, prefill, decode)
+        pair = PrefillDecodePair(PrefillHalf(one, layer_map, EVERY_TOKEN, "decode"), DecodeHalf(other, layer_map))
         found = pair.decode(pair.prefill(ids[:, :PROMPT]), NEW_TOKENS)
-        logits_of = partial(true_pair_logits, dense, handed=handed, prefill=prefill, decode=decode)
+        logits_of = partial(true_pair_logits, dense, handed=PROMPT - 1, prefill=prefill, decode=decode)
         wanted = true_greedy(logits_of, ids[:, :PROMPT], NEW_TOKENS)
+        name = f"prefill without {sorted(prefill)}, decode without {sorted(decode)}"
         equal(f"{name}, served", found, wanted[:, PROMPT:])
 
 
@@ -309,7 +325,7 @@ def held_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     total = 0
     for layer in cache.layers:
         for value in vars(layer).values():
-            tensors = value if isinstance(value, list | tuple) else [value]
+            tensors = value.values() if isinstance(value, dict) else [value]
             total += sum(
                 tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()
             )
@@ -353,6 +369,7 @@ def examine(model_type: str, workdir: Path) -> Finding:
         return Finding(model_type, "foreign words" if foreign(error) else "refused", _line(error))
     try:
         check_unified(folder, dense, ids, protected)
+        check_continuations(dense, ids, protected)
         with torch.enable_grad():
             check_training(teacher, dense, ids)
         check_streaming(folder, dense, ids)
@@ -363,8 +380,8 @@ def examine(model_type: str, workdir: Path) -> Finding:
         return Finding(model_type, "late failure", _line(error))
     try:
         gateway(content, PAIR)
-        prove_pair(block_stack(dense), "decode", protected)
-        prove_pair(block_stack(dense), "prefill", protected)
+        prove_halves(block_stack(dense), "decode", protected)
+        prove_halves(block_stack(dense), "prefill", protected)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
         return Finding(model_type, "foreign words" if foreign(error) else "unified only", _line(error), said)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,61 +53,79 @@ def prove_architecture(stack: BlockStack, folder: Path, *, removable: int, prote
     prove_pruned(stack, given, stored=stored, protected=protected)
 
 
-@torch.no_grad()
-def prove_pair(stack: BlockStack, first_token: FirstToken, protected: Blocks = frozenset()) -> None:
-    """Show that decode can go on from the cache of a prefill half that kept a block more: in the search, and served.
+@dataclass(frozen=True)
+class _Pair:
+    """Prefill without one block, decode without another too, and the truth of what they say."""
 
-    Prefill gives up the first block that it may, decode that and the last. Raises: UnsupportedArchitecture.
-    """
+    ids: Tensor  # (2, time)
+    prompt_tokens: int
+    handed: int
+    plans: tuple[BlockPlan, BlockPlan]
+    first: Tensor  # logits at the prompt's last token, where prefill says the first one
+    others: Tensor  # logits by decode from the first token that it runs on
+
+
+def _pair(stack: BlockStack, first_token: FirstToken, protected: Blocks) -> _Pair | None:
+    """Prefill gives up the first block that it may, decode that and the last; None where nothing is left for both."""
     free = [block for block in range(len(stack.blocks)) if block not in protected]
-    if len(free) < 2 or len(stack.blocks) < 3:
-        return
-    if not is_whole(stack.model):
-        if attention_blocks(stack.model) is not None:
-            raise UnsupportedArchitecture(f"some of its blocks keep no keys and values; {NOT_AS_PAIR}")
-        return
-    first_gone, last_gone = free[0], free[-1]
+    if len(free) < 2 or len(stack.blocks) < 3 or not is_whole(stack.model):
+        return None
     ids = proof_ids(stack)
-    prompt = ids.shape[1] // 2 + 1
-    handed = handed_tokens(prompt, first_token)
-    plans = [BlockPlan(len(stack.blocks), frozenset(gone)) for gone in ({first_gone}, {first_gone, last_gone})]
-    in_prefill, in_decode = (plan.removed for plan in plans)
-    with in_our_words(stack, f"its blocks keep more than keys and values of what they read; {NOT_AS_PAIR}"):
-        first, others = _true_logits(stack, ids, prompt, handed, in_prefill, in_decode)
-        engine = PairEngine(
-            stack,
-            ids,
-            "cross_entropy",
-            prefill=deleting(in_prefill),
-            prompt_tokens=prompt,
-            first_token=first_token,
-            chunk_windows=len(ids),
-        )
-        units = deleting(in_decode)
-        predicted = torch.cat([first, others[:, :-1]], dim=1).float()
-        truth = F.cross_entropy(predicted.flatten(0, 1), ids[:, prompt:].flatten())
-        compare(stack, f"{NOT_AS_PAIR}: as a pair,", torch.tensor(engine.losses([units])[units]), truth)
-        layer_map = tuple(kv_layer_map(*plans))
-        prefill = PrefillHalf(drop_blocks(stack.model, in_prefill), layer_map, EVERY_TOKEN, first_token)
-        decode = DecodeHalf(drop_blocks(stack.model, in_decode), layer_map)
-        served = block_stack(decode.model)
-        caches = continued_kv(served, prefill.prefill(ids[:, :prompt]))
-        found = torch.cat(
-            [continue_logits(served, caches, ids[:, at : at + 1]) for at in range(handed, ids.shape[1])], 1
-        )
-        compare(stack, f"{NOT_AS_PAIR}: served by two halves,", found, others)
-
-
-def _true_logits(
-    stack: BlockStack, ids: Tensor, prompt: int, handed: int, prefill: Blocks, decode: Blocks
-) -> tuple[Tensor, Tensor]:
-    """Logits at the prompt's last token where prefill says the first one, and those by decode from there on."""
+    prompt_tokens = ids.shape[1] // 2 + 1
+    handed = handed_tokens(prompt_tokens, first_token)
+    prefill, decode = (BlockPlan(len(stack.blocks), frozenset(gone)) for gone in ({free[0]}, {free[0], free[-1]}))
     cache = DynamicCache(config=stack.model.config)
-    with without(stack, prefill):
+    with without(stack, prefill.removed):
         read = stack.model(input_ids=ids[:, :handed], past_key_values=cache, use_cache=True).logits
-    with without(stack, decode):
+    with without(stack, decode.removed):
         parts = [
             stack.model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
             for at in range(handed, ids.shape[1])
         ]
-    return read[:, prompt - 1 :], torch.cat(parts, dim=1)
+    return _Pair(ids, prompt_tokens, handed, (prefill, decode), read[:, prompt_tokens - 1 :], torch.cat(parts, dim=1))
+
+
+@torch.no_grad()
+def prove_continuation(stack: BlockStack, first_token: FirstToken, protected: Blocks = frozenset()) -> None:
+    """Show that the search can go on from what a prompt leaves behind, which it does whatever both halves give up.
+
+    Raises: UnsupportedArchitecture.
+    """
+    if (pair := _pair(stack, first_token, protected)) is None:
+        return
+    with in_our_words(stack, "its blocks cannot be run one by one on the cache of a prompt"):
+        engine = PairEngine(
+            stack,
+            pair.ids,
+            "cross_entropy",
+            prefill=deleting(pair.plans[0].removed),
+            prompt_tokens=pair.prompt_tokens,
+            first_token=first_token,
+            chunk_windows=len(pair.ids),
+        )
+        units = deleting(pair.plans[1].removed)
+        logits = torch.cat([pair.first, pair.others[:, :-1]], dim=1).float()
+        truth = F.cross_entropy(logits.flatten(0, 1), pair.ids[:, pair.prompt_tokens :].flatten())
+        for _ in range(2):  # Whoever writes into what it is given shows the second time.
+            compare(stack, "on the cache of a prompt", torch.tensor(engine.losses([units])[units]), truth)
+
+
+@torch.no_grad()
+def prove_halves(stack: BlockStack, first_token: FirstToken, protected: Blocks = frozenset()) -> None:
+    """Show that decode can go on from what prefill hands over, where decode gives up a block more.
+
+    Raises: UnsupportedArchitecture.
+    """
+    if attention_blocks(stack.model) is not None:
+        raise UnsupportedArchitecture(f"some of its blocks keep a state that is not handed over; {NOT_AS_PAIR}")
+    if (pair := _pair(stack, first_token, protected)) is None:
+        return
+    with in_our_words(stack, f"its blocks keep more than keys and values of what they read; {NOT_AS_PAIR}"):
+        layer_map = tuple(kv_layer_map(*pair.plans))
+        prefill, decode = (drop_blocks(stack.model, plan.removed) for plan in pair.plans)
+        sent = PrefillHalf(prefill, layer_map, EVERY_TOKEN, first_token).prefill(pair.ids[:, : pair.prompt_tokens])
+        served = block_stack(DecodeHalf(decode, layer_map).model)
+        caches = continued_kv(served, sent)
+        steps = range(pair.handed, pair.ids.shape[1])
+        found = [continue_logits(served, caches, pair.ids[:, at : at + 1]) for at in steps]
+        compare(stack, f"{NOT_AS_PAIR}: served by two halves,", torch.cat(found, dim=1), pair.others)

@@ -25,7 +25,7 @@ from workers.pruning.model.parts import prove_parts
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import check_tasks, load_tasks
-from workers.stages.proving import prove_architecture, prove_pair
+from workers.stages.proving import prove_architecture, prove_continuation, prove_halves
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
@@ -60,8 +60,10 @@ def run(context: StageContext) -> ScoringResult:
             removable = max(len(stack.blocks) - 1 if count is None else count for count in asked)
             proving = partial(prove_architecture, removable=removable, protected=protected, check=context.check)
             interruptible(context.check, partial(proving, stack, context.model_dir))
+            first_token = context.spec.serving.first_token
+            prove_continuation(stack, first_token, protected)
             if context.spec.prefill != context.spec.decode:
-                prove_pair(stack, context.spec.serving.first_token, protected)
+                prove_halves(stack, first_token, protected)
         prove_parts(stack, {*context.spec.prefill.parts, *context.spec.decode.parts})
     if tasks is not None:
         limit, seed = context.spec.evaluation.task_limit, context.spec.seed

@@ -41,6 +41,16 @@ def check_prompt(prompt_tokens: int, first_token: FirstToken, window_tokens: int
     return handed
 
 
+def copied_layer(layer: Any) -> Any:
+    """A layer of a cache that may be written into: keys and values are shared, states copied, which change in place."""
+    copied = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            own = {key: part.clone() if isinstance(part, Tensor) else part for key, part in value.items()}
+            setattr(copied, name, own)
+    return copied
+
+
 def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedConfig) -> DynamicCache:
     """A cache for the decode model that holds what the prefill model's `cache` holds in the mapped layers.
 
@@ -55,7 +65,7 @@ def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedCo
         )
     received = DynamicCache(config=decode_config)
     # The layer objects also count the tokens that a sliding window has dropped.
-    received.layers = [copy.copy(cache.layers[source]) for source in layer_map]
+    received.layers = [copied_layer(cache.layers[source]) for source in layer_map]
     return received
 
 
@@ -98,7 +108,7 @@ def held_tensors(layer: Any) -> list[Tensor]:
     """All that a cache keeps of a layer: keys and values, or states."""
     found: list[Tensor] = []
     for value in vars(layer).values():
-        parts = value if isinstance(value, list | tuple) else [value]
+        parts = value.values() if isinstance(value, dict) else [value]
         found += [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
     return found
 

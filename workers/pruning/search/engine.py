@@ -11,6 +11,7 @@ the continuations of prompts that a prefill half processed, which is what a deco
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
-from workers.pruning.model.pair import FirstToken, check_prompt
+from workers.pruning.model.pair import FirstToken, check_prompt, copied_layer
 from workers.pruning.model.parts import run_without
 from workers.pruning.model.units import NOTHING, Step, Units, Way, blocks_of, check_nested, parts_of, way_through
 from workers.pruning.search.anchor import Anchor, Trail
@@ -79,6 +81,30 @@ class Prefix:
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
 
 
+@dataclass(frozen=True)
+class StatePrefix:
+    """What a layer keeps of the prompt that is not keys and values alone: each block call gets a cache of its own."""
+
+    cache: DynamicCache
+    layer: int
+
+    def opened(self) -> DynamicCache:
+        """A cache that may be written into."""
+        opened = copy.copy(self.cache)
+        opened.layers = list(self.cache.layers)
+        opened.layers[self.layer] = copied_layer(self.cache.layers[self.layer])
+        return opened
+
+
+def prefix_of(cache: DynamicCache, layer: int) -> Prefix | StatePrefix:
+    """What a real cache holds for one layer."""
+    held: Any = cache.layers[layer]
+    plain = isinstance(held, DynamicLayer) and not isinstance(
+        held, DynamicIndexedLayer | LinearAttentionCacheLayerMixin
+    )
+    return Prefix.of(cache, layer) if plain else StatePrefix(cache, layer)
+
+
 def walk(
     stack: BlockStack,
     calls: BlockCalls,
@@ -121,6 +147,8 @@ def take_step(stack: BlockStack, calls: BlockCalls, block: int, step: Step, h: T
     """What h_i (batch, time, hidden) becomes at a block, given what happens there, same shape."""
     if step == "skip":
         return h
+    if isinstance(cache, StatePrefix):
+        cache = cache.opened()
     if step == "run":
         return run_block(stack.blocks[block], h, calls.kwargs[block], cache)
     return run_without(stack.blocks[block], step, h, calls.kwargs[block], cache)
@@ -342,11 +370,11 @@ class WholeEngine(ChunkedEngine):
 
 def prefill_step(
     stack: BlockStack, calls: BlockCalls, block: int, step: Step, h: Tensor
-) -> tuple[Tensor, Prefix | None]:
+) -> tuple[Tensor, Prefix | StatePrefix | None]:
     """What a prompt's h_i (batch, time, hidden) becomes at a block, and the keys and values that are left there."""
     cache = DynamicCache(config=stack.model.config)
     after = take_step(stack, calls, block, step, h, cache)
-    return after, None if step in ("skip", "attention") else Prefix.of(cache, block)
+    return after, None if step in ("skip", "attention") else prefix_of(cache, block)
 
 
 def dense_hidden(stack: BlockStack, windows: Tensor) -> tuple[Tensor, int]:
@@ -360,7 +388,7 @@ def dense_hidden(stack: BlockStack, windows: Tensor) -> tuple[Tensor, int]:
 class _Prompt:
     """What the prefill model leaves behind for one chunk of windows."""
 
-    caches: Mapping[int, Prefix]
+    caches: Mapping[int, Prefix | StatePrefix]
     # (batch, 1, hidden): h_L at the last prompt token, which predicts the first continued one; (batch, 0, hidden) where
     # decode does.
     last: Tensor
@@ -409,7 +437,7 @@ class PairEngine(ChunkedEngine):
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
         stack, prompt = self._stack, chunk[:, : self._handed]
         calls, h = capture_calls(stack, prompt), stack.embed(prompt)
-        caches: dict[int, Prefix] = {}
+        caches: dict[int, Prefix | StatePrefix] = {}
         for block, step in enumerate(way_through(self._prefill, self.num_blocks)):
             h, kept = prefill_step(stack, calls, block, step, h)
             caches |= {} if kept is None else {block: kept}
