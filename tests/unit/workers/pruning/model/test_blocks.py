@@ -16,8 +16,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pdtrim.contract.architectures import ARCHITECTURES
+from pdtrim.contract.architectures import ARCHITECTURES, ENCODERS, KNOWN, STATEFUL
 from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, TOLERANCE, continued, random_ids, tiny_model
 from workers.pruning.model.blocks import (
     UnsupportedArchitecture,
@@ -116,3 +117,8 @@ def test_an_encoder_decoder_is_refused() -> None:
 def test_every_architecture_of_the_table_is_tested() -> None:
     tested = {tiny_model(family).config.model_type for family in FAMILIES + OTHERS + EXPERTS}
     assert tested == set(ARCHITECTURES)
+
+
+def test_the_types_that_the_gateway_knows_are_those_of_transformers() -> None:
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == KNOWN
+    assert ENCODERS | STATEFUL <= KNOWN
