@@ -134,8 +134,11 @@ class HalfTarget(SpecModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _budgets_need_no_count(cls, value: Any) -> Any:
-        given = isinstance(value, Mapping) and any(value.get(cost) is not None for cost in COST_NAMES)
+    def _parts_and_budgets_need_no_count(cls, value: Any) -> Any:
+        counts = ("kv_only_blocks", "remove_attentions", "remove_mlps")
+        given = isinstance(value, Mapping) and (
+            any(value.get(cost) is not None for cost in COST_NAMES) or any(value.get(count) for count in counts)
+        )
         if given and value.get("remove_blocks") is None and value.get("max_perplexity_increase") is None:
             return {**value, "remove_blocks": 0}
         return value
@@ -143,7 +146,7 @@ class HalfTarget(SpecModel):
     @model_validator(mode="after")
     def _some_target(self) -> Self:
         if self.remove_blocks is None and self.max_perplexity_increase is None:
-            raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both, or a budget")
+            raise ValueError("give `remove_blocks`, `max_perplexity_increase` or both, parts of blocks, or a budget")
         if len(budgets := [f"`{cost}`" for cost in COST_NAMES if getattr(self, cost) is not None]) > 1:
             raise ValueError(f"give one of {' and '.join(budgets)}")
         if budgets and (self.parts or self.max_perplexity_increase is not None):

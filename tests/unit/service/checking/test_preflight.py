@@ -236,9 +236,14 @@ def test_constraints_that_contradict_are_refused_at_their_field(
         {"decode": {"max_perplexity_increase": 0.05}},
         {"prefill": {"max_perplexity_increase": 0.01}, "decode": {"max_perplexity_increase": 0.05}},
         {"decode": {"max_perplexity_increase": 0.05, "remove_blocks": 5}},
+        {"prefill": {"kv_only_blocks": 2}},
+        {"prefill": {"flops": 0.7}, "decode": {"kv_bytes": 0.7}},
+        {"prefill": {"remove_mlps": 1}, "decode": {"remove_blocks": 1, "weight_bytes": 0.7}},
     ],
 )
-def test_a_bound_may_stand_for_a_count_or_beside_one(gateway: Gateway, changes: dict[str, Any]) -> None:
+def test_a_bound_a_part_or_a_budget_may_stand_for_a_count_or_beside_one(
+    gateway: Gateway, changes: dict[str, Any]
+) -> None:
     gateway.create(**changes)
 
 
@@ -246,6 +251,15 @@ def test_a_bound_may_stand_for_a_count_or_beside_one(gateway: Gateway, changes: 
     ("changes", "param", "message"),
     [
         ({"decode": {}}, "decode", "give `remove_blocks`, `max_perplexity_increase` or both"),
+        (
+            {"prefill": {"remove_blocks": 0}, "decode": {"flops": 0.7}},
+            "decode.flops",
+            "decode.flops is no budget of decode",
+        ),
+        ({"prefill": {"kv_bytes": 0.7}}, "prefill.kv_bytes", "prefill is bound by `flops`"),
+        ({"prefill": {"flops": 0.7, "kv_only_blocks": 1}}, "prefill", "`flops` chooses what goes"),
+        ({"decode": {"kv_bytes": 0.7, "weight_bytes": 0.7}}, "decode", "give one of `kv_bytes` and `weight_bytes`"),
+        ({"prefill": {"flops": 0.0}}, "prefill.flops", "greater than 0"),
         ({"decode": {"max_perplexity_increase": -0.1}}, "decode.max_perplexity_increase", "greater than or equal to 0"),
         (
             {"prefill": {"max_perplexity_increase": 0.1, "remove_blocks": 3}},
