@@ -13,6 +13,7 @@ model/      the model as the method sees it
   units             what can be given up, one at a time: what a search chooses among
   calibration       text to fixed token windows
   pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
+  costs             operations, bytes of cache and of weights, and what each unit saves of them
   measure           perplexity, likeness to the dense model, size, speed
   width             fewer MLP channels in every block
   checkpoint        pruned checkpoints, sliced tensor by tensor out of the source's shards
@@ -29,6 +30,7 @@ search/     what may go
   annealing         swaps of units that go and units that stay
   exhaustive        every set
   search            lets these go one after the other
+  budget            units of any kind, until what is left costs no more than it may
   perplexity_bound  how many blocks a bound on perplexity lets go
 repair/     making up for what went
   losses            what healing minimises

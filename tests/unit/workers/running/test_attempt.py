@@ -23,11 +23,11 @@ from safetensors.torch import load, load_file
 from sqlalchemy.exc import OperationalError
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
     DynamicCache,
     Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
+    ModernBertDecoderConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen3Config,
@@ -940,11 +940,11 @@ def test_memory_that_does_not_suffice_fails_the_stage_by_name(
 
 
 def test_a_model_whose_blocks_do_not_make_its_logits_fails_the_job_by_name(worker: Worker, tmp_path: Path) -> None:
-    job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "models" / "cohere", CohereConfig)))
+    job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "models" / "modernbert", ModernBertDecoderConfig)))
     run_stage(worker, job_id, StageName.SCORING)
     error = job_error(worker, job_id)
     assert error["code"] == "model_unsupported"
-    assert "cohere" in error["message"]
+    assert "modernbert" in error["message"]
 
 
 def test_weights_of_another_model_fail_the_job_before_anything_is_measured(worker: Worker, model: Path) -> None:

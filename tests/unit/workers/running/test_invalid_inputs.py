@@ -64,7 +64,7 @@ NAMED = {
     "heads that do not divide the hidden size": "attention heads",
     "a rotary embedding that nobody knows": "rope_type = 'magic'",
     "a base as text": "'str' and 'Tensor'",
-    "a dtype that is a number": "'int'",
+    "a dtype that is a number": "dtype = 7",
     "padding beyond the vocabulary": "Padding_idx",
     "outputs that are no objects": "'tuple'",
     "an odd size of heads": "even",
