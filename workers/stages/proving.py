@@ -50,7 +50,8 @@ def prove_architecture(stack: BlockStack, folder: Path, *, removable: int, prote
         )
     given, stored = json.loads((folder / "config.json").read_text()), SourceTensors.of(folder).files.keys()
     prove_configurations(given, stored=stored, protected=protected, check=check)
-    prove_pruned(stack, given, stored=stored, protected=protected)
+    with in_our_words(stack, "without a block it cannot be run, with a cache of keys and values and without one"):
+        prove_pruned(stack, given, stored=stored, protected=protected)
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def prove_continuation(stack: BlockStack, first_token: FirstToken, protected: Bl
 
     Raises: UnsupportedArchitecture.
     """
-    if (pair := _pair(stack, first_token, protected)) is None:
-        return
     with in_our_words(stack, "its blocks cannot be run one by one on the cache of a prompt"):
+        if (pair := _pair(stack, first_token, protected)) is None:
+            return
         engine = PairEngine(
             stack,
             pair.ids,
