@@ -10,18 +10,13 @@ the pair on validation windows, above the dense model's.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from benchmarks.ablations_search import cut
-from benchmarks.distillation import load
-from benchmarks.parts import COPYING_SHARE, PROMPT_TOKENS, WAYS, losses_of, more, own_windows
-from workers.pruning.model.blocks import BlockStack, block_stack
-from workers.pruning.model.calibration import Split, interleaved, said_again
+from benchmarks.parts import COPYING_SHARE, PROMPT_TOKENS, WAYS, add_subject, losses_of, more, subject
+from workers.pruning.model.blocks import BlockStack
+from workers.pruning.model.calibration import interleaved, said_again
 from workers.pruning.model.costs import Cost, costs_of
 from workers.pruning.model.units import NOTHING, Kind, Unit, Units
 from workers.pruning.search.budget import within_budget
@@ -78,21 +73,11 @@ def rows(stack: BlockStack, calibration: Tensor, validation: Tensor, cost: Cost,
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_subject(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.6])
     parser.add_argument("--costs", nargs="+", choices=list(OFFERED), default=list(OFFERED))
-    parser.add_argument("--calibration-windows", type=int, default=16)
-    parser.add_argument("--validation-windows", type=int, default=160)
-    parser.add_argument("--model", type=Path, help="a model's folder, in place of the reference model")
-    parser.add_argument("--text", type=Path, help="its text, an object with `text` a line")
-    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    counts: dict[Split, int] = {"calibration": args.calibration_windows, "validation": args.validation_windows}
-    if args.model is None:
-        stack, windows = block_stack(load()), {split: cut(split, count) for split, count in counts.items()}
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().requires_grad_(False)
-        stack, windows = block_stack(model), own_windows(args.model, args.text, counts)
+    stack, windows = subject(args)
     lines = ["| budget | may give up | left | gives up | text | copying |", "|---|---|---|---|---|---|"]
     for cost, share in track([(cost, share) for cost in args.costs for share in args.shares], description="budgets"):
         lines += rows(stack, windows["calibration"], windows["validation"], cost, share)

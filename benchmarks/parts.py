@@ -145,24 +145,33 @@ def own_windows(model: Path, text: Path, counts: Mapping[Split, int]) -> dict[Sp
     }
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 4])
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is measured."""
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--validation-windows", type=int, default=160)
     parser.add_argument("--model", type=Path, help="a model's folder, in place of the reference model")
     parser.add_argument("--text", type=Path, help="its text, an object with `text` a line")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], default=[way.name for way in WAYS])
-    args = parser.parse_args()
+
+
+def subject(args: argparse.Namespace) -> tuple[BlockStack, dict[Split, Tensor]]:
+    """A model's blocks, and its calibration and validation windows (windows, tokens)."""
     torch.manual_seed(0)
     counts: dict[Split, int] = {"calibration": args.calibration_windows, "validation": args.validation_windows}
     if args.model is None:
-        stack, windows_of = block_stack(load()), {split: cut(split, count) for split, count in counts.items()}
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().requires_grad_(False)
-        stack, windows_of = block_stack(model), own_windows(args.model, args.text, counts)
+        return block_stack(load()), {split: cut(split, count) for split, count in counts.items()}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().requires_grad_(False)
+    return block_stack(model), own_windows(args.model, args.text, counts)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_subject(parser)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], default=[way.name for way in WAYS])
+    args = parser.parse_args()
+    stack, windows_of = subject(args)
     calibration, validation = windows_of["calibration"], windows_of["validation"]
     few = calibration[: max(1, round(COPYING_SHARE * len(calibration)))]
     texts = {"text": [calibration], "text and copying": [calibration, copying(few)]}

@@ -25,6 +25,10 @@ Cost = Literal["flops", "kv_bytes", "weight_bytes"]
 COST_NAMES: Mapping[Cost, str] = MappingProxyType(
     {"flops": "FLOPs of a prompt", "kv_bytes": "KV cache bytes", "weight_bytes": "weight bytes"}
 )
+BUDGET_PARTS: Mapping[Cost, tuple[Part, ...]] = MappingProxyType(
+    {"flops": ("kv_only", "mlp"), "kv_bytes": ("attention",), "weight_bytes": ("attention", "mlp")}
+)
+"""The parts that may go for a budget, besides whole blocks."""
 
 SourceString = Annotated[str, Field(min_length=1, max_length=1024, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
@@ -172,6 +176,11 @@ class HalfTarget(SpecModel):
             "mlp": self.remove_mlps,
         }
         return {part: count for part, count in asked.items() if count}
+
+    @property
+    def possible_parts(self) -> set[Part]:
+        """What blocks may be without, by counts or for a budget."""
+        return {*self.parts, *(() if self.budget is None else BUDGET_PARTS[self.budget[0]])}
 
     def mlp_channels(self, available: int) -> int:
         """How many of `available` MLP channels every block keeps: a multiple of 8, as tensor cores want it, or all."""

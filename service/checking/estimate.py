@@ -21,7 +21,7 @@ from pdtrim.contract.estimate import (
 )
 from pdtrim.contract.jobs import AnyStage, StageName
 from pdtrim.contract.results import DistillationResult
-from pdtrim.contract.spec import HalfTarget, JobSpec
+from pdtrim.contract.spec import BUDGET_PARTS, HalfTarget, JobSpec
 from service.checking.preflight import num_blocks
 from service.sources import ModelDescription
 from service.sources.safetensors_header import DTYPE_BITS
@@ -31,8 +31,6 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 LARGEST = 2**53
 """The largest integer that every JSON reader keeps exactly."""
 MANY_SETS = 100_000
-PREFILL_KINDS, DECODE_KINDS = 3, 3
-"""Of units that a half may give up for a budget."""
 HALF_PRECISION, SINGLE_PRECISION = 2, 4
 OPTIMISER = 12
 """Bytes for each trained parameter besides its weight: the gradient, and AdamW's two moments."""
@@ -129,8 +127,8 @@ def _evaluations(spec: JobSpec, blocks: int, prefill: int, decode: int) -> Searc
         decode=_sets(spec, blocks, prefill, decode, algorithm),
         parts=_part_sets(spec, blocks, prefill, spec.prefill)
         + _part_sets(spec, blocks, decode, spec.decode)
-        + _budget_sets(spec.prefill, PREFILL_KINDS, blocks)
-        + _budget_sets(spec.decode, DECODE_KINDS, blocks),
+        + _budget_sets(spec.prefill, blocks)
+        + _budget_sets(spec.decode, blocks),
         control=0
         if prefill == forced
         else _sets(spec, blocks, forced, decode, "annealing" if algorithm == "exhaustive" else algorithm),
@@ -146,13 +144,14 @@ def _part_sets(spec: JobSpec, blocks: int, removed: int, target: HalfTarget) -> 
     return sets
 
 
-def _budget_sets(target: HalfTarget, kinds: int, blocks: int) -> int:
+def _budget_sets(target: HalfTarget, blocks: int) -> int:
     """Sets that the search for a budget compares, at most: a walk with all kinds of units, and one with each kind.
 
     A step takes off a block's cost or a part of it; no more than two parts of every block go.
     """
     if target.budget is None:
         return 0
+    kinds = 1 + len(BUDGET_PARTS[target.budget[0]])
     steps = min(2 * blocks, math.ceil(2 * (1 - target.budget[1]) * blocks) + 1)
     return kinds * blocks * (steps + min(steps, blocks))
 

@@ -64,7 +64,7 @@ def run(context: StageContext) -> ScoringResult:
             prove_continuation(stack, first_token, protected)
             if context.spec.prefill != context.spec.decode:
                 prove_halves(stack, first_token, protected)
-        prove_parts(stack, {*context.spec.prefill.parts, *context.spec.decode.parts})
+        prove_parts(stack, context.spec.prefill.possible_parts | context.spec.decode.possible_parts)
     if tasks is not None:
         limit, seed = context.spec.evaluation.task_limit, context.spec.seed
         interruptible(context.check, partial(check_tasks, tasks, stack.model, tokenizer, limit=limit, seed=seed))

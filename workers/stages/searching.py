@@ -24,7 +24,7 @@ from pdtrim.contract.results import (
     SearchPart,
     Sensitivity,
 )
-from pdtrim.contract.spec import COST_NAMES, Cost, HalfTarget
+from pdtrim.contract.spec import BUDGET_PARTS, COST_NAMES, Cost, HalfTarget
 from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import interleaved, said_again
@@ -80,10 +80,6 @@ class PartSearched:
 
     chosen: MeasuredSet
     record: PartSearch
-
-
-KINDS: Mapping[Half, tuple[Kind, ...]] = {"prefill": ("kv_only", "mlp"), "decode": ("block", "attention", "mlp")}
-"""What each half may give up for a budget. Prefill may give up whole blocks besides, where decode does."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +200,10 @@ class Searcher:
         costs = costs_of(self._stack, cost, self._windows[:1, : self.prompt_tokens])
         touched = {unit.block for unit in base} | set(self._spec.search.protect)
         free = [block for block in range(len(self._cosine)) if block not in touched]
-        offered = [Unit(block, kind) for block in free for kind in KINDS[half]]
-        if half == "prefill":
-            offered += [Unit(block) for block in free if block in blocks_of(decode)]
+        # Prefill may give up whole blocks only where decode does.
+        whole = blocks_of(decode) if half == "prefill" else free
+        offered = [Unit(block) for block in free if block in whole]
+        offered += [Unit(block, part) for block in free for part in BUDGET_PARTS[cost]]
 
         def on_step(share: float, best: MeasuredSet) -> None:
             start, end = progress_range

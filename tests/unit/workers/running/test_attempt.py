@@ -28,6 +28,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     ModernBertDecoderConfig,
+    OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen3Config,
@@ -945,6 +946,28 @@ def test_a_model_whose_blocks_do_not_make_its_logits_fails_the_job_by_name(worke
     error = job_error(worker, job_id)
     assert error["code"] == "model_unsupported"
     assert "modernbert" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"prefill": {"kv_only_blocks": 1}, "decode": {"remove_blocks": 1}},
+        {"prefill": {"flops": 0.8}, "decode": {"remove_blocks": 1}},
+        {"prefill": {"remove_blocks": 0}, "decode": {"kv_bytes": 0.7}},
+        {"prefill": {"remove_blocks": 0}, "decode": {"weight_bytes": 0.95}},
+    ],
+)
+def test_parts_that_no_block_can_be_without_fail_the_job_before_anything_is_measured(
+    targets: dict[str, Any], worker: Worker, tmp_path: Path
+) -> None:
+    # It norms behind its attention and its MLP: without them the hidden state does not pass unchanged.
+    def normed_behind(**sizes: Any) -> OPTConfig:
+        known = {key: value for key, value in sizes.items() if key not in ("intermediate_size", "num_key_value_heads")}
+        return OPTConfig(**known, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=False)
+
+    job_id = create(worker, tiny_spec(write_tiny_model(tmp_path / "models" / "opt", normed_behind), **targets))
+    run_stage(worker, job_id, StageName.SCORING)
+    assert job_error(worker, job_id)["code"] == "model_unsupported"
 
 
 def test_weights_of_another_model_fail_the_job_before_anything_is_measured(worker: Worker, model: Path) -> None:
