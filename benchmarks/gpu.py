@@ -5,8 +5,8 @@
 
 For a machine with a GPU that has torch, transformers, safetensors, accelerate and peft, this repository's files and no
 network; the project need not be installed. All parts together take less than ten minutes on an H100. `walk`, `search`,
-`merging`, `healing` and `export` compare the device with the CPU on the reference model; `round` and `speed` time a
-model of 8 billion random weights, which are made on the device.
+`merging`, `healing` and `export` compare the device with the CPU on the reference model; `round`, `speed` and
+`prompts` time a model of 8 billion random weights, which are made on the device.
 
 Prints Markdown as the parts end; with --out also writes it, and the figures as JSON. A part that fails, or whose
 figures differ from the CPU's by more than rounding explains, does not stop the others; the exit code is then 1.
@@ -32,6 +32,7 @@ from benchmarks.device.bench import SIZES, Bench, machine
 from benchmarks.device.checkpoints import export
 from benchmarks.device.findings import Findings, Report
 from benchmarks.device.llama import one_round, speed
+from benchmarks.device.prompts import prompts
 from benchmarks.device.repairs import healing
 from benchmarks.device.walks import searching, walk
 
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Bench], Findings]] = {
     "export": export,
     "round": one_round,
     "speed": speed,
+    "prompts": prompts,
 }
 
 

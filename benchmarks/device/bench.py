@@ -79,6 +79,8 @@ class Size:
     prompt_tokens: int
     """Of those windows, and of the prompts whose answers are timed."""
     new_tokens: int
+    long_prompts: tuple[int, ...]
+    """Tokens of the prompts that prefill alone is timed on."""
     repeats: int
 
 
@@ -102,6 +104,7 @@ SIZES = {
         shape_windows=4,
         prompt_tokens=512,
         new_tokens=32,
+        long_prompts=(4096, 16384),
         repeats=10,
     ),
     "toy": Size(
@@ -121,6 +124,7 @@ SIZES = {
         shape_windows=2,
         prompt_tokens=16,
         new_tokens=4,
+        long_prompts=(16, 32),
         repeats=2,
     ),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,21 @@ def accelerators() -> list[torch.device]:
 def compute_dtype() -> torch.dtype:
     """bfloat16 on an accelerator; float32 on the CPU, where bfloat16 is slow and plans must be bit-equal."""
     return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """While this lasts, accelerators round float32 numbers to TensorFloat-32 before they multiply matrices of them.
+
+    For training, whose steps are noisy anyway; what is compared or proved keeps every digit.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Healing
 from pdtrim.contract.results.distillation import Kept
-from workers.inputs.models import device, load_model
+from workers.inputs.models import device, load_model, tensor_float_32
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.parts import idle_tensors, pruned
@@ -56,6 +56,7 @@ class TrainingWindows:
         return self.training.shape[1] // 2
 
 
+@tensor_float_32()
 def run(context: StageContext) -> DistillationResult:
     """Writes the trained tensors of each serving stage, called as in the dense model, in its stored dtype."""
     plans, channels, spec = read_plans(context), read_channels(context), context.spec.distillation

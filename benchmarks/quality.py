@@ -1,0 +1,365 @@
+"""What pairs cut from a real pretrained model still answer, by whole jobs: unhealed and healed, beside the dense model.
+
+    make build/real/.ready
+    python -m benchmarks.quality --model build/real/smollm2-135m-instruct --text build/real/brown.jsonl --out FOLDER
+
+Every row is a job of its own, all its stages up to the export: greedy search, healing of all weights. Pairs are
+measured from their exported checkpoints by plain transformers, on text that no stage of a job has seen: continuations
+of 128 tokens after prompts of 64, 256 and 1,024, spans copied from the prompt, a needle, lookups in a list. For a GPU:
+hours on two cores of a CPU. Rows are written as they end, to rows.jsonl, so that a run that is cut off leaves what it
+has; with --table alone, the tables are made of such a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from benchmarks.choices import CHOICES
+from benchmarks.questions import Answers, Questions, answered, copied_spans, lookups, needles, running_text
+from benchmarks.whole_jobs import WholeJob, layer_map
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import PLAN, HalfPlan, Healing, Plan
+from pdtrim.contract.spec import JobSpec
+from workers.inputs.models import device, load_model
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.calibration import split_stream, token_stream
+from workers.pruning.model.costs import Cost, Costs, costs_of
+from workers.pruning.model.pair import FirstToken
+from workers.pruning.model.parts import pruned
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
+from workers.stages.removal import block_plan, half_plan
+from workers.stages.scoring import WINDOWS
+
+WINDOW_TOKENS = 256
+LONGEST_PROMPT = 1024
+FIRST_TOKEN: FirstToken = "decode"
+COSTS: tuple[Cost, ...] = ("flops", "weight_bytes", "kv_bytes")
+OF_PREFILL: Mapping[Kind, str] = {"kv_only": "kv_only_blocks", "mlp": "remove_mlps"}
+OF_DECODE: Mapping[Cost, tuple[Kind, ...]] = {
+    "weight_bytes": ("block", "mlp", "attention"),
+    "kv_bytes": ("block", "attention"),
+}
+COPYING = 0.25
+"""The share of copying windows that a job has by default."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job: what it is called, and what each half gives up."""
+
+    table: str
+    label: str
+    prefill: Mapping[str, float]
+    decode: Mapping[str, float]
+    copying: float = COPYING
+    method: str | None = None
+    """Of `CHOICES`, in place of the job's own search."""
+    amount: float = 0.0
+    """What the method is given."""
+    windows: int | None = None
+    """Calibration windows, where they are not as many as in the other rows."""
+    seed: int = 0
+    """Chooses which windows of the text."""
+
+
+def by_peers(counts: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
+    """What published methods choose, healed and measured as the rest."""
+    whole = {"remove_blocks": 0}
+    for count in counts:
+        for name in ("ShortGPT", "angular span", "SLEB", "LLM-Streamline", "EvoPress"):
+            yield Row("depth", f"{name} {count}, both halves", whole, whole, method=name, amount=count)
+        late = "late blocks (SwiftKV, POP)"
+        yield Row("depth", f"{late} {count}, decode whole", whole, whole, method=late, amount=count)
+    for share in shares:
+        yield Row(f"weight_bytes {share:.0%}", "BlockPruner", whole, whole, method="BlockPruner", amount=share)
+
+
+def by_calibration(count: int, windows: Sequence[int], seeds: Sequence[int]) -> Iterator[Row]:
+    """The same blocks to find on fewer and more windows, and on others of the same text."""
+    gone = {"remove_blocks": count}
+    for number in windows:
+        for seed in seeds:
+            yield Row("calibration", f"blocks {count}, {number} windows", gone, gone, windows=number, seed=seed)
+
+
+def by_depth(counts: Sequence[int], decode_alone: int) -> Iterator[Row]:
+    """Prefill shallower by whole blocks, which decode gives up as well, and by blocks that keep keys and values."""
+    whole = {"remove_blocks": 0}
+    for count in counts:
+        for copying in (COPYING, 0.0):
+            yield Row("depth", f"kv_only {count}, decode whole", {"kv_only_blocks": count}, whole, copying)
+        yield Row("depth", f"blocks {count}, both halves", {"remove_blocks": count}, {"remove_blocks": count})
+        less = {"remove_blocks": decode_alone}
+        yield Row("depth", f"kv_only {count}, decode blocks {decode_alone}", {"kv_only_blocks": count}, less)
+        yield Row("depth", f"blocks {count}, decode alone", whole, {"remove_blocks": count})
+        yield Row("depth", f"blocks {count}, both halves", {"remove_blocks": count}, {"remove_blocks": count}, 0.0)
+
+
+def by_cost(costs: Mapping[Cost, Costs], shares: Sequence[float]) -> Iterator[Row]:
+    """One kind of unit alone, by as many as the budget takes, and the free mixture."""
+    whole = {"remove_blocks": 0}
+    for share in shares:
+        table = f"flops {share:.0%}"
+        yield Row(table, "mixture", {"flops": share}, whole)
+        for kind, name in OF_PREFILL.items():
+            if (count := needed(costs["flops"], kind, share)) is not None:
+                yield Row(table, f"{kind} {count}", {name: count}, whole)
+        if (count := needed(costs["flops"], "block", share)) is not None:
+            yield Row(table, f"block {count}, both halves", {"remove_blocks": count}, {"remove_blocks": count})
+        for cost, kinds in OF_DECODE.items():
+            names = {"block": "remove_blocks", "mlp": "remove_mlps", "attention": "remove_attentions"}
+            table = f"{cost} {share:.0%}"
+            yield Row(table, "mixture", whole, {cost: share})
+            for kind in kinds:
+                if (count := needed(costs[cost], kind, share)) is not None:
+                    yield Row(table, f"{kind} {count}", whole, {names[kind]: count})
+
+
+def needed(costs: Costs, kind: Kind, share: float) -> int | None:
+    """How many blocks have to give up a kind of unit until `share` of the dense model's cost is left, at most.
+
+    None when the cost is not kept by all blocks but one.
+    """
+    units = [Unit(block, kind) for block in range(costs.blocks)]
+    return next((count for count in range(1, costs.blocks) if costs.share(units[:count]) <= share), None)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The dense model, its text, and what it answers."""
+
+    model: PreTrainedModel
+    documents: list[str]
+    questions: list[Questions]
+    answers: dict[str, Answers]
+    costs: Mapping[Cost, Costs]
+
+
+@lru_cache
+def subject(model: Path, text: Path, count: int, batch: int) -> Subject:
+    """Read once in each process."""
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # The part of the text that a job keeps for validation, of which the jobs here measure nothing.
+    held_out = split_stream(token_stream(documents, tokenizer), tokens=WINDOW_TOKENS)["validation"]
+    questions = [
+        *(running_text(held_out, prompt, count=count, longest=LONGEST_PROMPT) for prompt in (64, 256, LONGEST_PROMPT)),
+        copied_spans(held_out, 256, count=count),
+        needles(held_out, tokenizer, LONGEST_PROMPT, count=count, seed=0),
+        lookups(held_out, tokenizer, 512, count=count, seed=0),
+    ]
+    dense = load_model(model)
+    blocks = list(range(len(block_stack(dense).blocks)))
+    ask = partial(answered, dense, dense, blocks, first_token=FIRST_TOKEN, batch=batch)
+    prompt = held_out[None, : WINDOW_TOKENS // 2].to(device())
+    return Subject(
+        dense,
+        documents,
+        questions,
+        {asked.name: ask(asked) for asked in questions},
+        {cost: costs_of(block_stack(dense), cost, prompt) for cost in COSTS},
+    )
+
+
+def units_of(half: HalfPlan) -> Units:
+    """What a half gives up."""
+    return deleting(half.removed) | {Unit(block, part) for block, part in half.parts.items()}
+
+
+def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """Run a row's job, ask its pair, and delete its files. Returns the row as JSON."""
+    given = subject(args.model, args.text, args.questions, args.batch)
+    spec = JobSpec.model_validate(
+        {
+            "model": {"source": f"file://{args.model.resolve()}"},
+            "prefill": dict(row.prefill),
+            "decode": dict(row.decode),
+            "calibration": {
+                "windows": row.windows or args.calibration_windows,
+                "window_tokens": WINDOW_TOKENS,
+                "copying": row.copying,
+            },
+            "search": {"algorithm": "greedy"},
+            "distillation": {"heal_tokens": args.heal_tokens},
+            "evaluation": {"windows": 1},
+            "seed": row.seed,
+        }
+    )
+    folder = (
+        args.out
+        / "jobs"
+        / "".join(c if c.isalnum() else "-" for c in f"{row.table} {row.label} {row.copying} {row.seed}")
+    )
+    job = WholeJob(spec, args.model, given.documents, folder)
+    try:
+        job.run((StageName.SCORING, StageName.REMOVAL))
+        if row.method is not None:
+            choose(job, row.method, row.amount, given)
+        job.run((StageName.DISTILLATION, StageName.EXPORT))
+        plan = Plan.model_validate_json((job.artifacts(StageName.REMOVAL) / PLAN).read_bytes())
+        healed = _checkpoints(job)
+        kv_map = layer_map(job.artifacts(StageName.EXPORT) / ("unified" if healed[0] is healed[1] else "decode"))
+        halves: list[BlockPlan] = [block_plan(plan.prefill), block_plan(plan.decode)]
+        unhealed = [pruned(given.model, half) for half in halves]
+        ask = partial(_asked, given, kv_map, args.batch)
+        distilled: Any = job.results[StageName.DISTILLATION]
+        return {
+            "table": row.table,
+            "label": row.label,
+            "copying": row.copying,
+            "seed": row.seed,
+            "left": {
+                cost: costs.share(units_of(plan.prefill if cost == "flops" else plan.decode))
+                for cost, costs in given.costs.items()
+            },
+            "prefill": sorted([unit.block, unit.kind] for unit in units_of(plan.prefill)),
+            "decode": sorted([unit.block, unit.kind] for unit in units_of(plan.decode)),
+            "unhealed": ask(*unhealed),
+            "healed": ask(*healed),
+            "healing": {half: _healing(getattr(distilled, half)) for half in ("prefill", "decode")},
+            "seconds": {stage.value: round(seconds, 1) for stage, seconds in job.seconds.items()},
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def choose(job: WholeJob, method: str, amount: float, given: Subject) -> None:
+    """Put what a method chooses into the plan of a job that gave up nothing."""
+    windows = load_file(job.artifacts(StageName.SCORING) / WINDOWS)["calibration"].to(device())
+    halves = CHOICES[method](block_stack(given.model), windows, amount)
+    blocks = len(block_stack(given.model).blocks)
+    prefill, decode = (BlockPlan(blocks, blocks_of(units), parts=parts_of(units)) for units in halves)
+    path = job.artifacts(StageName.REMOVAL) / PLAN
+    plan = json.loads(path.read_text())
+    plan |= {"prefill": half_plan(prefill).model_dump(mode="json"), "decode": half_plan(decode).model_dump(mode="json")}
+    path.write_text(json.dumps({**plan, "kv_layer_map": kv_layer_map(prefill, decode)}))
+
+
+def _checkpoints(job: WholeJob) -> tuple[PreTrainedModel, PreTrainedModel]:
+    exported = job.artifacts(StageName.EXPORT)
+    if (exported / "unified").is_dir():
+        unified = load_model(exported / "unified")
+        return unified, unified
+    return load_model(exported / "prefill"), load_model(exported / "decode")
+
+
+def _asked(
+    given: Subject, kv_map: Sequence[int], batch: int, prefill: PreTrainedModel, decode: PreTrainedModel
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for questions in given.questions:
+        answers = answered(prefill, decode, kv_map, questions, first_token=FIRST_TOKEN, batch=batch)
+        more, error = answers.above(given.answers[questions.name])
+        found[questions.name] = {"loss": more, "error": error, "exact": fmean(answers.exact)}
+    return found
+
+
+def _healing(healing: Healing | None) -> dict[str, float | str] | None:
+    return None if healing is None else {"before": healing.before, "after": healing.after, "kept": healing.kept}
+
+
+def dense_row(given: Subject) -> dict[str, Any]:
+    """The dense model's own losses and exact answers."""
+    found = {name: {"loss": fmean(a.losses), "exact": fmean(a.exact)} for name, a in given.answers.items()}
+    return {"table": "dense", "answers": found}
+
+
+EXACT = ("needle", "lookup")
+"""Questions that are answered right or wrong."""
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Markdown: a table of each name, a line a row, unhealed and healed."""
+    dense = next(row["answers"] for row in rows if row["table"] == "dense")
+    names = list(dense)
+    own = [f"{dense[n]['exact']:.0%}" if n.startswith(EXACT) else f"{dense[n]['loss']:.4f}" for n in names]
+    for table in dict.fromkeys(row["table"] for row in rows if row["table"] != "dense"):
+        yield f"\n{table}\n\n| gives up | copying windows | left of FLOPs, weights, KV | | {' | '.join(names)} |"
+        yield "|---" * (4 + len(names)) + "|"
+        yield f"| nothing | | | | {' | '.join(own)} |"
+        for row in (row for row in rows if row["table"] == table):
+            left = ", ".join(f"{row['left'][cost]:.0%}" for cost in COSTS)
+            for when in ("unhealed", "healed"):
+                cells = [
+                    f"{row[when][n]['exact']:.0%}"
+                    if n.startswith(EXACT)
+                    else f"{row[when][n]['loss']:+.4f} ± {row[when][n]['error']:.4f}"
+                    for n in names
+                ]
+                yield f"| {row['label']} | {row['copying']:.0%} | {left} | {when} | {' | '.join(cells)} |"
+
+
+def written(file: Path) -> list[dict[str, Any]]:
+    """The rows that a run has written."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def main() -> None:
+    """Run the jobs, and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="a JSON object with `text` a line")
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and, for a while, the jobs")
+    parser.add_argument("--table", action="store_true", help="print the tables of an earlier run")
+    parser.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9, 12])
+    parser.add_argument("--decode-alone", type=int, default=4)
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.75, 0.6])
+    parser.add_argument("--heal-tokens", type=int, default=200_000)
+    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=160, help="of each kind")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--jobs", type=int, default=1, help="at a time")
+    parser.add_argument("--seconds", type=float, default=1e9, help="when to stop, with what is done by then")
+    args = parser.parse_args()
+    rows_file = args.out / "rows.jsonl"
+    if not args.table:
+        run(args, rows_file)
+    print("\n".join(tables(written(rows_file))))
+
+
+def run(args: argparse.Namespace, rows_file: Path) -> None:
+    """Run every row's job, so many at a time, and append the rows to a file."""
+    until = time.monotonic() + args.seconds
+    args.out.mkdir(parents=True, exist_ok=True)
+    given = subject(args.model, args.text, args.questions, args.batch)
+    rows = [*by_depth(args.counts, args.decode_alone), *by_peers(args.counts, args.shares)]
+    rows += by_cost(given.costs, args.shares)
+    rows += by_calibration(args.counts[len(args.counts) // 2 - 1], [8, 64], range(3))
+    pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
+    with rows_file.open("w") as file:
+        print(json.dumps(dense_row(given)), file=file, flush=True)
+        running = {pool.submit(measured, row, args): row for row in rows}
+        try:
+            for done in as_completed(running, timeout=max(until - time.monotonic(), 0)):
+                row = running[done]
+                if (error := done.exception()) is not None:
+                    print(f"{row.table}, {row.label}:", *traceback.format_exception(error), sep="\n", flush=True)
+                    continue
+                found = done.result()
+                print(f"{row.table}, {row.label}: {found['seconds']}", flush=True)
+                print(json.dumps(found), file=file, flush=True)
+        except TimeoutError:
+            print("the time is up", flush=True)
+            for process in (pool._processes or {}).values():
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
