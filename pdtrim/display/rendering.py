@@ -63,7 +63,7 @@ def search_report(removal: RemovalResult) -> RenderableType:
     parts: list[RenderableType] = [rendered(controls_table(removal))]
     if (of_kept := parts_table(removal)) is not None:
         parts.append(rendered(of_kept))
-    parts += map(rendered, budget_tables(removal))
+    parts += map(rendered, budget_tables(removal.budgets))
     if lines := [*effort_lines(removal), *bound_lines(removal)]:
         parts += [*lines, ""]
     if removal.sensitivity is not None:

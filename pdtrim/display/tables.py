@@ -11,6 +11,7 @@ from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.frontier import Frontier, FrontierPoint
 from pdtrim.contract.results import (
     Bound,
+    BudgetSearch,
     EvaluatedSet,
     EvaluationResult,
     Half,
@@ -78,10 +79,10 @@ def parts_table(removal: Removed) -> Table | None:
     )
 
 
-def budget_tables(removal: RemovalResult) -> list[Table]:
+def budget_tables(budgets: Sequence[BudgetSearch]) -> list[Table]:
     """For each half with a budget, where each walk ended: with units of every kind, then with one kind at a time."""
     found = []
-    for search in removal.budgets:
+    for search in budgets:
         kept = f"{search.share:.1%} of {search.dense:,} {COST_NAMES[search.cost]} left, asked for {search.asked:.1%}"
         unmet = "" if search.met else "; no set found keeps it"
         rows = []

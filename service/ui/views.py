@@ -265,7 +265,7 @@ def job_page(
         controls=figures.controls(removal) if removal else [],
         control_table=controls_table(removal) if removal else None,
         parts_table=parts_table(removal) if removal else None,
-        budget_tables=budget_tables(removal) if removal else [],
+        budget_tables=budget_tables(removal.budgets) if removal else [],
         bounds=bound_lines(removal) if removal else [],
         efforts=effort_lines(removal) if removal else [],
         kv=figures.kv_bytes(pair) if pair else [],

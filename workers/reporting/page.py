@@ -9,12 +9,13 @@ from functools import cache
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from pdtrim.contract.results import Plan
+from pdtrim.contract.results import Plan, SearchRecord
 from pdtrim.display import captions
 from pdtrim.display.tables import (
     SENSITIVITY_COLUMNS,
     Table,
     bound_lines,
+    budget_tables,
     controls_table,
     folded,
     parts_table,
@@ -34,7 +35,7 @@ def render(findings: Findings, drawings: Iterable[Drawing]) -> str:
         verdict=verdict(findings.evaluation, bounds=plan.bounds),
         told=captions.VERDICT,
         evaluation=findings.evaluation_tables(),
-        search=_search_tables(plan),
+        search=_search_tables(plan, findings.search),
         bounds=bound_lines(plan),
         drawings={drawing.name: drawing for drawing in drawings},
         layer_map=plan.kv_layer_map,
@@ -43,11 +44,16 @@ def render(findings: Findings, drawings: Iterable[Drawing]) -> str:
     )
 
 
-def _search_tables(plan: Plan) -> list[Table]:
+def _search_tables(plan: Plan, search: SearchRecord) -> list[Table]:
     worth = plan.sensitivity
     of_blocks = [] if worth is None else [folded(sensitivity_table(worth), SENSITIVITY_COLUMNS)]
     of_kept = parts_table(plan)
-    return [controls_table(plan), *([] if of_kept is None else [of_kept]), *of_blocks]
+    return [
+        controls_table(plan),
+        *([] if of_kept is None else [of_kept]),
+        *budget_tables(search.budgets),
+        *of_blocks,
+    ]
 
 
 def data_uri(drawing: Drawing) -> str:

@@ -117,8 +117,12 @@ def run(context: StageContext) -> RemovalResult:
             {"prefill": for_prefill.result.frontier_json(), "decode": for_decode.result.frontier_json()}
         ),
     )
-    trajectories = {"prefill": for_prefill.result.trajectory_json(), "decode": for_decode.result.trajectory_json()}
-    context.write_json(SEARCH, SearchRecord.model_validate(trajectories))
+    record = {
+        "budgets": chosen.searches,
+        "prefill": for_prefill.result.trajectory_json(),
+        "decode": for_decode.result.trajectory_json(),
+    }
+    context.write_json(SEARCH, SearchRecord.model_validate(record))
     return RemovalResult(
         **dict(found),
         parts=of_parts.searches,

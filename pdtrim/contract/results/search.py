@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from pdtrim.contract.results.base import Halves, Result
+from pdtrim.contract.results.removal import BudgetSearch
 
 SEARCH = "search.json"
 """The removal stage's artifact that holds the `SearchRecord`."""
@@ -22,3 +23,5 @@ class EvaluatedSet(Result):
 
 class SearchRecord(Halves[list[EvaluatedSet]]):
     """The content of `search.json`: for each half, the sets in the order of their first evaluation."""
+
+    budgets: list[BudgetSearch] = Field(default_factory=list, description="Where a half has one; decode's first.")

@@ -69,6 +69,10 @@ def findings() -> Findings:
         "prefill": [{"removed": [], "loss": 0.0}],
         "decode": [{"removed": [3, 5, 8, 41], "loss": 0.9}, {"removed": [3, 5, 8, 40], "loss": 0.5}],
     }
+    ended = [{"share": 0.8, "loss": 0.4, "blocks": [7], "parts": {9: "mlp"}}]
+    budget = {"half": "decode", "cost": "weight_bytes", "dense": 1000, "asked": 0.75, "share": 0.8, "met": False}
+    walk = {"kinds": ["block", "mlp"], "steps": ended, "met": False}
+    search = {**search, "budgets": [{**budget, "sets": 12, "walks": [walk]}]}
     models = {"decode": measured(66, 14.0), "dense": measured(70, 12.0, undistilled_perplexity=None),
               "prefill": measured(70, 12.0, undistilled_perplexity=None)}  # fmt: skip
     tasks = {"sums": {name: {"acc": {"value": 0.625, "stderr": 0.01}} for name in models}}
@@ -122,6 +126,7 @@ def test_the_report_holds_every_figure_and_number_and_asks_for_nothing_else(find
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.named)
     for number in ("12.00 ± 0.25", "14.00 ± 0.25", "15.00 ± 0.25", "0.7500", "1 KiB (4.00× less)", "0.625 ± 0.010"):
         assert number in page.text
+    assert "Budget of decode: 80.0% of 1,000 weight bytes left, asked for 75.0%; no set found keeps it" in page.text
     assert "Perplexity without what decode gives up: +20.0% (bound +10.0%, not kept by any set)" in page.text
     assert "decode gives up 3, 5, 8, 40 of 70 blocks" in " ".join(page.described)
     for drawing in drawings:
