@@ -50,6 +50,11 @@ class LiveGateway:
         """How many requests have come since the last start."""
         return self._server.server_state.total_requests
 
+    @property
+    def under_way(self) -> int:
+        """How many requests are worked on now."""
+        return len(self._server.server_state.tasks)
+
     def stop(self) -> None:
         """Stop at once; open streams break."""
         self._server.should_exit = self._server.force_exit = True

@@ -1,8 +1,11 @@
-"""How long a connection may keep the gateway waiting, and how many there may be.
+"""How long a connection may keep the gateway waiting, how many there may be, and what its end means.
 
 uvicorn bounds the length of a head and the time of an idle connection. What it leaves open is bounded here: the time of
 a head, of a body and of an answer that nobody reads, and the connections themselves. Were there more of them than files
 that the process may open, nothing could be accepted, and asyncio would say so again and again.
+
+uvicorn also works on for a client that has left. Here its request is dropped where it waits: for a thread, for a check,
+for the network. What runs in a thread by then goes on to its end, so nothing is left half done.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import socket
 import struct
 from typing import Any, Literal
 
+from anyio import CancelScope
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.settings import Settings
@@ -58,17 +63,23 @@ def server_options(settings: Settings) -> dict[str, Any]:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when it keeps the gateway waiting; there are at most `most` at once."""
+    """A connection that is closed when it keeps the gateway waiting; there are at most `most` at once.
+
+    When it ends before its request is answered, the request is dropped.
+    """
 
     most: int
     idle_since: float | None = None
     """When it began to wait for a request, while it does (seconds of the loop's clock)."""
+    _request: CancelScope | None = None
+    """In which the application works on the newest request."""
     _phase: Phase | None = None
     _phase_ends: asyncio.TimerHandle | None = None
     _unread_ends: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._application, self.app = self.app, self._answer
         self.idle_since = self.loop.time()
         self._enter("head", HEAD_SECONDS)
         if len(self.connections) > self.most:
@@ -86,6 +97,8 @@ class Connection(H11Protocol):
         self._enter(None)
         self.resume_writing()
         super().connection_lost(exc)
+        if self._request is not None and self.cycle.disconnected:
+            self._request.cancel()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -102,6 +115,12 @@ class Connection(H11Protocol):
             self._give_up("answer")
         else:
             super().timeout_keep_alive_handler()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, for as long as somebody waits for its answer."""
+        with CancelScope() as self._request:
+            if not self.cycle.disconnected:
+                await self._application(scope, receive, send)
 
     def _look(self, *, arrived: bool) -> None:
         """See what the connection waits for now; `arrived` says whether there was a byte of it."""

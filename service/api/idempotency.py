@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+from anyio import CancelScope
 from fastapi import Depends, Header, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
@@ -74,7 +75,9 @@ async def claimed(
 ) -> AsyncIterator[KeyClaim | Answered | None]:
     """The right to create a job under `key`, or the answer given before; None without a key.
 
-    `said` is the body's fingerprint. A block that raises frees the key. Raises: IdempotencyKeyReused, RequestInFlight.
+    `said` is the body's fingerprint. A block that raises, or is dropped, frees the key.
+
+    Raises: IdempotencyKeyReused, RequestInFlight.
     """
     if key is None:
         yield None
@@ -82,9 +85,10 @@ async def claimed(
     found = await run_in_threadpool(_claim, database, project, key, said)
     try:
         yield found
-    except Exception:
+    except BaseException:
         if isinstance(found, KeyClaim):
-            await run_in_threadpool(_release, database, found)
+            with CancelScope(shield=True):  # A client that has left may send again.
+                await run_in_threadpool(_release, database, found)
         raise
 
 

@@ -7,12 +7,16 @@ import json
 import os
 import resource
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 
 import httpx
 import pytest
@@ -20,11 +24,15 @@ from pydantic import SecretStr
 
 from pdtrim.contract.spec import JobSpec
 from service.api.connections import HEAD_SECONDS
+from service.checking import questions
 from service.settings import Settings
-from tests.gateway import listening
+from tests.gateway import listening, model
 from tests.hub import use_hub
+from tests.live_gateway import LiveGateway, live
 from tests.processes import wait_until
 from tests.servers import free_ports
+
+__all__ = ["model"]
 
 HALVES = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 OTHERS = ("/healthz", "/v1/jobs", "/metrics", "/ui/jobs")
@@ -132,6 +140,115 @@ def test_a_long_specification_is_read_while_others_are_answered(tmp_path: Path) 
 
     assert total > 4 * alone
     assert longest < total / 2
+
+
+THREADS = 40
+"""Of the gateway, for what asks the database or the store."""
+
+
+def test_requests_whose_clients_leave_while_they_wait_for_a_thread_are_dropped(tmp_path: Path, model: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", allowed_sources=["builtin:", model.as_uri()])
+    with live(settings, model) as gateway, closing(_locked(settings)) as lock, ExitStack() as waiting:
+        for _ in range(THREADS):
+            waiting.enter_context(_sent(gateway, "GET", "/v1/jobs"))
+        leaving = [_sent(gateway, "POST", "/v1/jobs", gateway.played.spec) for _ in range(20)]
+        wait_until(lambda: gateway.under_way == THREADS + 20, seconds=10)
+        for connection in leaving:
+            connection.close()
+        wait_until(lambda: gateway.under_way == THREADS, seconds=10, what="requests to be dropped")
+
+        lock.rollback()
+        wait_until(lambda: gateway.under_way == 0, seconds=30)
+
+        assert gateway.played.client.get("/v1/jobs").json()["data"] == []
+
+
+def test_requests_whose_clients_leave_while_they_wait_for_a_check_are_dropped_and_free_their_keys(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "AT_ONCE_OUTSIDE", 1)
+    settings = Settings(data_dir=tmp_path / "data", allowed_sources=["builtin:", "hf://"])
+    body = {"model": "hf://acme/tiny", **HALVES}
+    with _slow_hub() as hub, live(settings, model) as gateway:
+        use_hub(monkeypatch, hub.url)
+        with _sent(gateway, "POST", "/v1/jobs", body):
+            wait_until(lambda: hub.asked == 1, seconds=10)
+            keys = [f"left-{number}" for number in range(20)]
+            leaving = [_sent(gateway, "POST", "/v1/jobs", body, {"Idempotency-Key": key}) for key in keys]
+            wait_until(lambda: gateway.under_way == 21, seconds=10)
+            for connection in leaving:
+                connection.close()
+            wait_until(lambda: gateway.under_way == 1, seconds=10, what="requests to be dropped")
+
+            hub.answering.set()
+            wait_until(lambda: gateway.under_way == 0, seconds=10)
+
+        assert hub.asked == 1
+        again = gateway.played.client.post("/v1/jobs", json=body, headers={"Idempotency-Key": keys[0]})
+        assert (again.status_code, again.json()["code"]) == (422, "source_unreadable")
+
+
+def _locked(settings: Settings) -> sqlite3.Connection:
+    """A connection that holds the lock without which nothing is read or written, until it rolls back."""
+    connection = sqlite3.connect(settings.data_dir / "pdtrim.db", isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    return connection
+
+
+def _sent(
+    gateway: LiveGateway,
+    method: str,
+    path: str,
+    body: Mapping[str, object] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> socket.socket:
+    """The connection on which a request has just been sent, whose answer nobody has read."""
+    content = b"" if body is None else json.dumps(body).encode()
+    fields = {"Host": "x", "Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    connection = socket.create_connection(("127.0.0.1", gateway.settings.port), timeout=30)
+    connection.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + content)
+    return connection
+
+
+@dataclass
+class SlowHub:
+    """A hub that has no model, and says so once it is `answering`; `asked` counts who asked for one."""
+
+    url: str = ""
+    asked: int = 0
+    answering: Event = field(default_factory=Event)
+
+
+@contextmanager
+def _slow_hub() -> Iterator[SlowHub]:
+    hub = SlowHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+        def do_GET(self) -> None:
+            if self.path.startswith("/api/models/"):
+                hub.asked += 1
+                hub.answering.wait(30)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.answering.set()
+            server.shutdown()
+            thread.join()
 
 
 SERVED = """
