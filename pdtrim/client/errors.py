@@ -22,14 +22,18 @@ class ClientError(Exception):
 
 
 class ServiceError(ClientError):
-    """The service refused a request; `problem` is its RFC 9457 answer.
+    """The service refused a request; `problem` is its RFC 9457 answer. The message has all that is wrong.
 
     `retry_after` is how many seconds later, as it says, it is worth trying again.
     """
 
     def __init__(self, problem: Problem, *, retry_after: float | None = None) -> None:
         where = f" ({problem.param})" if problem.param else ""
-        super().__init__(f"{problem.title}{where}: {problem.detail}")
+        told = f"{problem.title}{where}: {problem.detail}"
+        if problem.errors:
+            lines = (f"{one.param}: {one.detail}" if one.param else one.detail for one in problem.errors)
+            told = "\n- ".join(["There is more than one thing wrong with the request:", *lines])
+        super().__init__(told)
         self.problem = problem
         self.retry_after = retry_after
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from pdtrim.contract.errors import InvalidRequest, TooManyBlocks
+from pdtrim.contract.errors import InvalidRequest, TooManyBlocks, raise_all
 from pdtrim.contract.spec import JobSpec, Part
 
 FIELDS: Mapping[Part, str] = {
@@ -32,41 +32,46 @@ def limits(spec: JobSpec, blocks: int) -> tuple[int, int]:
 def check_blocks(spec: JobSpec, blocks: int) -> None:
     """Hold the block counts and indices of a job against a model of `blocks` blocks.
 
-    Raises: InvalidRequest for a block that the model does not have; TooManyBlocks when too few would remain.
+    Raises: InvalidRequest for a block that the model does not have; TooManyBlocks when too few would remain. All that
+    is wrong besides stands in the error's `others`.
     """
+    raise_all(list(_unknown_blocks(spec, blocks)) or list(_too_many_blocks(spec, blocks)))
+
+
+def _unknown_blocks(spec: JobSpec, blocks: int) -> Iterator[InvalidRequest]:
     for name, listed in (("protect", spec.search.protect), ("force", spec.search.force)):
         if listed and max(listed) >= blocks:
-            raise InvalidRequest(
+            yield InvalidRequest(
                 f"search.{name} lists block {max(listed)}, but the model's {blocks} blocks are 0 to {blocks - 1}.",
                 param=f"search.{name}",
             )
+
+
+def _too_many_blocks(spec: JobSpec, blocks: int) -> Iterator[TooManyBlocks]:
     most = most_removable(spec, blocks)
     if len(spec.search.force) > most:
-        raise TooManyBlocks(
+        yield TooManyBlocks(
             f"search.force lists {len(spec.search.force)} of the model's {blocks} blocks, of which at most {most} can "
             "be removed; force fewer.",
             param="search.force",
         )
-    # Decode removes at least as many as prefill does, so prefill is looked at first: both may be too many.
     for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
-        if target.remove_blocks is None or target.remove_blocks <= most:
-            continue
-        if target.remove_blocks >= blocks:
-            raise TooManyBlocks(
-                f"{stage}.remove_blocks is {target.remove_blocks}, but the model has {blocks} blocks and must keep "
-                f"one: at most {blocks - 1} can be removed.",
+        removed, parts = target.remove_blocks or 0, sum(target.parts.values())
+        left = blocks - len(spec.search.protect) - removed
+        if removed >= blocks:
+            yield TooManyBlocks(
+                f"{stage}.remove_blocks is {removed}, but the model has {blocks} blocks and must keep one: at most "
+                f"{blocks - 1} can be removed.",
                 param=f"{stage}.remove_blocks",
             )
-        raise TooManyBlocks(
-            f"search.protect keeps {len(spec.search.protect)} of the model's {blocks} blocks, so at most {most} can "
-            f"be removed, but {stage}.remove_blocks is {target.remove_blocks}; protect or remove fewer.",
-            param="search.protect",
-        )
-    for stage, target in (("prefill", spec.prefill), ("decode", spec.decode)):
-        parts, removed = sum(target.parts.values()), target.remove_blocks or 0
-        left = blocks - len(spec.search.protect) - removed
-        if parts > left:
-            raise TooManyBlocks(
+        elif removed > most:
+            yield TooManyBlocks(
+                f"search.protect keeps {len(spec.search.protect)} of the model's {blocks} blocks, so at most {most} "
+                f"can be removed, but {stage}.remove_blocks is {removed}; protect or remove fewer.",
+                param="search.protect",
+            )
+        elif parts > left:
+            yield TooManyBlocks(
                 f"{stage} gives up parts of {parts} blocks besides the {removed} that it removes, but of the model's "
                 f"{blocks} blocks {left} are left that search.protect does not keep; give up fewer.",
                 param=f"{stage}.{FIELDS[next(iter(target.parts))]}",

@@ -8,6 +8,14 @@ from typing import ClassVar
 from pydantic import BaseModel, Field
 
 
+class Refusal(BaseModel):
+    """One of the reasons why a request is refused."""
+
+    code: str = Field(examples=["no_such_queue"])
+    detail: str = Field(examples=["There is no queue 'gpu'; the service has default."])
+    param: str | None = Field(default=None, description="The request field at fault.", examples=["queue"])
+
+
 class Problem(BaseModel):
     """RFC 9457 problem details, with the stable `code` to program against."""
 
@@ -21,6 +29,11 @@ class Problem(BaseModel):
         default=None, description="The request field at fault.", examples=["prefill.remove_blocks"]
     )
     request_id: str | None = None
+    errors: list[Refusal] | None = Field(
+        default=None,
+        description="All that was found wrong, where that is more than one thing: code, status and `param` of the "
+        "problem are those of the first.",
+    )
 
 
 class PDTrimError(Exception):
@@ -36,6 +49,13 @@ class PDTrimError(Exception):
         self.param = param
         self.others: Sequence[PDTrimError] = ()
         """What else is wrong, where more was looked at."""
+
+
+def raise_all(found: Sequence[PDTrimError]) -> None:
+    """Raises: the first of what was found, if anything was; the rest are its `others`."""
+    if found:
+        first, *first.others = found
+        raise first
 
 
 class InvalidRequest(PDTrimError):

@@ -26,6 +26,7 @@ from pdtrim.contract.errors import (
     Problem,
     QueueQuotaExceeded,
     RateLimited,
+    Refusal,
     RequestInFlight,
     Unauthorized,
 )
@@ -37,7 +38,10 @@ from service.storage import ObjectNotFound, StoreUnavailable
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-MAX_LISTED_ERRORS = 5
+MAX_TOLD_ERRORS = 5
+"""In the detail of a problem."""
+MAX_LISTED_ERRORS = 50
+"""Each by itself."""
 MAX_ECHO = 80
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # A queue moves on within a minute, if at all; bytes are there until somebody deletes them.
@@ -94,8 +98,12 @@ def problem(
     *,
     headers: Mapping[str, str] | None = None,
     extensions: Mapping[str, Any] | None = None,
+    found: Sequence[PDTrimError] = (),
 ) -> Response:
-    """The problem response of an error, without secrets; `extensions` are further members of the problem object."""
+    """The problem response of an error, without secrets.
+
+    `extensions` are further members of the problem object; `found` is all that is wrong, where more was looked for.
+    """
     body = Problem(
         type=f"urn:pdtrim:problem:{error.code}",
         title=error.title,
@@ -105,9 +113,15 @@ def problem(
         code=error.code,
         param=None if error.param is None else redact(_scalar(error.param)),
         request_id=getattr(request.state, "request_id", None),
+        errors=[_refusal(one) for one in found[:MAX_LISTED_ERRORS]] if len(found) > 1 else None,
     )
     content = json.dumps({**body.model_dump(mode="json", exclude_none=True), **scrub(extensions or {})})
     return Response(content, status_code=error.status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def _refusal(error: PDTrimError) -> Refusal:
+    param = None if error.param is None else redact(_scalar(error.param))
+    return Refusal(code=error.code, detail=redact(_scalar(error.message)), param=param)
 
 
 def dotted(location: Sequence[str | int]) -> str | None:
@@ -134,14 +148,14 @@ def _from_validation(request: Request, error: RequestValidationError) -> Respons
     if found and found[0]["type"] == "json_invalid":
         reason, position = found[0]["ctx"]["error"], found[0]["loc"][-1]
         return problem(request, MalformedBody(f"The body is not valid JSON: {reason} at character {position}."))
-    listed, param = [], None
+    listed: list[PDTrimError] = []
     for one in found[:MAX_LISTED_ERRORS]:
         field, reason = field_and_reason(suggestions.with_suggestion_for(request, one))
-        listed.append(f"{field}: {reason}" if field else reason)
-        param = param if len(listed) > 1 else field
-    if len(found) > MAX_LISTED_ERRORS:
-        listed.append(f"and {len(found) - MAX_LISTED_ERRORS} more errors")
-    return problem(request, InvalidRequest("; ".join(listed), param=param))
+        listed.append(InvalidRequest(reason, param=field))
+    told = [f"{one.param}: {one.message}" if one.param else one.message for one in listed[:MAX_TOLD_ERRORS]]
+    if len(found) > MAX_TOLD_ERRORS:
+        told.append(f"and {len(found) - MAX_TOLD_ERRORS} more errors")
+    return problem(request, InvalidRequest("; ".join(told), param=listed[0].param), found=listed)
 
 
 def _from_http(request: Request, error: HTTPException) -> Response:
@@ -165,7 +179,7 @@ def _methods(request: Request) -> list[str]:
 
 
 def _from_pdtrim(request: Request, error: PDTrimError) -> Response:
-    return problem(request, error, headers=HEADERS.get(type(error)))
+    return problem(request, error, headers=HEADERS.get(type(error)), found=(error, *error.others))
 
 
 def database_unavailable(request: Request, error: Exception) -> Response:
@@ -249,7 +263,8 @@ def document(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         schema = generate()
         schemas = schema["components"]["schemas"]
-        schemas["Problem"] = Problem.model_json_schema()
+        found = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= {**found.pop("$defs"), "Problem": found}
         for name, one in schemas.items():
             # Generators of clients name classes by titles, and leave out what has the title of another.
             one["title"] = name.replace("-", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from pdtrim.contract.errors import (
     NoSuchQueue,
     PDTrimError,
     SourceNotAllowed,
+    raise_all,
 )
 from pdtrim.contract.spec import MAX_BLOCKS, DataSpec, HalfTarget, JobSpec, ModelSpec
 from service.checking.targets import check_push
@@ -72,16 +73,9 @@ def check(spec: JobSpec, settings: Settings) -> ModelDescription:
     if model is not None:
         with _noted(found):
             check_config(spec, model.config)
-    _raise(found)
+    raise_all(found)
     assert model is not None
     return model
-
-
-def _raise(found: Sequence[PDTrimError]) -> None:
-    """Raises: the first of what was found, if anything was, which has the others."""
-    if found:
-        first, *first.others = found
-        raise first
 
 
 @contextmanager
@@ -90,7 +84,7 @@ def _noted(found: list[PDTrimError]) -> Iterator[None]:
     try:
         yield
     except DependencyUnavailable:
-        _raise(found)
+        raise_all(found)
         raise
     except PDTrimError as error:
         found += [error, *error.others]
@@ -136,7 +130,7 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
         _check_adapters(spec, kind)
     with _noted(found):
         _check_window(spec, config)
-    _raise(found)
+    raise_all(found)
 
 
 def _check_pair(spec: JobSpec, config: Mapping[str, Any]) -> None:

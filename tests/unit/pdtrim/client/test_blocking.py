@@ -112,6 +112,18 @@ def test_a_refusal_carries_the_problem(client: Client) -> None:
     assert "prefill.remove_blocks" in str(refused.value)
 
 
+def test_a_refusal_has_all_that_is_wrong(client: Client, gateway: LiveGateway) -> None:
+    wrong = {"queue": "no-such", "evaluation": {"tasks": ["arc_easy"]}}
+    with pytest.raises(ServiceError) as refused:
+        client.create({**gateway.played.spec, **wrong})
+
+    problem = refused.value.problem
+    assert (problem.code, problem.param) == ("no_such_queue", "queue")
+    assert [one.param for one in problem.errors or ()] == ["queue", "evaluation.tasks[0]"]
+    assert "\n- queue: There is no queue 'no-such'" in str(refused.value)
+    assert "\n- evaluation.tasks[0]: A task given by name reads a data set on the hub" in str(refused.value)
+
+
 @pytest.mark.parametrize("job_id", ["job_1", "?", "../jobs", ""])
 def test_an_id_stays_one_part_of_the_path(client: Client, job_id: str) -> None:
     with pytest.raises(ServiceError) as refused:

@@ -129,6 +129,15 @@ def test_what_the_service_refuses_is_said_with_the_field(pdtrim: Pdtrim) -> None
     assert "prefill.remove_blocks" in refused.output
 
 
+def test_all_that_the_service_refuses_is_said_at_once(gateway: LiveGateway, pdtrim: Pdtrim) -> None:
+    wrong = {**gateway.played.spec, "queue": "no-such", "evaluation": {"tasks": ["arc_easy"]}}
+    for command in ("submit", "estimate"):
+        refused = pdtrim(command, "-", input=json.dumps(wrong))
+        assert refused.exit_code == 1
+        assert "\n- queue: There is no queue" in refused.output
+        assert "\n- evaluation.tasks[0]: A task given by name" in refused.output
+
+
 def test_a_service_that_is_not_there_is_named() -> None:
     failed = CliRunner().invoke(app, ["jobs", "--url", UNREACHABLE])
     assert failed.exit_code == 1

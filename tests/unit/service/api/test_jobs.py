@@ -8,6 +8,7 @@ import pytest
 from sqlmodel import select
 
 from pdtrim.contract.jobs import ErrorInfo, StageName
+from service.api.problems import MAX_LISTED_ERRORS
 from service.db import jobs
 from service.db.session import transaction
 from service.db.tables import ArtifactRow, EventRow, JobRow, StageRow, now
@@ -105,17 +106,19 @@ def test_a_job_waits_in_the_queue_that_it_names_or_in_the_first(gateway_settings
 def test_every_invalid_field_is_told_at_once(refusing: Gateway) -> None:
     response = refusing.client.post("/v1/jobs", json={"prefill": {"remove_blocks": -1}})
 
-    detail = problem_of(response, 422, "invalid_request")["detail"]
-    assert "model: Field required" in detail
-    assert "prefill.remove_blocks: Input should be greater than or equal to 0 (given: -1)" in detail
+    body = problem_of(response, 422, "invalid_request")
+    assert "model: Field required" in body["detail"]
+    assert "prefill.remove_blocks: Input should be greater than or equal to 0 (given: -1)" in body["detail"]
+    assert [one["param"] for one in body["errors"]] == ["model", "prefill.remove_blocks", "decode"]
 
 
-def test_the_detail_of_many_errors_is_bounded(refusing: Gateway) -> None:
+def test_what_is_told_of_many_errors_is_bounded(refusing: Gateway) -> None:
     response = refusing.client.post("/v1/jobs", json={**refusing.spec, **{f"x{n}": 1 for n in range(500)}})
 
-    detail = problem_of(response, 422, "invalid_request")["detail"]
-    assert detail.endswith("and 495 more errors")
-    assert len(detail) < 1000
+    body = problem_of(response, 422, "invalid_request")
+    assert body["detail"].endswith("and 495 more errors")
+    assert len(body["detail"]) < 1000
+    assert [one["param"] for one in body["errors"]] == [f"x{n}" for n in range(MAX_LISTED_ERRORS)]
 
 
 def test_unknown_job_is_not_found(refusing: Gateway) -> None:

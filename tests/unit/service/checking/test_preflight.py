@@ -328,6 +328,41 @@ def test_a_source_that_may_not_be_read_is_named(
     assert refusal(gateway, code, **changes)["param"] == param
 
 
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs/estimate"])
+def test_all_that_is_wrong_is_told_at_once_and_the_first_as_if_it_were_alone(gateway: Gateway, path: str) -> None:
+    wrong = {
+        "queue": "no-such",
+        "data": {"source": "file:///etc/passwd.txt"},
+        "evaluation": {"tasks": ["arc_easy"]},
+        "decode": {"remove_blocks": 6},
+        "calibration": {"window_tokens": 2048},
+    }
+    alone = gateway.client.post(path, json={**gateway.spec, "queue": "no-such"}).json()
+    body = problem_of(gateway.client.post(path, json={**gateway.spec, **wrong}), 422, "no_such_queue")
+
+    assert [(one["code"], one["param"]) for one in body["errors"]] == [
+        ("no_such_queue", "queue"),
+        ("source_not_allowed", "data.source"),
+        ("source_not_allowed", "evaluation.tasks[0]"),
+        ("too_many_blocks", "decode.remove_blocks"),
+        ("invalid_request", "calibration.window_tokens"),
+    ]
+    assert all(one["detail"] for one in body["errors"])
+    of_each_request = ("errors", "request_id")
+    assert {name: body[name] for name in body if name not in of_each_request} == {
+        name: alone[name] for name in alone if name not in of_each_request
+    }
+    assert "errors" not in alone
+
+
+def test_counts_that_do_not_depend_on_one_another_are_refused_together() -> None:
+    with pytest.raises(TooManyBlocks) as refused:
+        preflight.check_config(spec(prefill=6, decode=7, search={"force": [0, 1, 2, 3, 4, 5]}), CONFIG)
+
+    found = [refused.value, *refused.value.others]
+    assert [one.param for one in found] == ["search.force", "prefill.remove_blocks", "decode.remove_blocks"]
+
+
 def test_a_model_that_is_not_there_is_named(gateway: Gateway, model: Path) -> None:
     body = refusal(gateway, "source_unreadable", model=(model.parent / "absent").as_uri())
 
