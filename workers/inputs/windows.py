@@ -12,6 +12,7 @@ from pdtrim.contract.errors import InvalidRequest
 from pdtrim.contract.spec import JobSpec
 from service.stopping import Check, go_on
 from workers.pruning.model.calibration import (
+    Frame,
     Split,
     TooLittleText,
     cut_windows,
@@ -26,10 +27,19 @@ def token_windows(
 ) -> dict[str, Tensor]:
     """Windows by use, each (windows, tokens). None for `documents` means the Python standard library.
 
-    There are as many training windows as distillation reads, or all there are. Asks `check` all the while.
+    Each begins as the tokenizer begins a text. There are as many training windows as distillation reads, or all there
+    are. Asks `check` all the while.
     Raises: InvalidRequest when there is too little text; what `documents` raise.
     """
     tokens = spec.calibration.window_tokens
+    opening = Frame.of(tokenizer).opening
+    if 2 * len(opening) >= tokens:
+        raise InvalidRequest(
+            f"calibration.window_tokens is {tokens}, but the model's tokenizer begins every text with {len(opening)} "
+            "special tokens, which leaves no prompt.",
+            param="calibration.window_tokens",
+        )
+    taken = tokens - len(opening)
     wanted: dict[Split, int] = {
         "train": spec.distillation.heal_tokens // tokens + 1,
         "calibration": spec.calibration.windows,
@@ -38,13 +48,13 @@ def token_windows(
     try:
         if documents is None:
             streams = {
-                split: _stdlib_stream(split, count * tokens, spec.seed, tokenizer, check)
+                split: _stdlib_stream(split, count * taken, spec.seed, tokenizer, check)
                 for split, count in wanted.items()
             }
         else:
-            streams = split_stream(token_stream(documents, tokenizer, check=check), tokens=tokens)
+            streams = split_stream(token_stream(documents, tokenizer, check=check), tokens=taken)
         return {
-            split: cut_windows(streams[split], count=count, tokens=tokens, seed=spec.seed)
+            split: cut_windows(streams[split], count=count, tokens=tokens, seed=spec.seed, opening=opening)
             for split, count in wanted.items()
         }
     except TooLittleText as error:

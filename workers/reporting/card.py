@@ -77,6 +77,12 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
             "What blocks give up is zeros in the weights, so any runtime computes the pruned model. vLLM with "
             "`pdtrim-vllm`\nleaves it out (`dead_units` of `pdtrim.json`); others take the dense model's time for it."
         )
+    if opening := pdtrim.get("opening"):
+        tokens = " ".join(f"`{token}`" for token in opening)
+        parts.append(
+            f"Its tokenizer begins a text with {tokens}, and so did every window that it was chosen, repaired and "
+            "measured\non: begin prompts with it."
+        )
     rule = pdtrim.get("kv_tokens")
     if rule is not None and rule["layers"]:
         parts.append(

@@ -51,7 +51,7 @@ from workers.stages.evaluation_tasks import load_tasks, measure_tasks
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
 from workers.stages.removal import Plans, read_plans
-from workers.stages.scoring import WINDOWS
+from workers.stages.scoring import WINDOWS, read_opening
 from workers.stages.width import narrowed, read_channels
 
 PAGE, FIGURES = "report.html", "figures"
@@ -231,7 +231,7 @@ def _measure_pair(
         )
     pruned = (_pruned(dense, prefill_subject), _pruned(dense, decode_subject))
     every_block = list(range(plans.prefill.num_blocks))
-    copying = said_again(windows, prompt_tokens)
+    copying = said_again(windows, prompt_tokens, opening=len(read_opening(context)))
     return PairFigures(
         prompt_tokens=prompt_tokens,
         continuation_tokens=tokens - prompt_tokens,

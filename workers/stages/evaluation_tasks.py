@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pdtrim.contract.errors import ExtraNotInstalled, InvalidRequest, SourceUnreadable
 from pdtrim.contract.evaluation_tasks import InlineTask
 from pdtrim.contract.results import TaskMetric, TaskResult
 from workers.inputs.models import embedded_tokens
 from workers.inputs.windows import without_embedding
+from workers.pruning.model.calibration import Frame
 
 BATCH_SIZE = 8
 BOOTSTRAP_ITERATIONS = 1000
@@ -175,6 +178,7 @@ def measure_tasks(
 ) -> dict[str, TaskResult]:
     """Each of `load_tasks`' tasks' metrics for `model`, on the first `limit` questions or all of them.
 
+    Questions begin as the tokenizer begins a text, with `<bos>` where there is one.
     `on_forward` is called before every forward pass and may raise to stop.
     """
     from lm_eval.evaluator import evaluate
@@ -184,7 +188,7 @@ def measure_tasks(
     handle = model.register_forward_pre_hook(lambda module, args: on_forward())
     try:
         found = evaluate(
-            lm=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH_SIZE),
+            lm=HFLM(pretrained=model, tokenizer=_unclosed(tokenizer), backend="causal", batch_size=BATCH_SIZE),
             task_dict=tasks,
             limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
@@ -194,6 +198,19 @@ def measure_tasks(
         handle.remove()
     results = {task: _metrics(result) for task, result in found["results"].items()}
     return {task: metrics for task, metrics in results.items() if metrics}
+
+
+def _unclosed(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer without the special tokens that it puts behind a text: the answer is to go on from there."""
+    frame = Frame.of(tokenizer)
+    if not frame.closing or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    unclosed = deepcopy(tokenizer)
+    opening = [(unclosed.convert_ids_to_tokens(token), token) for token in frame.opening]
+    unclosed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*(name for name, _ in opening), "$A"], special_tokens=opening
+    )
+    return unclosed
 
 
 def _metrics(result: Mapping[str, Any]) -> TaskResult:

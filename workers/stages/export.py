@@ -29,7 +29,7 @@ from workers.stages import distillation
 from workers.stages.context import StageContext
 from workers.stages.kv_tokens import choose_rule, recorded
 from workers.stages.removal import Plans, read_plans
-from workers.stages.scoring import WINDOWS
+from workers.stages.scoring import WINDOWS, read_opening
 from workers.stages.width import HalfChannels, narrowed, read_channels
 
 PROOF_TOKENS = 32
@@ -147,6 +147,7 @@ def pdtrim_json(
         **({"dead_units": {str(block): part for block, part in sorted(plan.parts.items())}} if plan.parts else {}),
         **({} if share == 1 else {"mlp_width": share}),
         **({} if rule is None else {"kv_tokens": rule.to_json()}),
+        **({"opening": opening} if (opening := read_opening(context)) else {}),
         "serving": {"first_token": context.spec.serving.first_token},
         "job": context.job_id,
         "seed": context.spec.seed,

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pdtrim.contract.architectures import is_tested
 from pdtrim.contract.blocks import check_blocks
 from pdtrim.contract.errors import ModelUnsupported, SourceUnreadable
+from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import SCORES, BlockScores, ScoringResult, WindowCounts
 from service.sources import SourceError
 from service.stopping import interruptible
@@ -20,6 +21,7 @@ from workers.inputs.models import device, embedded_tokens, load_for_walks, load_
 from workers.inputs.windows import check_tokens, token_windows
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, try_out
 from workers.pruning.model.building import ImpossibleModel
+from workers.pruning.model.calibration import Frame
 from workers.pruning.model.checkpoint import BrokenCheckpoint, check_complete
 from workers.pruning.model.parts import prove_parts
 from workers.pruning.search.scores import block_scores
@@ -74,14 +76,21 @@ def run(context: StageContext) -> ScoringResult:
     calibration = windows["calibration"].to(device())
     chunk_windows = windows_at_once(stack.model, calibration.shape[1])
     scores = block_scores(stack, calibration, chunk_windows=chunk_windows)
-    context.write_json(SCORES, BlockScores.model_validate(scores.to_json()))
+    opening = tokenizer.convert_ids_to_tokens(list(Frame.of(tokenizer).opening))
+    context.write_json(SCORES, BlockScores.model_validate({**scores.to_json(), "opening": opening}))
     context.say(0.9, "Scoring MLP channels.")
     choose_channels(context, stack, calibration, chunk_windows=chunk_windows)
     return ScoringResult(
         blocks=num_blocks,
         cosine=[round(value, 6) for value in scores.cosine],
         windows=WindowCounts(**{split: len(part) for split, part in windows.items()}),
+        opening=opening,
     )
+
+
+def read_opening(context: StageContext) -> list[str]:
+    """The special tokens that every window begins with; none in the jobs of versions that did not look for any."""
+    return context.read(StageName.SCORING, SCORES, BlockScores).opening
 
 
 def _windows(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:

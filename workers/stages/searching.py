@@ -38,6 +38,7 @@ from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.search.prefill_engine import PrefillEngine
 from workers.pruning.search.search import Algorithm, SearchResult, search
 from workers.stages.context import StageContext
+from workers.stages.scoring import read_opening
 from workers.stages.search_state import Phase, SearchName, SearchState
 
 ProgressRange = tuple[float, float]
@@ -110,7 +111,8 @@ class Searcher:
         self._context = context
         self._spec = context.spec
         self._stack = stack
-        again = said_again(windows[: context.spec.calibration.copying_windows], self.prompt_tokens)
+        copied = windows[: context.spec.calibration.copying_windows]
+        again = said_again(copied, self.prompt_tokens, opening=len(read_opening(context)))
         self._windows, self._is_copying = interleaved(windows, again)
         self._cosine = cosine
         self._chunk_windows = windows_at_once(stack.model, windows.shape[1])

@@ -26,6 +26,10 @@ class ScoringResult(Result):
         description="For each block the mean cosine of what enters and leaves it: the higher, the more redundant it is."
     )
     windows: WindowCounts
+    opening: list[str] = Field(
+        default_factory=list,
+        description="Special tokens that every window begins with, as the model's tokenizer begins a text.",
+    )
 
 
 class BlockScores(Result):
@@ -34,3 +38,4 @@ class BlockScores(Result):
     cosine: list[float]
     merge_errors: list[tuple[int, int, float]]
     """Removed block, neighbour, and the error at which the neighbour starts to stand for both."""
+    opening: list[str] = Field(default_factory=list)

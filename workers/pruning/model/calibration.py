@@ -6,7 +6,8 @@ import hashlib
 import random
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,28 @@ Split = Literal["train", "calibration", "validation"]
 PART_CHARACTERS = 1 << 20
 LINE_START = re.compile(r"(?<=\n)(?=\S)")
 EXCLUDED_PARTS = {"site-packages", "test", "tests", "lib2to3", "__pycache__"}
+PROBE = "A text."
 
 
 class TooLittleText(ValueError):
     """A text has fewer tokens than the windows that are to be cut of it."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens, by number, that a tokenizer puts before a text and behind it: `<bos>`, or nothing."""
+
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        """Read off a text that is tokenized with them and without."""
+        bare, whole = (tokenizer(PROBE, add_special_tokens=special)["input_ids"] for special in (False, True))
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return cls(tuple(whole[:start]), tuple(whole[start + len(bare) :]))
+        return cls()
 
 
 def stdlib_documents(split: Split) -> Iterator[str]:
@@ -77,25 +96,29 @@ def parts(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int) -> Tensor:
+def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int, opening: Sequence[int] = ()) -> Tensor:
     """`count` windows that do not overlap, (windows, tokens), in the stream's order; the seed chooses which.
 
-    Fewer when the stream holds fewer. Raises: TooLittleText when it does not hold one.
+    Each begins with the tokens of `opening`, which are among its `tokens`. Fewer windows when the stream holds fewer.
+    Raises: TooLittleText when it does not hold one.
     """
-    available = len(stream) // tokens
+    taken = tokens - len(opening)
+    available = len(stream) // taken
     if available == 0:
         raise TooLittleText(f"the text has {len(stream)} tokens, less than one window of {tokens}")
     chosen = sorted(random.Random(seed).sample(range(available), min(count, available)))
-    return stream[: available * tokens].view(available, tokens)[chosen]
+    windows = stream[: available * taken].view(available, taken)[chosen]
+    return torch.cat([torch.tensor(opening, dtype=stream.dtype).expand(len(windows), -1), windows], dim=1)
 
 
-def said_again(windows: Tensor, prompt_tokens: int) -> Tensor:
+def said_again(windows: Tensor, prompt_tokens: int, *, opening: int = 0) -> Tensor:
     """Windows (windows, tokens) whose first `prompt_tokens` are followed by themselves, as often as there is room.
 
-    Whether a model predicts them shows whether it finds again what stands in its prompt.
+    The first `opening` of them are said at the start alone. Whether a model predicts the rest shows whether it finds
+    again what stands in its prompt.
     """
-    positions = torch.arange(windows.shape[1]) % prompt_tokens
-    return windows[:, positions]
+    positions = torch.arange(windows.shape[1])
+    return windows[:, positions.where(positions < opening, opening + (positions - opening) % (prompt_tokens - opening))]
 
 
 def interleaved(text: Tensor, copying: Tensor) -> tuple[Tensor, list[bool]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -152,6 +154,17 @@ def random_ids(batch: int, tokens: int, *, seed: int = 1) -> torch.Tensor:
 @cache
 def reference_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(REFERENCE)
+
+
+def framed_tokenizer(opening: Sequence[int] = (), closing: Sequence[int] = ()) -> PreTrainedTokenizerBase:
+    """The reference model's, but with these tokens before every text and behind it."""
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(REFERENCE)
+    names = {token: tokenizer.convert_ids_to_tokens(token) for token in (*opening, *closing)}
+    template = [*(names[token] for token in opening), "$A", *(names[token] for token in closing)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(name, token) for token, name in names.items()]
+    )
+    return tokenizer
 
 
 def reference_model() -> PreTrainedModel:

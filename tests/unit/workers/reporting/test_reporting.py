@@ -213,6 +213,14 @@ def test_a_card_says_which_runtime_leaves_out_what_blocks_give_up() -> None:
     assert "vLLM with `pdtrim-vllm`" in card
 
 
+def test_a_card_and_the_report_say_what_prompts_begin_with(findings: Findings) -> None:
+    assert "begins a text" not in model_card(PDTRIM, {}) + render(findings, draw_all(findings))
+    assert "begins a text with `<bos>`" in model_card({**PDTRIM, "opening": ["<bos>"]}, {})
+    scores = findings.scores.model_copy(update={"opening": ["<bos>"]})
+    page = Reader(render(replace(findings, scores=scores), draw_all(findings)))
+    assert "Every window begins with <bos>, as the model's tokenizer begins a text." in page.text
+
+
 @pytest.mark.parametrize("text", ["", "---\nlicense: [\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n- license\n---\n"])
 def test_a_card_that_tells_no_licence_passes_none_on(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)

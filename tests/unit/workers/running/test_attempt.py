@@ -48,7 +48,7 @@ from tests.found import RESULTS
 from tests.running import run_stage
 from tests.stored_jobs import store_job
 from tests.tiny_job import tiny_spec, write_tiny_model
-from tests.unit.workers.pruning.models import loaded_whole
+from tests.unit.workers.pruning.models import framed_tokenizer, loaded_whole
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.width import channel_scores, kept_channels
 from workers.pruning.search.perplexity_bound import PerplexityBound
@@ -980,6 +980,38 @@ def test_weights_of_another_model_fail_the_job_before_anything_is_measured(worke
     error = job_error(worker, job_id)
     assert error["code"] == "source_unreadable"
     assert "of the model's tensors, first transformer.h.0" in error["message"]
+
+
+def test_windows_of_a_job_begin_as_the_models_tokenizer_begins_a_text(
+    worker: Worker, model: Path, tmp_path: Path
+) -> None:
+    begin = 5
+    framed_tokenizer((begin,), (6,)).save_pretrained(model)
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id)
+
+    windows = load(content(worker, job_id, StageName.SCORING, "windows.safetensors"))
+    for part in windows.values():
+        assert (part[:, 0] == begin).all()
+        assert (part[:, 1:] != begin).all()
+        assert (part != 6).all()
+    scored = stage_row(worker, job_id, StageName.SCORING).metrics
+    assert scored is not None
+    (said,) = scored["opening"]
+    assert json.loads(content(worker, job_id, StageName.EXPORT, "decode/pdtrim.json"))["opening"] == [said]
+    assert f"begins a text with `{said}`" in content(worker, job_id, StageName.EVALUATION, "decode/README.md").decode()
+    validation = windows["validation"]
+    dense = loaded_whole(model)
+
+    def loss(windows: torch.Tensor) -> float:
+        with torch.no_grad():
+            logits = dense(input_ids=windows).logits[:, 15:-1]
+        return float(F.cross_entropy(logits.flatten(0, 1), windows[:, 16:].flatten()))
+
+    copying = torch.cat([validation[:, :16], validation[:, 1:16], validation[:, 1:2]], dim=1)
+    measured = json.loads(content(worker, job_id, StageName.EVALUATION, "report.json"))["pair"]
+    assert measured["dense_loss"] == pytest.approx(loss(validation), abs=1e-4)
+    assert measured["copying"]["dense"] == pytest.approx(loss(copying), abs=1e-4)
 
 
 def test_text_from_the_standard_library_needs_no_source(worker: Worker, model: Path) -> None:

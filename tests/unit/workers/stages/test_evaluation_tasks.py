@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from pdtrim.contract.errors import ExtraNotInstalled, InvalidRequest, SourceUnreadable
 from pdtrim.contract.evaluation_tasks import InlineTask
 from tests.tiny_job import write_tiny_model
+from tests.unit.workers.pruning.models import framed_tokenizer
 from workers.inputs.models import load_model, load_tokenizer
 from workers.stages import evaluation_tasks as stage
 from workers.stages.evaluation_tasks import check_tasks, load_tasks, measure_tasks
@@ -43,12 +44,19 @@ def test_without_tasks_the_harness_is_not_needed(monkeypatch: pytest.MonkeyPatch
 
 
 @harness
-def test_the_harness_finds_the_choice_that_the_model_finds_likeliest(tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path / "tiny")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+@pytest.mark.parametrize(("opening", "closing"), [((), ()), ((5,), ()), ((5,), (6,))])
+def test_the_harness_finds_the_choice_that_the_model_finds_likeliest(
+    opening: tuple[int, ...], closing: tuple[int, ...], tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(write_tiny_model(tmp_path / "tiny")), framed_tokenizer(opening)
     calls: list[None] = []
     found = measure_tasks(
-        model, tokenizer, load_tasks([TASK]), limit=None, seed=0, on_forward=lambda: calls.append(None)
+        model,
+        framed_tokenizer(opening, closing),
+        load_tasks([TASK]),
+        limit=None,
+        seed=0,
+        on_forward=lambda: calls.append(None),
     )
 
     def log_likelihood(text: str, choice: str) -> float:

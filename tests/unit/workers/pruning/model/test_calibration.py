@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.unit.workers.pruning.models import reference_tokenizer
+from tests.unit.workers.pruning.models import framed_tokenizer, reference_tokenizer
 from workers.pruning.model import calibration
 from workers.pruning.model.calibration import (
+    Frame,
     cut_windows,
     interleaved,
     said_again,
@@ -47,6 +48,19 @@ def test_a_prompt_is_said_again_for_as_long_as_there_is_room() -> None:
     assert said_again(windows, 3).tolist() == [[0, 1, 2, 0, 1, 2, 0], [7, 8, 9, 7, 8, 9, 7]]
 
 
+def test_what_a_text_begins_with_is_not_said_again() -> None:
+    windows = torch.arange(14).view(2, 7)
+    assert said_again(windows, 4, opening=1).tolist() == [[0, 1, 2, 3, 1, 2, 3], [7, 8, 9, 10, 8, 9, 10]]
+    assert said_again(windows, 3, opening=2).tolist() == [[0, 1, 2, 2, 2, 2, 2], [7, 8, 9, 9, 9, 9, 9]]
+
+
+@pytest.mark.parametrize(("opening", "closing"), [((), ()), ((7,), ()), ((7, 9), ()), ((), (0,)), ((7,), (0,))])
+def test_what_stands_around_a_text_is_read_off_the_tokenizer(
+    opening: tuple[int, ...], closing: tuple[int, ...]
+) -> None:
+    assert Frame.of(framed_tokenizer(opening, closing)) == Frame(opening, closing)
+
+
 @pytest.mark.parametrize(
     ("copying", "order"),
     [
@@ -69,6 +83,12 @@ def test_windows_do_not_overlap_and_follow_from_the_seed() -> None:
     assert len(set(windows.flatten().tolist())) == 50
     assert torch.equal(windows, cut_windows(stream, count=5, tokens=10, seed=4))
     assert not torch.equal(windows, cut_windows(stream, count=5, tokens=10, seed=5))
+
+
+def test_every_window_begins_as_a_text_does_and_is_no_longer_for_it() -> None:
+    windows = cut_windows(torch.arange(100, 125), count=9, tokens=10, seed=0, opening=(7, 9))
+    assert windows[:, :2].tolist() == [[7, 9]] * 3
+    assert windows[:, 2:].flatten().tolist() == list(range(100, 124))
 
 
 def test_a_short_stream_gives_the_windows_it_has() -> None:
