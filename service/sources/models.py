@@ -28,7 +28,16 @@ from service.sources.names import (
 )
 from service.sources.numbers import TensorBounds, check_numbers
 from service.sources.quantisation import check_names, check_types
-from service.sources.weights import check_weights, headers_size, indexed_names, read_json, weight_names
+from service.sources.safetensors_header import TensorInfo
+from service.sources.tokenizers import check_tokenizer
+from service.sources.weights import (
+    check_weights,
+    headers_size,
+    indexed_names,
+    read_json,
+    single_header,
+    weight_names,
+)
 from service.stopping import Check, go_on
 from service.storage import S3Options
 
@@ -38,7 +47,7 @@ MAX_FILES = 5_000
 SMALL_FILES = re.compile(r"README\.md|[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*")
 CHEAP_HEADER_BYTES = 4 << 20
-"""Headers of a local model that are checked before a job is accepted; longer ones are the worker's to check."""
+"""Headers that are checked before a job is accepted; longer ones are the worker's to check."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,14 @@ def describe_model(
     permit: Permit = anywhere,
     **s3: Unpack[S3Options],
 ) -> ModelDescription:
-    """What a model's `config.json` and file names tell; no weights are read, of a local model their headers if short.
+    """What a model's `config.json` and file names tell; no weights are read, but their headers where that is cheap.
+
+    It is for a local model, and elsewhere for one that is a single file, unless they are long.
 
     `permit` is asked of where each file of a local model lies.
 
-    Raises: SourceError for a model that is not there, has no safetensors weights or more than `max_bytes` in all;
-    StoreUnavailable.
+    Raises: SourceError for a model that is not there, has no safetensors weights, no tokenizer or more than `max_bytes`
+    in all; StoreUnavailable.
     """
     if source == str(Reference()) and revision is None:
         return _describe_reference(max_bytes)
@@ -86,19 +97,29 @@ def _describe(files: FolderFiles | BucketFiles | HubFiles, max_bytes: int | None
     config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
     _check_size(files, _needed(files, weights), max_bytes)
     sizes = {name: files.size(name) for name in weights}
-    if isinstance(files, FolderFiles) and headers_size(files) <= CHEAP_HEADER_BYTES:
-        held = _bounds(files, config)
+    if (tensors := _cheap_headers(files)) is not None:
+        held = _bounds(files, config, tensors)
     else:
         names = indexed_names(files)
         check_names(files, files.names(), config, names)
         held = TensorBounds.in_index(names, sum(sizes.values()))
     check_numbers(config, held, f"{CONFIG} of {files}")
+    check_tokenizer(files)
     return ModelDescription(config, files.commit if isinstance(files, HubFiles) else None, sizes)
 
 
-def _bounds(files: FolderFiles, config: Mapping[str, Any]) -> TensorBounds:
-    """By the headers of all weight files in a folder, which are no quantised ones. Raises: UnreadableSource."""
-    tensors = check_weights(files)
+def _cheap_headers(files: FolderFiles | BucketFiles | HubFiles) -> Mapping[str, TensorInfo] | None:
+    """Every tensor by the headers, of a folder or of the one weight file elsewhere; None where they are too long.
+
+    Raises: UnreadableSource, StoreUnavailable.
+    """
+    if isinstance(files, FolderFiles):
+        return check_weights(files) if headers_size(files) <= CHEAP_HEADER_BYTES else None
+    return single_header(files, CHEAP_HEADER_BYTES)
+
+
+def _bounds(files: ModelFiles, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> TensorBounds:
+    """By a model's tensors, which are no quantised ones. Raises: UnreadableSource."""
     check_names(files, files.names(), config, tensors)
     check_types(files, tensors)
     return TensorBounds.in_headers(tensors)
@@ -140,7 +161,7 @@ def fetch_model(
         files = FolderFiles(parse_model_source(source), target)
     # Of what came, which need not be what was there before.
     config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
-    check_numbers(config, _bounds(files, config), f"{CONFIG} of {files}")
+    check_numbers(config, _bounds(files, config, check_weights(files)), f"{CONFIG} of {files}")
     return files.folder
 
 
@@ -160,7 +181,7 @@ def hold_model(
     held = HeldFiles(files, needed, small, target, opened)
     weight_names(held)
     config = read_json(held, CONFIG, MAX_CONFIG_BYTES)
-    check_numbers(config, _bounds(held, config), f"{CONFIG} of {files}")
+    check_numbers(config, _bounds(held, config, check_weights(held)), f"{CONFIG} of {files}")
     return target
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from service.sources.errors import UnreadableSource
 from service.sources.files import FolderFiles, ModelFiles
-from service.sources.safetensors_header import InvalidHeader, TensorInfo, header_bytes, read_header
+from service.sources.safetensors_header import LENGTH_BYTES, InvalidHeader, TensorInfo, header_bytes, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -86,12 +86,27 @@ def check_weights(files: FolderFiles) -> dict[str, TensorInfo]:
     return {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
 
 
+def single_header(files: ModelFiles, most: int) -> dict[str, TensorInfo] | None:
+    """Every tensor of a model that is a single file; None where it is several, or has a header of over `most` bytes.
+
+    Raises: UnreadableSource.
+    """
+    if SINGLE not in files.names():
+        return None
+    size = files.size(SINGLE)
+    try:
+        length = LENGTH_BYTES + header_bytes(io.BytesIO(files.read(SINGLE, LENGTH_BYTES)), size)
+        return None if length > most else read_header(io.BytesIO(files.read(SINGLE, length)), size)
+    except InvalidHeader as error:
+        raise UnreadableSource(f"{SINGLE} of {files} is no safetensors file: {error}. {REMEDY}.") from error
+
+
 def headers_size(files: FolderFiles) -> int:
     """Bytes of all headers of the weight files in a folder. Raises: UnreadableSource."""
     total = 0
     for shard in weight_names(files):
         try:
-            total += header_bytes(io.BytesIO(files.read(shard, 8)), files.size(shard))
+            total += header_bytes(io.BytesIO(files.read(shard, LENGTH_BYTES)), files.size(shard))
         except InvalidHeader as error:
             raise UnreadableSource(f"{shard} of {files} is no safetensors file: {error}. {REMEDY}.") from error
     return total

@@ -19,6 +19,7 @@ from service.sources import (
     describe_model,
     download,
     fetch_model,
+    models,
     resolve_revision,
 )
 from service.storage import StoreUnavailable
@@ -34,7 +35,7 @@ MODEL = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"pickle",
-    "tokenizer.json": b"{}",
+    "tokenizer.json": b'{"model": {}}',
     "chat_template.jinja": b"{{ x }}",
     "onnx/config.json": b"{}",
     "README.md": b"#",
@@ -70,7 +71,40 @@ def test_a_model_is_described_at_one_commit_without_its_weights(hub: Hub) -> Non
 
     assert described.config == {"model_type": "llama"}
     assert (described.revision, described.weights) == (COMMIT, {"model.safetensors": len(WEIGHTS)})
-    assert [name for name, _ in hub.downloads] == ["config.json"]
+    # Of the weights only the header, whose length stands in the first eight bytes.
+    header = 7 + int.from_bytes(WEIGHTS[:8], "little")
+    assert [asked for asked in hub.downloads if asked[0] == "model.safetensors"] == [
+        ("model.safetensors", "bytes=0-7"),
+        ("model.safetensors", f"bytes=0-{header}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model.safetensors": safetensors_file("a.weight_scale")}, "has the tensor 'a.weight_scale': its weights are"),
+        ({"model.safetensors": WEIGHTS[:-1]}, "model.safetensors of .* is no safetensors file"),
+        ({"tokenizer.json": b"{}"}, "tokenizer.json of .* describes no tokenizer"),
+    ],
+)
+def test_what_a_header_or_a_tokenizer_tells_is_told_at_submission(
+    hub: Hub, changes: dict[str, bytes], complaint: str
+) -> None:
+    hub.files |= changes
+    with pytest.raises(UnreadableSource, match=complaint):
+        describe_model(SOURCE)
+
+
+def test_a_model_without_a_tokenizer_is_refused(hub: Hub) -> None:
+    del hub.files["tokenizer.json"]
+    with pytest.raises(UnreadableSource, match=f"hf://{REPOSITORY} at {COMMIT} has no tokenizer"):
+        describe_model(SOURCE)
+
+
+def test_a_header_that_is_too_long_is_left_to_the_worker(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "CHEAP_HEADER_BYTES", 10)
+    hub.files["model.safetensors"] = safetensors_file("a.weight_scale")
+    assert describe_model(SOURCE).weight_bytes == len(hub.files["model.safetensors"])
 
 
 def test_a_model_is_fetched_without_pickles(hub: Hub, tmp_path: Path) -> None:

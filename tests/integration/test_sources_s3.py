@@ -30,7 +30,7 @@ MODEL = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"pickle",
-    "tokenizer.json": b"{}",
+    "tokenizer.json": b'{"model": {}}',
     "additional_chat_templates/tools.jinja": b"{{ x }}",
     "onnx/config.json": b"{}",
     "README.md": b"#",
@@ -57,6 +57,22 @@ def test_a_model_is_described_without_its_weights(s3: S3Server, s3_url: str, sto
 
     assert described.config == {"model_type": "llama"}
     assert described.weights == {"model.safetensors": len(WEIGHTS)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("model.safetensors", safetensors_file("a.weight_scale"), "has the tensor 'a.weight_scale': its weights are"),
+        ("model.safetensors", WEIGHTS[:-1], "model.safetensors of s3://.* is no safetensors file"),
+        ("tokenizer.json", b"[]", "tokenizer.json of s3://.* is not a JSON object"),
+    ],
+)
+def test_what_a_header_or_a_tokenizer_tells_is_told_at_submission(
+    s3: S3Server, s3_url: str, store: ArtifactStore, name: str, content: bytes, complaint: str
+) -> None:
+    store.put_bytes(name, content)
+    with pytest.raises(UnreadableSource, match=complaint):
+        describe_model(s3_url, **s3.options)
 
 
 def test_a_model_is_fetched_without_pickles(s3: S3Server, s3_url: str, store: ArtifactStore, tmp_path: Path) -> None:

@@ -381,6 +381,15 @@ def test_a_model_without_safetensors_is_refused(gateway: Gateway, model: Path) -
     assert "pickle" in refusal(gateway, "source_unreadable")["detail"]
 
 
+def test_a_model_without_a_tokenizer_is_refused(gateway: Gateway, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+    body = refusal(gateway, "source_unreadable")
+
+    assert body["param"] == "model.source"
+    assert "has no tokenizer: neither tokenizer.json nor tokenizer.model" in body["detail"]
+
+
 def test_a_model_whose_weights_are_no_safetensors_is_refused(gateway: Gateway, model: Path) -> None:
     (model / "model.safetensors").write_bytes(safetensors_file("a")[:-1])
 

@@ -31,6 +31,7 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text('{"model": {}}')
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     return folder
 
@@ -131,11 +132,11 @@ def test_a_model_with_an_adapter_is_refused(model: Path) -> None:
 
 def test_a_model_may_be_as_large_as_the_operator_says(model: Path) -> None:
     (model / "notes.txt").write_bytes(bytes(100))
-    total = len(WEIGHTS) + 100 + (model / "config.json").stat().st_size
+    total = sum(path.stat().st_size for path in model.iterdir())
 
     assert describe_model(model.as_uri(), max_bytes=total).weight_bytes == len(WEIGHTS)
     for refused in (describe_model, lambda source, **most: fetch_model(source, None, Path("unused"), **most)):
-        with pytest.raises(TooLargeSource, match=rf"has {total} bytes in 3 files; .* at most {total - 1}") as caught:
+        with pytest.raises(TooLargeSource, match=rf"has {total} bytes in 4 files; .* at most {total - 1}") as caught:
             refused(model.as_uri(), max_bytes=total - 1)
     assert (caught.value.code, caught.value.status) == ("model_too_large", 422)
 

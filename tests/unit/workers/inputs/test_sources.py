@@ -17,6 +17,8 @@ from service.sources import ForbiddenSource, TooLargeSource, UnreadableSource
 from tests.gateway import write_model
 from workers.inputs.sources import model_folder, text_documents
 
+FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -41,10 +43,10 @@ def fetched(model: Path, **changes: int) -> set[str]:
 
 
 def test_a_model_is_checked_once_more_before_a_stage_reads_it(model: Path, tmp_path: Path) -> None:
-    assert fetched(model) == {"config.json", "model.safetensors"}
+    assert fetched(model) == FILES
 
     (model / "LICENSE").symlink_to(tmp_path)
-    assert fetched(model) == {"config.json", "model.safetensors"}  # No file, so nothing is read of it.
+    assert fetched(model) == FILES  # No file, so nothing is read of it.
     (tmp_path / "secret").write_text("secret")
     (model / "NOTICE").symlink_to(tmp_path / "secret")
     with pytest.raises(ForbiddenSource):
@@ -84,12 +86,12 @@ def test_folders_pipes_and_sockets_are_left_out(model: Path, monkeypatch: pytest
     (model / "LICENSES").mkdir()
     (model / "LICENSES" / "MIT").write_text("MIT")
     os.mkfifo(model / "NOTICE")
-    os.mkfifo(model / "tokenizer.json")
+    os.mkfifo(model / "generation_config.json")
     with socket.socket(socket.AF_UNIX) as listener:
         monkeypatch.chdir(model)  # A socket's path is short.
         listener.bind("LICENSE.sock")
 
-        assert fetched(model) == {"config.json", "model.safetensors"}
+        assert fetched(model) == FILES
 
 
 def test_links_to_what_is_allowed_are_followed(model: Path) -> None:
