@@ -6,8 +6,8 @@
 Every row is a job of its own, all its stages up to the export: greedy search, healing of all weights. Pairs are
 measured from their exported checkpoints by plain transformers, on text that no stage of a job has seen: continuations
 of 128 tokens after prompts of 64, 256 and 1,024, spans copied from the prompt, a needle, lookups in a list. For a GPU:
-hours on two cores of a CPU. Rows are written as they end, to rows.jsonl, so that a run that is cut off leaves what it
-has; with --table alone, the tables are made of such a file.
+hours on two cores of a CPU. Rows are written as they end, to rows.jsonl; a run that was cut off goes on with those that
+are not there, and with --table the tables are made of those that are.
 """
 
 from __future__ import annotations
@@ -333,17 +333,25 @@ def main() -> None:
     print("\n".join(tables(written(rows_file))))
 
 
+def _key(table: str, label: str, copying: float, seed: int, **others: Any) -> tuple[str, str, float, int]:
+    """What tells a row from all others."""
+    return table, label, copying, seed
+
+
 def run(args: argparse.Namespace, rows_file: Path) -> None:
-    """Run every row's job, so many at a time, and append the rows to a file."""
+    """Run the job of every row that the file does not have yet, so many at a time, and append the row."""
     until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
     given = subject(args.model, args.text, args.questions, args.batch)
     rows = [*by_depth(args.counts, args.decode_alone), *by_peers(args.counts, args.shares)]
     rows += by_cost(given.costs, args.shares)
     rows += by_calibration(args.counts[len(args.counts) // 2 - 1], [8, 64], range(3))
+    if not rows_file.exists():
+        rows_file.write_text(json.dumps(dense_row(given)) + "\n")
+    done_before = {_key(**row) for row in written(rows_file)[1:]}
+    rows = [row for row in rows if _key(row.table, row.label, row.copying, row.seed) not in done_before]
     pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
-    with rows_file.open("w") as file:
-        print(json.dumps(dense_row(given)), file=file, flush=True)
+    with rows_file.open("a") as file:
         running = {pool.submit(measured, row, args): row for row in rows}
         try:
             for done in as_completed(running, timeout=max(until - time.monotonic(), 0)):
