@@ -56,10 +56,8 @@ def evopress(stack: BlockStack, windows: Tensor, remove: float) -> Given:
     engine = WholeEngine(stack, windows, "kl", chunk_windows=CHUNK_WINDOWS)
 
     def fittest(sets: Sequence[Units], survivors: int, used: int) -> list[Units]:
-        chosen = (
-            range(engine.windows)[:used] if used == engine.windows else sorted(rng.sample(range(engine.windows), used))
-        )
-        losses = engine.window_losses(sets, chosen)
+        first = rng.randrange(engine.windows - used + 1)
+        losses = engine.window_losses(sets, range(first, first + used))
         return sorted(sets, key=lambda units: (sum(losses[units]), sorted(units)))[:survivors]
 
     few = max(engine.windows // 2, 1)
