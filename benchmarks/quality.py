@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 import traceback
@@ -206,6 +207,8 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         / "jobs"
         / "".join(c if c.isalnum() else "-" for c in f"{row.table} {row.label} {row.copying} {row.seed}")
     )
+    # What a run that was cut off left would be taken for this one's.
+    shutil.rmtree(folder, ignore_errors=True)
     job = WholeJob(spec, args.model, given.documents, folder)
     try:
         job.run((StageName.SCORING, StageName.REMOVAL))
@@ -293,7 +296,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"\n{table}\n\n| gives up | copying windows | left of FLOPs, weights, KV | | {' | '.join(names)} |"
         yield "|---" * (4 + len(names)) + "|"
         yield f"| nothing | | | | {' | '.join(own)} |"
-        for row in (row for row in rows if row["table"] == table):
+        for row in sorted((row for row in rows if row["table"] == table), key=_by_name_and_count):
             left = ", ".join(f"{row['left'][cost]:.0%}" for cost in COSTS)
             for when in ("unhealed", "healed"):
                 cells = [
@@ -303,6 +306,10 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                     for n in names
                 ]
                 yield f"| {row['label']} | {row['copying']:.0%} | {left} | {when} | {' | '.join(cells)} |"
+
+
+def _by_name_and_count(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return re.sub(r"\d+", "", row["label"]), [int(n) for n in re.findall(r"\d+", row["label"])], -row["copying"]
 
 
 def written(file: Path) -> list[dict[str, Any]]:

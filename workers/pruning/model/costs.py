@@ -60,11 +60,11 @@ SavedByKind = dict[Kind, int]
 
 def _flops(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, SavedByKind]:
     block = stack.blocks[number]
-    with _counting() as whole:
+    with counting() as whole:
         after, kept = _run(stack, number, h, kwargs)
     saved: SavedByKind = {"block": whole.get_total_flops()}
     for half in ("attention", "mlp"):
-        with _counting() as without:
+        with counting() as without:
             run_without(block, half, h, kwargs)
         saved[half] = saved["block"] - without.get_total_flops()
     # A product with the hidden state for every number that is kept.
@@ -96,10 +96,16 @@ def _run(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str, Any]) -
     return after, (held.keys, held.values)
 
 
-def _counting() -> FlopCounterMode:
-    # The counter knows the attention of GPUs alone.
-    of_cpus = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    return FlopCounterMode(display=False, custom_mapping=of_cpus)
+def counting() -> FlopCounterMode:
+    """A context that counts the operations of what runs in it."""
+    # The counter knows the attention of GPUs alone, and that only with as many heads of keys as of queries.
+    attention = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+        torch.ops.aten._scaled_dot_product_cudnn_attention,
+    )
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(attention, _attention_flops))
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from tests.unit.workers.pruning.models import reference_model
 from workers.pruning.model.blocks import block_stack
-from workers.pruning.model.costs import Cost, costs_of
+from workers.pruning.model.costs import Cost, costs_of, counting
 from workers.pruning.model.units import Unit
 
 TOKENS = 24
@@ -59,3 +59,20 @@ def test_weight_bytes_are_those_of_all_parameters() -> None:
 def test_a_model_without_units_costs_all_of_it(cost: Cost) -> None:
     costs = costs_of(block_stack(reference_model()), cost, torch.ones((1, 4), dtype=torch.long))
     assert costs.share([]) == 1.0
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_cudnn_attention,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+    ],
+    ids=str,
+)
+def test_attention_of_gpus_counts_with_fewer_heads_of_keys_than_of_queries(attention: Any) -> None:
+    query, key = torch.empty((1, 8, TOKENS, 16), device="meta"), torch.empty((1, 2, TOKENS, 16), device="meta")
+    extra = () if attention is torch.ops.aten._scaled_dot_product_flash_attention else (None, False)
+    with counting() as counter:
+        attention(query, key, key, *extra)
+    assert counter.get_total_flops() == 4 * 8 * TOKENS * TOKENS * 16
