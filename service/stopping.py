@@ -46,27 +46,36 @@ def reasons() -> Iterator[None]:
         raise stop.reason from None
 
 
+def begun(call: Callable[[], Answer], name: str) -> Future[Answer]:
+    """What `call` will return or raise. It runs in a thread of its own, in the context of log lines and traces.
+
+    It cannot be cancelled, but it may be left behind: the thread ends with the process. Python waits for the threads of
+    a pool before it ends, however long a server says nothing.
+    """
+    answer: Future[Answer] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # noqa: BLE001  (the border of the thread: whoever waits gets it)
+            answer.set_exception(error)
+
+    Thread(target=copy_context().run, args=(run,), name=name, daemon=True).start()
+    return answer
+
+
 def interruptible(check: Check, call: Callable[[], Answer]) -> Answer:
     """What `call` returns or raises. It runs in a thread of its own, so that what `check` raises is raised at once.
 
     The call is then left behind; it should ask `check` too, and come to an end soon.
     """
     check()
-    done: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:  # noqa: BLE001  (the border of the thread: whoever waits gets it)
-            done.set_exception(error)
-
-    # A daemon, so that a server that says nothing keeps no process from ending; in the context of log lines and traces.
-    thread = Thread(target=copy_context().run, args=(run,), name="interruptible", daemon=True)
-    thread.start()
+    answer = begun(call, "interruptible")
     try:
-        while not wait({done}, timeout=POLL_S).done:
+        while not wait({answer}, timeout=POLL_S).done:
             check()
     except BaseException:
-        thread.join(ENDING_S)
+        wait({answer}, timeout=ENDING_S)
         raise
-    return done.result()
+    return answer.result()

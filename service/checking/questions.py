@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Thread
 from typing import TypeVar
 
 from pdtrim.contract.errors import DependencyUnavailable
@@ -20,6 +18,7 @@ from pdtrim.contract.spec import JobSpec
 from service.checking import preflight
 from service.settings import Settings
 from service.sources import ModelDescription
+from service.stopping import begun
 
 ASKED_SECONDS = 12.0
 """How long a request waits for its answer; sources have given up by then."""
@@ -49,7 +48,7 @@ class Room:
         try:
             async with asyncio.timeout(self._seconds) as limit:
                 await self._free.acquire()
-                return await self._answer(question)
+                return await self._begun(question)
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -60,31 +59,15 @@ class Room:
         finally:
             self._asked -= 1
 
-    def _answer(self, question: Callable[[], Answer]) -> asyncio.Future[Answer]:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Answer] = loop.create_future()
+    def _begun(self, question: Callable[[], Answer]) -> asyncio.Future[Answer]:
+        loop, answer = asyncio.get_running_loop(), begun(question, "question")
 
-        def settle(returned: Answer | None, raised: BaseException | None) -> None:
-            self._free.release()
-            if answer.done():  # Nobody waits any more.
-                return
-            if raised is not None:
-                answer.set_exception(raised)
-            else:
-                answer.set_result(returned)  # type: ignore[arg-type]
-
-        def run() -> None:
-            returned, raised = None, None
-            try:
-                returned = question()
-            except BaseException as error:  # noqa: BLE001  (the border of the thread: whoever waits gets it)
-                raised = error
+        def release(answered: object) -> None:
             with suppress(RuntimeError):  # The gateway has stopped.
-                loop.call_soon_threadsafe(settle, returned, raised)
+                loop.call_soon_threadsafe(self._free.release)
 
-        # No pool: Python waits for those of a pool before it ends, however long they take.
-        Thread(target=partial(copy_context().run, run), name="question", daemon=True).start()
-        return answer
+        answer.add_done_callback(release)
+        return asyncio.wrap_future(answer)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from threading import Lock, Thread
+from functools import partial
+from threading import Lock
+
+from service.stopping import begun
 
 LOOKUP_SECONDS = 3.0
 AT_ONCE = 64
@@ -39,43 +41,23 @@ class Lookups:
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
         """What `find` finds. Raises: OSError, also when that takes too long, or too many names do."""
-        loop = asyncio.get_running_loop()
-        answered = asyncio.Event()
-
-        def answer(found: Future[Sequence[str]]) -> None:
-            with suppress(RuntimeError):  # The loop is closed, and nobody waits any more.
-                loop.call_soon_threadsafe(answered.set)
-
-        found = self._begun(host, port)
-        found.add_done_callback(answer)
         try:
-            async with asyncio.timeout(self._seconds):
-                await answered.wait()
+            async with asyncio.timeout(self._seconds) as limit:
+                return await asyncio.wrap_future(self._begun(host, port))
         except TimeoutError as error:
+            if not limit.expired():
+                raise
             raise OSError(f"{host} was not found within {self._seconds:g} s") from error
-        return found.result()
 
     def _begun(self, host: str, port: int) -> Future[Sequence[str]]:
-        key, found = (host, port), Future[Sequence[str]]()
+        key = (host, port)
         with self._changing:
             if (under_way := self._under_way.get(key)) is not None:
                 return under_way
             if len(self._under_way) >= self._most:
                 raise OSError(f"{host} is not looked up: {self._most} names are, and no answer comes")
-            self._under_way[key] = found
-
-        def run() -> None:
-            try:
-                addresses = self._find(host, port)
-            except BaseException as error:  # noqa: BLE001  (the border of the thread: whoever waits gets it)
-                self._end(key)
-                found.set_exception(error)
-            else:
-                self._end(key)
-                found.set_result(addresses)
-
-        # No pool: Python waits for those of a pool before it ends, however long they take.
-        Thread(target=run, name="lookup", daemon=True).start()
+            found = self._under_way[key] = begun(partial(self._find, host, port), "lookup")
+        found.add_done_callback(lambda _: self._end(key))
         return found
 
     def _end(self, key: tuple[str, int]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import time
 from threading import Event, current_thread
 
@@ -21,6 +22,24 @@ def test_what_a_call_returns_or_raises_comes_out() -> None:
     assert interruptible(go_on, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         interruptible(go_on, lambda: 1 // 0)
+
+
+def test_a_call_that_nobody_waits_for_any_more_goes_on_in_a_thread_that_ends_with_the_process() -> None:
+    going_on = Event()
+
+    def call() -> tuple[str, bool]:
+        going_on.wait(60)
+        return current_thread().name, current_thread().daemon
+
+    async def leave() -> None:
+        async with asyncio.timeout(0.05):
+            await asyncio.wrap_future(answer)
+
+    answer = stopping.begun(call, "a question")
+    with pytest.raises(TimeoutError):
+        asyncio.run(leave())
+    going_on.set()
+    assert answer.result(60) == ("a question", True)
 
 
 def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
