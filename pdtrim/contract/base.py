@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 NO_NUL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
 """What JSON Schema can say of `storable`."""
@@ -15,6 +16,17 @@ def storable(value: str) -> str:
     if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError("text may contain neither NUL nor lone surrogates, which PostgreSQL and UTF-8 cannot store")
     return value
+
+
+class WrittenAsItIs:
+    """Annotates a type whose valid values are written without a look at what they might be otherwise.
+
+    Members of a union are tried one after the other, each failure an exception that is made and thrown away; of ten
+    thousand questions that is a good part of the time in which a process does nothing else.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return {**handler(source), "serialization": core_schema.simple_ser_schema("any")}
 
 
 class SpecModel(BaseModel):

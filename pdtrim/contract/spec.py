@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pdtrim.contract.base import NO_NUL, SpecModel, storable
+from pdtrim.contract.base import NO_NUL, SpecModel, WrittenAsItIs, storable
 from pdtrim.contract.evaluation_tasks import InlineTask, parse_tasks
 from pdtrim.contract.queues import Priority, QueueName
 
@@ -455,7 +455,9 @@ class EvaluationSpec(SpecModel):
     speed_tokens: int = Field(default=64, ge=1, le=4096, description="Tokens generated when decode speed is timed.")
     speed_repeats: int = Field(default=5, ge=1, le=100, description="Timed repeats after one warm-up; medians count.")
     tasks: Annotated[
-        tuple[str | InlineTask, ...], BeforeValidator(parse_tasks, json_schema_input_type=list[str | InlineTask])
+        tuple[str | InlineTask, ...],
+        WrittenAsItIs(),
+        BeforeValidator(parse_tasks, json_schema_input_type=list[str | InlineTask]),
     ] = Field(
         default=(),
         description="Tasks of lm-evaluation-harness on which the dense model and every checkpoint are measured: names "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -71,11 +71,11 @@ def fingerprint(body: BaseModel, cut_from: str | None = None) -> str:
 
 @asynccontextmanager
 async def claimed(
-    database: Database, project: str, key: str | None, said: str
+    database: Database, project: str, key: str | None, said: Callable[[], str]
 ) -> AsyncIterator[KeyClaim | Answered | None]:
     """The right to create a job under `key`, or the answer given before; None without a key.
 
-    `said` is the body's fingerprint. A block that raises, or is dropped, frees the key.
+    `said` gives the body's fingerprint, which takes a while. A block that raises, or is dropped, frees the key.
 
     Raises: IdempotencyKeyReused, RequestInFlight.
     """
@@ -92,9 +92,10 @@ async def claimed(
         raise
 
 
-def _claim(database: Database, project: str, key: str, said: str) -> KeyClaim | Answered:
+def _claim(database: Database, project: str, key: str, said: Callable[[], str]) -> KeyClaim | Answered:
+    found = said()
     with transaction(database) as session:
-        return idempotency.claim(session, project, key, said)
+        return idempotency.claim(session, project, key, found)
 
 
 def _release(database: Database, claim: KeyClaim) -> None:

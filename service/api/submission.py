@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Response
@@ -98,7 +99,7 @@ class Submission:
 
         Raises: what `prepare` raises; IdempotencyKeyReused, RequestInFlight; QueueQuotaExceeded, ArtifactQuotaExceeded.
         """
-        said = fingerprint(body, cut_from)
+        said = partial(fingerprint, body, cut_from)
         async with claimed(self.database, self.project, self.idempotency_key, said) as found:
             if isinstance(found, Answered):
                 self.response.headers.update({"Location": f"/v1/jobs/{found.job_id}", REPLAYED: "true"})

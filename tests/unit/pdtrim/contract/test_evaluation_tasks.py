@@ -73,6 +73,17 @@ def test_a_stored_job_has_its_tasks_back() -> None:
     assert JobSpec.model_validate(json.loads(made.model_dump_json())) == made
 
 
+def test_tasks_are_written_as_they_are_whatever_may_stand_in_a_column() -> None:
+    docs = [{"q": "é", "c": ["x", "y"], "n": 1, "f": 1.5, "t": True}]
+    given = {"task": "a", "docs": docs, "doc_to_text": "q", "doc_to_choice": "c", "doc_to_target": "n"}
+    made = spec("arc_easy", given)
+
+    written = made.model_dump(mode="json", exclude_unset=True)["evaluation"]["tasks"]
+    assert written == json.loads(made.model_dump_json(exclude_unset=True))["evaluation"]["tasks"]
+    assert written == ["arc_easy", given]
+    assert [type(value) for value in written[1]["docs"][0].values()] == [str, list, int, float, bool]
+
+
 def test_questions_are_filled_from_their_columns() -> None:
     assert [tuple(question) for question in inline(TASK).questions()] == [
         ("Q: 1 + 1 =", ["2", "3"], 0),
