@@ -18,6 +18,15 @@ def storable(value: str) -> str:
     return value
 
 
+def named_freely(schema: dict[str, Any]) -> None:
+    """Say of an object whose names have a pattern what pydantic says by `patternProperties`, so that it is understood.
+
+    Generators of clients know no patterns of names: they take the object for one without properties, and send it empty.
+    """
+    ((pattern, value),) = schema.pop("patternProperties").items()
+    schema |= {"propertyNames": {"pattern": pattern}, "additionalProperties": value}
+
+
 class WrittenAsItIs:
     """Annotates a type whose valid values are written without a look at what they might be otherwise.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pdtrim.contract.base import NO_NUL, SpecModel, WrittenAsItIs, storable
+from pdtrim.contract.base import NO_NUL, SpecModel, WrittenAsItIs, named_freely, storable
 from pdtrim.contract.evaluation_tasks import InlineTask, parse_tasks
 from pdtrim.contract.queues import Priority, QueueName
 
@@ -486,9 +486,7 @@ MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 MetadataValue = Annotated[str, Field(max_length=512, json_schema_extra=NO_NUL), AfterValidator(storable)]
 
 
-Labels = Annotated[
-    dict[MetadataKey, MetadataValue], Field(max_length=16, json_schema_extra={"additionalProperties": False})
-]
+Labels = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16, json_schema_extra=named_freely)]
 
 
 JobName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(storable)]

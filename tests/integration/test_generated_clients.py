@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service.settings import Settings
@@ -27,7 +28,7 @@ OPENAPI_PYTHON_CLIENT = """
 import sys
 from generated import AuthenticatedClient
 from generated.api.jobs import create_job, get_job
-from generated.models import HalfTarget, JobSpecInput
+from generated.models import HalfTarget, JobSpecInput, JobSpecInputMetadata
 
 url, source, job_id = sys.argv[1:]
 client = AuthenticatedClient(url, token="secret")
@@ -35,7 +36,8 @@ if job_id:
     job = get_job.sync(job_id, client=client)
     print([(type(stage).__name__, type(stage.metrics).__name__) for stage in job.stages])
 else:
-    spec = JobSpecInput(source, prefill=HalfTarget(remove_blocks=1), decode=HalfTarget(remove_blocks=2))
+    halves = {"prefill": HalfTarget(remove_blocks=1), "decode": HalfTarget(remove_blocks=2)}
+    spec = JobSpecInput(source, **halves, metadata=JobSpecInputMetadata.from_dict({"team": "serving"}))
     print(create_job.sync(client=client, body=spec).id)
 """
 
@@ -50,7 +52,8 @@ if job_id:
     print([(type(stage).__name__, type(stage.metrics).__name__) for stage in stages])
 else:
     halves = {"prefill": HalfTarget(remove_blocks=1), "decode": HalfTarget(remove_blocks=2)}
-    print(api.create_job(JobSpecInput(model=JobSpecInputModel(source), **halves)).id)
+    spec = JobSpecInput(model=JobSpecInputModel(source), **halves, metadata={"team": "serving"})
+    print(api.create_job(spec).id)
 """
 
 
@@ -94,6 +97,8 @@ def test_a_generated_client_submits_a_job_and_reads_its_results(
     (work / "use.py").write_text(program)
     source = gateway.played.spec["model"]
     job_id = run(str(CLIENTS / "python"), "use.py", gateway.url, source, "")
+    asked = httpx.get(f"{gateway.url}/v1/jobs/{job_id}", headers={"Authorization": "Bearer secret"})
+    assert asked.json()["metadata"] == {"team": "serving"}
     gateway.played.run(job_id)
     read = run(str(CLIENTS / "python"), "use.py", gateway.url, source, job_id)
 

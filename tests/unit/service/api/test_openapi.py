@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -102,6 +103,17 @@ def test_the_document_refers_only_to_schemas_it_has(document: dict[str, Any]) ->
     assert {name.rpartition("/")[2] for name in references(document["paths"])} <= schemas.keys()
     assert "HTTPValidationError" not in schemas
     assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
+
+
+def test_objects_with_names_of_the_users_own_are_no_empty_ones_to_generators_of_clients(
+    document: dict[str, Any],
+) -> None:
+    labels = document["components"]["schemas"]["JobSpec-Input"]["properties"]["metadata"]
+    rows = document["components"]["schemas"]["InlineTask"]["properties"]["docs"]["items"]
+    for schema in (labels, rows):
+        assert set(schema) >= {"additionalProperties", "propertyNames"}
+        assert isinstance(schema["additionalProperties"], dict)
+    assert "patternProperties" not in json.dumps(document)
 
 
 @pytest.mark.parametrize("request_", examples.REQUESTS.values(), ids=examples.REQUESTS.keys())
