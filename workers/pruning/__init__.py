@@ -16,6 +16,7 @@ model/      the model as the method sees it
   costs             operations, bytes of cache and of weights, and what each unit saves of them
   measure           perplexity, likeness to the dense model, size, speed
   width             fewer MLP channels in every block
+  speculation       what checkpoints bring for guessing tokens ahead, and pruned ones go without
   checkpoint        pruned checkpoints, sliced tensor by tensor out of the source's shards
   sharding          a model over several devices
   streaming         a model read block by block from disk

@@ -83,6 +83,7 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
             f"Its tokenizer begins a text with {tokens}, and so did every window that it was chosen, repaired and "
             "measured\non: begin prompts with it."
         )
+    parts += pdtrim.get("notes", [])
     rule = pdtrim.get("kv_tokens")
     if rule is not None and rule["layers"]:
         parts.append(

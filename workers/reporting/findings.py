@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pdtrim.contract.results import BlockScores, EvaluationResult, Half, ModelFigures, Plan, SearchRecord
@@ -25,6 +25,8 @@ class Findings:
     search: SearchRecord
     evaluation: EvaluationResult
     versions: Mapping[str, str]
+    notes: Sequence[str] = ()
+    """What is to be known before the checkpoints are served."""
 
     @property
     def num_blocks(self) -> int:

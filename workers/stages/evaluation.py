@@ -44,7 +44,7 @@ from workers.pruning.model.width import Channels
 from workers.pruning.serving.pair_server import read_rule
 from workers.reporting.card import inherited_metadata, model_card
 from workers.reporting.figures import draw_all
-from workers.reporting.findings import Findings
+from workers.reporting.findings import ROLES, Findings
 from workers.reporting.page import render
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import load_tasks, measure_tasks
@@ -108,6 +108,11 @@ def run(context: StageContext) -> EvaluationResult:
 
 def _write_report(context: StageContext, report: EvaluationResult) -> None:
     """The report for people, its figures, and the checkpoints' model cards with its numbers."""
+    made = {
+        role: json.loads(context.input(StageName.EXPORT, f"{role}/pdtrim.json").read_text())
+        for role in ROLES
+        if role in report.models
+    }
     findings = Findings(
         job_id=context.job_id,
         spec=context.spec,
@@ -117,6 +122,7 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         search=context.read(StageName.REMOVAL, SEARCH, SearchRecord),
         evaluation=report,
         versions={name: version(name) for name in ("pdtrim", "torch", "transformers")},
+        notes=next(iter(made.values())).get("notes", []),
     )
     drawings = []
     for drawing in draw_all(findings):
@@ -127,8 +133,7 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         path.write_bytes(drawing.png)
     (context.out / PAGE).write_text(render(findings, drawings), encoding="utf-8")
     inherited = inherited_metadata(context.model_dir)
-    for role in findings.roles:
-        pdtrim = json.loads(context.input(StageName.EXPORT, f"{role}/pdtrim.json").read_text())
+    for role, pdtrim in made.items():
         card = context.out / role / "README.md"
         card.parent.mkdir(exist_ok=True)
         card.write_text(model_card(pdtrim, inherited, findings.evaluation_tables()), encoding="utf-8")

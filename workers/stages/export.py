@@ -21,6 +21,7 @@ from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_c
 from workers.pruning.model.configuration import read_config
 from workers.pruning.model.parts import pruned, zeroed_tensors
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.speculation import left_behind
 from workers.pruning.model.width import Channels
 from workers.pruning.repair.distill import load_tensors
 from workers.pruning.serving.handover import KvTokenRule
@@ -55,6 +56,7 @@ def run(context: StageContext) -> ExportResult:
     plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     proof = windows[:1, :PROOF_TOKENS]
+    notes = left_behind(context.model_dir, SourceTensors.of(context.model_dir).files)
     rule = _choose_rule(context, plans, channels, windows)
     proofs = {}
     for number, (role, (plan, trained)) in enumerate(roles(plans).items()):
@@ -62,7 +64,7 @@ def run(context: StageContext) -> ExportResult:
         context.say(start, f"Writing the {role} checkpoint.")
         overrides = context.input(StageName.DISTILLATION, trained)
         target = context.out / role
-        pdtrim = pdtrim_json(context, role, plan, plans, rule)
+        pdtrim = pdtrim_json(context, role, plan, plans, rule) | ({"notes": notes} if notes else {})
         write = partial(
             write_checkpoint,
             context.model_dir,
@@ -85,7 +87,7 @@ def run(context: StageContext) -> ExportResult:
             bytes=sum(path.stat().st_size for path in files),
             max_logit_difference=difference,
         )
-    return ExportResult(checkpoints=proofs, kv_tokens=None if rule is None else recorded(rule))
+    return ExportResult(checkpoints=proofs, kv_tokens=None if rule is None else recorded(rule), notes=notes)
 
 
 def _healed(

@@ -30,3 +30,6 @@ class ExportResult(Result):
 
     checkpoints: dict[str, CheckpointProof] = Field(description="By role: `unified`, or `prefill` and `decode`.")
     kv_tokens: TokenRule | None = Field(default=None, description="Null where the job asked for none.")
+    notes: list[str] = Field(
+        default_factory=list, description="What is to be known before these checkpoints are served, in sentences."
+    )

@@ -22,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.building import ImpossibleModel, building
 from workers.pruning.model.configuration import config_of, pruned_json, read_config
+from workers.pruning.model.speculation import is_extra
 from workers.pruning.model.width import Channels, check_channels, check_gated, intermediate_size, sliced_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -274,7 +275,9 @@ def write_checkpoint(
     (target / "README.md").write_text(model_card)
 
     # Which tensors stay, under which names, and which of them were trained.
-    renamed = dict(_renamed(tensors.files, names, kept))
+    own = {part for name, _ in model.named_parameters() for part in tensors.stored(name)}
+    stay = {name: path for name, path in tensors.files.items() if name in own or not is_extra(name)}
+    renamed = dict(_renamed(stay, names, kept))
     replaced = {part: name for name in overrides.files for part in tensors.stored(name)}
     silent = {part for name in zeroed for part in tensors.stored(name)}
     if unknown := (replaced.keys() | silent) - renamed.keys():

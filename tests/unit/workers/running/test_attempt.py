@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
 import re
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from sqlalchemy.exc import OperationalError
 from transformers import (
     AutoModelForCausalLM,
@@ -1012,6 +1013,32 @@ def test_windows_of_a_job_begin_as_the_models_tokenizer_begins_a_text(
     measured = json.loads(content(worker, job_id, StageName.EVALUATION, "report.json"))["pair"]
     assert measured["dense_loss"] == pytest.approx(loss(validation), abs=1e-4)
     assert measured["copying"]["dense"] == pytest.approx(loss(copying), abs=1e-4)
+
+
+def test_what_guesses_tokens_ahead_and_no_longer_can_is_told_in_result_card_and_report(
+    worker: Worker, model: Path
+) -> None:
+    tensors = load_file(model / "model.safetensors") | {"mtp.fc.weight": torch.ones(2, 2)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {"eagle_config": {"layers": [1]}}
+    (model / "config.json").write_text(json.dumps(config))
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id)
+
+    exported = stage_row(worker, job_id, StageName.EXPORT).metrics
+    assert exported is not None
+    about_layers, about_heads = exported["notes"]
+    assert "(MTP) are left out" in about_layers
+    assert "(eagle_config in config.json)" in about_heads
+    assert json.loads(content(worker, job_id, StageName.EXPORT, "prefill/pdtrim.json"))["notes"] == exported["notes"]
+    for stage, name in (
+        (StageName.EXPORT, "decode/README.md"),
+        (StageName.EVALUATION, "decode/README.md"),
+        (StageName.EVALUATION, "report.html"),
+    ):
+        told = html.unescape(content(worker, job_id, stage, name).decode())
+        assert about_layers in told
+        assert about_heads in told
 
 
 def test_text_from_the_standard_library_needs_no_source(worker: Worker, model: Path) -> None:
