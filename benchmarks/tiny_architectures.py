@@ -11,6 +11,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pdtrim.contract.architectures import SEEING
+
 BLOCKS = 8
 WINDOW = 6
 VOCABULARY = 97
@@ -121,8 +123,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def causal_types() -> list[str]:
-    """Every `model_type` that transformers builds a causal language model of."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Every `model_type` that transformers builds a causal language model of, but those that see and are pruned."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - SEEING)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:

@@ -45,7 +45,7 @@ class WholeJob:
         return StageContext(
             job_id=self.folder.name,
             spec=self.spec,
-            model_dir=self.model,
+            source_dir=self.model,
             model_revision=None,
             workdir=self.folder / stage,
             inputs=dict(self._inputs()),

@@ -34,7 +34,7 @@ def context(folder: Path, spec: JobSpec, inputs: dict[tuple[StageName, str], Sto
     return StageContext(
         job_id="job",
         spec=spec,
-        model_dir=folder / "model",
+        source_dir=folder / "model",
         model_revision=None,
         workdir=folder / "work",
         inputs=inputs,

@@ -89,6 +89,16 @@ zamba2 zaya
 """
 STATEFUL = frozenset(_STATEFUL.split())
 """Types with such layers where their configuration does not say otherwise."""
+TEXT_MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        "qwen2_5_vl": "qwen2",
+        "qwen2_5_vl_text": "qwen2",
+        "qwen3_vl_text": "qwen3",
+    }
+)
+"""Types of text decoders that are another type where there is no image, by which they are pruned."""
+SEEING = frozenset({"gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"})
+"""Types of models that see, whose text decoder is pruned in its place; tested, each with an image."""
 UNTESTED = Architecture()
 """What is assumed of any other; the worker finds out before it begins."""
 
@@ -96,6 +106,26 @@ UNTESTED = Architecture()
 def architecture(model_type: object) -> Architecture:
     """What can be done with a model of that type."""
     return ARCHITECTURES.get(model_type, UNTESTED) if isinstance(model_type, str) else UNTESTED
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The configuration of the text decoder of a model that sees, as of a model of its own; None of any other."""
+    if not isinstance(whole := config.get("model_type"), str) or whole not in SEEING:
+        return None
+    part = config.get("text_config")
+    # Qwen2.5-VL is published with the decoder's entries beside those of the whole.
+    flat = {key: value for key, value in config.items() if key != "vision_config"}
+    text: Mapping[str, Any] = part if isinstance(part, dict) else flat
+    kind = text.get("model_type")
+    ours = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+    return {**text, **ours, "model_type": TEXT_MODELS.get(kind, kind) if isinstance(kind, str) else kind}
+
+
+def protected_for_sight(config: Mapping[str, Any]) -> int:
+    """How many of the first blocks have to stay: Qwen3-VL adds what it sees to what these give, by their numbers."""
+    sight = config.get("vision_config")
+    found = sight.get("deepstack_visual_indexes") if isinstance(sight, dict) else None
+    return len(found) if isinstance(found, list) else 0
 
 
 def block_count(config: Mapping[str, Any]) -> object:

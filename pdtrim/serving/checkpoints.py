@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
 
+from pdtrim.contract.architectures import text_part
 from pdtrim.contract.results import Half
 from pdtrim.contract.spec import FirstToken
 
@@ -58,6 +59,13 @@ class _Config(BaseModel):
     sliding_window: Count | None = None
     use_sliding_window: bool = True
     layer_types: list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_decoder(cls, given: Any) -> Any:
+        """Of a model that sees, its text decoder's: keys and values are that one's alone."""
+        text = text_part(given) if isinstance(given, dict) else None
+        return given if text is None else dict(text)
 
 
 @dataclass(frozen=True)

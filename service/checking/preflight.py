@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from pdtrim.contract.architectures import (
@@ -13,10 +14,13 @@ from pdtrim.contract.architectures import (
     ENCODERS,
     EXPERT_KEYS,
     KNOWN,
+    SEEING,
     architecture,
     block_count,
     is_tested,
     keeps_states,
+    protected_for_sight,
+    text_part,
 )
 from pdtrim.contract.blocks import check_blocks
 from pdtrim.contract.errors import (
@@ -75,7 +79,8 @@ def check(spec: JobSpec, settings: Settings) -> ModelDescription:
             check_config(spec, model.config)
     raise_all(found)
     assert model is not None
-    return model
+    text = text_part(model.config)
+    return model if text is None else replace(model, config=dict(text))
 
 
 @contextmanager
@@ -99,6 +104,9 @@ def _check_queue(spec: JobSpec, settings: Settings) -> None:
 
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     """Hold a job against its model's `config.json`. Raises: ModelUnsupported, TooManyBlocks, InvalidRequest."""
+    if (text := text_part(config)) is not None:
+        _check_sight(spec, config)
+        config = text
     kind = config.get("model_type")
     if (reason := _alien(config)) is not None:
         raise ModelUnsupported(
@@ -131,6 +139,16 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     with _noted(found):
         _check_window(spec, config)
     raise_all(found)
+
+
+def _check_sight(spec: JobSpec, config: Mapping[str, Any]) -> None:
+    kept = range(protected_for_sight(config))
+    if set(kept) - set(spec.search.protect):
+        raise ModelUnsupported(
+            f"This {config.get('model_type')} model adds what it sees to what its first {len(kept)} blocks give, so "
+            f"they have to stay: keep them with search.protect: {list(kept)}.",
+            param="search.protect",
+        )
 
 
 def _check_pair(spec: JobSpec, config: Mapping[str, Any]) -> None:
@@ -196,7 +214,8 @@ def _alien(config: Mapping[str, Any]) -> str | None:
         return ""
     if any(isinstance(config.get(key), dict) for key in COMPOSITE_KEYS):
         return (
-            ", a multimodal model, of which the language model alone could be pruned: give that as a model of its own"
+            f", a multimodal model; the service prunes the text decoder of {', '.join(sorted(SEEING))}, and of others "
+            "the language model alone, given as a model of its own"
         )
     if config.get("is_encoder_decoder"):
         return ", which has an encoder"

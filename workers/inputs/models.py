@@ -16,6 +16,7 @@ from service.sources import UnreadableSource
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.building import said
 from workers.pruning.model.checkpoint import check_complete, load_checkpoint
+from workers.pruning.model.composite import load_whole
 from workers.pruning.model.sharding import load_placed, placement
 from workers.pruning.model.streaming import load_streamed, parameter_bytes
 from workers.pruning.search.engine import windows_in
@@ -70,6 +71,11 @@ def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype 
     Raises: BrokenCheckpoint, ImpossibleModel, UnsupportedArchitecture.
     """
     return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device(), check=check), check)
+
+
+def load_seeing(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model that sees, whole, as `load_model` loads others. Raises: as that, but for architectures."""
+    return load_whole(folder, dtype=dtype or compute_dtype(), device=device(), check=check)
 
 
 def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel:

@@ -58,7 +58,7 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
     metadata = ModelCardData(
         base_model=base,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if pdtrim.get("sees") else "text-generation",
         tags=["pruned", "pdtrim", role],
         **inherited,
     )
@@ -68,7 +68,7 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
         f"{len(kept)} of {blocks} transformer blocks of {_link(base, source)}, chosen and repaired with the PDTrim\n"
         "method (Zhang et al., ACL 2026, arXiv 2509.04467).",
         _given_up(pdtrim),
-        "Load it with `AutoModelForCausalLM.from_pretrained`. `pdtrim.json` lists the kept blocks and, for a "
+        f"Load it with `{_loader(pdtrim)}.from_pretrained`. `pdtrim.json` lists the kept blocks and, for a "
         "prefill/decode\npair, `kv_layer_map`: layer k of the decode checkpoint continues the KV cache of layer "
         f"`kv_layer_map[k]` of the prefill\ncheckpoint. {FIRST_TOKEN[first_token_of(pdtrim)]}",
     ]
@@ -92,6 +92,10 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
         )
     parts += [f"## {table.title}\n\n{_markdown(table)}" for table in measured]
     return "\n\n".join(parts) + "\n"
+
+
+def _loader(pdtrim: Mapping[str, Any]) -> str:
+    return "AutoModelForImageTextToText" if pdtrim.get("sees") else "AutoModelForCausalLM"
 
 
 def _link(base: str | None, source: str) -> str:

@@ -275,7 +275,7 @@ def _stage_context(
     return StageContext(
         job_id=claim.job_id,
         spec=spec,
-        model_dir=model_folder(spec.model, job.model_revision, worker.settings, workdir / "model", opened, check),
+        source_dir=model_folder(spec.model, job.model_revision, worker.settings, workdir / "model", opened, check),
         model_revision=job.model_revision,
         workdir=workdir,
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from pdtrim.contract.spec import JobSpec
 from service.stopping import Check, interruptible
 from service.storage import ArtifactStore, ObjectNotFound
 from workers.inputs.faults import CorruptArtifact, PatientStore
+from workers.pruning.model.composite import Composite
 
 PROGRESS_INTERVAL_S = 1.0
 READ_BYTES = 1 << 22
@@ -56,7 +57,8 @@ class StageContext:
 
     job_id: str
     spec: JobSpec
-    model_dir: Path
+    source_dir: Path
+    """The model as it was given."""
     model_revision: str | None
     workdir: Path
     inputs: dict[tuple[StageName, str], StoredInput]
@@ -69,6 +71,32 @@ class StageContext:
     parent: Parent | None = None
     """Where the stage's work was done before, if this job was cut from another."""
     _reported_at: float = field(default=0.0, init=False)
+
+    @cached_property
+    def composite(self) -> Composite | None:
+        """The model that sees whose text decoder the job prunes; None of a model of text alone.
+
+        Raises: BrokenCheckpoint, ImpossibleModel, UnsupportedArchitecture.
+        """
+        return Composite.of(self.source_dir, self.check)
+
+    @cached_property
+    def model_dir(self) -> Path:
+        """The model that is pruned: the one given, or its text decoder alone. Raises: as `composite`."""
+        if self.composite is None:
+            return self.source_dir
+        folder = self.workdir / "decoder"
+        interruptible(self.check, partial(self.composite.write_text, folder, self.check))
+        return folder
+
+    def decoder_of(self, checkpoint: Path) -> Path:
+        """An exported checkpoint, or the text decoder alone of one that sees. Raises: as `composite`."""
+        whole = Composite.of(checkpoint, self.check)
+        if whole is None:
+            return checkpoint
+        folder = self.workdir / "decoders" / checkpoint.name
+        interruptible(self.check, partial(whole.write_text, folder, self.check))
+        return folder
 
     @property
     def out(self) -> Path:

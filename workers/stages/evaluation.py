@@ -84,7 +84,8 @@ def run(context: StageContext) -> EvaluationResult:
     subjects = {"dense": MeasuredModel(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
     for role, (plan, _) in roles(plans).items():
         folder = context.input_folder(StageName.EXPORT, role)
-        subjects[role] = MeasuredModel(load_model(folder, context.check), folder, plan, channels.of(role))
+        model = load_model(context.decoder_of(folder), context.check)
+        subjects[role] = MeasuredModel(model, folder, plan, channels.of(role))
 
     context.say(0.2, "Measuring speed.")
     spec = context.spec.evaluation
@@ -132,7 +133,7 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(drawing.png)
     (context.out / PAGE).write_text(render(findings, drawings), encoding="utf-8")
-    inherited = inherited_metadata(context.model_dir)
+    inherited = inherited_metadata(context.source_dir)
     for role, pdtrim in made.items():
         card = context.out / role / "README.md"
         card.parent.mkdir(exist_ok=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import CheckpointProof, ExportResult
 from service.stopping import interruptible
-from workers.inputs.models import Check, device, load_model
+from workers.inputs.models import device, load_model, load_seeing
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_checkpoint
 from workers.pruning.model.configuration import read_config
@@ -65,22 +65,28 @@ def run(context: StageContext) -> ExportResult:
         overrides = context.input(StageName.DISTILLATION, trained)
         target = context.out / role
         pdtrim = pdtrim_json(context, role, plan, plans, rule) | ({"notes": notes} if notes else {})
+        written = target if context.composite is None else context.workdir / "pruned" / role
         write = partial(
             write_checkpoint,
             context.model_dir,
-            target,
+            written,
             kept=plan.kept,
             overrides=SourceTensors.in_file(overrides),
             pdtrim=pdtrim,
-            model_card=model_card(pdtrim, inherited_metadata(context.model_dir)),
+            model_card=model_card(pdtrim, inherited_metadata(context.source_dir)),
             zeroed=_zeroed(context, plan),
             kept_channels=channels.of(role),
             check=context.check,
         )
         interruptible(context.check, write)
+        if context.composite is not None:
+            put_back = partial(context.composite.write_whole, written, target, plan.kept, context.check)
+            interruptible(context.check, put_back)
+            shutil.rmtree(written)
         context.say(start + 0.15, f"Proving the {role} checkpoint.")
         expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
-        difference = _prove(target, expected, proof, context.check)
+        load = load_model if context.composite is None else load_seeing
+        difference = _prove(load(target, context.check, dtype=torch.float32), role, expected, proof)
         files = [path for path in target.iterdir() if path.is_file()]
         proofs[role] = CheckpointProof(
             files=len(files),
@@ -118,14 +124,13 @@ def _choose_rule(context: StageContext, plans: Plans, channels: HalfChannels, wi
     return choose_rule(context, asked, dense, (models[0], models[-1]), layer_map, windows)
 
 
-def _prove(folder: Path, expected: PreTrainedModel, ids: Tensor, check: Check) -> float:
+def _prove(loaded: PreTrainedModel, role: str, expected: PreTrainedModel, ids: Tensor) -> float:
     """Largest difference between the loaded checkpoint's logits and the expected ones, in float32."""
-    loaded = load_model(folder, check, dtype=torch.float32)
     with torch.no_grad():
         difference = float((loaded(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max())
     if not difference <= TOLERANCE:
-        raise ExportMismatch(f"{folder.name}: logits differ from the pruned model's by {difference}")
-    _prove_cache(folder.name, loaded, ids)
+        raise ExportMismatch(f"{role}: logits differ from the pruned model's by {difference}")
+    _prove_cache(role, loaded, ids)
     return difference
 
 
@@ -168,6 +173,7 @@ def pdtrim_json(
         "kv_layer_map": kv_layer_map(plans.prefill, plans.decode),
         **({"dead_units": {str(block): part for block, part in sorted(plan.parts.items())}} if plan.parts else {}),
         **({} if share == 1 else {"mlp_width": share}),
+        **({} if context.composite is None else {"sees": True}),
         **({} if rule is None else {"kv_tokens": rule.to_json()}),
         **({"opening": opening} if (opening := read_opening(context)) else {}),
         "serving": {"first_token": context.spec.serving.first_token},

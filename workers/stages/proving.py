@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from service.stopping import Check
 from workers.pruning.model.blocks import BlockStack, UnsupportedArchitecture, block_stack, drop_blocks, prove
@@ -52,6 +52,22 @@ def prove_architecture(stack: BlockStack, folder: Path, *, removable: int, prote
     prove_configurations(given, stored=stored, protected=protected, check=check)
     with in_our_words(stack, "without a block it cannot be run, with a cache of keys and values and without one"):
         prove_pruned(stack, given, stored=stored, protected=protected)
+
+
+@torch.no_grad()
+def prove_decoder(stack: BlockStack, whole: PreTrainedModel) -> None:
+    """Show that a text decoder alone says of a text what the model that sees says, which it was taken out of.
+
+    Raises: UnsupportedArchitecture.
+    """
+    named = whole.config.to_dict()
+    stand_for_images = {value for key, value in named.items() if key.endswith(("token_id", "token_index"))}
+    ids = proof_ids(stack)
+    plain = next(token for token in range(1, stack.model.config.vocab_size) if token not in stand_for_images)
+    ids[torch.isin(ids, torch.tensor([token for token in stand_for_images if isinstance(token, int)]))] = plain
+    with in_our_words(stack, "the model that sees, whose decoder it is, cannot be run"):
+        found, truth = (model(input_ids=ids, use_cache=False).logits for model in (stack.model, whole))
+        compare(stack, "beside the model that sees, whose decoder it is,", found, truth)
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,25 @@ from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import SCORES, BlockScores, ScoringResult, WindowCounts
 from service.sources import SourceError
 from service.stopping import interruptible
-from workers.inputs.models import device, embedded_tokens, load_for_walks, load_tokenizer, windows_at_once
+from workers.inputs.models import (
+    device,
+    embedded_tokens,
+    load_for_walks,
+    load_seeing,
+    load_tokenizer,
+    windows_at_once,
+)
 from workers.inputs.windows import check_tokens, token_windows
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, try_out
 from workers.pruning.model.building import ImpossibleModel
 from workers.pruning.model.calibration import Frame
 from workers.pruning.model.checkpoint import BrokenCheckpoint, check_complete
 from workers.pruning.model.parts import prove_parts
+from workers.pruning.model.proof import is_whole
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import check_tasks, load_tasks
-from workers.stages.proving import prove_architecture, prove_continuation, prove_halves
+from workers.stages.proving import prove_architecture, prove_continuation, prove_decoder, prove_halves
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
@@ -66,6 +74,8 @@ def run(context: StageContext) -> ScoringResult:
             prove_continuation(stack, first_token, protected)
             if context.spec.prefill != context.spec.decode:
                 prove_halves(stack, first_token, protected)
+        if context.composite is not None and is_whole(stack.model):
+            prove_decoder(stack, load_seeing(context.source_dir, context.check))
         prove_parts(stack, context.spec.prefill.possible_parts | context.spec.decode.possible_parts)
     if tasks is not None:
         limit, seed = context.spec.evaluation.task_limit, context.spec.seed

@@ -266,12 +266,12 @@ def write_checkpoint(
 
     # The small files: configuration, tokenizer and the like, and what is said of the checkpoint.
     target.mkdir(parents=True)
-    _write_json(target / "config.json", config)
+    write_json(target / "config.json", config)
     for path in (path for pattern in COPIED for path in source.glob(pattern)):
         copied = target / path.relative_to(source)
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copied)
-    _write_json(target / "pdtrim.json", pdtrim)
+    write_json(target / "pdtrim.json", pdtrim)
     (target / "README.md").write_text(model_card)
 
     # Which tensors stay, under which names, and which of them were trained.
@@ -302,7 +302,7 @@ def write_checkpoint(
         return _override(old, override(replaced[old])[old], value) if old in replaced else value
 
     # The weights, shard by shard.
-    _write_shards(target, renamed, tensor, max_shard_bytes or largest)
+    write_shards(target, renamed, tensor, max_shard_bytes or largest)
 
 
 def _check_width(
@@ -332,9 +332,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _write_shards(
-    target: Path, renamed: Mapping[str, str], read: Callable[[str], Tensor], max_shard_bytes: int
-) -> None:
+def write_shards(target: Path, renamed: Mapping[str, str], read: Callable[[str], Tensor], max_shard_bytes: int) -> None:
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     size = total = 0
@@ -362,7 +360,7 @@ def _write_shards(
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (target / f"shard-{number}").rename(target / file)
         weight_map |= dict.fromkeys(names, file)
-    _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _override(name: str, new: Tensor, old: Tensor) -> Tensor:
@@ -371,7 +369,7 @@ def _override(name: str, new: Tensor, old: Tensor) -> Tensor:
     return new.detach().to(device="cpu", dtype=old.dtype, copy=True).contiguous()
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

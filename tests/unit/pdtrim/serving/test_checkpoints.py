@@ -91,3 +91,14 @@ def test_sizes_follow_from_the_model_and_never_exceed_it() -> None:
     assert default_sizes(pair(max_position_embeddings=131072), tokens=100_000, sequences=2) == Sizes(2, 100_000)
     with pytest.raises(NotServable, match="at most 1024 tokens, not 1025"):
         default_sizes(pair(), tokens=1025)
+
+
+def test_of_a_model_that_sees_the_text_decoder_is_what_counts() -> None:
+    text = json.loads(config_json("decode"))
+    whole = json.dumps({"model_type": "mistral3", "dtype": text.pop("dtype", "bfloat16"), "text_config": text})
+    found, alone = (read_checkpoint(pdtrim_json("decode"), config) for config in (whole, config_json("decode")))
+    assert (found.layers, found.kv_numbers, found.context_tokens) == (
+        alone.layers,
+        alone.kv_numbers,
+        alone.context_tokens,
+    )

@@ -70,8 +70,8 @@ def test_a_decoder_only_model_that_was_never_tried_is_left_to_the_worker() -> No
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, "'llama', as .*which is no language model"),
         ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, "'bert', an encoder"),
         (
-            {"model_type": "gemma3", "text_config": {}},
-            "'gemma3', a multimodal model, of which the language model alone",
+            {"model_type": "gemma3n", "text_config": {}},
+            "'gemma3n', a multimodal model; the service prunes the text decoder of gemma3, internvl",
         ),
         ({"model_type": "own", "auto_map": {"AutoModel": "x.py"}}, "'own', which needs code of its own"),
         ({"model_type": "own"}, "'own', which transformers does not know"),
@@ -101,6 +101,25 @@ def test_layers_that_keep_a_state_are_for_one_checkpoint_alone(kind: dict[str, A
 
 def test_a_hybrid_with_attention_alone_may_be_a_pair() -> None:
     preflight.check_config(spec(1, 2), CONFIG | {"model_type": "lfm2", "layer_types": ["full_attention"] * 6})
+
+
+SEEING = {"model_type": "qwen3_vl", "text_config": {**CONFIG, "model_type": "qwen3_vl_text"}}
+SEEING |= {"vision_config": {"deepstack_visual_indexes": [8, 16, 24]}}
+
+
+def test_a_job_is_held_against_the_text_decoder_of_a_model_that_sees() -> None:
+    kept = {"search": {"protect": [0, 1, 2]}}
+    preflight.check_config(spec(1, 2, **kept), SEEING)
+    with pytest.raises(TooManyBlocks):
+        preflight.check_config(spec(4, 4, **kept), SEEING)
+    flat = {**CONFIG, "model_type": "qwen2_5_vl", "vision_config": {}}
+    preflight.check_config(spec(1, 2), {**flat, "architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+
+
+def test_blocks_to_which_an_image_is_added_have_to_stay() -> None:
+    with pytest.raises(ModelUnsupported, match=r"keep them with search.protect: \[0, 1, 2\]") as refused:
+        preflight.check_config(spec(1, 2, search={"protect": [0, 2]}), SEEING)
+    assert refused.value.param == "search.protect"
 
 
 def test_what_an_architecture_cannot_do_is_refused_at_its_field() -> None:

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,8 +49,9 @@ from service.storage import StoreRefused, open_store
 from tests.found import RESULTS
 from tests.running import run_stage
 from tests.stored_jobs import store_job
-from tests.tiny_job import tiny_spec, write_tiny_model
+from tests.tiny_job import REFERENCE, tiny_spec, write_tiny_model
 from tests.unit.workers.pruning.models import framed_tokenizer, loaded_whole
+from tests.whole_models import decoder_blocks, logits, passing, question, reloaded_whole, whole_model
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.width import channel_scores, kept_channels
 from workers.pruning.search.perplexity_bound import PerplexityBound
@@ -1039,6 +1041,52 @@ def test_what_guesses_tokens_ahead_and_no_longer_can_is_told_in_result_card_and_
         told = html.unescape(content(worker, job_id, stage, name).decode())
         assert about_layers in told
         assert about_heads in told
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+def test_the_text_decoder_of_a_model_that_sees_is_pruned_in_its_place(
+    family: str, worker: Worker, tmp_path: Path
+) -> None:
+    model, whole = tmp_path / "models" / "seeing", whole_model(family)
+    whole.save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(REFERENCE / name, model / name)
+    (model / "preprocessor_config.json").write_text('{"size": 16}')
+    kept = {"search": {"protect": [0, 1], "evaluations": 4}} if family == "qwen3_vl" else {}
+    job_id = create(worker, tiny_spec(model, decode={"remove_blocks": 1}, distillation={"heal_tokens": 0}, **kept))
+    run_through(worker, job_id)
+
+    target = tmp_path / "unified"
+    for name in recorded(worker, job_id, StageName.EXPORT):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content(worker, job_id, StageName.EXPORT, name))
+    assert (target / "preprocessor_config.json").read_text() == '{"size": 16}'
+    assert "AutoModelForImageTextToText" in (target / "README.md").read_text()
+    plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))["prefill"]
+    removed = [*plan["deleted"], *map(int, plan["distilled"])]
+    with passing(decoder_blocks(whole), removed):
+        truth = logits(whole, question(family))
+    assert len(removed) == 1
+    assert torch.allclose(logits(reloaded_whole(target), question(family)), truth, atol=1e-5)
+
+
+def test_halves_of_a_model_that_sees_are_healed_whole(worker: Worker, tmp_path: Path) -> None:
+    model, whole = tmp_path / "models" / "seeing", whole_model("smolvlm")
+    whole.save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(REFERENCE / name, model / name)
+    job_id = create(worker, tiny_spec(model))
+    run_through(worker, job_id)
+
+    source = load_file(model / "model.safetensors")
+    report = json.loads(content(worker, job_id, StageName.EVALUATION, "report.json"))
+    for half, blocks in (("prefill", 4), ("decode", 3)):
+        tensors = load(content(worker, job_id, StageName.EXPORT, f"{half}/model.safetensors"))
+        assert all(torch.equal(tensors[name], source[name]) for name in source if ".text_model." not in name)
+        assert any(not torch.equal(tensors[name], source[name]) for name in tensors if ".text_model.layers.0" in name)
+        assert report["models"][half]["blocks"] == blocks
+    assert report["pair"]["distilled_loss"] < report["pair"]["pruned_loss"]
 
 
 def test_text_from_the_standard_library_needs_no_source(worker: Worker, model: Path) -> None:

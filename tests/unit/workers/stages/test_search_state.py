@@ -56,7 +56,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageContext:
         spec=JobSpec.model_validate(
             {"model": "reference", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
         ),
-        model_dir=tmp_path,
+        source_dir=tmp_path,
         model_revision=None,
         workdir=tmp_path / "work",
         inputs={},

@@ -1,0 +1,149 @@
+"""Models that see: their text decoder taken out, pruned, and put back, held against hooks on the dense whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.workers.pruning.models import TOLERANCE, loaded_whole
+from tests.whole_models import (
+    BLOCKS,
+    FAMILIES,
+    decoder_blocks,
+    logits,
+    passing,
+    question,
+    reloaded_whole,
+    whole_model,
+)
+from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
+from workers.pruning.model.composite import Composite
+
+SETS = ([3], [0, 2], [1, 4], [4])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_alone_says_what_the_whole_model_says_without_an_image(family: str, tmp_path: Path) -> None:
+    whole = whole_model(family)
+    whole.save_pretrained(tmp_path / "whole")
+    composite = Composite.of(tmp_path / "whole")
+    assert composite is not None
+    composite.write_text(tmp_path / "text")
+
+    ids = torch.randint(1, 80, (2, 12), generator=torch.Generator().manual_seed(2))
+    alone = logits(loaded_whole(tmp_path / "text"), {"input_ids": ids})
+    assert torch.allclose(alone, logits(whole, {"input_ids": ids}), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("removed", SETS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_whole_model_says_of_an_image_what_the_dense_one_says_without_these_blocks(
+    family: str, removed: list[int], tmp_path: Path
+) -> None:
+    if family == "qwen3_vl":  # What it sees enters by the numbers of the first two.
+        removed = [block for block in removed if block > 1]
+    whole = whole_model(family)
+    whole.save_pretrained(tmp_path / "whole", max_shard_size="60KB")
+    composite = Composite.of(tmp_path / "whole")
+    assert composite is not None
+    composite.write_text(tmp_path / "text")
+    kept = [block for block in range(BLOCKS) if block not in removed]
+    write_checkpoint(
+        tmp_path / "text", tmp_path / "pruned", kept=kept, overrides=SourceTensors({}), pdtrim={"k": 1}, model_card="#"
+    )
+    composite.write_whole(tmp_path / "pruned", tmp_path / "target", kept)
+
+    asked = question(family)
+    blind = {**asked, "pixel_values": torch.zeros_like(asked["pixel_values"])}
+    with passing(decoder_blocks(whole), removed):
+        truth, unseen = logits(whole, asked), logits(whole, blind)
+    assert (truth - unseen).abs().max() > 100 * TOLERANCE  # The image matters.
+    assert torch.allclose(logits(reloaded_whole(tmp_path / "target"), asked), truth, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_but_the_decoder_is_as_it_was(family: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "whole", tmp_path / "target"
+    whole_model(family).save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"size": 16}')
+    (source / "tokenizer.json").write_text("{}")
+    composite = Composite.of(source)
+    assert composite is not None
+    composite.write_text(tmp_path / "text")
+    kept = [0, 1, 3]
+    write_checkpoint(
+        tmp_path / "text", tmp_path / "pruned", kept=kept, overrides=SourceTensors({}), pdtrim={"k": 1}, model_card="#"
+    )
+    composite.write_whole(tmp_path / "pruned", target, kept)
+
+    before, after = load_file(source / "model.safetensors"), load_file(target / "model.safetensors")
+    others = before.keys() - composite.names.keys()
+    assert others
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    assert {path.name for path in target.iterdir()} >= {
+        "preprocessor_config.json", "tokenizer.json", "pdtrim.json", "README.md"
+    }  # fmt: skip
+    given, made = (json.loads((folder / "config.json").read_text()) for folder in (source, target))
+    text_before, text_after = given.pop("text_config"), made.pop("text_config")
+    assert given == made
+    changed = {key for key in text_before.keys() | text_after.keys() if text_before.get(key) != text_after.get(key)}
+    assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers"}
+    assert text_after["num_hidden_layers"] == 3
+
+
+def test_a_model_of_text_alone_is_no_composite(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert Composite.of(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        (
+            "gemma3",
+            {
+                "language_model.model.": "model.language_model.",
+                "vision_tower.": "model.vision_tower.",
+                "multi_modal_projector.": "model.multi_modal_projector.",
+            },
+        ),
+        ("qwen2_5_vl", {"model.": "model.language_model.", "visual.": "model.visual."}),
+        ("qwen2_5_vl", {}),
+    ],
+    ids=["gemma3", "qwen2_5_vl", "flat qwen2_5_vl"],
+)
+def test_a_decoder_is_found_whatever_the_names_of_its_tensors_begin_with(
+    family: str, named: dict[str, str], tmp_path: Path
+) -> None:
+    """Published as first, and saved by versions of transformers between. Without `named`, as Qwen2.5-VL was."""
+    whole = whole_model(family)
+    whole.save_pretrained(tmp_path / "whole")
+    weights = tmp_path / "whole" / "model.safetensors"
+    save_file({_renamed(name, named): tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    if not named:
+        given = json.loads((tmp_path / "whole" / "config.json").read_text())
+        text = given.pop("text_config")
+        (tmp_path / "whole" / "config.json").write_text(json.dumps(text | given))
+    composite = Composite.of(tmp_path / "whole")
+    assert composite is not None
+    composite.write_text(tmp_path / "text")
+    kept = [0, 2, 3]
+    write_checkpoint(
+        tmp_path / "text", tmp_path / "pruned", kept=kept, overrides=SourceTensors({}), pdtrim={}, model_card=""
+    )
+    composite.write_whole(tmp_path / "pruned", tmp_path / "target", kept)
+
+    with passing(decoder_blocks(whole), [1, 4]):
+        truth = logits(whole, question(family))
+    assert torch.allclose(logits(reloaded_whole(tmp_path / "target"), question(family)), truth, atol=TOLERANCE)
+
+
+def _renamed(name: str, named: dict[str, str]) -> str:
+    for before, after in named.items():
+        if name.startswith(before):
+            return after + name.removeprefix(before)
+    return name
