@@ -13,16 +13,18 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     InternVLConfig,
+    Llama4Config,
     LlavaConfig,
     Mistral3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
     SmolVLMConfig,
 )
 
-FAMILIES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+FAMILIES = ("gemma3", "internvl", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm")
 IMAGE = 4000
 """The token that stands for a part of the image, which no text has."""
 BLOCKS = 5
@@ -74,6 +76,19 @@ def _configs() -> Mapping[str, Callable[[], PretrainedConfig]]:
             image_token_id=IMAGE,
             tie_word_embeddings=False,
         ),
+        "llama4": lambda: Llama4Config(
+            text_config=_text(
+                "llama4_text",
+                intermediate_size_mlp=40,
+                num_local_experts=2,
+                moe_layers=[1, 3],
+                attention_chunk_size=8,
+                no_rope_layers=[1, 1, 0, 1, 1],
+            ),
+            vision_config={**SIGHT, "image_size": 16, "patch_size": 4, "vision_output_dim": 24}
+            | {"projector_input_dim": 24, "projector_output_dim": 24, "intermediate_size": 64},
+            image_token_index=IMAGE,
+        ),
         "llava": lambda: LlavaConfig(
             text_config=_text("llama"),
             vision_config={"model_type": "clip_vision_model", **SIGHT, "image_size": 8, "patch_size": 4},
@@ -90,6 +105,14 @@ def _configs() -> Mapping[str, Callable[[], PretrainedConfig]]:
         "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
             text_config=_mrope("qwen2_5_vl_text"),
             vision_config={**QWEN_SIGHT, "window_size": 8, "fullatt_block_indexes": [1]},
+            **qwen,
+        ),
+        "qwen3_5": lambda: Qwen3_5Config(
+            text_config=_mrope("qwen3_5_text")
+            | {"layer_types": ["linear_attention", "full_attention"] * 2 + ["full_attention"]}
+            | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+            | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            vision_config={**QWEN_SIGHT, "num_position_embeddings": 16},
             **qwen,
         ),
         "qwen3_vl": lambda: Qwen3VLConfig(

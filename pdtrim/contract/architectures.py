@@ -97,7 +97,9 @@ TEXT_MODELS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Types of text decoders that are another type where there is no image, by which they are pruned."""
-SEEING = frozenset({"gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"})
+SEEING = frozenset(
+    {"gemma3", "internvl", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm"}
+)
 """Types of models that see, whose text decoder is pruned in its place; tested, each with an image."""
 UNTESTED = Architecture()
 """What is assumed of any other; the worker finds out before it begins."""

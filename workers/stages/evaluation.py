@@ -81,7 +81,7 @@ def run(context: StageContext) -> EvaluationResult:
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
     context.say(0.05, "Loading the exported checkpoints.")
     dense = load_model(context.model_dir, context.check)
-    subjects = {"dense": MeasuredModel(dense, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
+    subjects = {"dense": MeasuredModel(dense, context.source_dir, BlockPlan(plans.prefill.num_blocks))}
     for role, (plan, _) in roles(plans).items():
         folder = context.input_folder(StageName.EXPORT, role)
         model = load_model(context.decoder_of(folder), context.check)

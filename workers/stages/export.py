@@ -56,7 +56,7 @@ def run(context: StageContext) -> ExportResult:
     plans, channels = read_plans(context), read_channels(context)
     windows = load_file(context.input(StageName.SCORING, WINDOWS))["calibration"].to(device())
     proof = windows[:1, :PROOF_TOKENS]
-    notes = left_behind(context.model_dir, SourceTensors.of(context.model_dir).files)
+    notes = left_behind(context.model_dir, SourceTensors.of(context.source_dir).files)
     rule = _choose_rule(context, plans, channels, windows)
     proofs = {}
     for number, (role, (plan, trained)) in enumerate(roles(plans).items()):

@@ -29,6 +29,7 @@ from workers.pruning.model.checkpoint import (
     write_shards,
 )
 from workers.pruning.model.configuration import config_of, read_config
+from workers.pruning.model.speculation import is_extra
 
 TEXT = "text_config"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -59,9 +60,9 @@ class Composite:
         with building(check, tensors=count_tensors(folder)), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(config), trust_remote_code=False)
         stack = block_stack(model)
-        base = f"{model.base_model_prefix}."
+        base = f"{stack.path.partition('.')[0]}."
         stored = SourceTensors.of(folder).files.keys()
-        prefix = _prefix(folder, model, stack.prefix, stored)
+        prefix = _prefix(folder, model, base, stack.prefix, stored)
         blocks = prefix + stack.prefix.removeprefix(base)
         wanted = {name.removeprefix(base) for name, _ in model.named_parameters() if name.startswith(base)}
         names = {
@@ -113,6 +114,8 @@ class Composite:
         places: dict[str, str] = {}
         for name in sorted(source.files, key=lambda name: (str(source.files[name]), name)):
             own = self.names.get(name)
+            if own is None and is_extra(name):
+                continue
             if own is None or not own.startswith(self.blocks):
                 renamed[name], places[name] = name, own or ""
                 continue
@@ -139,9 +142,8 @@ class Composite:
         return given
 
 
-def _prefix(folder: Path, model: PreTrainedModel, blocks: str, stored: Collection[str]) -> str:
+def _prefix(folder: Path, model: PreTrainedModel, base: str, blocks: str, stored: Collection[str]) -> str:
     """What the names of the decoder's tensors begin with in a whole model's checkpoint. Raises: BrokenCheckpoint."""
-    base = f"{model.base_model_prefix}."
     names = [name.removeprefix(base) for name, _ in model.named_parameters() if name.startswith(base)]
     first = next(name for name in names if name.startswith(blocks.removeprefix(base)))
     ends = {name.removesuffix(first) for name in stored if name == first or name.endswith(f".{first}")}
@@ -176,8 +178,8 @@ def text_json(given: Mapping[str, Any]) -> dict[str, Any]:
     found = text.to_dict()
     if (own := TEXT_MODELS.get(str(text.model_type))) is not None:
         found["model_type"] = own
-    if isinstance(rope := found.get("rope_parameters"), dict):
-        found["rope_parameters"] = {key: value for key, value in rope.items() if key not in ROTARY}
+        if isinstance(rope := found.get("rope_parameters"), dict):
+            found["rope_parameters"] = {key: value for key, value in rope.items() if key not in ROTARY}
     found["tie_word_embeddings"] = whole.tie_word_embeddings
     for key in ("dtype", "torch_dtype"):
         if given.get(key) is not None:
