@@ -153,7 +153,8 @@ def _room(model: PreTrainedModel) -> int:
 def free_memory_bytes(at: torch.device) -> int:
     """What a device could still hold."""
     if at.type == "cuda":
-        return torch.cuda.mem_get_info(at)[0]
+        # What PyTorch keeps for itself without need is free, too.
+        return torch.cuda.mem_get_info(at)[0] + torch.cuda.memory_reserved(at) - torch.cuda.memory_allocated(at)
     return int(psutil.virtual_memory().available)
 
 

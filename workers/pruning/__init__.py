@@ -11,6 +11,7 @@ model/      the model as the method sees it
   proof             before any work: pruned models of this architecture are what they should be
   parts             a block's attention and MLP: where they are, running it without one, what is zero then on disk
   units             what can be given up, one at a time: what a search chooses among
+  sharing           weights that two models hold once
   calibration       text to fixed token windows
   pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
   costs             operations, bytes of cache and of weights, and what each unit saves of them
@@ -36,10 +37,12 @@ search/     what may go
   perplexity_bound  how many blocks a bound on perplexity lets go
 repair/     making up for what went
   losses            what healing minimises
-  training          the loop: AdamW, warm-up, cosine, early stop, exact resuming
+  optimiser         AdamW, of float32 or of bfloat16 weights with moments of 8 bits
+  memory            the arithmetic of how healing fits a device
+  training          the loop: warm-up, cosine, early stop, exact resuming
   distill           healing of prefill, then of decode on prefill's cache
   lora              low-rank adapters in place of all weights
-  recompute         gradient checkpointing that holds for blocks that read a cache
+  recompute         gradient checkpointing that holds for blocks that read and write a cache
 serving/    a pair at work
   handover          what prefill sends for one request, as bytes
   pair_server       both halves, in one process or over a socket

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
@@ -20,8 +20,8 @@ from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from service.stopping import Check, interruptible
-from service.storage import ArtifactStore, ObjectNotFound
-from workers.inputs.faults import CorruptArtifact, PatientStore
+from service.storage import ObjectNotFound, StoredObject
+from workers.inputs.faults import CorruptArtifact
 from workers.pruning.model.composite import Composite
 
 PROGRESS_INTERVAL_S = 1.0
@@ -29,6 +29,18 @@ READ_BYTES = 1 << 22
 Figure = float | str | list[int]
 Say = Callable[[float, str, Mapping[str, Figure]], None]
 Content = TypeVar("Content", bound=BaseModel)
+
+
+class Store(Protocol):
+    """What a stage uses of an artifact store."""
+
+    def put_file(self, key: str, path: Path) -> StoredObject: ...
+
+    def put_bytes(self, key: str, data: bytes) -> StoredObject: ...
+
+    def get_bytes(self, key: str) -> bytes: ...
+
+    def download(self, key: str, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class StageContext:
     model_revision: str | None
     workdir: Path
     inputs: dict[tuple[StageName, str], StoredInput]
-    store: ArtifactStore | PatientStore
+    store: Store
     state_prefix: str
     documents: Callable[[], Iterable[str] | None]
     """Opens the job's text; None stands for the Python standard library."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pdtrim.contract.jobs import StageName
-from pdtrim.contract.results import DistillationResult, Healing
+from pdtrim.contract.results import DistillationResult, Half, Healing
 from pdtrim.contract.results.distillation import Kept
-from workers.inputs.models import device, load_model, tensor_float_32
-from workers.pruning.model.blocks import block_stack
+from workers.inputs.models import compute_dtype, device, free_memory_bytes, load_model, tensor_float_32
+from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.parts import idle_tensors, pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
-from workers.pruning.model.width import change_width
+from workers.pruning.model.sharing import share
+from workers.pruning.model.width import Channels, change_width
 from workers.pruning.repair.distill import (
     Loss,
     continuation_loss,
@@ -32,16 +34,18 @@ from workers.pruning.repair.distill import (
 )
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.losses import LossWeights
+from workers.pruning.repair.memory import HealingSize, Precision, healing_way
 from workers.pruning.repair.recompute import recomputed_blocks
-from workers.pruning.repair.training import Journal
 from workers.stages.context import StageContext
+from workers.stages.healing_size import healing_size, recorded
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS
-from workers.stages.training import HELD_OUT_WINDOWS, Tensors, journal
+from workers.stages.training import HELD_OUT_WINDOWS, Tensors, asked_way, journal, kept_state, kept_way, steps
 from workers.stages.training import settings as training_settings
 from workers.stages.width import HalfChannels, narrowed, read_channels
 
 PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
+DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,43 +60,63 @@ class TrainingWindows:
         return self.training.shape[1] // 2
 
 
+@dataclass(frozen=True)
+class Work:
+    """What both halves are healed by."""
+
+    context: StageContext
+    plans: Plans
+    channels: HalfChannels
+    teacher: PreTrainedModel
+    data: TrainingWindows
+    free_bytes: int
+    """On the device, before anything was there."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The healing loss of a student, and the models whose blocks its gradients go back through."""
+
+    loss: Loss
+    models: Sequence[PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class HealedHalf:
+    """A half's weights as its checkpoint will hold them, in the dense model's precision, which they partly share."""
+
+    weights: PreTrainedModel
+    size: HealingSize
+    trained: Tensors = field(default_factory=dict)
+    """What differs from the dense model, in the stored dtype, on the host."""
+    found: Healing | None = None
+
+
 @tensor_float_32()
 def run(context: StageContext) -> DistillationResult:
     """Writes the trained tensors of each serving stage, called as in the dense model, in its stored dtype."""
-    plans, channels, spec = read_plans(context), read_channels(context), context.spec.distillation
-    if not spec.enabled:
+    spec = context.spec.distillation
+    windows = load_file(context.input(StageName.SCORING, WINDOWS))
+    if not spec.enabled or not steps(spec, windows["train"].shape[1]):
         for name in (PREFILL, DECODE):
             save_file({}, context.out / name)
-        return DistillationResult(enabled=False)
-    windows = load_file(context.input(StageName.SCORING, WINDOWS))
-    data = TrainingWindows(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
-    teacher = load_model(context.model_dir, context.check)
-
-    prefill_weights = narrowed(load_model(context.model_dir, context.check, dtype=torch.float32), channels.prefill)
-    prefill, in_prefill = _distil_prefill(context, plans, channels, prefill_weights, teacher, data)
-    context.write_tensors(context.out / PREFILL, prefill)
-    if plans.unified:
-        decode, in_decode = prefill, in_prefill
-    else:
-        dense = load_model(context.model_dir, context.check, dtype=torch.float32)
-        # Decode goes on from prefill's weights, unless those learned to make keys and values for it as it is.
-        inherited = change_width(
-            {
-                name: t
-                for name, t in prefill.items()
-                if _block(name) in plans.decode.kept and not plans.prefill_is_read_alone
-            },
-            channels.prefill,
-            channels.decode,
-            dict(dense.named_parameters()),
-        )
-        weights = narrowed(dense, channels.decode)
-        load_tensors(weights, inherited)
-        del dense
-        trained, in_decode = _distil_decode(context, plans, channels, weights, prefill_weights, teacher, data)
-        decode = inherited | trained
-    context.write_tensors(context.out / DECODE, decode)
-    return DistillationResult(enabled=True, prefill=in_prefill, decode=in_decode)
+        return DistillationResult(enabled=spec.enabled)
+    gc.collect()  # of what the stage before left on the device
+    free_bytes = free_memory_bytes(device())
+    plans = read_plans(context)
+    work = Work(
+        context,
+        plans,
+        read_channels(context),
+        load_model(context.model_dir, context.check),
+        TrainingWindows(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device())),
+        free_bytes,
+    )
+    prefill = _heal_prefill(work)
+    context.write_tensors(context.out / PREFILL, prefill.trained)
+    decode = prefill if plans.unified else _heal_decode(work, prefill)
+    context.write_tensors(context.out / DECODE, decode.trained)
+    return DistillationResult(enabled=True, prefill=prefill.found, decode=decode.found)
 
 
 def _block(name: str) -> int:
@@ -111,10 +135,6 @@ def _only_in_decode(plans: Plans) -> dict[int, int]:
 
 def _losses(context: StageContext) -> LossWeights:
     return LossWeights(**context.spec.distillation.losses.model_dump())
-
-
-def _memory_saved(context: StageContext, student: PreTrainedModel) -> AbstractContextManager[None]:
-    return recomputed_blocks(student) if context.spec.distillation.gradient_checkpointing else nullcontext()
 
 
 def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
@@ -142,139 +162,154 @@ def _trained(
     return nullcontext(healed)
 
 
-def _distil_prefill(
-    context: StageContext,
-    plans: Plans,
-    channels: HalfChannels,
-    weights: PreTrainedModel,
-    teacher: PreTrainedModel,
-    data: TrainingWindows,
-) -> tuple[Tensors, Healing | None]:
-    """`weights` become what the exported prefill checkpoint will hold, rounded as it is: decode reads their cache."""
-    student = pruned(weights, plans.prefill)
-    for_decode = plans.prefill_is_read_alone
-    return _distil(
-        context,
-        weights,
-        student,
-        _read_by_decode(context, plans, channels, student, teacher, data)
-        if for_decode
-        else sequence_loss(student, teacher, plans.prefill.kept, _losses(context)),
-        gave_up=bool(plans.prefill.removed or plans.prefill.parts) or channels.prefill is not None,
-        blocks=_trained_blocks(context, plans.prefill),
-        frozen=idle_tensors(block_stack(weights), plans.prefill.parts),
-        data=data,
-        journal=journal(context, "prefill", (0.0, 0.5)),
-        # A block that is computed again leaves no keys and values for decode.
-        memory_saved=nullcontext() if for_decode else _memory_saved(context, student),
+def _heal_prefill(work: Work) -> HealedHalf:
+    """It becomes what the exported prefill checkpoint will hold, rounded as it is: decode reads its cache."""
+    plans = work.plans
+
+    def learning(student: PreTrainedModel) -> Learning:
+        if plans.prefill_is_read_alone:
+            return _read_by_decode(work, student)
+        loss = sequence_loss(student, work.teacher, plans.prefill.kept, _losses(work.context))
+        return Learning(loss, [student])
+
+    return _heal(
+        work,
+        "prefill",
+        plans.prefill,
+        work.channels.prefill,
+        progress_range=(0.0, 0.5),
+        beside=0,
+        inherited=lambda dense: {},
+        frozen=lambda stack: set(),
+        learning=learning,
     )
 
 
-def _read_by_decode(
-    context: StageContext,
-    plans: Plans,
-    channels: HalfChannels,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    data: TrainingWindows,
-) -> Loss:
+def _read_by_decode(work: Work, student: PreTrainedModel) -> Learning:
     """The healing loss of what a decode half that is not healed yet predicts from the cache of the prefill `student`.
 
     Where prefill says the first token, its own predictions count as well.
     """
-    dense = load_model(context.model_dir, context.check, dtype=torch.float32)
-    losses, first_token = _losses(context), context.spec.serving.first_token
+    plans, losses, first_token = work.plans, _losses(work.context), work.context.spec.serving.first_token
+    decode = pruned(narrowed(work.teacher, work.channels.decode), plans.decode)
     read = continuation_loss(
         student,
-        pruned(narrowed(dense, channels.decode), plans.decode),
+        decode,
         kv_layer_map(plans.prefill, plans.decode),
-        teacher,
+        work.teacher,
         plans.decode.kept,
         losses,
-        prompt_tokens=data.prompt_tokens,
+        prompt_tokens=work.data.prompt_tokens,
         first_token=first_token,
     )
     if first_token == "decode":
-        return read
-    own = sequence_loss(student, teacher, plans.prefill.kept, LossWeights(kl=losses.kl, label=losses.label, hidden=0.0))
-    return lambda ids: read(ids) + own(ids)
+        return Learning(read, [student, decode])
+    weights = LossWeights(kl=losses.kl, label=losses.label, hidden=0.0)
+    own = sequence_loss(student, work.teacher, plans.prefill.kept, weights)
+    return Learning(lambda ids: read(ids) + own(ids), [student, decode])
 
 
-def _distil_decode(
-    context: StageContext,
-    plans: Plans,
-    channels: HalfChannels,
-    weights: PreTrainedModel,
-    prefill_weights: PreTrainedModel,
-    teacher: PreTrainedModel,
-    data: TrainingWindows,
-) -> tuple[Tensors, Healing | None]:
-    """`weights` hold what decode inherits of the prefill weights; those are also what it falls back to."""
+def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
+    """It starts from what it inherits of prefill's weights, which is also what it falls back to."""
+    plans, channels = work.plans, work.channels
     only_decode = _only_in_decode(plans).values()
-    student = pruned(weights, plans.decode)
-    loss = continuation_loss(
-        pruned(prefill_weights, plans.prefill),
-        student,
-        kv_layer_map(plans.prefill, plans.decode),
-        teacher,
-        plans.decode.kept,
-        _losses(context),
-        prompt_tokens=data.prompt_tokens,
-        first_token=context.spec.serving.first_token,
-    )
-    return _distil(
-        context,
-        weights,
-        student,
-        loss,
-        gave_up=bool(plans.decode.removed or plans.decode.parts) or channels.decode is not None,
-        blocks=_trained_blocks(context, plans.decode),
-        frozen={name for absorber in only_decode for name in kv_tensor_names(block_stack(weights), absorber)}
-        | idle_tensors(block_stack(weights), plans.decode.parts),
-        data=data,
-        journal=journal(context, "decode", (0.5, 1.0)),
-        memory_saved=_memory_saved(context, student),
+    # Decode goes on from prefill's weights, unless those learned to make keys and values for it as it is.
+    kept = {
+        name: tensor
+        for name, tensor in prefill.trained.items()
+        if _block(name) in plans.decode.kept and not plans.prefill_is_read_alone
+    }
+
+    def learning(student: PreTrainedModel) -> Learning:
+        loss = continuation_loss(
+            pruned(prefill.weights, plans.prefill),
+            student,
+            kv_layer_map(plans.prefill, plans.decode),
+            work.teacher,
+            plans.decode.kept,
+            _losses(work.context),
+            prompt_tokens=work.data.prompt_tokens,
+            first_token=work.context.spec.serving.first_token,
+        )
+        return Learning(loss, [student])
+
+    return _heal(
+        work,
+        "decode",
+        plans.decode,
+        channels.decode,
+        progress_range=(0.5, 1.0),
+        beside=prefill.size.healed_bytes,
+        inherited=lambda dense: change_width(kept, channels.prefill, channels.decode, dict(dense.named_parameters())),
+        frozen=lambda stack: {name for absorber in only_decode for name in kv_tensor_names(stack, absorber)},
+        learning=learning,
     )
 
 
-def _distil(
-    context: StageContext,
-    weights: PreTrainedModel,
-    student: PreTrainedModel,
-    loss: Loss,
+def _heal(
+    work: Work,
+    half: Half,
+    plan: BlockPlan,
+    channels: Channels | None,
     *,
-    gave_up: bool,
-    blocks: list[int],
-    frozen: set[str],
-    data: TrainingWindows,
-    journal: Journal,
-    memory_saved: AbstractContextManager[None],
-) -> tuple[Tensors, Healing | None]:
-    """Heal `weights`, which `student` shares.
+    progress_range: tuple[float, float],
+    beside: int,
+    inherited: Callable[[PreTrainedModel], Tensors],
+    frozen: Callable[[BlockStack], set[str]],
+    learning: Callable[[PreTrainedModel], Learning],
+) -> HealedHalf:
+    """Heal a half, in the way that fits, from what it inherits of the other beside the dense model's weights.
 
-    Returns the trained tensors in the stored dtype and the held-out loss of the weights given and of those. Weights
-    that do no better than those given are put back, and nothing is returned as trained.
+    Its result has the held-out loss of the weights given and of those trained. Where training did no better, the
+    weights given are put back.
     """
-    settings = training_settings(context, context.spec.distillation.heal_tokens, data.training.shape[1])
-    healed = _healed_weights(context, weights, blocks, frozen) if gave_up and settings.steps else {}
+    context, data, spec = work.context, work.data, work.context.spec.distillation
+    blocks = _trained_blocks(context, plan)
+    gave_up = bool(plan.removed or plan.parts) or channels is not None
+    size = healing_size(context, plan, channels, blocks, data.training, beside=beside)
+    resume = kept_state(context, half)
+    way = kept_way(resume, spec) if resume else healing_way(size, asked_way(spec), work.free_bytes)
+
+    # The student: its own are what is trained and what it inherits.
+    dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if gave_up else None)
+    start = inherited(dense)
+    weights = narrowed(dense, channels)
+    del dense
+    stack = block_stack(weights)
+    healed: dict[str, nn.Parameter] = {}
+    if gave_up:
+        still = frozen(stack) | idle_tensors(stack, plan.parts)
+        healed = _healed_weights(context, weights, blocks, still)
+    share(weights, work.teacher, own={*healed, *start})
+    load_tensors(weights, start)
     if not healed:
-        weights.requires_grad_(False)
-        return {}, None
+        return HealedHalf(weights.requires_grad_(False), size, start)
+    student = pruned(weights, plan)
+
+    settings = training_settings(context, way, data.training.shape[1])
+    learned = learning(student)
     named = dict(weights.named_parameters())
-    given = {name: named[name].detach().cpu().clone() for name in healed}
-    before = mean_loss(loss, data.held_out, settings.batch_windows)
-    with memory_saved, _trained(context, student, healed) as parameters:
-        steps = train_on(loss, parameters, data.training, data.held_out, settings, journal).steps
+    given = {name: named[name].detach().to("cpu", copy=True) for name in healed}
+    before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
+    diary = journal(context, half, progress_range, way, resume)
+    recomputed = recomputed_blocks(*learned.models) if way.recomputed else nullcontext()
+    with recomputed, _trained(context, student, healed) as parameters:
+        taken = train_on(learned.loss, parameters, data.training, data.held_out, settings, diary).steps
     weights.requires_grad_(False)
     dtype = stored_dtype(context.model_dir)
-    trained = {name: named[name].detach().to(dtype, copy=True).contiguous() for name in given}
+    trained = {name: named[name].detach().to(dtype).to("cpu", copy=True).contiguous() for name in given}
     load_tensors(weights, trained)
-    after = mean_loss(loss, data.held_out, settings.batch_windows)
+    after = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
     kept = _verdict(before, after)
     if kept == "undistilled":
         load_tensors(weights, given)
         trained = {}
-    return trained, Healing(before=before, after=after, steps=steps, kept=kept)
+
+    if DTYPES[way.precision].itemsize > compute_dtype().itemsize:
+        nn.Module.to(weights, compute_dtype())
+        share(weights, work.teacher, own={*healed, *start})
+    found = Healing(before=before, after=after, steps=taken, kept=kept, how=recorded(size, way))
+    return HealedHalf(weights, size, start | trained, found)
 
 
 def _verdict(before: float, after: float) -> Kept:

@@ -3,38 +3,74 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from pdtrim.contract.results import Half
+from pdtrim.contract.spec import DistillationSpec
+from workers.pruning.repair.memory import HealingWay, Precision
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.stages.context import StageContext
 
 HELD_OUT_WINDOWS = 8
 """Calibration windows on which training is judged."""
 SAVE_INTERVAL_S = 15.0
+WAY = "way"
+"""What a state calls the way in which it was trained."""
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+"""As a state numbers them."""
 Tensors = dict[str, Tensor]
 
 
-def settings(context: StageContext, tokens: int, window_tokens: int) -> TrainingSettings:
-    """Training on so many tokens, as the job's specification has it."""
+def steps(spec: DistillationSpec, window_tokens: int) -> int:
+    """Training steps of a half, as the job's specification has it."""
+    return spec.heal_tokens // (spec.batch_windows * window_tokens)
+
+
+def asked_way(spec: DistillationSpec) -> HealingWay:
+    """How a half is healed where memory sets no bounds."""
+    return HealingWay("float32", spec.gradient_checkpointing, spec.gradient_accumulation)
+
+
+def settings(context: StageContext, way: HealingWay, window_tokens: int) -> TrainingSettings:
+    """Training as the job's specification has it, in batches of as many parts as fit."""
     spec = context.spec.distillation
-    batch_tokens = spec.batch_windows * window_tokens
     return TrainingSettings(
-        steps=tokens // batch_tokens,
+        steps=steps(spec, window_tokens),
         batch_windows=spec.batch_windows,
         learning_rate=spec.learning_rate,
         seed=context.spec.seed,
-        parts=spec.gradient_accumulation,
+        parts=way.parts,
         patience=spec.patience,
+        held_out_windows=max(1, spec.batch_windows * spec.gradient_accumulation // way.parts),
     )
 
 
-def journal(context: StageContext, half: Half, progress_range: tuple[float, float]) -> Journal:
+def kept_state(context: StageContext, half: Half) -> Tensors | None:
+    """What an earlier attempt left of a half's training."""
+    return context.load_tensors(_name(half))
+
+
+def kept_way(state: Mapping[str, Tensor], spec: DistillationSpec) -> HealingWay:
+    """How that attempt healed, so that this one ends with the same bits."""
+    if WAY not in state:  # of a version that knew one way
+        return asked_way(spec)
+    precision, recomputed, parts = state[WAY].tolist()
+    return HealingWay(PRECISIONS[precision], bool(recomputed), parts)
+
+
+def journal(
+    context: StageContext,
+    half: Half,
+    progress_range: tuple[float, float],
+    way: HealingWay,
+    resume: Mapping[str, Tensor] | None,
+) -> Journal:
     """Progress between the two fractions of `progress_range`, and a state in the store every so often."""
     saved_at = time.monotonic()
-    name = f"heal-{half}.safetensors"
+    of_way = {WAY: torch.tensor([PRECISIONS.index(way.precision), int(way.recomputed), way.parts])}
 
     def progress(step: int, steps: int, loss: float, held_out: float) -> None:
         start, end = progress_range
@@ -52,6 +88,10 @@ def journal(context: StageContext, half: Half, progress_range: tuple[float, floa
         nonlocal saved_at
         if last or time.monotonic() - saved_at >= SAVE_INTERVAL_S:
             saved_at = time.monotonic()
-            context.save_tensors(name, state())
+            context.save_tensors(_name(half), state() | of_way)
 
-    return Journal(progress, save_now_and_then, context.load_tensors(name))
+    return Journal(progress, save_now_and_then, resume)
+
+
+def _name(half: Half) -> str:
+    return f"heal-{half}.safetensors"

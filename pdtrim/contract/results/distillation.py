@@ -20,6 +20,16 @@ class FittedMerge(Result):
     kept: Kept
 
 
+class HowHealed(Result):
+    """How healing fitted the worker's memory."""
+
+    precision: Literal["float32", "bfloat16"] = Field(description="Of the weights in training.")
+    moments: Literal["float32", "8-bit"] = Field(description="AdamW's two, of each trained number.")
+    gradient_checkpointing: bool = Field(description="Whether blocks were computed again, asked for or not.")
+    gradient_accumulation: int = Field(description="Parts that a batch was computed in, as asked or more.")
+    needed_bytes: int = Field(description="Memory that this takes by the worker's arithmetic.")
+
+
 class Healing(Result):
     """A half's held-out loss before and after training, and which weights are kept by it."""
 
@@ -27,6 +37,7 @@ class Healing(Result):
     after: float
     steps: int
     kept: Kept
+    how: HowHealed | None = Field(default=None, description="Null for jobs of versions that healed in one way.")
 
 
 class DistillationResult(Result):

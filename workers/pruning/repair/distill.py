@@ -7,14 +7,15 @@ frozen prefill model's KV cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from workers.pruning.model.blocks import BlockStack, block_stack, head
+from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.pair import FirstToken, handed_tokens, held_tensors, pair_hidden
-from workers.pruning.repair.losses import LossWeights, Outputs, entering, healing_loss, outputs
+from workers.pruning.repair.losses import LossWeights, Outputs, entering, healing_loss, outputs, with_head
 from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings, train
 
 HEALING = LossWeights()
@@ -77,9 +78,9 @@ def sequence_loss(
     def loss(ids: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = outputs(teacher, ids, theirs)
-        with _mixed_precision(ids.device):
+        with _mixed_precision(student):
             given = outputs(student, ids, ours)
-        return healing_loss(given, wanted, ids[:, 1:], weights)
+        return healing_loss(_in_mixed_precision(given, student), wanted, ids[:, 1:], weights)
 
     return loss
 
@@ -112,12 +113,11 @@ def continuation_loss(
     def loss(ids: Tensor) -> Tensor:
         with torch.no_grad(), entering(teacher, theirs) as states:
             last = block_stack(teacher).body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-            hidden = [state[:, handed:] for state in (*states, last)]
-            wanted = Outputs(hidden, head(teacher, hidden[-1]))
-        with _mixed_precision(ids.device), entering(decode, ours) as states:
+            wanted = with_head(teacher, [state[:, handed:] for state in (*states, last)])
+        with _mixed_precision(prefill, decode), entering(decode, ours) as states:
             last = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens, first_token)[1]
-            given = Outputs([*states, last], head(decode, last))
-        return healing_loss(given, wanted, ids[:, handed + 1 :], weights)
+            given = with_head(decode, [*states, last])
+        return healing_loss(_in_mixed_precision(given, prefill, decode), wanted, ids[:, handed + 1 :], weights)
 
     return loss
 
@@ -155,11 +155,23 @@ def train_on(
     """Train `parameters` on `loss_of` windows (windows, time); the best of them on `held_out` stay."""
 
     def held_out_loss() -> float:
-        return mean_loss(loss_of, held_out, settings.batch_windows)
+        return mean_loss(loss_of, held_out, settings.held_out_batch)
 
     return train(parameters, loss_of, held_out_loss, windows, settings, journal)
 
 
-def _mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where the device has it; on the CPU nothing, so that results are bit-equal."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def _mixed_precision(*models: PreTrainedModel) -> torch.autocast:
+    """bfloat16 where the device or a model has it; on the CPU else nothing, so that results are bit-equal."""
+    device = block_stack(models[0]).device
+    enabled = device.type == "cuda" or any(model.dtype == torch.bfloat16 for model in models)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _in_mixed_precision(made: Outputs, *models: PreTrainedModel) -> Outputs:
+    """The same states with a head that computes as their models did."""
+
+    def head(h: Tensor) -> Tensor:
+        with _mixed_precision(*models):
+            return made.head(h)
+
+    return replace(made, head=head)

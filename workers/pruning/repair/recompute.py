@@ -1,4 +1,4 @@
-"""Gradient checkpointing of transformer blocks that also holds where a block reads a KV cache.
+"""Gradient checkpointing of transformer blocks that also holds where a block reads or writes a KV cache.
 
 transformers' own drops the cache of a checkpointed layer, which would silently change the decode path.
 """
@@ -17,15 +17,18 @@ from transformers import PreTrainedModel
 
 from workers.pruning.model.blocks import block_stack
 
+KEYS_VALUES = ("keys", "values")
+"""What a layer of a cache calls what it holds."""
+
 
 @contextmanager
-def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
+def recomputed_blocks(*models: PreTrainedModel) -> Iterator[None]:
     """While this lasts, each block keeps its input alone and computes the rest again in the backward pass.
 
-    A block reads the KV cache it is given but leaves it as it was, so that the second forward equals the first:
-    the model cannot generate token by token meanwhile.
+    A block reads the KV cache that it was given, the second time as the first, and leaves its own keys and values in
+    it, through which gradients go.
     """
-    blocks = list(block_stack(model).blocks)
+    blocks = [block for model in models for block in block_stack(model).blocks]
     for block in blocks:
         block.forward = _recomputed(block.forward)
     try:
@@ -37,12 +40,33 @@ def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def forward_again(h: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        def run(h: Tensor) -> Any:
-            return forward(h, *args, past_key_values=_copy(past_key_values), **kwargs)
+        if not torch.is_grad_enabled():
+            return forward(h, *args, past_key_values=past_key_values, **kwargs)
+        before = _copy(past_key_values)
 
-        return checkpoint(run, h, use_reentrant=False) if torch.is_grad_enabled() else run(h)
+        def run(h: Tensor) -> tuple[Any, list[tuple[int, dict[str, Any]]]]:
+            own = _copy(before)
+            made = forward(h, *args, past_key_values=own, **kwargs)
+            return made, _written(before, own)
+
+        made, written = checkpoint(run, h, use_reentrant=False)
+        for layer, state in written:
+            vars(past_key_values.layers[layer]).update(state)
+        return made
 
     return forward_again
+
+
+def _written(before: Any, after: Any) -> list[tuple[int, dict[str, Any]]]:
+    """The layers of a cache that a block wrote, and all that they are now."""
+    if before is None:
+        return []
+    layers = enumerate(zip(before.layers, after.layers, strict=True))
+    return [(number, dict(vars(new))) for number, (old, new) in layers if _held(old) != _held(new)]
+
+
+def _held(layer: Any) -> list[int]:
+    return [id(getattr(layer, name, None)) for name in KEYS_VALUES]
 
 
 def _copy(cache: Any) -> Any:

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from workers.pruning.repair.optimiser import Optimiser, optimiser_of
+
 WARMUP = 0.1
 """Fraction of the steps in which the learning rate rises."""
 FLOOR = 0.05
 """Last learning rate as a fraction of the peak."""
 CLIP_NORM = 1.0
-BETAS = (0.9, 0.95)
 HELD_OUT_CHECKS = 10
 """How often the held-out loss is measured in a run that goes to its end."""
 
@@ -37,6 +38,12 @@ class TrainingSettings:
     """A batch is computed in so many parts whose gradients add up to the batch's: less memory, the same step."""
     patience: int | None = None
     """Held-out checks in a row without a new best after which training stops; None never stops early."""
+    held_out_windows: int | None = None
+    """Windows of the held-out loss that are computed at a time; None for as many as a batch has."""
+
+    @property
+    def held_out_batch(self) -> int:
+        return self.held_out_windows or self.batch_windows
 
 
 @dataclass(frozen=True)
@@ -104,24 +111,21 @@ def train(
     """Train `parameters` in place on `windows` (windows, tokens) and leave the weights with the lowest held-out loss.
 
     The weights before training count too, so a run that does harm changes nothing.
-    Raises: NonFiniteTraining naming the step; whatever `journal.progress` raises.
+    Those are held on the host. Raises: NonFiniteTraining naming the step; whatever `journal.progress` raises.
     """
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
-    best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimiser = optimiser_of(parameters, settings.seed)
+    best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
     if journal.resume is None:
         before = held_out_loss()
         at = _Progress(step=0, before=before, best=before, stale=0)
     else:
-        at = _restore(journal.resume, parameters, optimizer, best)
+        at = _restore(journal.resume, parameters, optimiser, best)
 
     while not at.ended(settings):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(at.step, settings)
         batch = windows[batch_indices(at.step, len(windows), settings).to(windows.device)]
         loss = _accumulate(batch, loss_of, at.step, settings)
         nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimiser.step(learning_rate(at.step, settings), at.step)
         at.step += 1
         if at.step == settings.steps or at.step % max(1, settings.steps // HELD_OUT_CHECKS) == 0:
             held_out = held_out_loss()
@@ -130,7 +134,7 @@ def train(
                 at.best, at.stale = held_out, 0
                 for name, parameter in parameters.items():
                     best[name].copy_(parameter.detach())
-        journal.save(at.ended(settings), partial(_state, at, parameters, optimizer, best))
+        journal.save(at.ended(settings), partial(_state, at, parameters, optimiser, best))
         journal.progress(at.step, settings.steps, loss, at.best)
 
     with torch.no_grad():
@@ -152,26 +156,19 @@ def _accumulate(batch: Tensor, loss_of: Callable[[Tensor], Tensor], step: int, s
 
 
 def _state(
-    at: _Progress,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    best: Mapping[str, Tensor],
+    at: _Progress, parameters: Mapping[str, nn.Parameter], optimiser: Optimiser, best: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     state = {"progress": torch.tensor([at.step, at.before, at.best, at.stale], dtype=torch.float64)}
     for name, parameter in parameters.items():
         state[f"weight.{name}"] = parameter.detach().cpu()
-        state[f"best.{name}"] = best[name].cpu()
-        # What the loss does not depend on has no gradient, and AdamW no moments of it.
-        if moments := optimizer.state.get(parameter):
-            state[f"mean.{name}"] = moments["exp_avg"].cpu()
-            state[f"square.{name}"] = moments["exp_avg_sq"].cpu()
-    return state
+        state[f"best.{name}"] = best[name]
+    return state | {name: moment.cpu() for name, moment in optimiser.state().items()}
 
 
 def _restore(
     state: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimiser: Optimiser,
     best: Mapping[str, Tensor],
 ) -> _Progress:
     step, before, best_loss, stale = state["progress"].tolist()
@@ -179,10 +176,5 @@ def _restore(
         for name, parameter in parameters.items():
             parameter.copy_(state[f"weight.{name}"])
             best[name].copy_(state[f"best.{name}"])
-            if f"mean.{name}" in state:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
-                    "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
-                }
+    optimiser.restore(state, int(step))
     return _Progress(int(step), before, best_loss, int(stale))

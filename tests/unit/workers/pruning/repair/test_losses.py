@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.unit.workers.pruning.models import random_ids, tiny_model
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.pair import FirstToken
-from workers.pruning.repair.distill import continuation_loss, mean_loss, sequence_loss
+from workers.pruning.repair.distill import continuation_loss, mean_loss, sequence_loss, trainable
 from workers.pruning.repair.losses import (
     LossWeights,
     Outputs,
@@ -40,8 +40,10 @@ def test_divergence_is_computed_in_parts_to_the_same_value(monkeypatch: pytest.M
 
 def test_each_part_has_the_value_found_by_hand_and_they_add_by_weight() -> None:
     middle, last = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
-    wanted = Outputs([middle, last], logits_of([0.5, 0.5], [0.25, 0.75]))
-    given = Outputs([middle, torch.tensor([[[3.0, 3.0], [1.0, 2.0]]])], logits_of([0.25, 0.75], [0.25, 0.75]))
+    wanted = Outputs([middle, last], lambda h: logits_of([0.5, 0.5], [0.25, 0.75])[0], 2)
+    given = Outputs(
+        [middle, torch.tensor([[[3.0, 3.0], [1.0, 2.0]]])], lambda h: logits_of([0.25, 0.75], [0.25, 0.75])[0], 2
+    )
     targets = torch.tensor([[1]])  # only the first output has a label
     kl, label, hidden = (float(healing_loss(given, wanted, targets, weights)) for weights in PARTS)
     # 0.5·ln(0.5/0.25) + 0.5·ln(0.5/0.75) for the first token, nothing for the second
@@ -53,12 +55,41 @@ def test_each_part_has_the_value_found_by_hand_and_they_add_by_weight() -> None:
     assert mixed == pytest.approx(0.5 * kl + 2 * label + 3 * hidden)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 33])
+def test_logits_are_held_some_at_a_time_to_the_same_loss_and_gradients(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student, ids = tiny_model("llama"), drop_blocks(tiny_model("llama"), {2}), random_ids(3, 12)
+    parameters = trainable(student, [0, 1, 2, 3], frozen=set())
+    loss, held = sequence_loss(student, teacher, [0, 1, 3, 4], MIXED), []
+    student.get_output_embeddings().register_forward_hook(lambda head, given, logits: held.append(logits.numel()))
+
+    def found() -> tuple[float, list[Tensor]]:
+        value = loss(ids)
+        return value.item(), list(torch.autograd.grad(value, list(parameters.values())))
+
+    expected, gradients = found()
+    assert max(held) == 36 * 97
+    held.clear()
+    monkeypatch.setattr("workers.pruning.repair.losses.LOSS_LOGITS", rows * 97)
+    value, in_parts = found()
+    assert max(held) == rows * 97
+    assert sum(held) == 2 * 36 * 97  # once more for the gradients
+    assert value == pytest.approx(expected, rel=1e-6)
+    for one, other in zip(in_parts, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
+    held.clear()
+    assert mean_loss(loss, ids, 3) == pytest.approx(expected, rel=1e-6)
+    assert sum(held) == 36 * 97
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2-mixed"])
 def test_outputs_are_the_models_own(family: str) -> None:
     model, ids = tiny_model(family), random_ids(2, 12)
     expected = model(input_ids=ids, output_hidden_states=True)
     found = outputs(model, ids, [1, 4])
-    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.head(found.hidden[-1]), expected.logits)
+    assert found.vocabulary == expected.logits.shape[-1]
     for state, layer in zip(found.hidden, (1, 4, -1), strict=True):
         assert torch.equal(state, expected.hidden_states[layer])
     outputs(model, ids, [])

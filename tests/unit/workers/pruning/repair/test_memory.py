@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.workers.pruning.models import tiny_model
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.repair.memory import (
+    USABLE,
+    HealingSize,
+    HealingWay,
+    Precision,
+    block_width,
+    healing_way,
+    needed_bytes,
+)
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+ASKED = HealingWay("float32", recomputed=False, parts=1)
+BLOCK = 218_112_000  # of Llama-3.1-8B
+WIDTH = 8192 + 5120 + 5120 + 8192 + 3 * 18432
+EIGHT_BILLION = HealingSize(
+    beside=2 * 8_030_261_248,
+    trained=28 * BLOCK,
+    adapters=False,
+    own=0,
+    frozen=8_030_261_248 - 28 * BLOCK,
+    blocks=28,
+    block_width=WIDTH,
+    hidden=4096,
+    vocabulary=128_256,
+    windows=8,
+    window_tokens=1024,
+    accelerated=True,
+)
+SMALL = replace(
+    EIGHT_BILLION, beside=4 * 1000, trained=800, frozen=200, block_width=60, hidden=8, vocabulary=97, blocks=4
+)
+
+
+def test_all_weights_of_eight_billion_are_healed_on_one_device_of_80_gigabytes() -> None:
+    alone = healing_way(EIGHT_BILLION, ASKED, 80 * 10**9)
+    assert (alone.precision, alone.recomputed, alone.parts) == ("bfloat16", True, 1)
+    # Beside a prefill half whose other weights are the dense model's: 32 blocks, 8 of them for keys and values alone.
+    beside_prefill = replace(EIGHT_BILLION, beside=EIGHT_BILLION.beside + 2 * (24 * BLOCK + 8 * 25_165_824))
+    way = healing_way(beside_prefill, ASKED, 80 * 10**9)
+    assert way.precision == "bfloat16"
+    assert needed_bytes(beside_prefill, way) <= USABLE * 80 * 10**9
+    # Float32 would not have fitted two of them.
+    assert needed_bytes(EIGHT_BILLION, replace(ASKED, recomputed=True, parts=8)) > 120 * 10**9
+
+
+def test_what_fits_is_healed_as_asked() -> None:
+    for asked in (ASKED, HealingWay("float32", recomputed=True, parts=2)):
+        assert healing_way(SMALL, asked, 10**9) == asked
+
+
+def test_ways_that_cost_more_time_or_exactness_come_later_as_memory_shrinks() -> None:
+    taken = []
+    for free in range(300 * 10**9, 0, -(10**9) // 2):
+        way = healing_way(EIGHT_BILLION, ASKED, free)
+        if way not in taken:
+            taken.append(way)
+    needs = [needed_bytes(EIGHT_BILLION, way) for way in taken]
+    assert [way.precision for way in taken] == sorted((way.precision for way in taken), reverse=True)
+    assert taken[0] == ASKED
+    assert taken[-1] == HealingWay("bfloat16", recomputed=True, parts=8)
+    assert needs == sorted(needs, reverse=True)
+
+
+def test_frozen_weights_cost_nothing_where_the_dense_model_has_them_in_the_same_precision() -> None:
+    more = 10**9
+    for accelerated, free in ((True, "bfloat16"), (False, "float32")):
+        size = replace(SMALL, accelerated=accelerated)
+        for precision in PRECISIONS:
+            way = HealingWay(precision, recomputed=True, parts=1)
+            added = needed_bytes(replace(size, frozen=size.frozen + more), way) - needed_bytes(size, way)
+            assert (added == 0) == (precision == free)
+
+
+def test_adapters_take_a_fraction_of_what_all_weights_take() -> None:
+    adapters = replace(EIGHT_BILLION, trained=40_000_000, adapters=True, own=28 * BLOCK)
+    for precision in PRECISIONS:
+        way = HealingWay(precision, recomputed=True, parts=1)
+        beside = (needed_bytes(size, way) - size.beside for size in (adapters, EIGHT_BILLION))
+        assert 1.5 * next(beside) < next(beside)
+
+
+@pytest.mark.parametrize(("family", "width"), [("llama", 2 * 64 + 2 * 48 + 3 * 80), ("qwen3-moe", None)])
+def test_the_width_of_a_block_is_what_its_matrices_take_and_give(family: str, width: int | None) -> None:
+    block = block_stack(tiny_model(family)).blocks[1]
+    if width is not None:
+        assert block_width(block, None) == width
+    else:
+        assert block_width(block, 1) < block_width(block, 2) < block_width(block, None)

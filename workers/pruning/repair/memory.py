@@ -1,0 +1,139 @@
+"""How healing fits a device: in which precision it trains, what it computes again, in how many parts a batch goes.
+
+The arithmetic, in bytes. Let T be the numbers that are trained, O other numbers that the student has for itself, F
+those of its frozen weights, and `beside` what else is held all the while: the dense model, and the prefill half whose
+cache decode reads.
+
+| held                         | float32                           | bfloat16                                      |
+|------------------------------|-----------------------------------|-----------------------------------------------|
+| weights                      | 4 (T + O + F)                     | 2 (T + O)                                     |
+| and as they are multiplied   | 2 (T + O + F), on an accelerator  | –                                             |
+| gradients                    | 4 T                               | 2 T                                           |
+| both moments                 | 8 T                               | 2 (1 + 4/256) T: 8 bits, a scale for each 256 |
+
+Frozen weights that are in the dense model's precision are the dense model's own, and cost nothing: in bfloat16 on an
+accelerator, in float32 on a CPU. Adapters are float32 in any case.
+
+Meanwhile a part of a batch goes through, of n tokens. Let a number take i bytes (2 on an accelerator or in bfloat16,
+else 4), and let there be B blocks of hidden size h, which leave w numbers a token for their gradients (what their
+matrices take and give) and 20 h bytes for those of their norms, and v words:
+
+    hidden states between the blocks, of both models    2 B n h i
+    inside every block, or one if it is recomputed      n (w i + 20 h), times B or 1
+    logits                                              28 min(n v, LOSS_LOGITS)
+
+A step in bfloat16 holds 60 bytes for each number that it changes at a time; by then those of the batch are gone, so the
+larger of the two counts. The best weights so far lie on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from workers.pruning.repair.losses import LOSS_LOGITS
+from workers.pruning.repair.optimiser import STEP_NUMBERS
+
+Precision = Literal["float32", "bfloat16"]
+USABLE = 0.92
+"""Of the free memory: the rest is lost between what is allocated."""
+BY_LOGIT, BY_STEPPED, BY_NORM = 28, 60, 20
+"""Bytes, as said above."""
+
+
+@dataclass(frozen=True)
+class HealingSize:
+    """What decides how much memory healing a half takes. Numbers are counted, not their bytes."""
+
+    beside: int
+    """Bytes of the dense model, and of the half whose cache is read."""
+    trained: int
+    adapters: bool
+    """Whether what is trained are adapters of weights."""
+    own: int
+    """What else the student has for itself: weights that adapters are added to, zeros in place of parts."""
+    frozen: int
+    blocks: int
+    """Through which gradients go back."""
+    block_width: int
+    """What a block leaves for its gradients, a token."""
+    hidden: int
+    vocabulary: int
+    windows: int
+    """Of a batch."""
+    window_tokens: int
+    accelerated: bool
+
+    @property
+    def healed_bytes(self) -> int:
+        """What the half holds beside the dense model when it is healed, in that one's precision."""
+        return (2 if self.accelerated else 4) * (self.own + (0 if self.adapters else self.trained))
+
+
+@dataclass(frozen=True)
+class HealingWay:
+    """How a half is healed."""
+
+    precision: Precision
+    """Of the student's weights; with bfloat16 ones, both moments have 8 bits a number."""
+    recomputed: bool
+    """Whether each block is computed again in the backward pass."""
+    parts: int
+    """That a batch is computed in, one after the other."""
+
+
+def healing_way(size: HealingSize, asked: HealingWay, free_bytes: int) -> HealingWay:
+    """The first way that fits `free_bytes`: as asked; with blocks recomputed; with batches in more parts; then the same
+    in bfloat16. Where none does, the one that takes the least.
+    """
+    ways = list(_ways(asked, size.windows))
+    least = min(ways, key=lambda way: needed_bytes(size, way))
+    return next((way for way in ways if needed_bytes(size, way) <= USABLE * free_bytes), least)
+
+
+def _ways(asked: HealingWay, windows: int) -> Iterator[HealingWay]:
+    precisions: list[Precision] = ["float32", "bfloat16"] if asked.precision == "float32" else ["bfloat16"]
+    for precision in precisions:
+        yield HealingWay(precision, asked.recomputed, asked.parts)
+        parts = asked.parts
+        yield HealingWay(precision, True, parts)
+        while parts < windows:
+            parts = min(2 * parts, windows)
+            yield HealingWay(precision, True, parts)
+
+
+def needed_bytes(size: HealingSize, way: HealingWay) -> int:
+    """What healing that way takes at its peak, as the table above has it."""
+    exact = way.precision == "float32"
+    multiplied = 2 if size.accelerated else 0
+    by_weight = 4 + multiplied if exact else 2
+    by_trained = 4 + multiplied if exact or size.adapters else 2
+    shared = exact != size.accelerated
+    learning = 12.0 if exact or size.adapters else 2 + 2 * (1 + 4 / 256)
+    held = (by_trained + learning) * size.trained + by_weight * (size.own + (0 if shared else size.frozen))
+
+    number = 2 if size.accelerated or not exact else 4
+    tokens = math.ceil(size.windows / way.parts) * size.window_tokens
+    of_block = tokens * (size.block_width * number + BY_NORM * size.hidden)
+    passing = (
+        2 * size.blocks * tokens * size.hidden * number
+        + of_block * (1 if way.recomputed else size.blocks)
+        + BY_LOGIT * min(tokens * size.vocabulary, LOSS_LOGITS)
+    )
+    stepping = 0 if exact or size.adapters else BY_STEPPED * min(size.trained, STEP_NUMBERS)
+    return size.beside + math.ceil(held) + max(passing, stepping)
+
+
+def block_width(block: nn.Module, experts: int | None) -> int:
+    """Numbers a token that the matrices of a block take and give; of stacked experts, so many are at work."""
+    width = 0
+    for parameter in block.parameters():
+        if parameter.dim() == 2:
+            width += sum(parameter.shape)
+        elif parameter.dim() == 3:
+            width += min(parameter.shape[0], experts or parameter.shape[0]) * sum(parameter.shape[1:])
+    return width

@@ -1,0 +1,81 @@
+"""What healing a half of a job takes, counted on the model's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pdtrim.contract.results.distillation import HowHealed
+from workers.inputs.models import device
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.checkpoint import empty_model
+from workers.pruning.model.measure import parameters
+from workers.pruning.model.parts import idle_tensors, zeroed_tensors
+from workers.pruning.model.plan import BlockPlan
+from workers.pruning.model.width import Channels
+from workers.pruning.repair.distill import trainable
+from workers.pruning.repair.lora import linear_weights
+from workers.pruning.repair.memory import HealingSize, HealingWay, block_width, needed_bytes
+from workers.stages.context import StageContext
+from workers.stages.width import narrowed
+
+
+def healing_size(
+    context: StageContext,
+    plan: BlockPlan,
+    channels: Channels | None,
+    blocks: list[int],
+    windows: Tensor,
+    *,
+    beside: int,
+) -> HealingSize:
+    """Of the half that gives up `plan` and all but `channels`, trained in `blocks` on `windows` (windows, tokens).
+
+    `beside` is what another half holds, in bytes. No weights are read.
+    """
+    spec = context.spec.distillation
+    dense = empty_model(context.model_dir, context.check)
+    weights = narrowed(dense, channels)
+    stack = block_stack(weights)
+    named = dict(weights.named_parameters())
+    idle = idle_tensors(stack, plan.parts)
+    own = sum(named[name].numel() for name in zeroed_tensors(stack, plan.parts))
+    adapters = spec.trainable == "lora"
+    if adapters:
+        adapted = linear_weights(weights, blocks, frozen=idle).values()
+        sizes = [spec.lora.rank * sum(weight.shape) for weight in adapted]
+        own += sum(weight.numel() for weight in adapted)
+    else:
+        sizes = [parameter.numel() for parameter in trainable(weights, blocks, frozen=idle).values()]
+    embedding: Any = weights.get_input_embeddings()
+    output: Any = weights.get_output_embeddings()
+    experts = getattr(weights.config, "num_experts_per_tok", None)
+    accelerated = device().type != "cpu"
+    every = parameters(weights)
+    return HealingSize(
+        beside=beside + parameters(dense) * (2 if accelerated else 4),
+        trained=sum(sizes),
+        adapters=adapters,
+        own=own,
+        frozen=max(0, every - own - (0 if adapters else sum(sizes))),
+        blocks=len(plan.kept),
+        block_width=max(block_width(block, experts) for block in stack.blocks),
+        hidden=embedding.weight.shape[1],
+        vocabulary=output.weight.shape[0],
+        windows=spec.batch_windows,
+        window_tokens=windows.shape[1],
+        accelerated=accelerated,
+    )
+
+
+def recorded(size: HealingSize, way: HealingWay) -> HowHealed:
+    """A way as results show it."""
+    exact_moments = way.precision == "float32" or size.adapters
+    return HowHealed(
+        precision=way.precision,
+        moments="float32" if exact_moments else "8-bit",
+        gradient_checkpointing=way.recomputed,
+        gradient_accumulation=way.parts,
+        needed_bytes=needed_bytes(size, way),
+    )
