@@ -59,7 +59,7 @@ def healed_in(monkeypatch: pytest.MonkeyPatch, way: HealingWay) -> None:
 def test_healing_in_bfloat16_comes_near_healing_in_float32(
     given_up: dict[str, Any], trainable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    surroundings = ready(tmp_path, **given_up, distillation={"trainable": trainable, "learning_rate": 2e-3})
+    surroundings = ready(tmp_path, **given_up, distillation={"trainable": trainable})
     exact = distillation.run(surroundings)
     healed_in(monkeypatch, IN_BFLOAT16)
     rough = distillation.run(replace(surroundings, state_prefix="another"))
