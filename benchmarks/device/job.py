@@ -95,7 +95,8 @@ def _model_folder(bench: Bench, folder: Path) -> Iterator[Path]:
 
 def _bytes(config: LlamaConfig) -> int:
     with torch.device("meta"):
-        return 2 * sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        weights = sum(int(parameter.numel()) for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    return 2 * weights
 
 
 def write_checkpoint(bench: Bench, config: LlamaConfig, folder: Path) -> None:
@@ -174,7 +175,7 @@ def _run(bench: Bench, model: Path, folder: Path) -> Findings:
         context = Context(
             job_id="job",
             spec=spec,
-            model_dir=model,
+            source_dir=model,
             model_revision=None,
             workdir=folder / "work",
             inputs=inputs,

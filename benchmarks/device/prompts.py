@@ -59,7 +59,8 @@ class AttentionAlone(nn.Module):
         """`hidden_states` (batch, time, hidden) → the same shape."""
         normed = self.block.get_submodule("input_layernorm")(hidden_states)
         attended, _ = self.block.get_submodule("self_attn")(hidden_states=normed, **kwargs)
-        return hidden_states + attended
+        summed: Tensor = hidden_states + attended
+        return summed
 
 
 SKIPPING: Mapping[Part, Callable[[nn.Module], nn.Module]] = {"kv_only": KeysAndValuesAlone, "mlp": AttentionAlone}
