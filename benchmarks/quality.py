@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -31,7 +31,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.choices import CHOICES
-from benchmarks.questions import Answers, Questions, answered, copied_spans, lookups, needles, running_text
+from benchmarks.questions import (
+    Answers,
+    Questions,
+    answered,
+    copied_spans,
+    lookups,
+    needles,
+    running_text,
+    writes_digits,
+)
 from benchmarks.whole_jobs import WholeJob, layer_map
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import PLAN, HalfPlan, Healing, Plan
@@ -48,7 +57,7 @@ from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
 
 WINDOW_TOKENS = 256
-LONGEST_PROMPT = 1024
+ROWS = ("depth", "peers", "cost", "calibration")
 FIRST_TOKEN: FirstToken = "decode"
 COSTS: tuple[Cost, ...] = ("flops", "weight_bytes", "kv_bytes")
 OF_PREFILL: Mapping[Kind, str] = {"kv_only": "kv_only_blocks", "mlp": "remove_mlps"}
@@ -153,18 +162,19 @@ class Subject:
 
 
 @lru_cache
-def subject(model: Path, text: Path, count: int, batch: int) -> Subject:
-    """Read once in each process."""
+def subject(model: Path, text: Path, prompts: tuple[int, ...], count: int, batch: int) -> Subject:
+    """Read once in each process. What needs a token for every digit is asked where the tokenizer has one."""
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(model)
     # The part of the text that a job keeps for validation, of which the jobs here measure nothing.
     held_out = split_stream(token_stream(documents, tokenizer), tokens=WINDOW_TOKENS)["validation"]
     questions = [
-        *(running_text(held_out, prompt, count=count, longest=LONGEST_PROMPT) for prompt in (64, 256, LONGEST_PROMPT)),
-        copied_spans(held_out, 256, count=count),
-        needles(held_out, tokenizer, LONGEST_PROMPT, count=count, seed=0),
-        lookups(held_out, tokenizer, 512, count=count, seed=0),
+        *(running_text(held_out, prompt, count=count, longest=max(prompts)) for prompt in prompts),
+        copied_spans(held_out, prompts[1], count=count),
     ]
+    if writes_digits(tokenizer):
+        questions.append(needles(held_out, tokenizer, max(prompts), count=count, seed=0))
+        questions.append(lookups(held_out, tokenizer, max(prompts) // 2, count=count, seed=0))
     dense = load_model(model)
     blocks = list(range(len(block_stack(dense).blocks)))
     ask = partial(answered, dense, dense, blocks, first_token=FIRST_TOKEN, batch=batch)
@@ -185,7 +195,7 @@ def units_of(half: HalfPlan) -> Units:
 
 def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """Run a row's job, ask its pair, and delete its files. Returns the row as JSON."""
-    given = subject(args.model, args.text, args.questions, args.batch)
+    given = subject(args.model, args.text, tuple(args.prompts), args.questions, args.batch)
     spec = JobSpec.model_validate(
         {
             "model": {"source": f"file://{args.model.resolve()}"},
@@ -324,6 +334,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a JSON object with `text` a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and, for a while, the jobs")
     parser.add_argument("--table", action="store_true", help="print the tables of an earlier run")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--prompts", type=int, nargs=3, default=[64, 256, 1024], help="tokens, ascending")
     parser.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9, 12])
     parser.add_argument("--decode-alone", type=int, default=4)
     parser.add_argument("--shares", type=float, nargs="*", default=[0.75, 0.6])
@@ -349,10 +361,14 @@ def run(args: argparse.Namespace, rows_file: Path) -> None:
     """Run the job of every row that the file does not have yet, so many at a time, and append the row."""
     until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    given = subject(args.model, args.text, args.questions, args.batch)
-    rows = [*by_depth(args.counts, args.decode_alone), *by_peers(args.counts, args.shares)]
-    rows += by_cost(given.costs, args.shares)
-    rows += by_calibration(args.counts[len(args.counts) // 2 - 1], [8, 64], range(3))
+    given = subject(args.model, args.text, tuple(args.prompts), args.questions, args.batch)
+    kinds: dict[str, Iterable[Row]] = {
+        "depth": by_depth(args.counts, args.decode_alone),
+        "peers": by_peers(args.counts, args.shares),
+        "cost": by_cost(given.costs, args.shares),
+        "calibration": by_calibration(args.counts[len(args.counts) // 2 - 1], [8, 64], range(3)),
+    }
+    rows = [row for kind in args.rows for row in kinds[kind]]
     if not rows_file.exists():
         rows_file.write_text(json.dumps(dense_row(given)) + "\n")
     done_before = {_key(**row) for row in written(rows_file)[1:]}

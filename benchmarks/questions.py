@@ -122,6 +122,15 @@ def _number(rng: random.Random) -> str:
     return "".join(rng.choice("123456789") for _ in range(DIGITS))
 
 
+def writes_digits(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has a token for every digit of the numbers that are asked for."""
+    try:
+        _ids(tokenizer, "\n123: 123456789")
+    except ValueError:
+        return False
+    return True
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text that ends with a number. Raises: ValueError unless its digits are a token each."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
