@@ -105,7 +105,7 @@ def _check_queue(spec: JobSpec, settings: Settings) -> None:
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     """Hold a job against its model's `config.json`. Raises: ModelUnsupported, TooManyBlocks, InvalidRequest."""
     if (text := text_part(config)) is not None:
-        _check_sight(spec, config)
+        _check_sight(spec, config, text)
         config = text
     kind = config.get("model_type")
     if (reason := _alien(config)) is not None:
@@ -141,7 +141,13 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     raise_all(found)
 
 
-def _check_sight(spec: JobSpec, config: Mapping[str, Any]) -> None:
+def _check_sight(spec: JobSpec, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    if block_count(text) is None:
+        raise ModelUnsupported(
+            f"text_config in config.json of this {config.get('model_type')} model leaves the number of blocks to its "
+            "class: write it there, as num_hidden_layers.",
+            param="model.source",
+        )
     kept = range(protected_for_sight(config))
     if set(kept) - set(spec.search.protect):
         raise ModelUnsupported(

@@ -116,6 +116,13 @@ def test_a_job_is_held_against_the_text_decoder_of_a_model_that_sees() -> None:
     preflight.check_config(spec(1, 2), {**flat, "architectures": ["Qwen2_5_VLForConditionalGeneration"]})
 
 
+def test_a_text_decoder_whose_class_alone_knows_how_many_blocks_it_has_is_refused_in_a_sentence() -> None:
+    published = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
+    with pytest.raises(ModelUnsupported, match="leaves the number of blocks to its class: write it there") as refused:
+        preflight.check_config(spec(), published)
+    assert refused.value.param == "model.source"
+
+
 def test_blocks_to_which_an_image_is_added_have_to_stay() -> None:
     with pytest.raises(ModelUnsupported, match=r"keep them with search.protect: \[0, 1, 2\]") as refused:
         preflight.check_config(spec(1, 2, search={"protect": [0, 2]}), SEEING)
