@@ -33,7 +33,7 @@ from service.observing import tracing
 from service.queue import WakeUp
 from service.settings import Settings
 from service.stopping import Check
-from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, job_prefix
+from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, StoreUnavailable, job_prefix
 from workers.inputs.faults import PatientStore, may_pass, patient
 from workers.inputs.sources import model_folder, text_documents
 from workers.running.lease import Lease, StopRequested, WorkerStopping
@@ -44,6 +44,8 @@ from workers.stages.context import Figure, Parent, Say, StageContext, StoredInpu
 
 MANIFEST = "manifest.json"
 VERSIONED = ("pdtrim", "torch", "transformers", "tokenizers", "safetensors")
+STATES_OF_USE = frozenset({StageName.REMOVAL})
+"""Stages whose state outlives them: jobs that are cut from this one go on from what its search measured."""
 Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,7 @@ def _to_an_outcome(worker: Worker, claim: Claim) -> tuple[Outcome, StageName | N
             finished = _finished_before(worker, claim, lease.check) or _execute(worker, claim, lease.check)
             lease.check()
             following = _record(worker, claim, finished)
+        _forget_state(worker, claim)
         size = sum(artifact.size for artifact in finished.artifacts)
         worker.metrics.artifact_bytes.labels(claim.stage.value).inc(size)
         return Outcome.SUCCEEDED, following
@@ -210,6 +213,21 @@ def _conclude(worker: Worker, claim: Claim, outcome: Outcome, change: Callable[[
         log.exception("the outcome of %s could not be recorded; the lease will run out", claim)
         return Outcome.UNRECORDED
     return outcome
+
+
+def _forget_state(worker: Worker, claim: Claim) -> None:
+    """Delete what a stage that succeeded saved to go on from."""
+    if claim.stage in STATES_OF_USE:
+        return
+    try:
+        worker.store.delete_prefix(_state_prefix(claim))
+    except (StoreUnavailable, StoreRefused) as error:
+        # The stage is done all the same; this goes with the job.
+        log.warning("the state of %s stays in the store: %s", claim, error)
+
+
+def _state_prefix(claim: Claim) -> str:
+    return f"{job_prefix(claim.job_id)}/{claim.stage}/state"
 
 
 def _attempt_prefix(claim: Claim, attempt: int | None = None) -> str:
@@ -280,7 +298,7 @@ def _stage_context(
         workdir=workdir,
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},
         store=worker.persistent_store(check),
-        state_prefix=f"{job_prefix(claim.job_id)}/{claim.stage}/state",
+        state_prefix=_state_prefix(claim),
         documents=lambda: text_documents(spec.data, worker.settings, check),
         check=check,
         publish=publish,

@@ -39,8 +39,9 @@ from workers.pruning.repair.recompute import recomputed_blocks
 from workers.stages.context import StageContext
 from workers.stages.healing_size import healing_size, recorded
 from workers.stages.removal import Plans, read_plans
+from workers.stages.saving import Saver, Tensors, saving
 from workers.stages.scoring import WINDOWS
-from workers.stages.training import HELD_OUT_WINDOWS, Tensors, asked_way, journal, kept_state, kept_way, steps
+from workers.stages.training import HELD_OUT_WINDOWS, asked_way, journal, kept_state, kept_way, steps
 from workers.stages.training import settings as training_settings
 from workers.stages.width import HalfChannels, narrowed, read_channels
 
@@ -71,6 +72,7 @@ class Work:
     data: TrainingWindows
     free_bytes: int
     """On the device, before anything was there."""
+    saver: Saver
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,15 @@ def run(context: StageContext) -> DistillationResult:
         return DistillationResult(enabled=spec.enabled)
     gc.collect()  # of what the stage before left on the device
     free_bytes = free_memory_bytes(device())
-    plans = read_plans(context)
-    work = Work(
-        context,
-        plans,
-        read_channels(context),
-        load_model(context.model_dir, context.check),
-        TrainingWindows(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device())),
-        free_bytes,
-    )
-    prefill = _heal_prefill(work)
-    context.write_tensors(context.out / PREFILL, prefill.trained)
-    decode = prefill if plans.unified else _heal_decode(work, prefill)
-    context.write_tensors(context.out / DECODE, decode.trained)
+    plans, channels = read_plans(context), read_channels(context)
+    data = TrainingWindows(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
+    teacher = load_model(context.model_dir, context.check)
+    with saving(context) as saver:
+        work = Work(context, plans, channels, teacher, data, free_bytes, saver)
+        prefill = _heal_prefill(work)
+        context.write_tensors(context.out / PREFILL, prefill.trained)
+        decode = prefill if plans.unified else _heal_decode(work, prefill)
+        context.write_tensors(context.out / DECODE, decode.trained)
     return DistillationResult(enabled=True, prefill=prefill.found, decode=decode.found)
 
 
@@ -291,7 +289,7 @@ def _heal(
     named = dict(weights.named_parameters())
     given = {name: named[name].detach().to("cpu", copy=True) for name in healed}
     before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
-    diary = journal(context, half, progress_range, way, resume)
+    diary = journal(context, half, progress_range, way, resume, work.saver)
     recomputed = recomputed_blocks(*learned.models) if way.recomputed else nullcontext()
     with recomputed, _trained(context, student, healed) as parameters:
         taken = train_on(learned.loss, parameters, data.training, data.held_out, settings, diary).steps

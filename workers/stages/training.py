@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +12,7 @@ from pdtrim.contract.spec import DistillationSpec
 from workers.pruning.repair.memory import HealingWay, Precision
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.stages.context import StageContext
+from workers.stages.saving import Pace, Saver, Tensors
 
 HELD_OUT_WINDOWS = 8
 """Calibration windows on which training is judged."""
@@ -21,7 +21,6 @@ WAY = "way"
 """What a state calls the way in which it was trained."""
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 """As a state numbers them."""
-Tensors = dict[str, Tensor]
 
 
 def steps(spec: DistillationSpec, window_tokens: int) -> int:
@@ -67,9 +66,10 @@ def journal(
     progress_range: tuple[float, float],
     way: HealingWay,
     resume: Mapping[str, Tensor] | None,
+    saver: Saver,
 ) -> Journal:
     """Progress between the two fractions of `progress_range`, and a state in the store every so often."""
-    saved_at = time.monotonic()
+    pace = Pace(SAVE_INTERVAL_S)
     of_way = {WAY: torch.tensor([PRECISIONS.index(way.precision), int(way.recomputed), way.parts])}
 
     def progress(step: int, steps: int, loss: float, held_out: float) -> None:
@@ -85,10 +85,11 @@ def journal(
         )
 
     def save_now_and_then(last: bool, state: Callable[[], Tensors]) -> None:
-        nonlocal saved_at
-        if last or time.monotonic() - saved_at >= SAVE_INTERVAL_S:
-            saved_at = time.monotonic()
-            context.save_tensors(_name(half), state() | of_way)
+        # Asked at every step, so that a fault of saving shows.
+        idle = not saver.is_busy()
+        if last or (idle and pace.due):
+            with pace.paid():
+                saver.save(_name(half), state() | of_way)
 
     return Journal(progress, save_now_and_then, resume)
 

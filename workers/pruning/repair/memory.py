@@ -23,7 +23,8 @@ matrices take and give) and 20 h bytes for those of their norms, and v words:
     logits                                              28 min(n v, LOSS_LOGITS)
 
 A step in bfloat16 holds 60 bytes for each number that it changes at a time; by then those of the batch are gone, so the
-larger of the two counts. The best weights so far lie on the host.
+larger of the two counts. On the host lie the weights before training, the best so far, and copies of weights and
+moments while they are saved: on a CPU, as much again as three times the weights and once the moments.
 """
 
 from __future__ import annotations
@@ -113,8 +114,10 @@ def needed_bytes(size: HealingSize, way: HealingWay) -> int:
     by_weight = 4 + multiplied if exact else 2
     by_trained = 4 + multiplied if exact or size.adapters else 2
     shared = exact != size.accelerated
-    learning = 12.0 if exact or size.adapters else 2 + 2 * (1 + 4 / 256)
-    held = (by_trained + learning) * size.trained + by_weight * (size.own + (0 if shared else size.frozen))
+    moments = 8.0 if exact or size.adapters else 2 * (1 + 4 / 256)
+    learning = moments + (4 if exact or size.adapters else 2)
+    kept = 0 if size.accelerated else 3 * by_trained + moments
+    held = (by_trained + learning + kept) * size.trained + by_weight * (size.own + (0 if shared else size.frozen))
 
     number = 2 if size.accelerated or not exact else 4
     tokens = math.ceil(size.windows / way.parts) * size.window_tokens

@@ -62,6 +62,8 @@ class _Progress:
     best: float
     stale: int
     """Held-out checks since the best one."""
+    best_step: int = 0
+    """After which the best weights were seen; 0 for those before training."""
 
     def ended(self, settings: TrainingSettings) -> bool:
         exhausted = settings.patience is not None and self.stale >= settings.patience
@@ -73,9 +75,9 @@ class Journal:
     """How a run tells of itself and survives its process.
 
     `progress(step, steps, loss, held_out)` hears the batch's loss and the least held-out loss so far, and may raise to
-    stop. `save(last, state)` may call `state()` and keep what it
-    returns, and should when it is the last. A run that is given a kept state as `resume` ends with the same bits
-    as one that was never interrupted.
+    stop. `save(last, state)` may call `state()` and keep what it returns, a copy on the host, and should when it is
+    the last. A run that starts from the same weights and is given a kept state as `resume` ends with the same bits as
+    one that was never interrupted.
     """
 
     progress: Callable[[int, int, float, float], None] = lambda step, steps, loss, held_out: None
@@ -131,10 +133,13 @@ def train(
             held_out = held_out_loss()
             at.stale += 1
             if held_out < at.best:
-                at.best, at.stale = held_out, 0
-                for name, parameter in parameters.items():
-                    best[name].copy_(parameter.detach())
-        journal.save(at.ended(settings), partial(_state, at, parameters, optimiser, best))
+                at.best, at.stale, at.best_step = held_out, 0, at.step
+                # Others may still read the ones before.
+                best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        ended = at.ended(settings)
+        journal.save(
+            ended, partial(_final_state, at, best) if ended else partial(_state, at, parameters, optimiser, best)
+        )
         journal.progress(at.step, settings.steps, loss, at.best)
 
     with torch.no_grad():
@@ -155,26 +160,36 @@ def _accumulate(batch: Tensor, loss_of: Callable[[Tensor], Tensor], step: int, s
     return total
 
 
+def _final_state(at: _Progress, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a run that came to its end: the best weights, if they are others than before training."""
+    progress = torch.tensor([at.step, at.before, at.best, at.stale, at.best_step], dtype=torch.float64)
+    return {"progress": progress, **({f"best.{name}": tensor for name, tensor in best.items()} if at.best_step else {})}
+
+
 def _state(
     at: _Progress, parameters: Mapping[str, nn.Parameter], optimiser: Optimiser, best: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    state = {"progress": torch.tensor([at.step, at.before, at.best, at.stale], dtype=torch.float64)}
-    for name, parameter in parameters.items():
-        state[f"weight.{name}"] = parameter.detach().cpu()
-        state[f"best.{name}"] = best[name]
-    return state | {name: moment.cpu() for name, moment in optimiser.state().items()}
+    """Of a run that is to go on: weights, moments, and the best weights, if they are not these."""
+    kept = _final_state(at, best if at.best_step < at.step else {})
+    current = {f"weight.{name}": parameter.detach() for name, parameter in parameters.items()} | optimiser.state()
+    return kept | {name: tensor.to("cpu", copy=True) for name, tensor in current.items()}
 
 
 def _restore(
     state: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
     optimiser: Optimiser,
-    best: Mapping[str, Tensor],
+    best: dict[str, Tensor],
 ) -> _Progress:
-    step, before, best_loss, stale = state["progress"].tolist()
+    step, before, best_loss, stale, *best_step = state["progress"].tolist()
+    at = _Progress(int(step), before, best_loss, int(stale), *map(int, best_step or [step]))
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state[f"weight.{name}"])
-            best[name].copy_(state[f"best.{name}"])
-    optimiser.restore(state, int(step))
-    return _Progress(int(step), before, best_loss, int(stale))
+            if f"weight.{name}" in state:
+                parameter.copy_(state[f"weight.{name}"])
+            if f"best.{name}" in state:
+                best[name].copy_(state[f"best.{name}"])
+            elif at.best_step:
+                best[name].copy_(parameter)
+    optimiser.restore(state, at.step)
+    return at

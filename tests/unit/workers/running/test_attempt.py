@@ -685,6 +685,9 @@ def test_an_interrupted_stage_goes_on_where_it_stopped_and_ends_the_same(
 
     first, second = (recorded(worker, job_id, stage) for job_id in (unbroken, broken))
     assert {name: row.sha256 for name, row in first.items()} == {name: row.sha256 for name, row in second.items()}
+    # Jobs that are cut from this one read the search's state; the others are of no use any more.
+    left = list(worker.store.list_keys(f"jobs/{broken}/{stage}/state"))
+    assert bool(left) == (stage == StageName.REMOVAL)
 
 
 def test_cancellation_stops_a_running_stage(worker: Worker, model: Path) -> None:
