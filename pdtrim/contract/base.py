@@ -19,9 +19,9 @@ def storable(value: str) -> str:
 
 
 def named_freely(schema: dict[str, Any]) -> None:
-    """Say of an object whose names have a pattern what pydantic says by `patternProperties`, so that it is understood.
+    """Say of an object all of whose names have a pattern what pydantic says by `patternProperties`.
 
-    Generators of clients know no patterns of names: they take the object for one without properties, and send it empty.
+    Generators of clients know no patterns of names: where nothing else may be in the object, they would send it empty.
     """
     ((pattern, value),) = schema.pop("patternProperties").items()
     schema |= {"propertyNames": {"pattern": pattern}, "additionalProperties": value}

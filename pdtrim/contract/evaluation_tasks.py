@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from pdtrim.contract.base import NO_NUL, SpecModel, WrittenAsItIs, named_freely, storable
+from pdtrim.contract.base import NO_NUL, SpecModel, WrittenAsItIs, storable
 from pdtrim.contract.yaml_text import MAX_CHARACTERS as MAX_YAML
 from pdtrim.contract.yaml_text import plain_data
 
@@ -36,7 +36,6 @@ TEMPLATE_MARKS = ("{{", "{%", "{#")
 Text = Annotated[str, Field(max_length=100_000, json_schema_extra=NO_NUL), AfterValidator(storable)]
 Column = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 Cell = bool | int | FiniteFloat | Text | tuple[Text, ...]
-Row = Annotated[dict[Column, Cell], Field(json_schema_extra=named_freely)]
 
 
 class Question(NamedTuple):
@@ -55,7 +54,7 @@ class InlineTask(SpecModel):
         min_length=1, max_length=128, pattern=f"^{NAME.pattern}$", description="Name.", examples=["arithmetic"]
     )
     output_type: Literal["multiple_choice"] = "multiple_choice"
-    docs: Annotated[tuple[Row, ...], WrittenAsItIs()] = Field(
+    docs: Annotated[tuple[dict[Column, Cell], ...], WrittenAsItIs()] = Field(
         min_length=1, max_length=MAX_DOCS, description="The questions: rows of named columns."
     )
     doc_to_text: Text = Field(
