@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from typing import Any
 
 import psutil
 import pytest
-from openai import InternalServerError, OpenAI
+from openai import BadRequestError, InternalServerError, NotFoundError, OpenAI
 
 from vllm_tests.checkpoints import WORKER_PYTHON, Checkpoints, Pairs
 from vllm_tests.running import wait_for
 
-PORTS = 23400
+PORTS = int(os.environ.get("PDTRIM_TEST_PORTS", 23400))
 """The endpoint's, which the others follow."""
+PROMPT = "import os\n\n\ndef main("
 START_SECONDS = 1200
 STOP_SECONDS = 60
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -101,14 +103,32 @@ def test_streamed_completions_are_the_references_tokens(endpoint: Endpoint) -> N
 
 def test_a_chat_is_answered_as_the_text_it_is_made_of(endpoint: Endpoint) -> None:
     asked: dict[str, Any] = {"model": endpoint.model, "max_tokens": 12, "temperature": 0}
-    prompt = "import os\n\n\ndef main("
-    plain = endpoint.client.completions.create(prompt=prompt, **asked).choices[0].text
-    messages: Any = [{"role": "user", "content": prompt}]
+    plain = endpoint.client.completions.create(prompt=PROMPT, **asked).choices[0].text
+    messages: Any = [{"role": "user", "content": PROMPT}]
     whole = endpoint.client.chat.completions.create(messages=messages, **asked).choices[0].message.content
     parts = endpoint.client.chat.completions.create(messages=messages, stream=True, **asked)
     streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert plain
-    assert whole == streamed == plain
+    response = endpoint.client.responses.create(model=endpoint.model, input=PROMPT, max_output_tokens=12, temperature=0)
+    assert whole == streamed == response.output_text == plain
+
+
+def test_what_an_answer_tells_beside_its_text(endpoint: Endpoint) -> None:
+    asked: dict[str, Any] = {"model": endpoint.model, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    stopped = endpoint.client.completions.create(stop=[")"], logprobs=2, **asked)
+    (choice,) = stopped.choices
+    assert (choice.finish_reason, ")" in choice.text) == ("stop", False)
+    assert choice.logprobs is not None
+    assert choice.logprobs.top_logprobs is not None
+    assert all(len(found) >= 2 for found in choice.logprobs.top_logprobs)
+    parts = endpoint.client.completions.create(stream=True, stream_options={"include_usage": True}, **asked)
+    (usage,) = [part.usage for part in parts if part.usage is not None]
+    assert stopped.usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (stopped.usage.prompt_tokens, 40)
+    twice = [
+        endpoint.client.completions.create(seed=7, **{**asked, "temperature": 1}).choices[0].text for _ in range(2)
+    ]
+    assert twice[0] == twice[1]
 
 
 def test_a_list_of_prompts_is_an_error_that_the_client_sees(endpoint: Endpoint) -> None:
@@ -116,3 +136,26 @@ def test_a_list_of_prompts_is_an_error_that_the_client_sees(endpoint: Endpoint) 
     client = endpoint.client.with_options(max_retries=0)
     with pytest.raises(InternalServerError):
         client.completions.create(model=endpoint.model, prompt=["import os", "import re"], max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"n": 2, "temperature": 1}, "ask for one answer a request"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "would have decode compute the prompt: leave it out"),
+        ({"echo": True, "logprobs": 1}, "would have decode compute the prompt: leave it out"),
+        ({"prompt": [7] * 600}, "maximum context length is 512 tokens"),
+    ],
+    ids=["two answers", "prompt_logprobs", "echo with logprobs", "too long"],
+)
+def test_what_cannot_be_answered_is_an_error_that_says_why(
+    endpoint: Endpoint, asked: dict[str, Any], said: str
+) -> None:
+    request: dict[str, Any] = {"model": endpoint.model, "prompt": PROMPT, "max_tokens": 4, **asked}
+    with pytest.raises(BadRequestError, match=said):
+        endpoint.client.completions.create(**request)
+
+
+def test_a_model_that_is_not_served_is_not_found(endpoint: Endpoint) -> None:
+    with pytest.raises(NotFoundError, match="does not exist"):
+        endpoint.client.completions.create(model="other", prompt=PROMPT, max_tokens=4)
