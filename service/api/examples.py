@@ -209,7 +209,7 @@ ESTIMATE: dict[str, Any] = {
         },
     ],
     "evaluations": {"prefill": 79, "decode": 56, "parts": 0, "control": 115},
-    "memory_bytes": {"search": 11_031_520, "distillation": 92_992_160},
+    "memory_bytes": {"search": 11_031_520, "distillation": 37_929_528},
     "earlier": {
         "job_id": JOB_ID,
         "seconds": {"scoring": 8.1, "removal": 61.3, "distillation": 190.4, "export": 4.0, "evaluation": 21.7},

@@ -31,9 +31,9 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 LARGEST = 2**53
 """The largest integer that every JSON reader keeps exactly."""
 MANY_SETS = 100_000
-HALF_PRECISION, SINGLE_PRECISION = 2, 4
-OPTIMISER = 12
-"""Bytes for each trained parameter besides its weight: the gradient, and AdamW's two moments."""
+HALF_PRECISION = 2
+OPTIMISER = 2 + 2 * (1 + 4 / 256)
+"""Bytes for each trained parameter besides its weight: the gradient, and AdamW's two moments in 8 bits with scales."""
 STAGE: TypeAdapter[AnyStage] = TypeAdapter(AnyStage)
 Role = Literal["dense", "unified", "prefill", "decode"]
 
@@ -178,19 +178,19 @@ def _heals(spec: JobSpec) -> bool:
 
 
 def _memory(spec: JobSpec, shape: _Shape, checkpoints: Sequence[CheckpointEstimate]) -> MemoryEstimate:
-    """As the worker computes on an accelerator: the dense model in bfloat16; what is healed, in float32.
+    """As the worker computes on an accelerator, where that has the least memory: in bfloat16.
 
-    The decode half is healed while the healed prefill half makes the cache that it reads.
+    The last half is healed while another, which is healed, makes the cache that it reads; what neither trains is the
+    dense model's own.
     """
     if shape.total is None or shape.block is None:
         return MemoryEstimate(search=None, distillation=None)
     dense = HALF_PRECISION * shape.total
     if not _heals(spec):
         return MemoryEstimate(search=dense, distillation=None)
-    last = checkpoints[-1]
-    trained = last.blocks * shape.block if spec.distillation.trainable == "all" else 0
-    weights = SINGLE_PRECISION * shape.total * len(checkpoints)
-    return MemoryEstimate(search=dense, distillation=dense + weights + OPTIMISER * trained)
+    own = sum(HALF_PRECISION * checkpoint.blocks * shape.block for checkpoint in checkpoints)
+    trained = checkpoints[-1].blocks * shape.block if spec.distillation.trainable == "all" else 0
+    return MemoryEstimate(search=dense, distillation=dense + own + round(OPTIMISER * trained))
 
 
 def _earlier(spec: JobSpec, job_id: str, stages: Sequence[Any]) -> EarlierJob:

@@ -44,9 +44,9 @@ class Optimiser(ABC):
 
 
 def optimiser_of(parameters: Parameters, seed: int) -> Optimiser:
-    """The one for the precision of `parameters`, which is one for all."""
-    first = next(iter(parameters.values()))
-    return InBfloat16(parameters, seed) if first.dtype == torch.bfloat16 else InFloat32(parameters)
+    """The one for the precision of `parameters`; some models keep a few in float32 among others in bfloat16."""
+    small = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
+    return InBfloat16(parameters, seed) if small else InFloat32(parameters)
 
 
 class InFloat32(Optimiser):

@@ -78,3 +78,31 @@ def test_an_estimate_is_no_less_than_what_a_search_takes_and_not_much_more(
     for estimated, result in ((told.prefill, of_prefill), (told.decode, of_decode)):
         taken = sum(effort.sets for effort in result.efforts.values())
         assert taken <= estimated <= SLACK * taken
+
+
+@pytest.mark.parametrize(("trainable", "gigabytes"), [("all", 62.5), ("lora", 39.6)])
+def test_healing_of_eight_billion_weights_is_said_to_fit_80_gigabytes(trainable: str, gigabytes: float) -> None:
+    spec = JobSpec.model_validate(
+        {
+            "model": "hf://a/b",
+            "prefill": {"remove_blocks": 4},
+            "decode": {"remove_blocks": 6},
+            "distillation": {"trainable": trainable},
+        }
+    )
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    told = estimate(spec, ModelDescription(config, None, {"model.safetensors": 2 * 8_030_261_248}), None)
+    assert told.memory_bytes.search == 2 * 8_030_261_248
+    # Dense model, both halves' own weights; of the last, gradients and moments: 2 · 8.03 + 2 · (28 + 26) · 0.218, and
+    # 4.03 · 26 · 0.218 where all weights are trained.
+    assert told.memory_bytes.distillation == pytest.approx(gigabytes * 1e9, rel=0.002)
