@@ -34,8 +34,8 @@ from service.settings import Settings
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="PDTRIM_DATA_DIR", help="Folder that keeps everything.")]
 DEMO_SPEC = {
     "model": "reference",
-    "prefill": {"remove_blocks": 2},
-    "decode": {"remove_blocks": 4},
+    "prefill": {"kv_only_blocks": 3},
+    "decode": {"remove_blocks": 2},
     "calibration": {"windows": 16, "window_tokens": 128},
     "search": {"evaluations": 60},
     "distillation": {"heal_tokens": 20_480, "threshold": 0.965},

@@ -115,8 +115,8 @@ def test_every_command_block_runs(environment: dict[str, str], tmp_path: Path) -
         for document in documents():
             program = script(document).replace(ADDRESS, url).replace(HOOK, receiver.url)
             if document == README:
-                assert program.count("4}}'") == 1
-                program = program.replace("4}}'", f"4}}, {SMALL}")
+                assert program.count("2}}'") == 1
+                program = program.replace("2}}'", f"2}}, {SMALL}")
             followed = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", program],
                 env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280,
@@ -130,7 +130,7 @@ def test_every_command_block_runs(environment: dict[str, str], tmp_path: Path) -
     events = re.findall(r"^event: (.*)$", said[README], re.MULTILINE)
     assert events.count("stage.succeeded") == len(StageName)
     assert events[-1] == "job.succeeded"
-    assert json.loads((tmp_path / "decode" / "config.json").read_text())["num_hidden_layers"] == 8
+    assert json.loads((tmp_path / "decode" / "config.json").read_text())["num_hidden_layers"] == 10
     assert "\ndef main(" in said[README]
     assert "\ndef main(" in said[DOCS / "guides" / "serving.md"]
     assert json.loads((tmp_path / "pruned" / "decode" / "config.json").read_text())["num_hidden_layers"] == 10
