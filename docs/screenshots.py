@@ -1,10 +1,12 @@
 """Makes docs/images: the dashboard's main views, light and dark, of a service that it starts and stops.
 
-`python docs/screenshots.py` takes a few minutes on two cores and needs Chromium (apt-get install chromium).
+`python docs/screenshots.py` takes a few minutes on two cores and needs Chromium (apt-get install chromium). With
+`--phone FOLDER` whole pages as wide as a phone go there too, to be looked at.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +23,7 @@ IMAGES = Path(__file__).parent / "images"
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "pdt_screenshots"
 SIZE = {"width": 1200, "height": 720}
+PHONE = {"width": 390, "height": 844}
 SPEC: dict[str, Any] = {
     "name": "Half of decode",
     "model": "reference",
@@ -35,6 +38,14 @@ SPEC: dict[str, Any] = {
 }
 LESS: dict[str, Any] = {"name": "A sixth of decode", "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 """What is changed in the job that it is compared with."""
+HEALED: dict[str, Any] = {
+    "name": "Half of decode, again",
+    "distillation": {"heal_tokens": 400_000, "threshold": 0.965},
+    "metadata": {"team": "serving", "try": "2"},
+}
+"""What is changed in the job that is looked at while it heals."""
+CURVE_EVENTS = 12
+"""Of healing: as many make a curve."""
 TYPED = {"name": "Nightly", "model.source": "reference", "prefill.remove_blocks": "2", "decode.remove_blocks": "4"}
 
 
@@ -46,6 +57,16 @@ def finished(client: Client, spec: dict[str, Any]) -> Job:
     return client.get(job_id)
 
 
+def healing(client: Client, spec: dict[str, Any]) -> Job:
+    """The job of a specification, while it heals."""
+    job_id, drawn = client.create(spec).id, 0
+    for event in client.events(job_id):
+        drawn += "held_out" in event.data
+        if drawn == CURVE_EVENTS:
+            break
+    return client.get(job_id)
+
+
 def log_in(page: Page) -> None:
     page.goto("/ui/login")
     page.get_by_label("API key").fill(KEY)
@@ -53,23 +74,27 @@ def log_in(page: Page) -> None:
     page.wait_for_url("**/ui/jobs")
 
 
-def views(page: Page, job: Job, other: Job) -> None:
-    """Takes a picture of every view, named for it and for what the browser prefers."""
+def views(page: Page, folder: Path, finished: Job, other: Job, running: Job) -> None:
+    """Takes a picture of every view, named for it and for what the browser prefers; of the whole page on a phone."""
+    whole = page.viewport_size == PHONE
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
 
         def take(name: str, scheme: str = scheme) -> None:
-            page.screenshot(path=IMAGES / f"{name}-{scheme}.png")
+            page.screenshot(path=folder / f"{name}-{scheme}.png", full_page=whole)
 
+        page.goto(f"/ui/jobs/{running.id}")
+        page.evaluate("document.querySelector('#healing').closest('section').scrollIntoView()")
+        take("running")
         page.goto("/ui/jobs")
         take("jobs")
-        page.goto(f"/ui/jobs/{job.id}")
+        page.goto(f"/ui/jobs/{finished.id}")
         take("job")
         page.evaluate("document.querySelector('#losses').closest('section').scrollIntoView()")
         take("found")
-        page.goto(f"/ui/jobs/{job.id}/exports/new?prefill=3&decode=5")
+        page.goto(f"/ui/jobs/{finished.id}/exports/new?prefill=3&decode=5")
         take("export")
-        page.goto(f"/ui/jobs/compare?job={other.id}&job={job.id}")
+        page.goto(f"/ui/jobs/compare?job={other.id}&job={finished.id}")
         take("compare")
         page.goto("/ui/jobs/new")
         for name, text in TYPED.items():
@@ -79,26 +104,31 @@ def views(page: Page, job: Job, other: Job) -> None:
 
 
 def main() -> None:
-    IMAGES.mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--phone", type=Path, help="folder for pictures as wide as a phone")
+    phone: Path | None = parser.parse_args().phone
+    for made in (IMAGES, phone):
+        if made is not None:
+            made.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PDTRIM_API_KEY"] = KEY  # For the gateway, which is a process of its own.
         settings = Settings(data_dir=Path(folder) / "data", port=0)
         with Embedded(settings, Path(folder), print) as service, service.client() as client:
-            job = finished(client, SPEC)
-            other = finished(client, {**SPEC, **LESS})
-            waiting = client.create(
-                {**SPEC, "name": "Half of decode, again", "metadata": {"team": "serving", "try": "2"}}
-            )
+            done = [finished(client, SPEC), finished(client, {**SPEC, **LESS})]
             client.cancel(client.create({**SPEC, "priority": "low"}).id)
+            running = healing(client, {**SPEC, **HEALED})
             client.create({**SPEC, "name": None, "decode": {"remove_blocks": 4}, "metadata": {"team": "research"}})
             with sync_playwright() as playwright:
                 options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
                 page = browser.new_page(base_url=service.url, viewport=SIZE)
                 log_in(page)
-                views(page, job, other)
+                views(page, IMAGES, *done, running)
+                if phone is not None:
+                    page.set_viewport_size(PHONE)
+                    views(page, phone, *done, running)
                 browser.close()
-            client.cancel(waiting.id)
+            client.cancel(running.id)
 
 
 if __name__ == "__main__":
