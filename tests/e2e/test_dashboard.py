@@ -67,6 +67,8 @@ def test_a_person_prunes_a_model_without_leaving_the_browser(
             for scheme in ("light", "dark"):
                 page.emulate_media(color_scheme=scheme)
                 check_accessible(page)
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert cut_off(page) == [], path
             page.set_viewport_size({"width": 360, "height": 740})
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
             if path == "/ui/jobs":
@@ -89,6 +91,15 @@ def check_accessible(page: Page) -> None:
     found = Axe().run(page).response["violations"]
     grave = [one for one in found if one["impact"] in ("serious", "critical")]
     assert not grave, [(one["id"], [node["html"] for node in one["nodes"]][:3]) for one in grave]
+
+
+def cut_off(page: Page) -> list[str]:
+    """What tables of figures that are open have to be moved sideways to be read."""
+    regions = page.locator(".table-scroll:has(table.figures)")
+    found: list[str] = regions.evaluate_all(
+        "all => all.filter(one => one.scrollWidth > one.clientWidth && one.checkVisibility()).map(one => one.ariaLabel)"
+    )
+    return found
 
 
 def log_in(page: Page) -> None:
