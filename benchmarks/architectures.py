@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from benchmarks.tiny_architectures import BLOCKS, VOCABULARY, causal_types, tiny_config, tiny_model
-from pdtrim.contract.architectures import SEEING
+from pdtrim.contract.architectures import VISION_LANGUAGE
 from pdtrim.contract.errors import PDTrimError
 from pdtrim.contract.spec import JobSpec
 from service.checking.preflight import check_config
@@ -444,7 +444,7 @@ def table(findings: Sequence[Finding]) -> str:
         "*Works* is a pair or one checkpoint; *unified only* is one checkpoint for both halves, which is said when the",
         "job is submitted or before it begins; *refused* is refused then, with the reason.",
         "",
-        f"Of models that see ({', '.join(f'`{kind}`' for kind in sorted(SEEING))}) the text decoder is",
+        f"Of vision-language models ({', '.join(f'`{kind}`' for kind in sorted(VISION_LANGUAGE))}) the text decoder is",
         "[pruned in its place](../guides/jobs.md#models); tests hold these with an image.",
         "",
         "| outcome | types |",

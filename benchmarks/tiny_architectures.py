@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pdtrim.contract.architectures import SEEING
+from pdtrim.contract.architectures import VISION_LANGUAGE
 
 BLOCKS = 8
 WINDOW = 6
@@ -124,7 +124,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 def causal_types() -> list[str]:
     """Every `model_type` that transformers builds a causal language model of, but those that see and are pruned."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - SEEING)
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - VISION_LANGUAGE)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:

@@ -1,4 +1,4 @@
-"""Small models that see, of every family that is pruned whole, with an image and a text that asks about it."""
+"""Small vision-language models, of every family that is pruned whole, with an image and a text that asks about it."""
 
 from __future__ import annotations
 

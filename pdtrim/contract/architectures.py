@@ -97,10 +97,10 @@ TEXT_MODELS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Types of text decoders that are another type where there is no image, by which they are pruned."""
-SEEING = frozenset(
+VISION_LANGUAGE = frozenset(
     {"gemma3", "internvl", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm"}
 )
-"""Types of models that see, whose text decoder is pruned in its place; tested, each with an image."""
+"""Types of vision-language models, whose text decoder is pruned in its place; tested, each with an image."""
 UNTESTED = Architecture()
 """What is assumed of any other; the worker finds out before it begins."""
 
@@ -111,8 +111,8 @@ def architecture(model_type: object) -> Architecture:
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The configuration of the text decoder of a model that sees, as of a model of its own; None of any other."""
-    if not isinstance(whole := config.get("model_type"), str) or whole not in SEEING:
+    """The configuration of the text decoder of a vision-language model, as of a model of its own; None of any other."""
+    if not isinstance(whole := config.get("model_type"), str) or whole not in VISION_LANGUAGE:
         return None
     part = config.get("text_config")
     # Qwen2.5-VL is published with the decoder's entries beside those of the whole.
@@ -123,7 +123,7 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {**text, **ours, "model_type": TEXT_MODELS.get(kind, kind) if isinstance(kind, str) else kind}
 
 
-def protected_for_sight(config: Mapping[str, Any]) -> int:
+def protected_for_vision(config: Mapping[str, Any]) -> int:
     """How many of the first blocks have to stay: Qwen3-VL adds what it sees to what these give, by their numbers."""
     sight = config.get("vision_config")
     found = sight.get("deepstack_visual_indexes") if isinstance(sight, dict) else None

@@ -63,7 +63,7 @@ class _Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_the_decoder(cls, given: Any) -> Any:
-        """Of a model that sees, its text decoder's: keys and values are that one's alone."""
+        """Of a vision-language model, its text decoder's: keys and values are that one's alone."""
         text = text_part(given) if isinstance(given, dict) else None
         return given if text is None else dict(text)
 

@@ -14,12 +14,12 @@ from pdtrim.contract.architectures import (
     ENCODERS,
     EXPERT_KEYS,
     KNOWN,
-    SEEING,
+    VISION_LANGUAGE,
     architecture,
     block_count,
     is_tested,
     keeps_states,
-    protected_for_sight,
+    protected_for_vision,
     text_part,
 )
 from pdtrim.contract.blocks import check_blocks
@@ -105,7 +105,7 @@ def _check_queue(spec: JobSpec, settings: Settings) -> None:
 def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     """Hold a job against its model's `config.json`. Raises: ModelUnsupported, TooManyBlocks, InvalidRequest."""
     if (text := text_part(config)) is not None:
-        _check_sight(spec, config, text)
+        _check_vision(spec, config, text)
         config = text
     kind = config.get("model_type")
     if (reason := _alien(config)) is not None:
@@ -141,14 +141,14 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     raise_all(found)
 
 
-def _check_sight(spec: JobSpec, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def _check_vision(spec: JobSpec, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     if block_count(text) is None:
         raise ModelUnsupported(
             f"text_config in config.json of this {config.get('model_type')} model leaves the number of blocks to its "
             "class: write it there, as num_hidden_layers.",
             param="model.source",
         )
-    kept = range(protected_for_sight(config))
+    kept = range(protected_for_vision(config))
     if set(kept) - set(spec.search.protect):
         raise ModelUnsupported(
             f"This {config.get('model_type')} model adds what it sees to what its first {len(kept)} blocks give, so "
@@ -220,8 +220,8 @@ def _alien(config: Mapping[str, Any]) -> str | None:
         return ""
     if any(isinstance(config.get(key), dict) for key in COMPOSITE_KEYS):
         return (
-            f", a multimodal model; the service prunes the text decoder of {', '.join(sorted(SEEING))}, and of others "
-            "the language model alone, given as a model of its own"
+            f", a multimodal model; the service prunes the text decoder of {', '.join(sorted(VISION_LANGUAGE))}, and "
+            "of others the language model alone, given as a model of its own"
         )
     if config.get("is_encoder_decoder"):
         return ", which has an encoder"

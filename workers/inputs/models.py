@@ -73,8 +73,10 @@ def load_model(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype 
     return _stoppable(load_checkpoint(folder, dtype=dtype or compute_dtype(), device=device(), check=check), check)
 
 
-def load_seeing(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model that sees, whole, as `load_model` loads others. Raises: as that, but for architectures."""
+def load_vision_language(
+    folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A vision-language model, whole, as `load_model` loads others. Raises: as that, but for architectures."""
     return load_whole(folder, dtype=dtype or compute_dtype(), device=device(), check=check)
 
 

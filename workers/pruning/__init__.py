@@ -19,7 +19,7 @@ model/      the model as the method sees it
   width             fewer MLP channels in every block
   speculation       what checkpoints bring for guessing tokens ahead, and pruned ones go without
   checkpoint        pruned checkpoints, sliced tensor by tensor out of the source's shards
-  composite         models that see: their text decoder as a model of its own, and put back in its place
+  composite         vision-language models: their text decoder as a model of its own, and put back in its place
   sharding          a model over several devices
   streaming         a model read block by block from disk
 search/     what may go

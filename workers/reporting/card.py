@@ -58,7 +58,7 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
     metadata = ModelCardData(
         base_model=base,
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if pdtrim.get("sees") else "text-generation",
+        pipeline_tag="image-text-to-text" if pdtrim.get("vision_language") else "text-generation",
         tags=["pruned", "pdtrim", role],
         **inherited,
     )
@@ -95,7 +95,7 @@ def model_card(pdtrim: Mapping[str, Any], inherited: Mapping[str, Any], measured
 
 
 def _loader(pdtrim: Mapping[str, Any]) -> str:
-    return "AutoModelForImageTextToText" if pdtrim.get("sees") else "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText" if pdtrim.get("vision_language") else "AutoModelForCausalLM"
 
 
 def _link(base: str | None, source: str) -> str:

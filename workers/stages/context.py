@@ -86,7 +86,7 @@ class StageContext:
 
     @cached_property
     def composite(self) -> Composite | None:
-        """The model that sees whose text decoder the job prunes; None of a model of text alone.
+        """The vision-language model whose text decoder the job prunes; None of a model of text alone.
 
         Raises: BrokenCheckpoint, ImpossibleModel, UnsupportedArchitecture.
         """

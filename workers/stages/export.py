@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import CheckpointProof, ExportResult
 from service.stopping import interruptible
-from workers.inputs.models import device, load_model, load_seeing
+from workers.inputs.models import device, load_model, load_vision_language
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_checkpoint
 from workers.pruning.model.configuration import read_config
@@ -85,7 +85,7 @@ def run(context: StageContext) -> ExportResult:
             shutil.rmtree(written)
         context.say(start + 0.15, f"Proving the {role} checkpoint.")
         expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
-        load = load_model if context.composite is None else load_seeing
+        load = load_model if context.composite is None else load_vision_language
         difference = _prove(load(target, context.check, dtype=torch.float32), role, expected, proof)
         files = [path for path in target.iterdir() if path.is_file()]
         proofs[role] = CheckpointProof(
@@ -173,7 +173,7 @@ def pdtrim_json(
         "kv_layer_map": kv_layer_map(plans.prefill, plans.decode),
         **({"dead_units": {str(block): part for block, part in sorted(plan.parts.items())}} if plan.parts else {}),
         **({} if share == 1 else {"mlp_width": share}),
-        **({} if context.composite is None else {"sees": True}),
+        **({} if context.composite is None else {"vision_language": True}),
         **({} if rule is None else {"kv_tokens": rule.to_json()}),
         **({"opening": opening} if (opening := read_opening(context)) else {}),
         "serving": {"first_token": context.spec.serving.first_token},

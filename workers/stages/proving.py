@@ -56,7 +56,7 @@ def prove_architecture(stack: BlockStack, folder: Path, *, removable: int, prote
 
 @torch.no_grad()
 def prove_decoder(stack: BlockStack, whole: PreTrainedModel) -> None:
-    """Show that a text decoder alone says of a text what the model that sees says, which it was taken out of.
+    """Show that a text decoder alone says of a text what the vision-language model says, which it was taken out of.
 
     Raises: UnsupportedArchitecture.
     """
@@ -65,9 +65,9 @@ def prove_decoder(stack: BlockStack, whole: PreTrainedModel) -> None:
     ids = proof_ids(stack)
     plain = next(token for token in range(1, stack.model.config.vocab_size) if token not in stand_for_images)
     ids[torch.isin(ids, torch.tensor([token for token in stand_for_images if isinstance(token, int)]))] = plain
-    with in_our_words(stack, "the model that sees, whose decoder it is, cannot be run"):
+    with in_our_words(stack, "the vision-language model, whose decoder it is, cannot be run"):
         found, truth = (model(input_ids=ids, use_cache=False).logits for model in (stack.model, whole))
-        compare(stack, "beside the model that sees, whose decoder it is,", found, truth)
+        compare(stack, "beside the vision-language model, whose decoder it is,", found, truth)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from workers.inputs.models import (
     device,
     embedded_tokens,
     load_for_walks,
-    load_seeing,
     load_tokenizer,
+    load_vision_language,
     windows_at_once,
 )
 from workers.inputs.windows import check_tokens, token_windows
@@ -75,7 +75,7 @@ def run(context: StageContext) -> ScoringResult:
             if context.spec.prefill != context.spec.decode:
                 prove_halves(stack, first_token, protected)
         if context.composite is not None and is_whole(stack.model):
-            prove_decoder(stack, load_seeing(context.source_dir, context.check))
+            prove_decoder(stack, load_vision_language(context.source_dir, context.check))
         prove_parts(stack, context.spec.prefill.possible_parts | context.spec.decode.possible_parts)
     if tasks is not None:
         limit, seed = context.spec.evaluation.task_limit, context.spec.seed

@@ -1,4 +1,4 @@
-"""Models that see: the text decoder of a whole model as a model of its own, and a pruned one put back in its place.
+"""Vision-language models: the text decoder as a model of its own, and a pruned one put back in its place.
 
 A checkpoint of a whole model holds its decoder's tensors under a prefix of its own (`language_model.model.`,
 `model.language_model.`, `model.text_model.`). It is found by their names alone; every other tensor is copied as it is.
@@ -156,7 +156,7 @@ def _prefix(folder: Path, model: PreTrainedModel, base: str, blocks: str, stored
 def load_whole(
     folder: Path, *, dtype: torch.dtype | None, device: torch.device, check: Callable[[], None] = lambda: None
 ) -> PreTrainedModel:
-    """A model that sees, in evaluation mode; as `load_checkpoint`. Raises: BrokenCheckpoint, ImpossibleModel."""
+    """A vision-language model, in evaluation mode; as `load_checkpoint`. Raises: BrokenCheckpoint, ImpossibleModel."""
     with building(check, tensors=count_tensors(folder)):
         model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
             folder,

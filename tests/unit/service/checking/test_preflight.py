@@ -103,15 +103,15 @@ def test_a_hybrid_with_attention_alone_may_be_a_pair() -> None:
     preflight.check_config(spec(1, 2), CONFIG | {"model_type": "lfm2", "layer_types": ["full_attention"] * 6})
 
 
-SEEING = {"model_type": "qwen3_vl", "text_config": {**CONFIG, "model_type": "qwen3_vl_text"}}
-SEEING |= {"vision_config": {"deepstack_visual_indexes": [8, 16, 24]}}
+VISION_LANGUAGE = {"model_type": "qwen3_vl", "text_config": {**CONFIG, "model_type": "qwen3_vl_text"}}
+VISION_LANGUAGE |= {"vision_config": {"deepstack_visual_indexes": [8, 16, 24]}}
 
 
-def test_a_job_is_held_against_the_text_decoder_of_a_model_that_sees() -> None:
+def test_a_job_is_held_against_the_text_decoder_of_a_vision_language_model() -> None:
     kept = {"search": {"protect": [0, 1, 2]}}
-    preflight.check_config(spec(1, 2, **kept), SEEING)
+    preflight.check_config(spec(1, 2, **kept), VISION_LANGUAGE)
     with pytest.raises(TooManyBlocks):
-        preflight.check_config(spec(4, 4, **kept), SEEING)
+        preflight.check_config(spec(4, 4, **kept), VISION_LANGUAGE)
     flat = {**CONFIG, "model_type": "qwen2_5_vl", "vision_config": {}}
     preflight.check_config(spec(1, 2), {**flat, "architectures": ["Qwen2_5_VLForConditionalGeneration"]})
 
@@ -125,7 +125,7 @@ def test_a_text_decoder_whose_class_alone_knows_how_many_blocks_it_has_is_refuse
 
 def test_blocks_to_which_an_image_is_added_have_to_stay() -> None:
     with pytest.raises(ModelUnsupported, match=r"keep them with search.protect: \[0, 1, 2\]") as refused:
-        preflight.check_config(spec(1, 2, search={"protect": [0, 2]}), SEEING)
+        preflight.check_config(spec(1, 2, search={"protect": [0, 2]}), VISION_LANGUAGE)
     assert refused.value.param == "search.protect"
 
 

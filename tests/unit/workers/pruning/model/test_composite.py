@@ -1,4 +1,4 @@
-"""Models that see: their text decoder taken out, pruned, and put back, held against hooks on the dense whole model."""
+"""Vision-language models: their text decoder taken out, pruned, put back, held against hooks on the whole model."""
 
 from __future__ import annotations
 
