@@ -16,10 +16,10 @@ KEYS = ("quantization_config", "compression_config")
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """What ModelOpt, AutoGPTQ and AutoAWQ write beside a configuration."""
 SCALES = re.compile(
-    r"(?:^|[._])(?:weight|input|output|activation|[kqv])_scale(?:_inv|_2)?$|_scale_inv$"
+    r"(?:^|[._])weight_scale(?:_inv|_2)?$|(?:^|\.|_proj_)(?:input|output|activation|[kqv])_scale(?:_inv|_2)?$|_scale_inv$"
     r"|\.(?:scales|qweight|qzeros|weight_packed|absmax|SCB)$|_proj_(?:scales|blocks)$"
 )
-"""Names of tensors that only quantised weights have."""
+"""Names of tensors that only quantised weights have; Gemma 3n's `altup.correct_output_scale` is a weight of its own."""
 SMALL_TYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 REMEDY = "give the model in bfloat16, float16 or float32"
 

@@ -9,6 +9,7 @@ from service.sources.quantisation import check_names, check_types
 from service.sources.safetensors_header import TensorInfo
 
 PLAIN = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.router.scale", "logit_scale", "layer_scale"]
+PLAIN += ["model.layers.0.altup.correct_output_scale"]
 
 
 def test_plain_weights_pass() -> None:
@@ -21,7 +22,13 @@ def test_plain_weights_pass() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("a.q_proj.weight_scale", "a.q_proj.weight_scale_inv", "a.q_proj.input_scale", "a.k_scale"),
+        *(
+            "a.q_proj.weight_scale",
+            "a.q_proj.weight_scale_inv",
+            "a.q_proj.input_scale",
+            "a.k_scale",
+            "a.gate_up_proj_input_scale",
+        ),
         *("a.q_proj.scales", "a.q_proj.qweight", "a.q_proj.weight_packed", "a.gate_up_proj_blocks", "a.SCB"),
     ],
 )
