@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import resource
@@ -114,9 +115,9 @@ def test_a_long_specification_is_read_while_others_are_answered(tmp_path: Path) 
     rows = "".join("- {q: a, c: [x, y], t: 0}\n" for _ in range(7000))
     task = f"task: a\ndocs:\n{rows}doc_to_text: q\ndoc_to_choice: c\ndoc_to_target: t\n"
     body = {"model": "reference", **HALVES, "evaluation": {"tasks": [task]}}
-    began = time.monotonic()
+    began = time.thread_time()  # Of the processor alone: whatever else the machine does.
     JobSpec.model_validate(body)
-    alone = time.monotonic() - began
+    alone = time.thread_time() - began
 
     async def run(url: str) -> tuple[float, float]:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
@@ -156,14 +157,19 @@ def test_neither_taking_nor_showing_a_long_specification_holds_up_the_event_loop
     rows = [{"q": "a", "c": ["x", "y"], "t": 0}] * 10_000
     task = {"docs": rows, "doc_to_text": "q", "doc_to_choice": "c", "doc_to_target": "t"}
     body = {"model": "reference", **HALVES, "evaluation": {"tasks": [{"task": name, **task} for name in "abc"]}}
+    began = time.thread_time()
+    JobSpec.model_validate(body)
+    alone = time.thread_time() - began
     with listening(Settings(data_dir=tmp_path)) as url, httpx.Client(base_url=url, timeout=60) as client:
         client.post("/v1/jobs", json=body)  # What is made at the first use.
         monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
+        gc.freeze()  # What other tests left takes longer to look through than what is measured.
         for path, status in (("/v1/jobs", 201), ("/v1/jobs/estimate", 200)):
             assert client.post(path, json=body).status_code == status
         assert len(client.get("/v1/jobs").json()["data"]) == 2
+        gc.unfreeze()
 
-    assert max(took) < 0.08  # Seconds of the processor, of which reading a body of a megabyte takes a fifth.
+    assert max(took) < alone / 2  # Before, 1.5 of it.
 
 
 THREADS = 40

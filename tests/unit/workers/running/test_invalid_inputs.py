@@ -133,7 +133,8 @@ def test_a_tokenizer_s_file_that_is_none_is_named(worker: Worker, model: Path) -
     code, message, param = refusal(worker, tiny_spec(model))
 
     assert (code, param) == ("source_unreadable", "model.source")
-    assert "tokenizer cannot be loaded" in message
+    assert "tokenizer.json" in message
+    assert "describes no tokenizer" in message
 
 
 def test_a_token_without_an_embedding_is_named_before_the_work(worker: Worker, model: Path) -> None:
