@@ -379,15 +379,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return tensors.read(min(tensors.files)).dtype
 
 
-def load_checkpoint(
-    folder: Path, *, dtype: torch.dtype | None, device: torch.device, check: Callable[[], None] = lambda: None
-) -> PreTrainedModel:
-    """A causal language model in evaluation mode; safetensors only, no remote code; as stored when `dtype` is None.
-
-    Before every part and every tensor `check` is called, which may raise. Raises: BrokenCheckpoint, ImpossibleModel.
-    """
+def built_by(auto: Any, folder: Path, dtype: torch.dtype | None, check: Callable[[], None]) -> PreTrainedModel:
+    """What a class of transformers' `Auto` family makes of a folder, on the CPU; as `load_checkpoint`."""
     with building(check, tensors=count_tensors(folder)):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto.from_pretrained(
             folder,
             config=read_config(folder),
             dtype=dtype or "auto",
@@ -395,6 +390,17 @@ def load_checkpoint(
             trust_remote_code=False,
             local_files_only=True,
         )
+    return model
+
+
+def load_checkpoint(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device, check: Callable[[], None] = lambda: None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode; safetensors only, no remote code; as stored when `dtype` is None.
+
+    Before every part and every tensor `check` is called, which may raise. Raises: BrokenCheckpoint, ImpossibleModel.
+    """
+    model = built_by(AutoModelForCausalLM, folder, dtype, check)
     for block in block_stack(model).blocks:
         check()
         block.to(device)

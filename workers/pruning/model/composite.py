@@ -24,11 +24,12 @@ from workers.pruning.model.checkpoint import (
     COPIED,
     BrokenCheckpoint,
     SourceTensors,
+    built_by,
     count_tensors,
     write_json,
     write_shards,
 )
-from workers.pruning.model.configuration import config_of, read_config
+from workers.pruning.model.configuration import config_of
 from workers.pruning.model.speculation import is_extra
 
 TEXT = "text_config"
@@ -157,15 +158,7 @@ def load_whole(
     folder: Path, *, dtype: torch.dtype | None, device: torch.device, check: Callable[[], None] = lambda: None
 ) -> PreTrainedModel:
     """A vision-language model, in evaluation mode; as `load_checkpoint`. Raises: BrokenCheckpoint, ImpossibleModel."""
-    with building(check, tensors=count_tensors(folder)):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            config=read_config(folder),
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+    model = built_by(AutoModelForImageTextToText, folder, dtype, check)
     torch.nn.Module.to(model, device)
     model.eval().requires_grad_(False)
     return model
