@@ -435,6 +435,7 @@ class KvTokensSpec(SpecModel):
 
 
 FirstToken = Literal["decode", "prefill"]
+Precision = Literal["auto", "bfloat16", "float32"]
 
 
 class ServingSpec(SpecModel):
@@ -527,6 +528,12 @@ class JobSpec(SpecModel):
     )
     serving: ServingSpec = ServingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    precision: Precision = Field(
+        default="auto",
+        description="What search and healing compute in. `auto` is bfloat16 on an accelerator; on a CPU it is bfloat16 "
+        "where the CPU multiplies such numbers by itself, the model is large enough to gain, and its loss on "
+        "calibration windows is the same as in float32; else float32.",
+    )
     push_to_hub: PushSpec | None = Field(
         default=None, description="Push the checkpoints to the Hugging Face hub; by default they stay in the store."
     )

@@ -64,7 +64,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "kv_tokens.ratio": "Send KV tokens, less by",
         "evaluation.windows": "Validation windows",
     },
-    "Running": {"queue": "Queue", "priority": "Priority", "seed": "Seed", LABELS: "Labels"},
+    "Running": {"queue": "Queue", "priority": "Priority", "precision": "Compute in", "seed": "Seed", LABELS: "Labels"},
 }
 """The fields of the form by section, with what they are called there; all else about them is in the schema.
 

@@ -44,8 +44,16 @@ def accelerators() -> list[torch.device]:
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 on an accelerator; float32 on the CPU, where bfloat16 is slow and plans must be bit-equal."""
+    """bfloat16 on an accelerator; float32 on the CPU, unless a job has reason to do otherwise."""
     return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this worker's device has instructions for products of bfloat16 matrices."""
+    if device().type == "cuda":
+        return True
+    can = torch.cpu.get_capabilities()
+    return any(bool(can.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @contextmanager
@@ -80,7 +88,7 @@ def load_vision_language(
     return load_whole(folder, dtype=dtype or compute_dtype(), device=device(), check=check)
 
 
-def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel:
+def load_for_walks(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model for passes over its blocks: on this worker's device, or sharded over all accelerators that it sees, or
     with its blocks read one at a time, whatever is the first that fits.
 
@@ -89,14 +97,15 @@ def load_for_walks(folder: Path, check: Check = lambda: None) -> PreTrainedModel
     Raises: BrokenCheckpoint, ImpossibleModel, UnsupportedArchitecture.
     """
     tensors = check_complete(folder, check)
-    if parameter_bytes(folder, compute_dtype(), check) <= RESIDENT_SHARE * free_memory_bytes(device()):
-        return load_model(folder, check)
+    dtype = dtype or compute_dtype()
+    if parameter_bytes(folder, dtype, check) <= RESIDENT_SHARE * free_memory_bytes(device()):
+        return load_model(folder, check, dtype=dtype)
     memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
-    if len(memory) > 1 and (placed := placement(folder, dtype=compute_dtype(), memory=memory, check=check)) is not None:
-        return _stoppable(load_placed(folder, placed, dtype=compute_dtype(), check=check), check)
+    if len(memory) > 1 and (placed := placement(folder, dtype=dtype, memory=memory, check=check)) is not None:
+        return _stoppable(load_placed(folder, placed, dtype=dtype, check=check), check)
     if not tensors.one_to_one:
-        return load_model(folder, check)
-    model, _ = load_streamed(folder, dtype=compute_dtype(), device=device(), check=check)
+        return load_model(folder, check, dtype=dtype)
+    model, _ = load_streamed(folder, dtype=dtype, device=device(), check=check)
     return _stoppable(model, check)
 
 
@@ -138,7 +147,7 @@ def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
         streams=model.config.num_hidden_layers + 1,
         tokens=window_tokens,
         hidden=model.config.hidden_size,
-        itemsize=compute_dtype().itemsize,
+        itemsize=model.dtype.itemsize,
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Half, Healing
 from pdtrim.contract.results.distillation import Kept
-from workers.inputs.models import compute_dtype, device, free_memory_bytes, load_model, tensor_float_32
+from workers.inputs.models import device, free_memory_bytes, load_model, tensor_float_32
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.parts import idle_tensors, pruned
@@ -34,10 +33,11 @@ from workers.pruning.repair.distill import (
 )
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.losses import LossWeights
-from workers.pruning.repair.memory import HealingSize, Precision, healing_way
+from workers.pruning.repair.memory import HealingSize, healing_way
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.stages.context import StageContext
 from workers.stages.healing_size import healing_size, recorded
+from workers.stages.precision import DTYPES, read_precision
 from workers.stages.removal import Plans, read_plans
 from workers.stages.saving import Saver, Tensors, saving
 from workers.stages.scoring import WINDOWS
@@ -46,7 +46,6 @@ from workers.stages.training import settings as training_settings
 from workers.stages.width import HalfChannels, narrowed, read_channels
 
 PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
-DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def run(context: StageContext) -> DistillationResult:
     free_bytes = free_memory_bytes(device())
     plans, channels = read_plans(context), read_channels(context)
     data = TrainingWindows(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
-    teacher = load_model(context.model_dir, context.check)
+    teacher = load_model(context.model_dir, context.check, dtype=read_precision(context))
     with saving(context) as saver:
         work = Work(context, plans, channels, teacher, data, free_bytes, saver)
         prefill = _heal_prefill(work)
@@ -264,12 +263,14 @@ def _heal(
     context, data, spec = work.context, work.data, work.context.spec.distillation
     blocks = _trained_blocks(context, plan)
     gave_up = bool(plan.removed or plan.parts) or channels is not None
-    size = healing_size(context, plan, channels, blocks, data.training, beside=beside)
+    size = healing_size(
+        context, plan, channels, blocks, data.training, number_bytes=work.teacher.dtype.itemsize, beside=beside
+    )
     resume = kept_state(context, half)
     way = kept_way(resume, spec) if resume else healing_way(size, asked_way(spec), work.free_bytes)
 
     # The student: its own are what is trained and what it inherits.
-    dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if gave_up else None)
+    dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if gave_up else work.teacher.dtype)
     start = inherited(dense)
     weights = narrowed(dense, channels)
     del dense
@@ -303,8 +304,8 @@ def _heal(
         load_tensors(weights, given)
         trained = {}
 
-    if DTYPES[way.precision].itemsize > compute_dtype().itemsize:
-        nn.Module.to(weights, compute_dtype())
+    if DTYPES[way.precision].itemsize > work.teacher.dtype.itemsize:
+        nn.Module.to(weights, work.teacher.dtype)
         share(weights, work.teacher, own={*healed, *start})
     found = Healing(before=before, after=after, steps=taken, kept=kept, how=recorded(size, way))
     return HealedHalf(weights, size, start | trained, found)

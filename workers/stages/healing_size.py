@@ -28,11 +28,12 @@ def healing_size(
     blocks: list[int],
     windows: Tensor,
     *,
+    number_bytes: int,
     beside: int,
 ) -> HealingSize:
     """Of the half that gives up `plan` and all but `channels`, trained in `blocks` on `windows` (windows, tokens).
 
-    `beside` is what another half holds, in bytes. No weights are read.
+    `number_bytes` is what a number of the dense model takes, `beside` what another half holds. No weights are read.
     """
     spec = context.spec.distillation
     dense = empty_model(context.model_dir, context.check)
@@ -51,10 +52,9 @@ def healing_size(
     embedding: Any = weights.get_input_embeddings()
     output: Any = weights.get_output_embeddings()
     experts = getattr(weights.config, "num_experts_per_tok", None)
-    accelerated = device().type != "cpu"
     every = parameters(weights)
     return HealingSize(
-        beside=beside + parameters(dense) * (2 if accelerated else 4),
+        beside=beside + parameters(dense) * number_bytes,
         trained=sum(sizes),
         adapters=adapters,
         own=own,
@@ -65,7 +65,8 @@ def healing_size(
         vocabulary=output.weight.shape[0],
         windows=spec.batch_windows,
         window_tokens=windows.shape[1],
-        accelerated=accelerated,
+        number_bytes=number_bytes,
+        on_host=device().type == "cpu",
     )
 
 

@@ -30,6 +30,7 @@ from workers.pruning.model.plan import BlockPlan, assign_actions, kv_layer_map
 from workers.pruning.model.units import Units, blocks_of, parts_of
 from workers.pruning.search.scores import Scores
 from workers.stages.context import StageContext
+from workers.stages.precision import read_precision
 from workers.stages.scoring import WINDOWS
 from workers.stages.searching import Searcher
 
@@ -78,7 +79,7 @@ def load(context: StageContext) -> tuple[BlockStack, dict[str, Tensor]]:
     """The dense model's blocks, and every split's windows (windows, tokens), those of calibration on the device."""
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     windows["calibration"] = windows["calibration"].to(device())
-    return block_stack(load_for_walks(context.model_dir, context.check)), windows
+    return block_stack(load_for_walks(context.model_dir, context.check, dtype=read_precision(context))), windows
 
 
 def run(context: StageContext) -> RemovalResult:

@@ -35,6 +35,7 @@ from workers.pruning.model.proof import is_whole
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import check_tasks, load_tasks
+from workers.stages.precision import choose_precision, scoring_dtype
 from workers.stages.proving import prove_architecture, prove_continuation, prove_decoder, prove_halves
 from workers.stages.width import choose_channels
 
@@ -61,7 +62,7 @@ def run(context: StageContext) -> ScoringResult:
 
     context.say(0.4, "Trying the model out.")
     with _blamed_on_the_model(context):
-        stack = block_stack(load_for_walks(context.model_dir, context.check))
+        stack = block_stack(load_for_walks(context.model_dir, context.check, dtype=scoring_dtype(context)))
         check_tokens(windows, tokenizer, embeddings=embedded_tokens(stack.model))
         try_out(stack, windows["calibration"][:1, :TRIED_TOKENS])
         if not is_tested(stack.model.config.model_type):
@@ -86,15 +87,18 @@ def run(context: StageContext) -> ScoringResult:
     calibration = windows["calibration"].to(device())
     chunk_windows = windows_at_once(stack.model, calibration.shape[1])
     scores = block_scores(stack, calibration, chunk_windows=chunk_windows)
-    opening = tokenizer.convert_ids_to_tokens(list(Frame.of(tokenizer).opening))
-    context.write_json(SCORES, BlockScores.model_validate({**scores.to_json(), "opening": opening}))
     context.say(0.9, "Scoring MLP channels.")
     choose_channels(context, stack, calibration, chunk_windows=chunk_windows)
+    opening = tokenizer.convert_ids_to_tokens(list(Frame.of(tokenizer).opening))
+    precision = choose_precision(context, stack, calibration)
+    written = {**scores.to_json(), "opening": opening, "precision": precision}
+    context.write_json(SCORES, BlockScores.model_validate(written))
     return ScoringResult(
         blocks=num_blocks,
         cosine=[round(value, 6) for value in scores.cosine],
         windows=WindowCounts(**{split: len(part) for split, part in windows.items()}),
         opening=opening,
+        precision=precision,
     )
 
 

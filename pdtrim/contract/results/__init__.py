@@ -49,7 +49,7 @@ from pdtrim.contract.results.removal import (
     Sensitivity,
     SetsEvaluated,
 )
-from pdtrim.contract.results.scoring import SCORES, BlockScores, ScoringResult, WindowCounts
+from pdtrim.contract.results.scoring import SCORES, BlockScores, ComputePrecision, ScoringResult, WindowCounts
 from pdtrim.contract.results.search import SEARCH, EvaluatedSet, SearchRecord
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "BudgetStep",
     "BudgetWalk",
     "CheckpointProof",
+    "ComputePrecision",
     "Controls",
     "CopyingLosses",
     "DenseLoss",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pdtrim.contract.results.base import Result
@@ -18,6 +20,15 @@ class WindowCounts(Result):
     validation: int
 
 
+class ComputePrecision(Result):
+    """What search and healing compute in, and what that was decided by."""
+
+    used: Literal["float32", "bfloat16"]
+    windows: int = Field(default=0, description="Calibration windows that both were compared on; 0: no need.")
+    float32_loss: float | None = Field(default=None, description="The dense model's mean loss on them, in nats.")
+    bfloat16_loss: float | None = None
+
+
 class ScoringResult(Result):
     """What the scoring stage found."""
 
@@ -30,6 +41,9 @@ class ScoringResult(Result):
         default_factory=list,
         description="Special tokens that every window begins with, as the model's tokenizer begins a text.",
     )
+    precision: ComputePrecision | None = Field(
+        default=None, description="Null for jobs of versions that computed in float32 on every CPU."
+    )
 
 
 class BlockScores(Result):
@@ -39,3 +53,4 @@ class BlockScores(Result):
     merge_errors: list[tuple[int, int, float]]
     """Removed block, neighbour, and the error at which the neighbour starts to stand for both."""
     opening: list[str] = Field(default_factory=list)
+    precision: ComputePrecision | None = None

@@ -7,14 +7,14 @@ cache decode reads.
 | held                         | float32                           | bfloat16                                      |
 |------------------------------|-----------------------------------|-----------------------------------------------|
 | weights                      | 4 (T + O + F)                     | 2 (T + O)                                     |
-| and as they are multiplied   | 2 (T + O + F), on an accelerator  | –                                             |
+| and as they are multiplied   | 2 (T + O + F), in bfloat16        | –                                             |
 | gradients                    | 4 T                               | 2 T                                           |
 | both moments                 | 8 T                               | 2 (1 + 4/256) T: 8 bits, a scale for each 256 |
 
-Frozen weights that are in the dense model's precision are the dense model's own, and cost nothing: in bfloat16 on an
-accelerator, in float32 on a CPU. Adapters are float32 in any case.
+Products are in bfloat16 where the dense model is: on accelerators, and on CPUs as a job decides. Frozen weights in the
+dense model's precision are the dense model's own, and cost nothing. Adapters are float32 in any case.
 
-Meanwhile a part of a batch goes through, of n tokens. Let a number take i bytes (2 on an accelerator or in bfloat16,
+Meanwhile a part of a batch goes through, of n tokens. Let a number take i bytes (2 where products are in bfloat16,
 else 4), and let there be B blocks of hidden size h, which leave w numbers a token for their gradients (what their
 matrices take and give) and 20 h bytes for those of their norms, and v words:
 
@@ -67,12 +67,15 @@ class HealingSize:
     windows: int
     """Of a batch."""
     window_tokens: int
-    accelerated: bool
+    number_bytes: int
+    """Of the dense model: 2 in bfloat16, in which products are then computed, 4 in float32."""
+    on_host: bool
+    """Whether what is kept on the host takes of the same memory."""
 
     @property
     def healed_bytes(self) -> int:
         """What the half holds beside the dense model when it is healed, in that one's precision."""
-        return (2 if self.accelerated else 4) * (self.own + (0 if self.adapters else self.trained))
+        return self.number_bytes * (self.own + (0 if self.adapters else self.trained))
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,17 @@ def _ways(asked: HealingWay, windows: int) -> Iterator[HealingWay]:
 def needed_bytes(size: HealingSize, way: HealingWay) -> int:
     """What healing that way takes at its peak, as the table above has it."""
     exact = way.precision == "float32"
-    multiplied = 2 if size.accelerated else 0
+    halved = size.number_bytes == 2
+    multiplied = 2 if halved else 0
     by_weight = 4 + multiplied if exact else 2
     by_trained = 4 + multiplied if exact or size.adapters else 2
-    shared = exact != size.accelerated
+    shared = exact != halved
     moments = 8.0 if exact or size.adapters else 2 * (1 + 4 / 256)
     learning = moments + (4 if exact or size.adapters else 2)
-    kept = 0 if size.accelerated else 3 * by_trained + moments
+    kept = 3 * by_trained + moments if size.on_host else 0
     held = (by_trained + learning + kept) * size.trained + by_weight * (size.own + (0 if shared else size.frozen))
 
-    number = 2 if size.accelerated or not exact else 4
+    number = 2 if halved or not exact else 4
     tokens = math.ceil(size.windows / way.parts) * size.window_tokens
     of_block = tokens * (size.block_width * number + BY_NORM * size.hidden)
     passing = (

@@ -32,7 +32,8 @@ EIGHT_BILLION = HealingSize(
     vocabulary=128_256,
     windows=8,
     window_tokens=1024,
-    accelerated=True,
+    number_bytes=2,
+    on_host=False,
 )
 SMALL = replace(
     EIGHT_BILLION, beside=4 * 1000, trained=800, frozen=200, block_width=60, hidden=8, vocabulary=97, blocks=4
@@ -71,8 +72,8 @@ def test_ways_that_cost_more_time_or_exactness_come_later_as_memory_shrinks() ->
 
 def test_frozen_weights_cost_nothing_where_the_dense_model_has_them_in_the_same_precision() -> None:
     more = 10**9
-    for accelerated, free in ((True, "bfloat16"), (False, "float32")):
-        size = replace(SMALL, accelerated=accelerated)
+    for number_bytes, free in ((2, "bfloat16"), (4, "float32")):
+        size = replace(SMALL, number_bytes=number_bytes, on_host=True)
         for precision in PRECISIONS:
             way = HealingWay(precision, recomputed=True, parts=1)
             added = needed_bytes(replace(size, frozen=size.frozen + more), way) - needed_bytes(size, way)
