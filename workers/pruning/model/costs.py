@@ -75,7 +75,7 @@ def _flops(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str, Any])
 def _kv_bytes(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, SavedByKind]:
     after, kept = _run(stack, number, h, kwargs)
     held = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-    return after, {"block": held, "attention": held}
+    return after, {"block": held, "attention": held, "mlp": 0}
 
 
 def _weight_bytes(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, SavedByKind]:
