@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -37,6 +37,8 @@ HEAD_ELEMENTS = 2**24
 """Logits computed at a time; bounds the memory of a large vocabulary (64 MiB in float32)."""
 HEAD_TOKENS_ON_CPU = 256
 """Tokens whose logits are computed at a time at most where caches are small."""
+CACHED_LOGITS = 2**17
+"""Logits of a CPU that are read again and again while they are in its cache: 512 KiB in float32."""
 
 
 class NonFiniteLoss(ValueError):
@@ -184,7 +186,9 @@ def _measure(
 ) -> Callable[[Tensor], Tensor]:
     """From hidden states (tokens, hidden) after the final norm to the loss of each token (tokens,)."""
     if objective == "cross_entropy":
-        return lambda normed: _cross_entropy(stack.head(normed).float(), targets)
+        return lambda normed: torch.cat(
+            [_cross_entropy(logits.float(), wanted) for logits, wanted in _by_cache(stack.head(normed), targets)]
+        )
     if dense is None:
         raise ValueError(f"{objective} needs the dense model's hidden states")
     reference = stack.norm(dense)
@@ -197,11 +201,22 @@ def _measure(
     def kl(normed: Tensor) -> Tensor:
         # Σ p (log p − log q) by differences of logits: fewer passes over the vocabulary than by log-softmax, and small
         # numbers, so that nothing cancels.
-        logits = stack.head(normed).float()
-        expected: Tensor = torch.linalg.vecdot(dense_p, logits - dense_logits)
-        return torch.logsumexp(logits, dim=-1) - dense_lse - expected
+        parts = []
+        for found, of_dense, p in _by_cache(stack.head(normed), dense_logits, dense_p):
+            logits = found.float()
+            expected: Tensor = torch.linalg.vecdot(p, logits - of_dense)
+            parts.append(torch.logsumexp(logits, dim=-1) - expected)
+        return torch.cat(parts) - dense_lse
 
     return kl
+
+
+def _by_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Logits (tokens, vocabulary), and what belongs to the same tokens, in parts that a CPU's cache holds."""
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, CACHED_LOGITS // logits.shape[-1])
+    return zip(logits.split(rows), *(other.split(rows) for other in others), strict=True)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
