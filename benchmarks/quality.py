@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -53,6 +54,7 @@ from workers.pruning.model.pair import FirstToken
 from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
+from workers.stages.precision import DTYPES
 from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
 
@@ -162,7 +164,9 @@ class Subject:
 
 
 @lru_cache
-def subject(model: Path, text: Path, prompts: tuple[int, ...], count: int, batch: int) -> Subject:
+def subject(
+    model: Path, text: Path, prompts: tuple[int, ...], count: int, batch: int, dtype: torch.dtype | None
+) -> Subject:
     """Read once in each process. What needs a token for every digit is asked where the tokenizer has one."""
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -175,7 +179,7 @@ def subject(model: Path, text: Path, prompts: tuple[int, ...], count: int, batch
     if writes_digits(tokenizer):
         questions.append(needles(held_out, tokenizer, max(prompts), count=count, seed=0))
         questions.append(lookups(held_out, tokenizer, max(prompts) // 2, count=count, seed=0))
-    dense = load_model(model)
+    dense = load_model(model, dtype=dtype)
     blocks = list(range(len(block_stack(dense).blocks)))
     ask = partial(answered, dense, dense, blocks, first_token=FIRST_TOKEN, batch=batch)
     prompt = held_out[None, : WINDOW_TOKENS // 2].to(device())
@@ -188,6 +192,12 @@ def subject(model: Path, text: Path, prompts: tuple[int, ...], count: int, batch
     )
 
 
+def asked_of(args: argparse.Namespace) -> Subject:
+    """What the arguments name."""
+    dtype = DTYPES.get(args.precision)
+    return subject(args.model, args.text, tuple(args.prompts), args.questions, args.batch, dtype)
+
+
 def units_of(half: HalfPlan) -> Units:
     """What a half gives up."""
     return deleting(half.removed) | {Unit(block, part) for block, part in half.parts.items()}
@@ -195,7 +205,7 @@ def units_of(half: HalfPlan) -> Units:
 
 def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """Run a row's job, ask its pair, and delete its files. Returns the row as JSON."""
-    given = subject(args.model, args.text, tuple(args.prompts), args.questions, args.batch)
+    given = asked_of(args)
     spec = JobSpec.model_validate(
         {
             "model": {"source": f"file://{args.model.resolve()}"},
@@ -209,6 +219,7 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             "search": {"algorithm": "greedy"},
             "distillation": {"heal_tokens": args.heal_tokens},
             "evaluation": {"windows": 1},
+            "precision": args.precision,
             "seed": row.seed,
         }
     )
@@ -226,7 +237,7 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             choose(job, row.method, row.amount, given)
         job.run((StageName.DISTILLATION, StageName.EXPORT))
         plan = Plan.model_validate_json((job.artifacts(StageName.REMOVAL) / PLAN).read_bytes())
-        healed = _checkpoints(job)
+        healed = _checkpoints(job, DTYPES.get(args.precision))
         kv_map = layer_map(job.artifacts(StageName.EXPORT) / ("unified" if healed[0] is healed[1] else "decode"))
         halves: list[BlockPlan] = [block_plan(plan.prefill), block_plan(plan.decode)]
         unhealed = [pruned(given.model, half) for half in halves]
@@ -264,12 +275,12 @@ def choose(job: WholeJob, method: str, amount: float, given: Subject) -> None:
     path.write_text(json.dumps({**plan, "kv_layer_map": kv_layer_map(prefill, decode)}))
 
 
-def _checkpoints(job: WholeJob) -> tuple[PreTrainedModel, PreTrainedModel]:
+def _checkpoints(job: WholeJob, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedModel]:
     exported = job.artifacts(StageName.EXPORT)
     if (exported / "unified").is_dir():
-        unified = load_model(exported / "unified")
+        unified = load_model(exported / "unified", dtype=dtype)
         return unified, unified
-    return load_model(exported / "prefill"), load_model(exported / "decode")
+    return load_model(exported / "prefill", dtype=dtype), load_model(exported / "decode", dtype=dtype)
 
 
 def _asked(
@@ -334,6 +345,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a JSON object with `text` a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and, for a while, the jobs")
     parser.add_argument("--table", action="store_true", help="print the tables of an earlier run")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="of jobs and of what is asked")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--prompts", type=int, nargs=3, default=[64, 256, 1024], help="tokens, ascending")
     parser.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9, 12])
@@ -361,7 +373,7 @@ def run(args: argparse.Namespace, rows_file: Path) -> None:
     """Run the job of every row that the file does not have yet, so many at a time, and append the row."""
     until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    given = subject(args.model, args.text, tuple(args.prompts), args.questions, args.batch)
+    given = asked_of(args)
     kinds: dict[str, Iterable[Row]] = {
         "depth": by_depth(args.counts, args.decode_alone),
         "peers": by_peers(args.counts, args.shares),

@@ -103,7 +103,10 @@ def needles(
 def lookups(
     stream: Tensor, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, *, count: int, seed: int
 ) -> Questions:
-    """The number beside a name in a list of 24 such lines, after as much running text as fills the prompt."""
+    """The number beside a name in a list of 24 such lines, after as much running text as fills the prompt.
+
+    Raises: ValueError where the prompt is shorter than the list.
+    """
     rng, windows = random.Random(seed), []
     stride = (len(stream) - prompt_tokens) // max(count - 1, 1)
     for question in range(count):
@@ -113,6 +116,8 @@ def lookups(
         lines = "".join(f"{name}: {numbers[name]}\n" for name in names)
         ids = _ids(tokenizer, f"\n{lines}{asked}: {numbers[asked]}")
         prompt, answer = ids[:-DIGITS], ids[-DIGITS:]
+        if len(prompt) > prompt_tokens:
+            raise ValueError(f"a list of {LINES} lines takes {len(prompt)} tokens, a prompt has {prompt_tokens}")
         text = stream[question * stride :][: prompt_tokens - len(prompt)].tolist()
         windows.append([*text, *prompt, *answer])
     return Questions(f"lookup in {prompt_tokens:,}", torch.tensor(windows), prompt_tokens)
