@@ -54,6 +54,7 @@ from workers.pruning.model.pair import FirstToken
 from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
+from workers.reference_model.train import corpus_files
 from workers.stages.precision import DTYPES
 from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
@@ -165,10 +166,10 @@ class Subject:
 
 @lru_cache
 def subject(
-    model: Path, text: Path, prompts: tuple[int, ...], count: int, batch: int, dtype: torch.dtype | None
+    model: Path, text: Path | None, prompts: tuple[int, ...], count: int, batch: int, dtype: torch.dtype | None
 ) -> Subject:
     """Read once in each process. What needs a token for every digit is asked where the tokenizer has one."""
-    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    documents = unseen_files() if text is None else [json.loads(line)["text"] for line in text.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(model)
     # The part of the text that a job keeps for validation, of which the jobs here measure nothing.
     held_out = split_stream(token_stream(documents, tokenizer), tokens=WINDOW_TOKENS)["validation"]
@@ -190,6 +191,12 @@ def subject(
         {asked.name: ask(asked) for asked in questions},
         {cost: costs_of(block_stack(dense), cost, prompt) for cost in COSTS},
     )
+
+
+def unseen_files() -> list[str]:
+    """Files of the standard library that the reference model was not trained on."""
+    files = corpus_files()
+    return [path.read_text() for path in (*files["validation"], *files["calibration"])]
 
 
 def asked_of(args: argparse.Namespace) -> Subject:
@@ -342,7 +349,9 @@ def main() -> None:
     """Run the jobs, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="a JSON object with `text` a line")
+    parser.add_argument(
+        "--text", type=Path, help="a JSON object with `text` a line; by default what the reference model never saw"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and, for a while, the jobs")
     parser.add_argument("--table", action="store_true", help="print the tables of an earlier run")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="of jobs and of what is asked")
