@@ -25,7 +25,8 @@ class WholeJob:
     spec: JobSpec
     model: Path
     """The dense model's folder."""
-    documents: Sequence[str]
+    documents: Sequence[str] | None
+    """None stands for the Python standard library."""
     folder: Path
     results: dict[StageName, Result] = field(default_factory=dict)
     seconds: dict[StageName, float] = field(default_factory=dict)

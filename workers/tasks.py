@@ -22,6 +22,7 @@ from service.observing import logs, tracing
 from service.queue import WakeUp, celery_app, message_name, queue_of
 from service.settings import Settings
 from service.storage import open_store
+from workers.running.announcing import announce
 from workers.running.attempt import Worker, run_most_urgent
 
 settings = Settings()
@@ -57,8 +58,10 @@ def _begin(**given: Any) -> None:
     # The terminal tells all processes; this one is asked by the one that heard it.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     tracing.configure("pdtrim-worker")
+    worker = _worker(os.getpid())
     if settings.worker_metrics_port is not None:
-        _worker(os.getpid()).metrics.serve(settings.worker_metrics_port)
+        worker.metrics.serve(settings.worker_metrics_port)
+    announce(worker, _consumed())
 
 
 @signals.worker_shutting_down.connect

@@ -182,6 +182,10 @@ class ModelTooLarge(PDTrimError):
     code, title, status = "model_too_large", "The model has more bytes than this service takes", 422
 
 
+class TooLittleMemory(PDTrimError):
+    code, title, status = "too_little_memory", "No worker has room for the job", 422
+
+
 class ModelUnsupported(PDTrimError):
     code, title, status = "model_unsupported", "The model cannot be pruned", 422
 

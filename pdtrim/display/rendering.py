@@ -20,6 +20,7 @@ from pdtrim.display.tables import (
     controls_table,
     effort_lines,
     estimate_facts,
+    estimate_stages,
     estimate_table,
     evaluation_tables,
     folded,
@@ -80,6 +81,7 @@ def estimate_report(estimate: Estimate) -> RenderableType:
     """What a job would make and take, with the warnings last."""
     lines = [f"{name}: {value}" for name, value in estimate_facts(estimate).items()]
     if estimate.earlier is not None:
-        lines.append(f"On this model {estimate.earlier.job_id} took: {took(estimate)}")
+        lines.append(f"Times by {estimate.earlier.job_id} on this model, scaled: {took(estimate)}")
     lines += [f"\n! {warning.param or 'the job'}: {warning.message}" for warning in estimate.warnings]
-    return Group(rendered(estimate_table(estimate)), *map(Text, lines))
+    tables = [estimate_table(estimate), estimate_stages(estimate)]
+    return Group(*(rendered(table) for table in tables if table is not None), *map(Text, lines))

@@ -274,23 +274,48 @@ def estimate_table(estimate: Estimate) -> Table:
     return _figures(f"{estimate.architecture}, estimated", columns, rows)
 
 
+def estimate_stages(estimate: Estimate) -> Table | None:
+    """What each stage would take, and how it would run; None where that is unknown."""
+    if not estimate.stages:
+        return None
+    rows = [
+        (
+            one.stage,
+            one.way,
+            size(one.memory_bytes) + ("" if one.fits else " (too much)"),
+            size(one.host_bytes),
+            UNKNOWN if one.seconds is None else duration(one.seconds),
+        )
+        for one in estimate.stages
+    ]
+    at = "one GPU of 80 GB" if estimate.device is None else estimate.device.name
+    columns = ("", "runs", "memory of a device", "of the machine", "time, about")
+    return _figures(f"On {at}", columns, rows)
+
+
 def estimate_facts(estimate: Estimate) -> dict[str, str]:
     """The rest, by its name."""
-    sets, memory = estimate.evaluations, estimate.memory_bytes
-    # What the search takes is known wherever parameters are; then nothing is known of a training that there is not.
-    trained = NOTHING if memory.distillation is None and memory.search is not None else _known(memory.distillation)
-    parts = f", parts {sets.parts:,}" if sets.parts else ""
-    counts = f"prefill {sets.prefill:,}, decode {sets.decode:,}{parts}, control {sets.control:,}"
+    sets = estimate.evaluations
+    parts = f", parts {_sets(estimate, 'parts', sets.parts)}" if sets.parts else ""
+    named = (("prefill", sets.prefill), ("decode", sets.decode))
+    counts = ", ".join(f"{name} {_sets(estimate, name, most)}" for name, most in named)
     return {
         **({"Revision": estimate.model_revision} if estimate.model_revision else {}),
-        "Sets to evaluate, at most about": counts,
-        "Memory for the search, at least": _known(memory.search),
-        "Memory for distillation, at least": trained,
+        "Sets to evaluate": f"{counts}{parts}, control {_sets(estimate, 'control', sets.control)}",
+        "Scratch disk": _known(estimate.disk_bytes),
+        "Artifact store": _known(estimate.store_bytes),
+        **({"Queue": estimate.queue} if estimate.queue else {}),
     }
 
 
+def _sets(estimate: Estimate, search: str, most: int) -> str:
+    """As many, or from the least to the most that a search may compare."""
+    known = estimate.evaluations.ranges.get(search)
+    return f"{most:,}" if known is None or known.least == most else f"{known.least:,} to {most:,}"
+
+
 def took(estimate: Estimate) -> str:
-    """What the stages of an earlier job on the same model took."""
+    """What the stages would take by an earlier job on the same model."""
     seconds = {} if estimate.earlier is None else estimate.earlier.seconds
     return ", ".join(f"{stage} {duration(spent)}" for stage, spent in seconds.items())
 

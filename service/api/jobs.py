@@ -47,10 +47,12 @@ from service.api.submission import (
 )
 from service.api.suggestions import only_known_parameters
 from service.checking.estimate import estimate
+from service.checking.placement import Placement, check_room, placed
 from service.checking.questions import Questions
-from service.db import deletion, jobs, views
+from service.db import deletion, devices, jobs, views
 from service.db.session import transaction
 from service.settings import Settings
+from service.sources import ModelDescription
 
 
 class _JobConvertor(StringConvertor):
@@ -104,7 +106,10 @@ async def create(spec: JobSpec, settings: Settings, questions: Questions, submit
     """The job, queued. Raises: what checks and `submit` raise."""
 
     async def prepare() -> NewJob:
-        return NewJob(spec, (await questions.check(spec, settings)).revision)
+        model = await questions.check(spec, settings)
+        placement = await run_in_threadpool(_placed, spec, model, settings, submit.database)
+        check_room(placement)
+        return NewJob(spec, model.revision, queue=placement.queue)
 
     return await submit(spec, prepare)
 
@@ -129,7 +134,8 @@ async def estimate_job(
 ) -> Estimate:
     """Check a job as `POST /v1/jobs` does, and say what would come of it: sizes, memory, sets to evaluate, warnings.
 
-    Times are those of the project's newest finished job on the same model, where there is one.
+    Times go by the project's newest finished job on the same model, scaled by what this one computes, or else by the
+    speed that a worker of the job's queue measured when it started.
     """
     return await foresee(await questions.here.ask(sent.read), settings, questions, database, project)
 
@@ -141,11 +147,18 @@ async def foresee(
     model = await questions.check(spec, settings)
 
     def compute() -> Estimate:
+        placement = _placed(spec, model, settings, database)
         with transaction(database) as session:
             earlier = jobs.newest_like(session, project, spec.model.source)
-        return estimate(spec, model, earlier)
+        return estimate(spec, model, placement, earlier)
 
     return await run_in_threadpool(compute)
+
+
+def _placed(spec: JobSpec, model: ModelDescription, settings: Settings, database: Database) -> Placement:
+    """Where the job goes, by what is known of workers."""
+    with transaction(database) as session:
+        return placed(spec, model, devices.known(session), settings.queues)
 
 
 @router.get(

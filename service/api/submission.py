@@ -28,6 +28,7 @@ from pdtrim.contract.errors import (
     RequestInFlight,
     SourceNotAllowed,
     SourceUnreadable,
+    TooLittleMemory,
     TooManyBlocks,
     Unauthorized,
 )
@@ -52,6 +53,7 @@ PREFLIGHT_REFUSALS: tuple[type[PDTrimError], ...] = (
     ModelTooLarge,
     ModelUnsupported,
     TooManyBlocks,
+    TooLittleMemory,
     NoSuchQueue,
     PushNotAllowed,
     DependencyUnavailable,
@@ -79,6 +81,8 @@ class NewJob:
     spec: JobSpec
     model_revision: str | None
     cut_from: str | None = None
+    queue: str | None = None
+    """Whose workers have room for it, where it names none; None for the first of the service."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Submission:
                 limits=self.settings.quotas,
                 model_revision=new.model_revision,
                 cut_from=new.cut_from,
-                default_queue=self.settings.queues[0],
+                default_queue=new.queue or self.settings.queues[0],
                 targets=targets(new.spec, self.settings),
             )
             shown = views.job(row, stages)

@@ -25,6 +25,7 @@ from pdtrim.contract.jobs import Action, JobStatus, Stage, StageName, StageStatu
 from pdtrim.contract.publications import PublicationTarget
 from pdtrim.contract.spec import JobSpec
 from service.db import events, publications, quotas
+from service.db.specs import spec_of
 from service.db.tables import JobRow, StageRow, now
 from service.observing import tracing
 
@@ -172,7 +173,7 @@ def page(
     return list(rows[:limit]), len(rows) > limit
 
 
-def newest_like(session: Session, project: str, source: str) -> tuple[str, list[StageRow]] | None:
+def newest_like(session: Session, project: str, source: str) -> tuple[str, JobSpec, list[StageRow]] | None:
     """The newest of the project's last jobs that succeeded on a model, and its stages; none that was cut."""
     recent = (
         select(JobRow.id)
@@ -183,13 +184,9 @@ def newest_like(session: Session, project: str, source: str) -> tuple[str, list[
     )
     on_model = col(JobRow.spec)["model"]["source"].as_string() == source
     found = session.exec(
-        select(JobRow.id)
-        .join(recent, recent.c.id == JobRow.id)
-        .where(on_model)
-        .order_by(col(JobRow.id).desc())
-        .limit(1)
+        select(JobRow).join(recent, recent.c.id == JobRow.id).where(on_model).order_by(col(JobRow.id).desc()).limit(1)
     ).first()
-    return None if found is None else (found, stages(session, [found])[found])
+    return None if found is None else (found.id, spec_of(found), stages(session, [found.id])[found.id])
 
 
 def _labelled(session: Session, labels: Mapping[str, str]) -> list[ColumnElement[bool]]:

@@ -263,3 +263,21 @@ class PublicationRow(SQLModel, table=True):
     urls: list[str] = Field(default_factory=list, sa_type=RedactedJson)
     next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
     updated_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class DeviceRow(SQLModel, table=True):
+    """A kind of worker in a queue: what it computes on, and how fast that was when the last of them started."""
+
+    __tablename__ = "devices"
+
+    queue: str = Field(primary_key=True, max_length=48)
+    kind: str = Field(primary_key=True, max_length=8)
+    name: str = Field(primary_key=True, max_length=128)
+    count: int = Field(primary_key=True)
+    memory_bytes: int = Field(primary_key=True, sa_type=BigInteger)
+    host_bytes: int = Field(sa_type=BigInteger)
+    disk_bytes: int = Field(sa_type=BigInteger)
+    flops: float
+    bytes_per_second: float
+    call_seconds: float
+    seen_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)

@@ -33,6 +33,7 @@ from service.sources.tokenizers import check_tokenizer
 from service.sources.weights import (
     check_weights,
     headers_size,
+    indexed_bytes,
     indexed_names,
     read_json,
     single_header,
@@ -57,6 +58,10 @@ class ModelDescription:
     config: dict[str, Any]
     revision: str | None
     weights: dict[str, int]
+    tensors: Mapping[str, TensorInfo] | None = None
+    """By the headers of all weight files, where these were read."""
+    tensor_bytes: int | None = None
+    """Of all tensors, as the index says where headers were not read."""
 
     @property
     def weight_bytes(self) -> int:
@@ -97,15 +102,18 @@ def _describe(files: FolderFiles | BucketFiles | HubFiles, max_bytes: int | None
     config = read_json(files, CONFIG, MAX_CONFIG_BYTES)
     _check_size(files, _needed(files, weights), max_bytes)
     sizes = {name: files.size(name) for name in weights}
+    tensor_bytes = None
     if (tensors := _cheap_headers(files)) is not None:
         held = _bounds(files, config, tensors)
     else:
         names = indexed_names(files)
         check_names(files, files.names(), config, names)
         held = TensorBounds.in_index(names, sum(sizes.values()))
+        tensor_bytes = indexed_bytes(files)
     check_numbers(config, held, f"{CONFIG} of {files}")
     check_tokenizer(files)
-    return ModelDescription(config, files.commit if isinstance(files, HubFiles) else None, sizes)
+    commit = files.commit if isinstance(files, HubFiles) else None
+    return ModelDescription(config, commit, sizes, tensors, tensor_bytes)
 
 
 def _cheap_headers(files: FolderFiles | BucketFiles | HubFiles) -> Mapping[str, TensorInfo] | None:

@@ -57,6 +57,15 @@ def indexed_names(files: ModelFiles) -> Collection[str]:
     return () if SINGLE in files.names() else _weight_map(files).keys()
 
 
+def indexed_bytes(files: ModelFiles) -> int | None:
+    """The bytes of all tensors, as the model's index says; None where it does not. Raises: UnreadableSource."""
+    if SINGLE in files.names():
+        return None
+    metadata = read_json(files, INDEX, MAX_INDEX_BYTES).get("metadata")
+    found = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return found if type(found) is int and found > 0 else None
+
+
 def check_weights(files: FolderFiles) -> dict[str, TensorInfo]:
     """Every tensor in a folder, by the headers of its weight files, which are held against the index.
 

@@ -36,6 +36,7 @@ from pdtrim.display.tables import (
     controls_table,
     effort_lines,
     estimate_facts,
+    estimate_stages,
     estimate_table,
     evaluation_tables,
     parts_table,
@@ -191,6 +192,7 @@ class EstimateView:
 
     facts: Mapping[str, str]
     checkpoints: Table
+    stages: Table | None
     earlier: str | None
     took: str
     warnings: Sequence[str]
@@ -352,6 +354,7 @@ def estimate(found: Estimate | None) -> EstimateView | None:
     return EstimateView(
         facts=estimate_facts(found),
         checkpoints=estimate_table(found),
+        stages=estimate_stages(found),
         earlier=found.earlier.job_id if found.earlier else None,
         took=took(found),
         warnings=[warning.message for warning in found.warnings],

@@ -38,7 +38,6 @@ search/     what may go
 repair/     making up for what went
   losses            what healing minimises
   optimiser         AdamW, of float32 or of bfloat16 weights with moments of 8 bits
-  memory            the arithmetic of how healing fits a device
   training          the loop: warm-up, cosine, early stop, exact resuming
   distill           healing of prefill, then of decode on prefill's cache
   lora              low-rank adapters in place of all weights

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pdtrim.contract.healing_memory import HealingSize, healing_way
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Half, Healing
 from pdtrim.contract.results.distillation import Kept
@@ -33,7 +34,6 @@ from workers.pruning.repair.distill import (
 )
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.losses import LossWeights
-from workers.pruning.repair.memory import HealingSize, healing_way
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.stages.context import StageContext
 from workers.stages.healing_size import healing_size, recorded

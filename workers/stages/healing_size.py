@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from pdtrim.contract.healing_memory import HealingSize, HealingWay, needed_bytes
 from pdtrim.contract.results.distillation import HowHealed
 from workers.inputs.models import device
 from workers.pruning.model.blocks import block_stack
@@ -16,7 +17,6 @@ from workers.pruning.model.plan import BlockPlan
 from workers.pruning.model.width import Channels
 from workers.pruning.repair.distill import trainable
 from workers.pruning.repair.lora import linear_weights
-from workers.pruning.repair.memory import HealingSize, HealingWay, block_width, needed_bytes
 from workers.stages.context import StageContext
 from workers.stages.width import narrowed
 
@@ -80,3 +80,14 @@ def recorded(size: HealingSize, way: HealingWay) -> HowHealed:
         gradient_accumulation=way.parts,
         needed_bytes=needed_bytes(size, way),
     )
+
+
+def block_width(block: nn.Module, experts: int | None) -> int:
+    """Numbers a token that the matrices of a block take and give; of stacked experts, so many are at work."""
+    width = 0
+    for parameter in block.parameters():
+        if parameter.dim() == 2:
+            width += sum(parameter.shape)
+        elif parameter.dim() == 3:
+            width += min(parameter.shape[0], experts or parameter.shape[0]) * sum(parameter.shape[1:])
+    return width

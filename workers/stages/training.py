@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from pdtrim.contract.healing_memory import HealingWay, Precision
 from pdtrim.contract.results import Half
 from pdtrim.contract.spec import DistillationSpec
-from workers.pruning.repair.memory import HealingWay, Precision
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.stages.context import StageContext
 from workers.stages.saving import Pace, Saver, Tensors

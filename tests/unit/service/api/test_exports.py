@@ -7,8 +7,13 @@ import pytest
 from pdtrim.contract.frontier import Frontier
 from pdtrim.contract.jobs import JobStatus, StageName
 from pdtrim.contract.results import DistillationResult, Healing
+from service.db import devices
+from service.db.session import transaction
 from tests.found import plan
 from tests.gateway import Gateway, problem_of
+from tests.unit.service.checking.test_placement import gpus
+
+REFERENCE = {"model": "reference", "prefill": {"remove_blocks": 2}, "decode": {"remove_blocks": 4}}
 
 
 @pytest.fixture
@@ -98,15 +103,13 @@ def test_an_export_that_is_sent_again_makes_one_job(gateway: Gateway, searched: 
 
 
 def test_an_estimate_says_what_a_job_would_make_and_queues_nothing(gateway: Gateway) -> None:
-    spec = {"model": "reference", "prefill": {"remove_blocks": 2}, "decode": {"remove_blocks": 4}}
-
-    found = gateway.client.post("/v1/jobs/estimate", json=spec).json()
+    found = gateway.client.post("/v1/jobs/estimate", json=REFERENCE).json()
 
     assert gateway.client.get("/v1/jobs").json()["data"] == []
     assert [(one["role"], one["blocks"]) for one in found["checkpoints"]] == [("prefill", 10), ("decode", 8)]
     # The reference model has 4096 embeddings of 192 numbers and blocks of 393,600, as its own parameters count.
-    assert found["dense"]["parameters"] == pytest.approx(5_509_824, rel=2e-3)
-    assert found["checkpoints"][1]["bytes"] == pytest.approx(2 * (5_509_824 - 4 * 393_600), rel=2e-3)
+    assert found["dense"]["parameters"] == 5_509_824
+    assert found["checkpoints"][1]["bytes"] == 2 * (5_509_824 - 4 * 393_600)
     assert found["dense"]["kv_bytes_per_token"] == 12 * 2 * 2 * 32 * 2
     # Greedy from none to two of twelve, then annealing's own: there are fewer pairs than its budget.
     assert found["evaluations"]["prefill"] == 1 + 12 + 66
@@ -120,18 +123,43 @@ def test_an_estimate_says_what_a_job_would_make_and_queues_nothing(gateway: Gate
 def test_an_estimate_knows_what_an_earlier_job_took_for_work_that_this_one_has_too(
     gateway: Gateway, healed: bool
 ) -> None:
-    done, _ = gateway.create(), gateway.create()
+    done, _ = gateway.create(model="reference"), gateway.create()
     healing = Healing(before=1.0, after=0.9, steps=4, kept="distilled") if healed else None
     for stage in StageName:
         result = DistillationResult(enabled=healed, prefill=healing) if stage == StageName.DISTILLATION else None
         gateway.complete(gateway.claim(done, stage), result=result)
 
     def earlier(**changes: Any) -> Any:
-        return gateway.client.post("/v1/jobs/estimate", json={**gateway.spec, **changes}).json()["earlier"]
+        return gateway.client.post("/v1/jobs/estimate", json={**REFERENCE, **changes}).json()["earlier"]
 
     assert earlier()["job_id"] == done
     assert set(earlier(distillation={"enabled": False})["seconds"]) == set(StageName)
     assert set(earlier()["seconds"]) == set(StageName) - ({StageName.DISTILLATION} if not healed else set())
+
+
+def test_a_job_that_no_worker_has_room_for_is_refused_with_the_number_and_estimated_all_the_same(
+    gateway: Gateway,
+) -> None:
+    tiny = gpus("default", 1).model_copy(update={"memory_bytes": 700_500_000})
+    with transaction(gateway.database) as session:
+        devices.saw(session, tiny)
+
+    problem = problem_of(gateway.client.post("/v1/jobs", json=REFERENCE), 422, "too_little_memory")
+
+    assert "of a device's memory, and the workers of the queue default have 0.7 GB (a GPU of 1 GB)" in problem["detail"]
+    found = gateway.client.post("/v1/jobs/estimate", json=REFERENCE).json()
+    assert found["warnings"][0]["message"].startswith("It will be refused: Its ")
+    assert not all(stage["fits"] for stage in found["stages"])
+
+
+def test_a_job_that_names_no_queue_goes_where_there_is_room(gateway: Gateway) -> None:
+    gateway.settings.queues.append("large")
+    tiny = gpus("default", 1).model_copy(update={"memory_bytes": 700_500_000})
+    with transaction(gateway.database) as session:
+        devices.saw(session, tiny)
+        devices.saw(session, gpus("large", 80))
+
+    assert gateway.client.post("/v1/jobs", json=REFERENCE).json()["queue"] == "large"
 
 
 def test_an_estimate_refuses_what_a_submission_does_and_takes_post_alone(gateway: Gateway) -> None:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pdtrim.contract.healing_memory import HealingSize, HealingWay
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import PLAN
 from pdtrim.contract.spec import JobSpec
 from tests.search_killed import context, score
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.pruning.repair.memory import HealingSize, HealingWay
 from workers.stages import distillation, removal, training
 from workers.stages.context import StageContext, StoredInput
 

@@ -4,17 +4,20 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.workers.pruning.models import tiny_model
-from workers.pruning.model.blocks import block_stack
-from workers.pruning.repair.memory import (
+from pdtrim.contract.healing_memory import (
+    LOSS_LOGITS,
+    STEP_NUMBERS,
     USABLE,
     HealingSize,
     HealingWay,
     Precision,
-    block_width,
     healing_way,
     needed_bytes,
 )
+from tests.unit.workers.pruning.models import tiny_model
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.repair import losses, optimiser
+from workers.stages.healing_size import block_width
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 ASKED = HealingWay("float32", recomputed=False, parts=1)
@@ -95,3 +98,7 @@ def test_the_width_of_a_block_is_what_its_matrices_take_and_give(family: str, wi
         assert block_width(block, None) == width
     else:
         assert block_width(block, 1) < block_width(block, 2) < block_width(block, None)
+
+
+def test_what_is_held_at_a_time_is_what_the_method_holds() -> None:
+    assert (LOSS_LOGITS, STEP_NUMBERS) == (losses.LOSS_LOGITS, optimiser.STEP_NUMBERS)

@@ -34,14 +34,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
-from workers.pruning.repair.losses import LOSS_LOGITS
-from workers.pruning.repair.optimiser import STEP_NUMBERS
-
 Precision = Literal["float32", "bfloat16"]
 USABLE = 0.92
 """Of the free memory: the rest is lost between what is allocated."""
+LOSS_LOGITS = 2**26
+"""Logits of one model that the loss holds at a time."""
+STEP_NUMBERS = 2**24
+"""Numbers that a step in bfloat16 changes at a time."""
 BY_LOGIT, BY_STEPPED, BY_NORM = 28, 60, 20
 """Bytes, as said above."""
 
@@ -133,14 +132,3 @@ def needed_bytes(size: HealingSize, way: HealingWay) -> int:
     )
     stepping = 0 if exact or size.adapters else BY_STEPPED * min(size.trained, STEP_NUMBERS)
     return size.beside + math.ceil(held) + max(passing, stepping)
-
-
-def block_width(block: nn.Module, experts: int | None) -> int:
-    """Numbers a token that the matrices of a block take and give; of stacked experts, so many are at work."""
-    width = 0
-    for parameter in block.parameters():
-        if parameter.dim() == 2:
-            width += sum(parameter.shape)
-        elif parameter.dim() == 3:
-            width += min(parameter.shape[0], experts or parameter.shape[0]) * sum(parameter.shape[1:])
-    return width

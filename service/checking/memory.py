@@ -1,0 +1,268 @@
+"""What each stage of a job holds at its peak, in the way in which the worker's own rules will have it run.
+
+Bytes of the fullest device; on a CPU those of the process, files that it reads among them. Let the model have n
+numbers, of which a block has b and what is outside of blocks o, and let i be the bytes of a number in computation (2 on
+an accelerator, 4 on a CPU):
+
+    scoring, removal    i n and hidden states; where i n is over 0.7 of the device, n shared out among the devices,
+                        or i (o + b) with the blocks read one at a time
+    distillation        what `pdtrim/contract/healing_memory.py` says, of the half that takes more
+    export              4 n of the dense model, 4 n of the next or of the checkpoint that is proved; or, block by
+                        block, 4 (o + b) of both
+    evaluation          i n and i times the numbers of each checkpoint, and logits; or, block by block, i (o + b) of
+                        each
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pdtrim.contract.blocks import limits
+from pdtrim.contract.devices import Device
+from pdtrim.contract.healing_memory import USABLE, HealingSize, HealingWay, healing_way, needed_bytes
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.spec import HalfTarget, JobSpec
+from service.checking.shape import ModelShape
+
+RESIDENT_SHARE = 0.7
+"""Of a device, that weights may take; as the worker has it."""
+RESIDENT_WALK_BYTES, STREAMED_WALK_BYTES, ANCHOR_BYTES = 16 * 2**20, 512 * 2**20, 256 * 2**20
+"""Hidden states on a CPU; as the worker has it."""
+PROCESS_BYTES = 480_000_000
+"""A worker before it has read anything: Python, PyTorch, transformers."""
+CONTEXT_BYTES = 700_000_000
+"""What CUDA itself takes of a device."""
+REPORT_BYTES = 150_000_000
+"""For drawing figures."""
+HEAD_TOKENS = 256
+LOGITS_BYTES = 256 << 20
+BATCH_WINDOWS = 8
+"""Of evaluation; as the worker has them."""
+GRADIENTS_AHEAD = 2
+"""Blocks whose weights FSDP gathers at a time."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """How a stage runs, and what it takes at its peak."""
+
+    way: str
+    device_bytes: int
+    host_bytes: int
+    """Besides; on a CPU what is on the device is on the host."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What comes out for a half, or for both."""
+
+    numbers: int
+    kept: int
+    target: HalfTarget
+
+
+def stage_memory(
+    spec: JobSpec, shape: ModelShape, checkpoints: Sequence[Checkpoint], device: Device
+) -> dict[StageName, StageMemory]:
+    """Of each stage of a job that makes `checkpoints`, prefill's first, on a worker with such devices."""
+    room = _Room(shape, device)
+    walking = room.walking(spec)
+    return {
+        StageName.SCORING: walking,
+        StageName.REMOVAL: walking,
+        StageName.DISTILLATION: room.healing(spec, checkpoints),
+        StageName.EXPORT: room.exporting(checkpoints),
+        StageName.EVALUATION: room.evaluating(spec, checkpoints),
+    }
+
+
+@dataclass(frozen=True)
+class _Room:
+    shape: ModelShape
+    device: Device
+
+    @property
+    def _accelerated(self) -> bool:
+        return self.device.kind == "cuda"
+
+    @property
+    def _item(self) -> int:
+        return 2 if self._accelerated else 4
+
+    def _at_peak(self, way: str, device_bytes: float, host_bytes: float) -> StageMemory:
+        """With what a process takes anyway."""
+        if self._accelerated:
+            return StageMemory(way, math.ceil(device_bytes) + CONTEXT_BYTES, math.ceil(host_bytes) + PROCESS_BYTES)
+        both = math.ceil(device_bytes + host_bytes) + PROCESS_BYTES
+        return StageMemory(way, both, both)
+
+    @property
+    def _mapped(self) -> int:
+        """Of files that are read: numbers that are stored as they are computed with stay where they were mapped."""
+        return 0 if self.shape.item_bytes == self._item else self.shape.largest_file
+
+    def walking(self, spec: JobSpec) -> StageMemory:
+        shape, device = self.shape, self.device
+        weights = self._item * shape.numbers
+        if weights <= RESIDENT_SHARE * device.memory_bytes:
+            return self._at_peak("resident", weights + max(self._states(spec, RESIDENT_WALK_BYTES), self._mapped), 0)
+        if self._accelerated and device.count > 1:
+            share = weights / device.count + self._item * shape.largest_block
+            if share <= RESIDENT_SHARE * device.memory_bytes:
+                states = self._states(spec, STREAMED_WALK_BYTES)
+                return self._at_peak(f"sharded over {device.count} devices", share + states, 0)
+        held = self._item * (shape.outside + shape.largest_block)
+        mapped = shape.item_bytes * shape.largest_block
+        return self._at_peak("block by block", held + self._states(spec, STREAMED_WALK_BYTES), mapped)
+
+    def _states(self, spec: JobSpec, walk_bytes: int) -> int:
+        """Hidden states of a walk, those held of the set that a search moves from, caches of prompts, and logits."""
+        shape, tokens = self.shape, spec.calibration.window_tokens
+        windows = spec.calibration.windows + spec.calibration.copying_windows
+        state = tokens * shape.hidden * self._item
+        walked = max((shape.blocks + 1) * state, min(walk_bytes, windows * (shape.blocks + 1) * state))
+        anchored = min(ANCHOR_BYTES, (shape.blocks - 1) * windows * state)
+        cached = windows * tokens // 2 * shape.blocks * shape.kv_width * self._item
+        logits = 6 * 4 * min(HEAD_TOKENS, windows * tokens) * shape.vocabulary
+        return walked + anchored + cached + windows * state + logits
+
+    def healing(self, spec: JobSpec, checkpoints: Sequence[Checkpoint]) -> StageMemory:
+        if not heals(spec):
+            return self._at_peak("nothing is trained", 0, 0)
+        ways = []
+        beside = 0
+        for checkpoint in checkpoints:
+            size = self._healing_size(spec, checkpoint, beside)
+            ways.append(self._healed(spec, size))
+            beside = size.healed_bytes
+        return max(ways, key=lambda one: one.device_bytes)
+
+    def _healed(self, spec: JobSpec, size: HealingSize) -> StageMemory:
+        asked = spec.distillation
+        first = HealingWay("float32", asked.gradient_checkpointing, asked.gradient_accumulation)
+        free = self.device.memory_bytes - (CONTEXT_BYTES if self._accelerated else PROCESS_BYTES)
+        way = healing_way(size, first, free)
+        needed = needed_bytes(size, way)
+        # A copy of the dense model is read before its frozen weights are shared.
+        needed = max(needed, 2 * self._item * self.shape.numbers + self._mapped)
+        kept = 0 if not self._accelerated else 4 * (4 if way.precision == "float32" else 2) * size.trained
+        if needed <= USABLE * free or self.device.count == 1:
+            return self._at_peak(_said(way), needed, kept)
+        return self._sharded(size, free, first)
+
+    def _sharded(self, size: HealingSize, free: int, asked: HealingWay) -> StageMemory:
+        """Weights, gradients and moments shared out among the devices, each of which takes its part of a batch."""
+        count = self.device.count
+        own = replace(
+            size,
+            beside=size.beside // count,
+            trained=size.trained // count,
+            own=size.own // count,
+            frozen=size.frozen // count,
+            windows=max(1, size.windows // count),
+        )
+        gathered = GRADIENTS_AHEAD * 2 * self._item * self.shape.largest_block + self._item * self.shape.head
+        way = healing_way(own, asked, free - gathered)
+        needed = needed_bytes(own, way) + gathered
+        return self._at_peak(f"sharded over {count} devices, {_said(way)}", needed, 8 * size.trained)
+
+    def _healing_size(self, spec: JobSpec, checkpoint: Checkpoint, beside: int) -> HealingSize:
+        shape, asked, parts = self.shape, spec.distillation, checkpoint.target.parts
+        # What gives up all but its keys and values has its last projections as zeros, and no MLP to train.
+        idle = parts.get("kv_only", 0) * (shape.mlp_at_work + shape.hidden * shape.attention_width)
+        idle += parts.get("mlp", 0) * shape.mlp_at_work
+        idle += parts.get("attention", 0) * (shape.at_work - shape.mlp_at_work)
+        zeros = parts.get("kv_only", 0) * (shape.mlp_at_work // 3 + shape.hidden * shape.attention_width)
+        zeros += parts.get("mlp", 0) * (shape.mlp_at_work // 3)
+        zeros += parts.get("attention", 0) * shape.hidden * shape.attention_width
+        removed = shape.blocks - checkpoint.kept
+        blocks = (
+            checkpoint.kept if asked.trainable != "distilled" else min(checkpoint.kept, removed + sum(parts.values()))
+        )
+        weights = max(0, blocks * shape.block - idle)
+        adapters = asked.trainable == "lora"
+        trained = asked.lora.rank * shape.block_width * blocks if adapters else weights
+        own = zeros + (weights if adapters else 0)
+        return HealingSize(
+            beside=self._item * shape.numbers + beside,
+            trained=trained,
+            adapters=adapters,
+            own=own,
+            frozen=max(0, shape.numbers - own - (0 if adapters else trained)),
+            blocks=checkpoint.kept,
+            block_width=shape.block_width,
+            hidden=shape.hidden,
+            vocabulary=shape.vocabulary,
+            windows=asked.batch_windows,
+            window_tokens=spec.calibration.window_tokens,
+            accelerated=self._accelerated,
+        )
+
+    def exporting(self, checkpoints: Sequence[Checkpoint]) -> StageMemory:
+        shape = self.shape
+        exact = 4 * shape.numbers
+        other = exact if len(checkpoints) > 1 else 4 * checkpoints[0].numbers
+        mapped = 0 if shape.item_bytes == 4 else shape.largest_file
+        written = shape.largest_file
+        if exact + other + mapped <= RESIDENT_SHARE * self.device.memory_bytes:
+            on_host = written if self._accelerated else 0
+            return self._at_peak("resident", max(exact + other + mapped, 0 if self._accelerated else written), on_host)
+        block = 2 * 4 * (shape.outside + shape.largest_block)
+        on_host = 2 * written if self._accelerated else max(0, 2 * written - block)
+        return self._at_peak("block by block", block, on_host)
+
+    def evaluating(self, spec: JobSpec, checkpoints: Sequence[Checkpoint]) -> StageMemory:
+        shape = self.shape
+        weights = self._item * (shape.numbers + sum(one.numbers for one in checkpoints))
+        batch = min(BATCH_WINDOWS, spec.evaluation.windows) * spec.calibration.window_tokens
+        logits = 5 * min(LOGITS_BYTES, 4 * batch * shape.vocabulary)
+        if weights + logits + self._mapped <= RESIDENT_SHARE * self.device.memory_bytes:
+            return self._at_peak("resident", weights + max(logits, self._mapped), REPORT_BYTES)
+        if self._accelerated and weights / self.device.count + logits <= RESIDENT_SHARE * self.device.memory_bytes:
+            share = weights / self.device.count + self._item * shape.largest_block + logits
+            return self._at_peak(f"sharded over {self.device.count} devices", share, REPORT_BYTES)
+        states = spec.evaluation.windows * spec.calibration.window_tokens * shape.hidden * self._item
+        models = 1 + len(checkpoints)
+        held = self._item * (models * shape.outside + 2 * shape.largest_block)
+        return self._at_peak("block by block", held + 2 * models * states + logits, REPORT_BYTES)
+
+
+def _said(way: HealingWay) -> str:
+    """A way of healing, in words."""
+    parts = "" if way.parts == 1 else f", batches in {way.parts} parts"
+    recomputed = ", blocks computed again" if way.recomputed else ""
+    moments = ", moments of 8 bits" if way.precision == "bfloat16" else ""
+    return f"{way.precision}{moments}{recomputed}{parts}"
+
+
+def heals(spec: JobSpec) -> bool:
+    """Whether a job trains anything."""
+    return spec.distillation.enabled and spec.distillation.heal_tokens >= batch_tokens(spec)
+
+
+def batch_tokens(spec: JobSpec) -> int:
+    """Tokens of a training batch."""
+    return spec.distillation.batch_windows * spec.calibration.window_tokens
+
+
+def checkpoints_of(spec: JobSpec, shape: ModelShape) -> list[Checkpoint]:
+    """One for both halves where they give up the same, else prefill's and decode's."""
+    counts = limits(spec, shape.blocks)
+    found = []
+    for count, target in zip(counts, (spec.prefill, spec.decode), strict=True):
+        kept = shape.blocks - count
+        narrowed = 0 if shape.channels is None else shape.narrowed_by(target.mlp_channels(shape.channels))
+        found.append(Checkpoint(shape.numbers - count * shape.block - kept * narrowed, kept, target))
+    return found[:1] if is_unified(spec, shape.blocks) else found
+
+
+def is_unified(spec: JobSpec, blocks: int) -> bool:
+    """Whether both halves give up the same, so that one checkpoint serves both."""
+    prefill, decode = limits(spec, blocks)
+    return (
+        prefill == decode
+        and spec.prefill.mlp_width == spec.decode.mlp_width
+        and not (spec.prefill.parts or spec.decode.parts or spec.prefill.budget or spec.decode.budget)
+    )

@@ -1,0 +1,240 @@
+"""What each stage of a job computes, and how long that takes on a device whose speed was measured.
+
+Operations count two for a multiplication and addition, as in `workers/pruning/model/costs.py`; a backward pass takes
+two forwards, one where weights are frozen. Bytes are read or written one after the other. Calls are those of a block:
+small models wait for them. A stage takes the sum of the three, each by the probe that a worker made when it started.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pdtrim.contract.devices import Device
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.spec import JobSpec
+from service.checking.memory import Checkpoint, batch_tokens, heals
+from service.checking.sets import NONE, Searches, Sets
+from service.checking.shape import ModelShape
+
+WALK_SHARE, TRAINING_SHARE = 0.5, 0.5
+"""Of the speed of one large product, that walks and training get."""
+RACED = 0.65
+"""Of the windows, what a set of greedy's is measured on, where sets race: about the mean of the benchmarks."""
+LEAST_RACED = 12
+"""Windows that hardly any set leaves a race before."""
+BLOCK_CALLS = 60
+"""Small operations that a block is, with what Python takes between them."""
+BACKWARD_CALLS = 1.5
+"""Of those, what a backward pass takes besides."""
+LOSS_PASSES = 10
+"""Over the logits of a set, in float32, for its divergence."""
+GENERATED = 8
+DISK_BYTES_A_SECOND = 5e8
+START_SECONDS = 1.0
+"""Of a stage: claiming, opening files, putting what it made into the store."""
+FIGURE_SECONDS = 4.0
+"""For drawing the report."""
+HELD_OUT_WINDOWS, HELD_OUT_CHECKS = 8, 10
+CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations, bytes and calls of blocks."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    calls: float = 0.0
+    disk_bytes: float = 0.0
+    seconds: float = 0.0
+    """What takes its time on any device."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.calls + other.calls,
+            self.disk_bytes + other.disk_bytes,
+            self.seconds + other.seconds,
+        )
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * part for part in (self.flops, self.bytes, self.calls, self.disk_bytes, self.seconds)))
+
+    def on(self, device: Device, devices: int = 1) -> float:
+        """Seconds on so many such devices."""
+        computed = self.flops / (WALK_SHARE * device.flops * devices) + self.bytes / device.bytes_per_second / devices
+        called = self.calls * BLOCK_CALLS * device.call_seconds
+        return computed + called + self.disk_bytes / DISK_BYTES_A_SECOND + self.seconds
+
+
+def stage_work(
+    spec: JobSpec, shape: ModelShape, checkpoints: Sequence[Checkpoint], searches: Searches
+) -> dict[StageName, Work]:
+    """Of each stage."""
+    counting = _Counting(spec, shape)
+    return {
+        StageName.SCORING: counting.scoring(),
+        StageName.REMOVAL: counting.removal(checkpoints, searches),
+        StageName.DISTILLATION: counting.healing(checkpoints),
+        StageName.EXPORT: counting.exporting(checkpoints),
+        StageName.EVALUATION: counting.evaluating(checkpoints),
+    }
+
+
+@dataclass(frozen=True)
+class _Counting:
+    spec: JobSpec
+    shape: ModelShape
+
+    @property
+    def _tokens(self) -> int:
+        return self.spec.calibration.window_tokens
+
+    @property
+    def _windows(self) -> int:
+        return self.spec.calibration.windows + self.spec.calibration.copying_windows
+
+    def _blocks(self, tokens: float, blocks: float, context: float, calls: float) -> Work:
+        """Forwards of so many tokens through blocks, in so many calls of each."""
+        shape = self.shape
+        flops = tokens * blocks * (2 * shape.at_work + 4 * context * shape.attention_width)
+        return Work(flops=flops, bytes=4 * tokens * blocks * shape.block_width, calls=calls * blocks)
+
+    def _head(self, tokens: float, passes: int = LOSS_PASSES) -> Work:
+        return Work(flops=2 * tokens * self.shape.head, bytes=4 * passes * tokens * self.shape.vocabulary)
+
+    def _forward(
+        self, windows: float, tokens: int, blocks: float, at_once: float = 8, passes: int = LOSS_PASSES
+    ) -> Work:
+        through = self._blocks(windows * tokens, blocks, tokens, math.ceil(windows / at_once))
+        return through + self._head(windows * tokens, passes)
+
+    def _loading(self, models: float, numbers: int | None = None) -> Work:
+        """Reading a model, and writing it into memory as it is computed with."""
+        share = 1.0 if numbers is None else numbers / self.shape.numbers
+        read = models * share * self.shape.file_bytes
+        return Work(bytes=8 * models * share * self.shape.numbers, disk_bytes=read, seconds=START_SECONDS)
+
+    @property
+    def _chunk(self) -> int:
+        """Windows that a walk takes at once on a CPU."""
+        state = (self.shape.blocks + 1) * self._tokens * self.shape.hidden * 4
+        return max(1, CHUNK_BYTES // state)
+
+    def scoring(self) -> Work:
+        windows = self.spec.calibration.windows
+        through = self._blocks(
+            windows * self._tokens, 2 * self.shape.blocks - 1, self._tokens, math.ceil(windows / self._chunk)
+        )
+        return through + self._loading(1)
+
+    def removal(self, checkpoints: Sequence[Checkpoint], searches: Searches) -> Work:
+        """The searches, what each block is worth, and the controls."""
+        blocks = self.shape.blocks
+        removed = [blocks - one.kept for one in (checkpoints[0], checkpoints[-1])]
+        free = blocks - len(self.spec.search.protect)
+        alone = Sets(free, free)
+        parts = self.spec.prefill.possible_parts | self.spec.decode.possible_parts
+        return (
+            self._loading(1)
+            + self._walks(searches.prefill, removed[0], of_pair=False)
+            + self._walks(searches.decode, removed[1], of_pair=True)
+            + (
+                self._walks(searches.parts, removed[0], of_pair=not self.spec.prefill.possible_parts)
+                if parts
+                else Work()
+            )
+            + self._walks(searches.control, removed[1], of_pair=True)
+            + self._walks(alone, 0, of_pair=False)
+            + self._walks(alone, 0, of_pair=True)
+            # Of the controls and by kind of window: prompts anew, of one set each.
+            + self._walks(Sets(1, 1), removed[1], of_pair=True) * 3
+        )
+
+    def _walks(self, sets: Sets, removed: int, *, of_pair: bool) -> Work:
+        """A search's: of greedy's sets the half of the blocks behind the first difference, of others two thirds."""
+        if sets == NONE:
+            return Work()
+        blocks, windows, tokens = self.shape.blocks - removed / 2, self._windows, self._tokens
+        fed = tokens // 2 if of_pair else tokens
+        count = (sets.least + sets.most) / 2
+        raced: float = windows
+        if self.spec.search.racing:
+            raced = min(windows, max(LEAST_RACED, RACED * windows))
+        greedy = min(sets.greedy, count)
+        evaluated = greedy * raced / windows + (count - greedy)
+        through = greedy * raced / windows * 0.5 + (count - greedy) * 0.67
+        chunks = math.ceil(windows / self._chunk)
+        walked = self._blocks(through * windows * fed, blocks, tokens, through * chunks)
+        # The dense model's states, and those of the prompt, come once.
+        once = self._blocks(windows * tokens * (1.5 if of_pair else 1), self.shape.blocks, tokens, 2 * chunks)
+        return walked + once + self._head(evaluated * windows * fed)
+
+    def healing(self, checkpoints: Sequence[Checkpoint]) -> Work:
+        asked = self.spec.distillation
+        if not heals(self.spec):
+            return Work(seconds=START_SECONDS)
+        steps = asked.heal_tokens // batch_tokens(self.spec)
+        checks = min(steps, HELD_OUT_CHECKS) + 3
+        held_out = min(HELD_OUT_WINDOWS, self.spec.calibration.windows)
+        found = self._loading(1)
+        for number, one in enumerate(checkpoints):
+            decode = number > 0
+            back = 1.0 if asked.trainable == "lora" else 2.0
+            again = 1.0 if asked.gradient_checkpointing else 0.0
+            batch = self._pass(asked.batch_windows, one.kept, 1 + back + again, decode=decode)
+            checked = self._pass(held_out, one.kept, 1, decode=decode)
+            stepped = Work(bytes=40 * one.kept * self.shape.block) if asked.trainable != "lora" else Work()
+            found += (batch + stepped) * steps + checked * checks + self._loading(1)
+        return found
+
+    def _pass(self, windows: int, kept: int, times: float, *, decode: bool) -> Work:
+        """Of a batch: the dense model forwards, the student so many times, both heads, and the loss."""
+        tokens, shape = self._tokens, self.shape
+        learned = tokens // 2 if decode else tokens
+        calls = 1 + (times - 1) * BACKWARD_CALLS / 2
+        teacher = self._blocks(windows * tokens, shape.blocks, tokens, 1)
+        student = self._blocks(windows * learned, kept, tokens, calls)
+        student = Work(times * student.flops, (1 + 2 * (times > 1)) * student.bytes, student.calls)
+        prompt = self._blocks(windows * tokens / 2, kept, tokens, 1) if decode else Work()
+        heads = self._head(windows * learned) * (3 if times > 1 else 2)
+        return teacher + student + prompt + heads
+
+    def exporting(self, checkpoints: Sequence[Checkpoint]) -> Work:
+        """Writing, then the proof: a text of few tokens, and a generation with a cache and without one."""
+        found = Work(seconds=START_SECONDS)
+        for one in checkpoints:
+            written = one.numbers * self.shape.item_bytes
+            steps = 2 + 2 * GENERATED
+            proved = self._blocks(32 * (2 + GENERATED), one.kept, 32, steps) + Work(bytes=steps * 4 * one.numbers)
+            found += Work(disk_bytes=4 * written) + self._loading(1) + self._loading(1, one.numbers) + proved
+        return found
+
+    def evaluating(self, checkpoints: Sequence[Checkpoint]) -> Work:
+        asked, tokens, blocks = self.spec.evaluation, self._tokens, self.shape.blocks
+        found = Work(seconds=FIGURE_SECONDS) + self._loading(1)
+        kept = [blocks, *(one.kept for one in checkpoints)]
+        numbers = [self.shape.numbers, *(one.numbers for one in checkpoints)]
+        for depth, size in zip(kept, numbers, strict=True):
+            generated = asked.speed_tokens * (asked.speed_repeats + 1)
+            prompt = self._forward(1, tokens // 2, depth) * (asked.speed_repeats + 1)
+            found += prompt + Work(bytes=generated * 4 * size, calls=generated * depth)
+            # Beside the dense model; of a pruned one, also what it was before healing.
+            found += self._forward(asked.windows, tokens, depth) + self._forward(asked.windows, tokens, blocks)
+            if depth != blocks or size != self.shape.numbers or depth == kept[-1]:
+                found += self._forward(asked.windows, tokens, depth, passes=4)
+            found += self._loading(1, size)
+        # Dense, pruned and healed pairs: their losses, on copying too, and those of the first token.
+        pairs = [blocks, kept[-1], kept[-1]]
+        for depth in pairs:
+            through = self._blocks(asked.windows * tokens, depth, tokens, 2 * math.ceil(asked.windows / 8))
+            found += through * 2.5 + self._head(asked.windows * tokens)
+        return found
+
+
+def seconds(work: Mapping[StageName, Work], device: Device, devices: Mapping[StageName, int]) -> dict[StageName, float]:
+    """What each stage takes on so many devices of its kind."""
+    return {stage: one.on(device, devices[stage]) for stage, one in work.items()}

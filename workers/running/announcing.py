@@ -1,0 +1,107 @@
+"""What a worker says of itself when it starts: its devices, their memory, and their speed in a probe of a second."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import torch
+
+from pdtrim.contract.devices import Device
+from service.db import devices
+from service.db.session import DATABASE_FAULTS, transaction
+from workers.inputs.models import accelerators, compute_dtype, device
+from workers.running.attempt import Worker
+
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Of the square matrices that are multiplied."""
+COPIED_BYTES = 64 << 20
+CALLS = 200
+PROBE_SECONDS = 0.3
+"""For each of three speeds."""
+CPU_NAME = Path("/proc/cpuinfo")
+log = logging.getLogger(__name__)
+
+
+def announce(worker: Worker, queues: Sequence[str]) -> None:
+    """Tell the database what this worker has, in a thread of its own: nothing waits for that."""
+    Thread(target=_announce, args=(worker, queues), name="announcing", daemon=True).start()
+
+
+def _announce(worker: Worker, queues: Sequence[str]) -> None:
+    scratch = worker.settings.scratch_dir
+    assert scratch is not None
+    for queue in queues:
+        found = look(queue, scratch)
+        try:
+            with transaction(worker.database) as session:
+                devices.saw(session, found)
+        except DATABASE_FAULTS as error:
+            # Nobody's work depends on it: estimates then go by other workers, or none.
+            log.warning("what this worker has is not recorded: %s", error)
+
+
+def look(queue: str, scratch: Path) -> Device:
+    """What is there, and how fast it is."""
+    at = device()
+    scratch.mkdir(parents=True, exist_ok=True)
+    memory = psutil.virtual_memory().total
+    flops, bytes_per_second, call_seconds = probed(at)
+    return Device(
+        queue=queue,
+        kind="cuda" if at.type == "cuda" else "cpu",
+        name=torch.cuda.get_device_name(at) if at.type == "cuda" else _processor(),
+        count=max(1, len(accelerators())),
+        memory_bytes=torch.cuda.get_device_properties(at).total_memory if at.type == "cuda" else memory,
+        host_bytes=memory,
+        disk_bytes=shutil.disk_usage(scratch).free,
+        flops=flops,
+        bytes_per_second=bytes_per_second,
+        call_seconds=call_seconds,
+    )
+
+
+@torch.no_grad()
+def probed(at: torch.device) -> tuple[float, float, float]:
+    """Operations a second of a large product, bytes a second of scaling a tensor, seconds from one small call to the
+    next."""
+    size, dtype = PRODUCT_SIZE["cuda" if at.type == "cuda" else "cpu"], compute_dtype()
+    one, other = (torch.randn(size, size, device=at).to(dtype) for _ in range(2))
+    copied = torch.ones(COPIED_BYTES // 4, device=at)
+    small = torch.ones(8, device=at)
+
+    def called() -> None:
+        for _ in range(CALLS):
+            torch.add(small, small)
+
+    product = _seconds(lambda: torch.mm(one, other), at)
+    copying = _seconds(lambda: copied.mul_(1.0), at)
+    return 2 * size**3 / product, 2 * COPIED_BYTES / copying, _seconds(called, at) / CALLS
+
+
+def _seconds(act: Callable[[], object], at: torch.device) -> float:
+    """The least of several tries: others may be at work here."""
+    end = time.perf_counter() + PROBE_SECONDS
+    found: list[float] = []
+    while len(found) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        act()
+        if at.type == "cuda":
+            torch.cuda.synchronize(at)
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _processor() -> str:
+    """As Linux names it; elsewhere as Python does."""
+    if CPU_NAME.exists():
+        named = (line for line in CPU_NAME.read_text().splitlines() if line.startswith("model name"))
+        if (line := next(named, None)) is not None:
+            return " ".join(line.partition(":")[2].split())[:128]
+    return (platform.processor() or platform.machine() or "CPU")[:128]
