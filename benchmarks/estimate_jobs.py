@@ -18,7 +18,7 @@ REAL = Path("build/real")
 """Where `benchmarks/real_models.py` puts what it makes of packages."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 REFERENCE: dict[str, Any] = {
-    "calibration": {"windows": 6, "window_tokens": 64},
+    "calibration": {"windows": 4, "window_tokens": 64},
     "evaluation": {"windows": 8, "speed_tokens": 8, "speed_repeats": 1},
 }
 SMALL: dict[str, Any] = {
@@ -44,6 +44,7 @@ JOBS: Mapping[str, MeasuredJob] = {
         | {
             "prefill": {"remove_blocks": 2},
             "decode": {"remove_blocks": 4},
+            "search": {"evaluations": 20},
             "distillation": {"heal_tokens": 8_192},
         },
     ),
@@ -65,6 +66,7 @@ JOBS: Mapping[str, MeasuredJob] = {
         | {
             "prefill": {"flops": 0.75},
             "decode": {"remove_blocks": 1},
+            "search": {"evaluations": 20},
             "distillation": {"enabled": False},
         },
     ),

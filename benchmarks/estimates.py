@@ -13,39 +13,44 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from benchmarks.estimate_jobs import JOBS, MeasuredJob, documents_of, model_of
+from benchmarks.estimate_tables import Measured, folder_bytes, of_files, of_sets, of_stages
+from benchmarks.whole_jobs import WholeJob
+from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.jobs import RESULTS, StageName
 from pdtrim.contract.spec import JobSpec
+from service.checking.estimate import estimate
+from service.checking.placement import placed
+from service.sources import describe_model
+from workers.running.announcing import look, probed
 
 STATUS = Path("/proc/self/status")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a stage took."""
-
-    seconds: float
-    processor_seconds: float
-    resident: int
-    """Bytes, the most at one time."""
-    block_tokens: int
-    """Tokens times blocks, forwards alone, a recomputed one counted again."""
-    result: Mapping[str, Any]
 
 
 def spec_of(job: MeasuredJob, folder: Path) -> JobSpec:
     """The job as somebody would submit it."""
     source = "reference" if job.model == "reference" else f"file://{model_of(job, folder).resolve()}"
     return JobSpec.model_validate({"model": source, **job.spec})
+
+
+def estimated(name: str, folder: Path) -> Estimate:
+    """What the service says of a job, on a worker that is this machine with one thread, by seconds of the processor."""
+    speed = probed(torch.device("cpu"), time.process_time)
+    device = look("default", folder).model_copy(update=asdict(speed))
+    spec = spec_of(JOBS[name], folder)
+    model = describe_model(spec.model.source)
+    return estimate(spec, model, placed(spec, model, [device], ["default"]), None)
 
 
 def measured(name: str, folder: Path) -> dict[StageName, Measured]:
@@ -55,17 +60,18 @@ def measured(name: str, folder: Path) -> dict[StageName, Measured]:
     for stage in StageName:
         kept = folder / name / f"{stage}.json"
         if not kept.exists():
-            command = [sys.executable, "-m", "benchmarks.estimates", "--folder", str(folder), "--stage", name, stage]
-            # On one thread seconds of the processor are those of a machine that does nothing else.
-            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            # As the processes of a worker's pool come about: with everything imported.
+            process = get_context("fork").Process(target=run_stage, args=(name, stage, folder))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"{stage} of {name} ended with {process.exitcode}")
         found[stage] = Measured(**json.loads(kept.read_text()))
     return found
 
 
 def run_stage(name: str, stage: StageName, folder: Path) -> None:
     """Run one stage in this process, after those before it, and write down what it took."""
-    from benchmarks.whole_jobs import WholeJob
-
     job = JOBS[name]
     whole = WholeJob(spec_of(job, folder), model_of(job, folder), documents_of(job), folder / name)
     for before in list(StageName)[: list(StageName).index(stage)]:
@@ -79,6 +85,7 @@ def run_stage(name: str, stage: StageName, folder: Path) -> None:
         processor_seconds=usage.ru_utime + usage.ru_stime,
         resident=peak_resident_bytes(),
         block_tokens=tokens[0],
+        stored=folder_bytes(whole.artifacts(stage)),
         result=whole.results[stage].model_dump(mode="json"),
     )
     (folder / name / f"{stage}.json").write_text(json.dumps(asdict(took), indent=2))
@@ -87,8 +94,6 @@ def run_stage(name: str, stage: StageName, folder: Path) -> None:
 @contextmanager
 def _counting() -> Iterator[list[int]]:
     """Counts the tokens that go through decoder blocks meanwhile."""
-    from torch import nn
-
     seen = [0]
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -113,20 +118,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("build/estimates"), help="where jobs' files are kept")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
-    parser.add_argument("--stage", nargs=2, metavar=("JOB", "STAGE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.stage:
-        run_stage(args.stage[0], StageName(args.stage[1]), args.folder)
-        return
+    # On one thread seconds of the processor are those of a machine that does nothing else, and processes can fork.
+    torch.set_num_threads(1)
+    found = {name: measured(name, args.folder) for name in args.jobs}
+    told = {name: estimated(name, args.folder) for name in args.jobs}
+    print("| job | parameters found (estimated) | sets found (estimated) |\n|---|---|---|")
     for name in args.jobs:
-        start = time.monotonic()
-        for stage, took in measured(name, args.folder).items():
-            print(
-                f"{name} {stage}: {took.seconds:.1f} s, {took.processor_seconds:.1f} s of processor, "
-                f"{took.resident / 1e6:.0f} MB, {took.block_tokens}",
-                flush=True,
-            )
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        print(of_sets(JOBS[name].title, told[name], found[name]))
+    print("\n| job | stage | way | MB estimated | taken | ratio | s estimated | of processor | ratio | by the clock |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in args.jobs:
+        print("\n".join(of_stages(name, told[name], found[name])))
+    print("\n| job | MB in the store estimated | MB found | ratio |\n|---|---|---|---|")
+    for name in args.jobs:
+        print(of_files(name, told[name], found[name]))
 
 
 if __name__ == "__main__":

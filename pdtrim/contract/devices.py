@@ -19,6 +19,7 @@ class Device(AnswerModel):
     memory_bytes: int = Field(description="Of one device; on a CPU, the machine's.")
     host_bytes: int = Field(description="Memory of the machine.")
     disk_bytes: int = Field(description="Free in the worker's scratch folder when it started.")
-    flops: float = Field(description="Operations a second of one large matrix product, as the search computes.")
+    flops: float = Field(description="Operations a second of one large matrix product in float32.")
+    bfloat16_flops: float | None = Field(description="In bfloat16; null where the device does not multiply it itself.")
     bytes_per_second: float = Field(description="Read and written when a large tensor is scaled.")
     call_seconds: float = Field(description="From one small operation to the next.")

@@ -9,7 +9,6 @@ from pydantic import TypeAdapter
 
 from pdtrim.contract.architectures import is_tested
 from pdtrim.contract.blocks import limits
-from pdtrim.contract.devices import Device
 from pdtrim.contract.estimate import (
     CheckpointEstimate,
     EarlierJob,
@@ -23,13 +22,13 @@ from pdtrim.contract.estimate import (
 from pdtrim.contract.jobs import AnyStage, StageName
 from pdtrim.contract.results import DistillationResult
 from pdtrim.contract.spec import JobSpec
-from service.checking.memory import Checkpoint, batch_tokens, checkpoints_of, heals, is_unified
+from service.checking.memory import Checkpoint, batch_tokens, checkpoints_of, heals, is_unified, stage_memory
 from service.checking.placement import ASSUMED, Placement, fits
 from service.checking.preflight import num_blocks
 from service.checking.sets import Searches, searches
 from service.checking.shape import ModelShape, shape_of
 from service.checking.storing import disk_bytes, store_bytes
-from service.checking.work import Work, seconds, stage_work
+from service.checking.work import Work, stage_work
 from service.sources import ModelDescription
 
 MANY_SETS = 100_000
@@ -49,7 +48,7 @@ def estimate(spec: JobSpec, model: ModelDescription, placement: Placement, earli
     if shape is not None:
         work = stage_work(spec, shape, checkpoints_of(spec, shape), found)
         if earlier is not None:
-            scaled = _scaled(spec, shape, work, earlier, placement.device)
+            scaled = _scaled(spec, shape, work, earlier, placement)
         stages = list(_stages(placement, work, scaled))
     memory = {one.stage: one.memory_bytes for one in stages}
     stored = None if shape is None else store_bytes(spec, shape)
@@ -113,7 +112,7 @@ def _stages(
     device = placement.device
     times: Mapping[StageName, float] = {}
     if device is not None:
-        times = seconds(work, device, _devices(placement, device))
+        times = {stage: work[stage].on(device, memory) for stage, memory in placement.stages.items()}
     for stage, memory in placement.stages.items():
         by_earlier = None if earlier is None else earlier.seconds.get(stage)
         known = times.get(stage) if by_earlier is None else by_earlier
@@ -128,14 +127,8 @@ def _stages(
         )
 
 
-def _devices(placement: Placement, device: Device) -> dict[StageName, int]:
-    """How many devices work at a time: all where each has a part of every batch, else one after the other."""
-    together = placement.stages[StageName.DISTILLATION].way.startswith("sharded")
-    return {stage: device.count if together and stage == StageName.DISTILLATION else 1 for stage in placement.stages}
-
-
 def _scaled(
-    spec: JobSpec, shape: ModelShape, work: Mapping[StageName, Work], earlier: Earlier, device: Device | None
+    spec: JobSpec, shape: ModelShape, work: Mapping[StageName, Work], earlier: Earlier, placement: Placement
 ) -> EarlierJob:
     """What an earlier job's seconds come to for this one; of distillation nothing, where it healed nothing."""
     job_id, asked, rows = earlier
@@ -145,11 +138,12 @@ def _scaled(
         for stage in map(STAGE.validate_python, rows)
         if not (heals(spec) and isinstance(stage.metrics, DistillationResult) and not stage.metrics.healed)
     ]
-    at = device or ASSUMED
+    at = placement.device or ASSUMED
+    then = stage_memory(asked, shape, checkpoints_of(asked, shape), at)
     return EarlierJob(
         job_id=job_id,
         seconds={
-            name: round(took * work[name].on(at) / of_earlier[name].on(at), 1)
+            name: round(took * work[name].on(at, placement.stages[name]) / of_earlier[name].on(at, then[name]), 1)
             for name, took in (
                 (StageName(stage.name), (stage.finished_at - stage.started_at).total_seconds())
                 for stage in found

@@ -1,8 +1,8 @@
 """What each stage of a job holds at its peak, in the way in which the worker's own rules will have it run.
 
 Bytes of the fullest device; on a CPU those of the process, files that it reads among them. Let the model have n
-numbers, of which a block has b and what is outside of blocks o, and let i be the bytes of a number in computation (2 on
-an accelerator, 4 on a CPU):
+numbers, of which a block has b and what is outside of blocks o, and let i be the bytes of a number in computation (2 in
+bfloat16, 4 in float32):
 
     scoring, removal    i n and hidden states; where i n is over 0.7 of the device, n shared out among the devices,
                         or i (o + b) with the blocks read one at a time
@@ -36,6 +36,8 @@ CONTEXT_BYTES = 700_000_000
 """What CUDA itself takes of a device."""
 REPORT_BYTES = 150_000_000
 """For drawing figures."""
+GAINING_NUMBERS = 50_000_000
+"""Of a model, from which on a CPU computes in bfloat16 where it can; as the worker has it."""
 HEAD_TOKENS = 256
 LOGITS_BYTES = 256 << 20
 BATCH_WINDOWS = 8
@@ -52,6 +54,10 @@ class StageMemory:
     device_bytes: int
     host_bytes: int
     """Besides; on a CPU what is on the device is on the host."""
+    number_bytes: int = 4
+    """Of a number in products."""
+    devices: int = 1
+    """That work at a time."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,13 @@ def stage_memory(
 ) -> dict[StageName, StageMemory]:
     """Of each stage of a job that makes `checkpoints`, prefill's first, on a worker with such devices."""
     room = _Room(shape, device)
-    walking = room.walking(spec)
+    measured, searched = (2 if device.kind == "cuda" else 4), room.number_bytes(spec)
     return {
-        StageName.SCORING: walking,
-        StageName.REMOVAL: walking,
-        StageName.DISTILLATION: room.healing(spec, checkpoints),
+        StageName.SCORING: replace(room.scoring(spec), number_bytes=measured),
+        StageName.REMOVAL: replace(room.removal(spec), number_bytes=searched),
+        StageName.DISTILLATION: replace(room.healing(spec, checkpoints), number_bytes=searched),
         StageName.EXPORT: room.exporting(checkpoints),
-        StageName.EVALUATION: room.evaluating(spec, checkpoints),
+        StageName.EVALUATION: replace(room.evaluating(spec, checkpoints), number_bytes=measured),
     }
 
 
@@ -89,7 +95,16 @@ class _Room:
 
     @property
     def _item(self) -> int:
+        """Bytes of a number where models are measured as they are served: in evaluation."""
         return 2 if self._accelerated else 4
+
+    def number_bytes(self, spec: JobSpec) -> int:
+        """Of a number in search and healing, as scoring decides it; a CPU's loss in bfloat16 is taken for the same."""
+        if spec.precision != "auto":
+            return 2 if spec.precision == "bfloat16" else 4
+        if self._accelerated:
+            return 2
+        return 2 if self.device.bfloat16_flops and self.shape.numbers >= GAINING_NUMBERS else 4
 
     def _at_peak(self, way: str, device_bytes: float, host_bytes: float) -> StageMemory:
         """With what a process takes anyway."""
@@ -98,33 +113,46 @@ class _Room:
         both = math.ceil(device_bytes + host_bytes) + PROCESS_BYTES
         return StageMemory(way, both, both)
 
-    @property
-    def _mapped(self) -> int:
+    def _mapped(self, item: int) -> int:
         """Of files that are read: numbers that are stored as they are computed with stay where they were mapped."""
-        return 0 if self.shape.item_bytes == self._item else self.shape.largest_file
+        return 0 if self.shape.item_bytes == item else self.shape.largest_file
 
-    def walking(self, spec: JobSpec) -> StageMemory:
+    def scoring(self, spec: JobSpec) -> StageMemory:
+        """On a CPU in float32; beside it in bfloat16, where both are compared."""
+        item = 2 if self._accelerated and spec.precision != "float32" else 4
+        found = self._walking(spec, item)
+        if not self._accelerated and spec.precision == "auto" and self.number_bytes(spec) == 2:
+            more = 2 * self.shape.numbers if found.way == "resident" else 0
+            return replace(found, device_bytes=found.device_bytes + more, host_bytes=found.host_bytes + more)
+        return found
+
+    def removal(self, spec: JobSpec) -> StageMemory:
+        return self._walking(spec, self.number_bytes(spec))
+
+    def _walking(self, spec: JobSpec, item: int) -> StageMemory:
         shape, device = self.shape, self.device
-        weights = self._item * shape.numbers
+        weights = item * shape.numbers
         if weights <= RESIDENT_SHARE * device.memory_bytes:
-            return self._at_peak("resident", weights + max(self._states(spec, RESIDENT_WALK_BYTES), self._mapped), 0)
+            return self._at_peak(
+                "resident", weights + max(self._states(spec, item, RESIDENT_WALK_BYTES), self._mapped(item)), 0
+            )
         if self._accelerated and device.count > 1:
-            share = weights / device.count + self._item * shape.largest_block
+            share = weights / device.count + item * shape.largest_block
             if share <= RESIDENT_SHARE * device.memory_bytes:
-                states = self._states(spec, STREAMED_WALK_BYTES)
+                states = self._states(spec, item, STREAMED_WALK_BYTES)
                 return self._at_peak(f"sharded over {device.count} devices", share + states, 0)
-        held = self._item * (shape.outside + shape.largest_block)
+        held = item * (shape.outside + shape.largest_block)
         mapped = shape.item_bytes * shape.largest_block
-        return self._at_peak("block by block", held + self._states(spec, STREAMED_WALK_BYTES), mapped)
+        return self._at_peak("block by block", held + self._states(spec, item, STREAMED_WALK_BYTES), mapped)
 
-    def _states(self, spec: JobSpec, walk_bytes: int) -> int:
+    def _states(self, spec: JobSpec, item: int, walk_bytes: int) -> int:
         """Hidden states of a walk, those held of the set that a search moves from, caches of prompts, and logits."""
         shape, tokens = self.shape, spec.calibration.window_tokens
         windows = spec.calibration.windows + spec.calibration.copying_windows
-        state = tokens * shape.hidden * self._item
+        state = tokens * shape.hidden * item
         walked = max((shape.blocks + 1) * state, min(walk_bytes, windows * (shape.blocks + 1) * state))
         anchored = min(ANCHOR_BYTES, (shape.blocks - 1) * windows * state)
-        cached = windows * tokens // 2 * shape.blocks * shape.kv_width * self._item
+        cached = windows * tokens // 2 * shape.blocks * shape.kv_width * item
         logits = 6 * 4 * min(HEAD_TOKENS, windows * tokens) * shape.vocabulary
         return walked + anchored + cached + windows * state + logits
 
@@ -146,7 +174,8 @@ class _Room:
         way = healing_way(size, first, free)
         needed = needed_bytes(size, way)
         # A copy of the dense model is read before its frozen weights are shared.
-        needed = max(needed, 2 * self._item * self.shape.numbers + self._mapped)
+        item = size.number_bytes
+        needed = max(needed, 2 * item * self.shape.numbers + self._mapped(item))
         kept = 0 if not self._accelerated else 4 * (4 if way.precision == "float32" else 2) * size.trained
         if needed <= USABLE * free or self.device.count == 1:
             return self._at_peak(_said(way), needed, kept)
@@ -163,10 +192,13 @@ class _Room:
             frozen=size.frozen // count,
             windows=max(1, size.windows // count),
         )
-        gathered = GRADIENTS_AHEAD * 2 * self._item * self.shape.largest_block + self._item * self.shape.head
+        gathered = (
+            GRADIENTS_AHEAD * 2 * size.number_bytes * self.shape.largest_block + size.number_bytes * self.shape.head
+        )
         way = healing_way(own, asked, free - gathered)
         needed = needed_bytes(own, way) + gathered
-        return self._at_peak(f"sharded over {count} devices, {_said(way)}", needed, 8 * size.trained)
+        found = self._at_peak(f"sharded over {count} devices, {_said(way)}", needed, 8 * size.trained)
+        return replace(found, devices=count)
 
     def _healing_size(self, spec: JobSpec, checkpoint: Checkpoint, beside: int) -> HealingSize:
         shape, asked, parts = self.shape, spec.distillation, checkpoint.target.parts
@@ -186,7 +218,7 @@ class _Room:
         trained = asked.lora.rank * shape.block_width * blocks if adapters else weights
         own = zeros + (weights if adapters else 0)
         return HealingSize(
-            beside=self._item * shape.numbers + beside,
+            beside=self.number_bytes(spec) * shape.numbers + beside,
             trained=trained,
             adapters=adapters,
             own=own,
@@ -197,7 +229,8 @@ class _Room:
             vocabulary=shape.vocabulary,
             windows=asked.batch_windows,
             window_tokens=spec.calibration.window_tokens,
-            accelerated=self._accelerated,
+            number_bytes=self.number_bytes(spec),
+            on_host=not self._accelerated,
         )
 
     def exporting(self, checkpoints: Sequence[Checkpoint]) -> StageMemory:
@@ -218,8 +251,8 @@ class _Room:
         weights = self._item * (shape.numbers + sum(one.numbers for one in checkpoints))
         batch = min(BATCH_WINDOWS, spec.evaluation.windows) * spec.calibration.window_tokens
         logits = 5 * min(LOGITS_BYTES, 4 * batch * shape.vocabulary)
-        if weights + logits + self._mapped <= RESIDENT_SHARE * self.device.memory_bytes:
-            return self._at_peak("resident", weights + max(logits, self._mapped), REPORT_BYTES)
+        if weights + logits + self._mapped(self._item) <= RESIDENT_SHARE * self.device.memory_bytes:
+            return self._at_peak("resident", weights + max(logits, self._mapped(self._item)), REPORT_BYTES)
         if self._accelerated and weights / self.device.count + logits <= RESIDENT_SHARE * self.device.memory_bytes:
             share = weights / self.device.count + self._item * shape.largest_block + logits
             return self._at_peak(f"sharded over {self.device.count} devices", share, REPORT_BYTES)

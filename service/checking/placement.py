@@ -22,7 +22,8 @@ ASSUMED = Device(
     memory_bytes=80 * 10**9,
     host_bytes=10**12,
     disk_bytes=10**13,
-    flops=4e14,
+    flops=2e14,
+    bfloat16_flops=4e14,
     bytes_per_second=2e12,
     call_seconds=5e-6,
 )

@@ -8,13 +8,13 @@ small models wait for them. A stage takes the sum of the three, each by the prob
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdtrim.contract.devices import Device
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import JobSpec
-from service.checking.memory import Checkpoint, batch_tokens, heals
+from service.checking.memory import Checkpoint, StageMemory, batch_tokens, heals
 from service.checking.sets import NONE, Searches, Sets
 from service.checking.shape import ModelShape
 
@@ -63,9 +63,12 @@ class Work:
     def __mul__(self, times: float) -> Work:
         return Work(*(times * part for part in (self.flops, self.bytes, self.calls, self.disk_bytes, self.seconds)))
 
-    def on(self, device: Device, devices: int = 1) -> float:
-        """Seconds on so many such devices."""
-        computed = self.flops / (WALK_SHARE * device.flops * devices) + self.bytes / device.bytes_per_second / devices
+    def on(self, device: Device, memory: StageMemory) -> float:
+        """Seconds in the way in which the stage will run."""
+        speed = device.bfloat16_flops if memory.number_bytes == 2 and device.bfloat16_flops else device.flops
+        computed = (
+            self.flops / (WALK_SHARE * speed * memory.devices) + self.bytes / device.bytes_per_second / memory.devices
+        )
         called = self.calls * BLOCK_CALLS * device.call_seconds
         return computed + called + self.disk_bytes / DISK_BYTES_A_SECOND + self.seconds
 
@@ -233,8 +236,3 @@ class _Counting:
             through = self._blocks(asked.windows * tokens, depth, tokens, 2 * math.ceil(asked.windows / 8))
             found += through * 2.5 + self._head(asked.windows * tokens)
         return found
-
-
-def seconds(work: Mapping[StageName, Work], device: Device, devices: Mapping[StageName, int]) -> dict[StageName, float]:
-    """What each stage takes on so many devices of its kind."""
-    return {stage: one.on(device, devices[stage]) for stage, one in work.items()}

@@ -278,6 +278,7 @@ class DeviceRow(SQLModel, table=True):
     host_bytes: int = Field(sa_type=BigInteger)
     disk_bytes: int = Field(sa_type=BigInteger)
     flops: float
+    bfloat16_flops: float | None = None
     bytes_per_second: float
     call_seconds: float
     seen_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)

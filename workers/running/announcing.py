@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
@@ -16,15 +17,16 @@ import torch
 from pdtrim.contract.devices import Device
 from service.db import devices
 from service.db.session import DATABASE_FAULTS, transaction
-from workers.inputs.models import accelerators, compute_dtype, device
+from workers.inputs.models import accelerators, device, multiplies_bfloat16, tensor_float_32
 from workers.running.attempt import Worker
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 """Of the square matrices that are multiplied."""
 COPIED_BYTES = 64 << 20
 CALLS = 200
-PROBE_SECONDS = 0.3
-"""For each of three speeds."""
+PROBE_SECONDS = 0.25
+"""For each of four speeds."""
+Clock = Callable[[], float]
 CPU_NAME = Path("/proc/cpuinfo")
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def look(queue: str, scratch: Path) -> Device:
     at = device()
     scratch.mkdir(parents=True, exist_ok=True)
     memory = psutil.virtual_memory().total
-    flops, bytes_per_second, call_seconds = probed(at)
+    speed = probed(at)
     return Device(
         queue=queue,
         kind="cuda" if at.type == "cuda" else "cpu",
@@ -61,40 +63,59 @@ def look(queue: str, scratch: Path) -> Device:
         memory_bytes=torch.cuda.get_device_properties(at).total_memory if at.type == "cuda" else memory,
         host_bytes=memory,
         disk_bytes=shutil.disk_usage(scratch).free,
-        flops=flops,
-        bytes_per_second=bytes_per_second,
-        call_seconds=call_seconds,
+        flops=speed.flops,
+        bfloat16_flops=speed.bfloat16_flops,
+        bytes_per_second=speed.bytes_per_second,
+        call_seconds=speed.call_seconds,
     )
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of one device."""
+
+    flops: float
+    bfloat16_flops: float | None
+    bytes_per_second: float
+    call_seconds: float
+
+
 @torch.no_grad()
-def probed(at: torch.device) -> tuple[float, float, float]:
-    """Operations a second of a large product, bytes a second of scaling a tensor, seconds from one small call to the
-    next."""
-    size, dtype = PRODUCT_SIZE["cuda" if at.type == "cuda" else "cpu"], compute_dtype()
-    one, other = (torch.randn(size, size, device=at).to(dtype) for _ in range(2))
-    copied = torch.ones(COPIED_BYTES // 4, device=at)
-    small = torch.ones(8, device=at)
+def probed(at: torch.device, clock: Clock = time.perf_counter) -> Speed:
+    """How fast large products, scaling a tensor, and small operations are."""
+    copied, small = torch.ones(COPIED_BYTES // 4, device=at), torch.ones(8, device=at)
 
     def called() -> None:
         for _ in range(CALLS):
             torch.add(small, small)
 
-    product = _seconds(lambda: torch.mm(one, other), at)
-    copying = _seconds(lambda: copied.mul_(1.0), at)
-    return 2 * size**3 / product, 2 * COPIED_BYTES / copying, _seconds(called, at) / CALLS
+    copying = _seconds(lambda: copied.mul_(1.0), at, clock)
+    return Speed(
+        flops=_products(at, torch.float32, clock),
+        bfloat16_flops=_products(at, torch.bfloat16, clock) if multiplies_bfloat16() else None,
+        bytes_per_second=2 * COPIED_BYTES / copying,
+        call_seconds=_seconds(called, at, clock) / CALLS,
+    )
 
 
-def _seconds(act: Callable[[], object], at: torch.device) -> float:
+def _products(at: torch.device, dtype: torch.dtype, clock: Clock) -> float:
+    """Operations a second of products of square matrices, in TensorFloat-32 where healing has it so."""
+    size = PRODUCT_SIZE["cuda" if at.type == "cuda" else "cpu"]
+    one, other = (torch.randn(size, size, device=at).to(dtype) for _ in range(2))
+    with tensor_float_32():
+        return 2 * size**3 / _seconds(lambda: torch.mm(one, other), at, clock)
+
+
+def _seconds(act: Callable[[], object], at: torch.device, clock: Clock) -> float:
     """The least of several tries: others may be at work here."""
-    end = time.perf_counter() + PROBE_SECONDS
+    end = clock() + PROBE_SECONDS
     found: list[float] = []
-    while len(found) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
+    while len(found) < 3 or clock() < end:
+        start = clock()
         act()
         if at.type == "cuda":
             torch.cuda.synchronize(at)
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return min(found)
 
 

@@ -23,6 +23,7 @@ def upgrade() -> None:
         sa.Column("host_bytes", sa.BigInteger(), nullable=False),
         sa.Column("disk_bytes", sa.BigInteger(), nullable=False),
         sa.Column("flops", sa.Float(), nullable=False),
+        sa.Column("bfloat16_flops", sa.Float(), nullable=True),
         sa.Column("bytes_per_second", sa.Float(), nullable=False),
         sa.Column("call_seconds", sa.Float(), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),

@@ -25,7 +25,8 @@ def gpus(queue: str, gigabytes: int, count: int = 1, host: int = 500) -> Device:
         memory_bytes=gigabytes * 10**9,
         host_bytes=host * 10**9,
         disk_bytes=10**12,
-        flops=4e14,
+        flops=2e14,
+        bfloat16_flops=4e14,
         bytes_per_second=2e12,
         call_seconds=5e-6,
     )
