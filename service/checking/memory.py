@@ -120,41 +120,46 @@ class _Room:
     def scoring(self, spec: JobSpec) -> StageMemory:
         """On a CPU in float32; beside it in bfloat16, where both are compared."""
         item = 2 if self._accelerated and spec.precision != "float32" else 4
-        found = self._walking(spec, item)
+        found = self._walking(spec, item, besides=0)
         if not self._accelerated and spec.precision == "auto" and self.number_bytes(spec) == 2:
             more = 2 * self.shape.numbers if found.way == "resident" else 0
             return replace(found, device_bytes=found.device_bytes + more, host_bytes=found.host_bytes + more)
         return found
 
     def removal(self, spec: JobSpec) -> StageMemory:
-        return self._walking(spec, self.number_bytes(spec))
+        item = self.number_bytes(spec)
+        return self._walking(spec, item, besides=self._held_by_a_search(spec, item))
 
-    def _walking(self, spec: JobSpec, item: int) -> StageMemory:
+    def _walking(self, spec: JobSpec, item: int, *, besides: int) -> StageMemory:
         shape, device = self.shape, self.device
         weights = item * shape.numbers
+        states = self._walked(spec, item, RESIDENT_WALK_BYTES) + besides
         if weights <= RESIDENT_SHARE * device.memory_bytes:
-            return self._at_peak(
-                "resident", weights + max(self._states(spec, item, RESIDENT_WALK_BYTES), self._mapped(item)), 0
-            )
+            return self._at_peak("resident", weights + max(states, self._mapped(item)), 0)
+        states = self._walked(spec, item, STREAMED_WALK_BYTES) + besides
         if self._accelerated and device.count > 1:
             share = weights / device.count + item * shape.largest_block
             if share <= RESIDENT_SHARE * device.memory_bytes:
-                states = self._states(spec, item, STREAMED_WALK_BYTES)
                 return self._at_peak(f"sharded over {device.count} devices", share + states, 0)
         held = item * (shape.outside + shape.largest_block)
-        mapped = shape.item_bytes * shape.largest_block
-        return self._at_peak("block by block", held + self._states(spec, item, STREAMED_WALK_BYTES), mapped)
+        return self._at_peak("block by block", held + states, shape.item_bytes * shape.largest_block)
 
-    def _states(self, spec: JobSpec, item: int, walk_bytes: int) -> int:
-        """Hidden states of a walk, those held of the set that a search moves from, caches of prompts, and logits."""
-        shape, tokens = self.shape, spec.calibration.window_tokens
-        windows = spec.calibration.windows + spec.calibration.copying_windows
-        state = tokens * shape.hidden * item
-        walked = max((shape.blocks + 1) * state, min(walk_bytes, windows * (shape.blocks + 1) * state))
-        anchored = min(ANCHOR_BYTES, (shape.blocks - 1) * windows * state)
-        cached = windows * tokens // 2 * shape.blocks * shape.kv_width * item
-        logits = 6 * 4 * min(HEAD_TOKENS, windows * tokens) * shape.vocabulary
-        return walked + anchored + cached + windows * state + logits
+    def _walked(self, spec: JobSpec, item: int, walk_bytes: int) -> int:
+        """Hidden states of a walk through all blocks: of one window, or of as many as may be."""
+        window = (self.shape.blocks + 1) * spec.calibration.window_tokens * self.shape.hidden * item
+        return max(window, min(walk_bytes, self._windows(spec) * window))
+
+    def _held_by_a_search(self, spec: JobSpec, item: int) -> int:
+        """Hidden states on the way of the set that it moves from, the dense model's last, caches of prompts, logits."""
+        shape, tokens = self.shape, self._windows(spec) * spec.calibration.window_tokens
+        anchored = min(ANCHOR_BYTES, (shape.blocks - 1) * tokens * shape.hidden * item)
+        cached = tokens // 2 * shape.blocks * shape.kv_width * item
+        logits = 6 * 4 * min(HEAD_TOKENS, tokens) * shape.vocabulary
+        return anchored + cached + tokens * shape.hidden * item + logits
+
+    @staticmethod
+    def _windows(spec: JobSpec) -> int:
+        return spec.calibration.windows + spec.calibration.copying_windows
 
     def healing(self, spec: JobSpec, checkpoints: Sequence[Checkpoint]) -> StageMemory:
         if not heals(spec):
