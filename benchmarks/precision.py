@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -74,7 +74,7 @@ def measured(precision: str, seed: int, args: argparse.Namespace) -> dict[str, A
     }
 
 
-def table(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown: a row a job, and the ratios of time."""
     yield "| | seed | removed | loss in search | before healing, after | perplexity | search, s | healing, s |"
     yield "|---|---|---|---|---|---|---|---|"
