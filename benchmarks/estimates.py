@@ -47,7 +47,7 @@ def spec_of(job: MeasuredJob, folder: Path) -> JobSpec:
 def estimated(name: str, folder: Path) -> Estimate:
     """What the service says of a job, on a worker that is this machine with one thread, by seconds of the processor."""
     speed = probed(torch.device("cpu"), time.process_time)
-    device = look("default", folder).model_copy(update=asdict(speed))
+    device = look(folder).model_copy(update=asdict(speed))
     spec = spec_of(JOBS[name], folder)
     model = describe_model(spec.model.source)
     return estimate(spec, model, placed(spec, model, [device], ["default"]), None)

@@ -13,10 +13,12 @@ from threading import Thread
 
 import psutil
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 from pdtrim.contract.devices import Device
+from pdtrim.contract.queues import DEFAULT_QUEUE
 from service.db import devices
-from service.db.session import DATABASE_FAULTS, transaction
+from service.db.session import transaction
 from workers.inputs.models import accelerators, device, multiplies_bfloat16, tensor_float_32
 from workers.running.attempt import Worker
 
@@ -31,26 +33,28 @@ CPU_NAME = Path("/proc/cpuinfo")
 log = logging.getLogger(__name__)
 
 
-def announce(worker: Worker, queues: Sequence[str]) -> None:
-    """Tell the database what this worker has, in a thread of its own: nothing waits for that."""
-    Thread(target=_announce, args=(worker, queues), name="announcing", daemon=True).start()
+def announce(worker: Worker, queues: Sequence[str]) -> Thread:
+    """Tell the database what this worker has, in a thread of its own: nothing has to wait for that."""
+    thread = Thread(target=_announce, args=(worker, queues), name="announcing", daemon=True)
+    thread.start()
+    return thread
 
 
 def _announce(worker: Worker, queues: Sequence[str]) -> None:
     scratch = worker.settings.scratch_dir
     assert scratch is not None
-    for queue in queues:
-        found = look(queue, scratch)
-        try:
-            with transaction(worker.database) as session:
-                devices.saw(session, found)
-        except DATABASE_FAULTS as error:
-            # Nobody's work depends on it: estimates then go by other workers, or none.
-            log.warning("what this worker has is not recorded: %s", error)
+    try:
+        found = look(scratch)
+        with transaction(worker.database) as session:
+            for queue in queues:
+                devices.saw(session, found.model_copy(update={"queue": queue}))
+    except (SQLAlchemyError, RuntimeError) as error:
+        # Nobody's work depends on it: estimates then go by other workers, or none.
+        log.warning("what this worker has is not recorded: %s", error)
 
 
-def look(queue: str, scratch: Path) -> Device:
-    """What is there, and how fast it is."""
+def look(scratch: Path, queue: str = DEFAULT_QUEUE) -> Device:
+    """What is there, and how fast it is. Raises: RuntimeError where a device cannot be used."""
     at = device()
     scratch.mkdir(parents=True, exist_ok=True)
     memory = psutil.virtual_memory().total
