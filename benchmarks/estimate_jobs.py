@@ -22,7 +22,7 @@ REFERENCE: dict[str, Any] = {
     "evaluation": {"windows": 8, "speed_tokens": 8, "speed_repeats": 1},
 }
 SMALL: dict[str, Any] = {
-    "calibration": {"windows": 4, "window_tokens": 64},
+    "calibration": {"windows": 2, "window_tokens": 64},
     "evaluation": {"windows": 4, "speed_tokens": 8, "speed_repeats": 1},
 }
 
@@ -78,7 +78,7 @@ JOBS: Mapping[str, MeasuredJob] = {
             "prefill": {"remove_blocks": 2},
             "decode": {"remove_blocks": 2},
             "search": {"algorithm": "greedy"},
-            "distillation": {"heal_tokens": 2_048, "batch_windows": 4},
+            "distillation": {"heal_tokens": 1_024, "batch_windows": 4},
         },
     ),
     "billion": MeasuredJob(

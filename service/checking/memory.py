@@ -30,11 +30,11 @@ RESIDENT_SHARE = 0.7
 """Of a device, that weights may take; as the worker has it."""
 RESIDENT_WALK_BYTES, STREAMED_WALK_BYTES, ANCHOR_BYTES = 16 * 2**20, 512 * 2**20, 256 * 2**20
 """Hidden states on a CPU; as the worker has it."""
-PROCESS_BYTES = 480_000_000
+PROCESS_BYTES = 430_000_000
 """A worker before it has read anything: Python, PyTorch, transformers."""
 CONTEXT_BYTES = 700_000_000
 """What CUDA itself takes of a device."""
-REPORT_BYTES = 150_000_000
+REPORT_BYTES = 50_000_000
 """For drawing figures."""
 GAINING_NUMBERS = 50_000_000
 """Of a model, from which on a CPU computes in bfloat16 where it can; as the worker has it."""

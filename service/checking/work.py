@@ -32,9 +32,11 @@ LOSS_PASSES = 10
 """Over the logits of a set, in float32, for its divergence."""
 GENERATED = 8
 DISK_BYTES_A_SECOND = 5e8
-START_SECONDS = 1.0
+START_SECONDS = 0.3
 """Of a stage: claiming, opening files, putting what it made into the store."""
-FIGURE_SECONDS = 4.0
+TEXT_SECONDS = 0.7
+"""For cutting a text into windows."""
+FIGURE_SECONDS = 2.0
 """For drawing the report."""
 HELD_OUT_WINDOWS, HELD_OUT_CHECKS = 8, 10
 CHUNK_BYTES = 16 * 2**20
@@ -119,7 +121,7 @@ class _Counting:
         """Reading a model, and writing it into memory as it is computed with."""
         share = 1.0 if numbers is None else numbers / self.shape.numbers
         read = models * share * self.shape.file_bytes
-        return Work(bytes=8 * models * share * self.shape.numbers, disk_bytes=read, seconds=START_SECONDS)
+        return Work(bytes=8 * models * share * self.shape.numbers, disk_bytes=read)
 
     @property
     def _chunk(self) -> int:
@@ -132,7 +134,7 @@ class _Counting:
         through = self._blocks(
             windows * self._tokens, 2 * self.shape.blocks - 1, self._tokens, math.ceil(windows / self._chunk)
         )
-        return through + self._loading(1)
+        return through + self._loading(1) + Work(seconds=START_SECONDS + TEXT_SECONDS)
 
     def removal(self, checkpoints: Sequence[Checkpoint], searches: Searches) -> Work:
         """The searches, what each block is worth, and the controls."""
@@ -143,6 +145,7 @@ class _Counting:
         parts = self.spec.prefill.possible_parts | self.spec.decode.possible_parts
         return (
             self._loading(1)
+            + Work(seconds=START_SECONDS)
             + self._walks(searches.prefill, removed[0], of_pair=False)
             + self._walks(searches.decode, removed[1], of_pair=True)
             + (
@@ -183,7 +186,7 @@ class _Counting:
         steps = asked.heal_tokens // batch_tokens(self.spec)
         checks = min(steps, HELD_OUT_CHECKS) + 3
         held_out = min(HELD_OUT_WINDOWS, self.spec.calibration.windows)
-        found = self._loading(1)
+        found = self._loading(1) + Work(seconds=START_SECONDS)
         for number, one in enumerate(checkpoints):
             decode = number > 0
             back = 1.0 if asked.trainable == "lora" else 2.0
@@ -218,7 +221,7 @@ class _Counting:
 
     def evaluating(self, checkpoints: Sequence[Checkpoint]) -> Work:
         asked, tokens, blocks = self.spec.evaluation, self._tokens, self.shape.blocks
-        found = Work(seconds=FIGURE_SECONDS) + self._loading(1)
+        found = Work(seconds=START_SECONDS + FIGURE_SECONDS) + self._loading(1)
         kept = [blocks, *(one.kept for one in checkpoints)]
         numbers = [self.shape.numbers, *(one.numbers for one in checkpoints)]
         for depth, size in zip(kept, numbers, strict=True):
