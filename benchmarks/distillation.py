@@ -81,7 +81,7 @@ def main() -> None:
 
     def shown(model: PreTrainedModel) -> str:
         measured: Perplexity = perplexity(model, windows["validation"], batch=8)
-        return f"{measured.value:.2f} ± {measured.standard_error:.2f}"
+        return str(measured)
 
     lines = [
         "| removed | blocks deleted | blocks distilled | dense | pruned | distilled | seconds |",

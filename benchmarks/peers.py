@@ -142,7 +142,7 @@ def distilled(
 
 def shown(model: PreTrainedModel, windows: Tensor) -> str:
     measured = perplexity(model, windows, batch=8)
-    return f"{measured.value:.2f} ± {measured.standard_error:.2f}"
+    return str(measured)
 
 
 def cells(row: Row, loss: float, perplexities: Sequence[str]) -> str:

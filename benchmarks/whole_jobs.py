@@ -11,6 +11,7 @@ from pathlib import Path
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
+from service.sources import Text
 from service.storage.local import LocalStore
 from workers.stages import STAGES
 from workers.stages.context import StageContext, StoredInput
@@ -52,7 +53,7 @@ class WholeJob:
             inputs=dict(self._inputs()),
             store=LocalStore(self.folder / "store"),
             state_prefix=f"{stage}/state",
-            documents=lambda: self.documents,
+            rows=lambda: [Text(document, "the benchmark") for document in self.documents],
             check=lambda: None,
             publish=_say_nothing,
         )

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import SCORES
 from pdtrim.contract.spec import JobSpec
+from service.sources import Text
 from service.storage import open_store
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.stages import removal, scoring, search_state, training
@@ -40,7 +41,7 @@ def context(folder: Path, spec: JobSpec, inputs: dict[tuple[StageName, str], Sto
         inputs=inputs,
         store=open_store((folder / "store").as_uri()),
         state_prefix="state",
-        documents=lambda: [spec.data.text or ""],
+        rows=lambda: [Text(spec.data.text or "", "data.text")],
         check=lambda: None,
         publish=lambda progress, message, figures: None,
     )

@@ -181,7 +181,7 @@ def _run(bench: Bench, model: Path, folder: Path) -> Findings:
             inputs=inputs,
             store=_KeptHere(folder / "store"),
             state_prefix=str(name),
-            documents=lambda: None,
+            rows=lambda: None,
             check=lambda: None,
             publish=told.publish,
         )

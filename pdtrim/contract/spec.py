@@ -197,14 +197,31 @@ class HalfTarget(SpecModel):
         return ", ".join([" ".join(said for said in (count, bound) if said), *parts, *least])
 
 
+FieldName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra=NO_NUL), AfterValidator(storable)]
+
+
 class DataSpec(SpecModel):
-    """Text for calibration, distillation and validation; it is split so that the three never overlap."""
+    """Text, conversations or prompts with completions, for calibration, distillation and validation; they are split so
+    that the three never overlap."""
 
     source: SourceString | None = Field(
         default=None,
-        description="`builtin:stdlib` (the Python standard library's source, works offline), `file:///text.txt` or "
-        "`.jsonl`, `s3://bucket/key`, `hf://datasets/organisation/name`.",
-        examples=["builtin:stdlib"],
+        description="`builtin:stdlib` (the Python standard library's source, works offline), `file:///folder/file`, "
+        "`s3://bucket/key`, `hf://datasets/organisation/name` or, of a data set with subsets, "
+        "`hf://datasets/organisation/name/subset`. A file is `.txt`, `.jsonl`, `.json`, each also with `.gz` or `.zst` "
+        "behind it, or `.parquet`.",
+        examples=["builtin:stdlib", "hf://datasets/Salesforce/wikitext/wikitext-2-raw-v1"],
+    )
+    split: str | None = Field(
+        default=None,
+        max_length=128,
+        pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$",
+        description="Split of a data set on the hub; `train` by default.",
+    )
+    field: FieldName | None = Field(
+        default=None,
+        description="Field of each row that is read, a text or a list of messages. By default `messages`, or `prompt` "
+        "with `completion`, or `text`, the first that a row has.",
     )
     text: Annotated[str, Field(json_schema_extra=NO_NUL), AfterValidator(storable)] | None = Field(
         default=None, min_length=1, max_length=1_000_000, description="Inline text instead."
@@ -214,6 +231,8 @@ class DataSpec(SpecModel):
     def _one_origin(self) -> Self:
         if self.source is not None and self.text is not None:
             raise ValueError("give either `source` or `text`, not both")
+        if self.text is not None and (self.split is not None or self.field is not None):
+            raise ValueError("inline `text` has neither splits nor fields; leave `split` and `field` out")
         return self
 
     @property
@@ -340,6 +359,11 @@ class DistillationSpec(SpecModel):
     """Repair of the pruned model: healing on the dense model's predictions."""
 
     enabled: bool = Field(default=True, description="False exports the pruned weights as they are.")
+    data: Literal["given", "self"] = Field(
+        default="given",
+        description="What healing trains on: `given`, the job's data as it is; `self`, the dense model's own answers "
+        "to the prompts of the data, which need no answers then. Of texts, runs of half a window are the prompts.",
+    )
     threshold: float = Field(
         default=0.95,
         ge=-1.0,

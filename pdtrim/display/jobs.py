@@ -127,7 +127,8 @@ def _figures(stage: AnyStage) -> str:
     """The figure of a finished stage that people look for first."""
     found = stage.metrics
     if isinstance(found, ScoringResult):
-        return f"cosine {min(found.cosine):.3f} to {max(found.cosine):.3f} over {found.blocks} blocks"
+        cosine = f"cosine {min(found.cosine):.3f} to {max(found.cosine):.3f} over {found.blocks} blocks"
+        return "\n".join([cosine, *(f"! {warning}" for warning in found.warnings)])
     if isinstance(found, RemovalResult):
         return f"prefill gives up {_removed(found.prefill)}; decode gives up {_removed(found.decode)}"
     if isinstance(found, DistillationResult):

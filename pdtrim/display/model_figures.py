@@ -54,7 +54,7 @@ def spread_text(spread: Spread | None) -> str:
 
 
 def _perplexity(found: Perplexity | None) -> str:
-    return "" if found is None else f"{found.value:.2f} ± {found.standard_error:.2f}"
+    return "" if found is None else str(found)
 
 
 def _latency(of: Callable[[ModelFigures], float]) -> Callable[[ModelFigures, ModelFigures], str]:

@@ -110,8 +110,10 @@ def _quality(evaluation: EvaluationResult) -> Iterator[Fact]:
     dense = evaluation.models["dense"]
     for role in ("unified", "prefill"):
         if (model := evaluation.models.get(role)) is not None:
-            found, error = model.perplexity.value, model.perplexity.standard_error
-            yield Fact(f"perplexity, {role}", f"{found:.2f}", f"± {error:.2f}; dense {dense.perplexity.value:.2f}")
+            error = model.perplexity.standard_error
+            beside = "of one window" if error is None else f"± {error:.2f}"
+            value = f"{model.perplexity.value:.2f}"
+            yield Fact(f"perplexity, {role}", value, f"{beside}; dense {dense.perplexity.value:.2f}")
     for task, by_model in evaluation.tasks.items():
         for role in ("unified", "decode"):
             for metric, measured in list(by_model.get(role, {}).items())[:1]:

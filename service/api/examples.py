@@ -61,6 +61,7 @@ SCORING: dict[str, Any] = {
         "cosine": [0.61, 0.88, 0.93, 0.95, 0.96, 0.97, 0.97, 0.96, 0.95, 0.93, 0.9, 0.72],
         "windows": {"train": 641, "calibration": 24, "validation": 32},
         "opening": [],
+        "warnings": [],
         "precision": {"used": "bfloat16", "windows": 0, "float32_loss": None, "bfloat16_loss": None},
     },
     "error": None,

@@ -32,10 +32,12 @@ from pdtrim.contract.errors import (
     SourceNotAllowed,
     raise_all,
 )
-from pdtrim.contract.spec import MAX_BLOCKS, DataSpec, HalfTarget, JobSpec, ModelSpec
+from pdtrim.contract.spec import MAX_BLOCKS, HalfTarget, JobSpec, ModelSpec
+from pdtrim.contract.windows import least_windows
 from service.checking.targets import check_push
 from service.settings import Settings
 from service.sources import (
+    Chosen,
     ForbiddenSource,
     ModelDescription,
     SourceError,
@@ -54,6 +56,9 @@ COMPOSITE_KEYS = ("text_config", "vision_config", "audio_config", "thinker_confi
 ANSWER_SECONDS = 4.0
 """How long S3 is waited for, while somebody waits for us."""
 
+LONGEST_OPENING = 8
+"""Tokens, at most, that a tokenizer puts before each window."""
+
 
 def check(spec: JobSpec, settings: Settings) -> ModelDescription:
     """The job's model, if the job can be run; its `revision` is the commit that a hub model's revision names now.
@@ -71,7 +76,7 @@ def check(spec: JobSpec, settings: Settings) -> ModelDescription:
     with _noted(found):
         model = _describe(spec.model, settings)
     with _noted(found):
-        _check_text(spec.data, settings)
+        _check_text(spec, settings)
     with _noted(found):
         _check_tasks(spec, settings)
     if model is not None:
@@ -275,8 +280,10 @@ def _describe(model: ModelSpec, settings: Settings) -> ModelDescription:
         )
 
 
-def _check_text(data: DataSpec, settings: Settings) -> None:
+def _check_text(spec: JobSpec, settings: Settings) -> None:
+    data = spec.data
     if data.text is not None:
+        _check_amount(spec, len(data.text.encode()), "data.text")
         return
     with _blamed_on("data.source"):
         try:
@@ -288,11 +295,26 @@ def _check_text(data: DataSpec, settings: Settings) -> None:
                 f"The job gives no text, which means {data.origin}, and that is not among PDTRIM_ALLOWED_SOURCES. Give "
                 "`data.source` or `data.text`, or have the operator add builtin: to the setting."
             ) from error
-        check_text(
+        most = check_text(
             data.origin,
+            Chosen(data.field, data.split),
+            answered=spec.distillation.data == "given",
             endpoint_url=settings.s3_endpoint_url,
             region=settings.s3_region,
             answer_seconds=ANSWER_SECONDS,
+        )
+    if most is not None:
+        _check_amount(spec, most, "data.source")
+
+
+def _check_amount(spec: JobSpec, most_bytes: int, param: str) -> None:
+    """Hold the bytes of a text against the least windows: no token is of less than a byte. Raises: InvalidRequest."""
+    windows, tokens = sum(least_windows(spec).values()), spec.calibration.window_tokens
+    if most_bytes < windows * (tokens - LONGEST_OPENING):
+        raise InvalidRequest(
+            f"The text has {most_bytes} bytes, which are no {windows} windows of {tokens} tokens, the least that a job "
+            "needs for training, calibration and validation. Give more text, or a smaller calibration.window_tokens.",
+            param=param,
         )
 
 

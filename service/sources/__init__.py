@@ -20,24 +20,31 @@ from service.sources.names import (
     parse_model_source,
     parse_text_source,
 )
-from service.sources.texts import check_text, fetch_text_documents
+from service.sources.rows import Conversation, Exchange, Row, Text, check_answered
+from service.sources.texts import Chosen, check_text, fetch_rows
 
 __all__ = [
+    "Chosen",
+    "Conversation",
+    "Exchange",
     "ForbiddenSource",
     "InvalidSource",
     "LocalPath",
     "ModelDescription",
     "ModelSource",
+    "Row",
     "SourceError",
+    "Text",
     "TextSource",
     "TooLargeSource",
     "UnreadableSource",
     "check_allowed",
+    "check_answered",
     "check_links",
     "check_text",
     "describe_model",
     "fetch_model",
-    "fetch_text_documents",
+    "fetch_rows",
     "hold_model",
     "parse_model_source",
     "parse_text_source",

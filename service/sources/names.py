@@ -9,10 +9,10 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from service.sources.errors import ForbiddenSource, InvalidSource
+from service.sources.forms import FORMS, Form
 from service.storage.store import checked_key
 
 MAX_LENGTH = 1024
-TEXT_SUFFIXES = (".txt", ".jsonl")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)*")
 """Amazon's have no `_`, others' do."""
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
@@ -71,7 +71,7 @@ class HubModel:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set `organisation/name` on the hub, and the configuration of it if it has several."""
+    """A data set `organisation/name` on the hub, and the subset of it, if it has several."""
 
     repo: str
     config: str | None = None
@@ -110,7 +110,7 @@ def parse_model_source(text: str) -> ModelSource:
 
 
 def parse_text_source(text: str) -> TextSource:
-    """`builtin:stdlib`, `file:///….txt`, `….jsonl`, `s3://…` or `hf://datasets/organisation/name[/configuration]`.
+    """`builtin:stdlib`, `file:///….txt` or another of `FORMS`, `s3://…`, `hf://datasets/organisation/name[/subset]`.
 
     Raises: InvalidSource.
     """
@@ -130,11 +130,11 @@ def parse_text_source(text: str) -> TextSource:
         if len(parts) not in (2, 3) or not all(map(HUB_NAME.fullmatch, parts[:2])):
             raise InvalidSource("A data set on the hub is given as hf://datasets/organisation/name.")
         if not all(map(HUB_CONFIG.fullmatch, parts[2:])):
-            raise InvalidSource("A data set's configuration is given as hf://datasets/organisation/name/configuration.")
+            raise InvalidSource("A data set's subset is given as hf://datasets/organisation/name/subset.")
         return HubDataset("/".join(parts[:2]), *parts[2:])
     raise InvalidSource(
-        "A text is given as builtin:stdlib, file:///….txt, file:///….jsonl, s3://bucket/….txt, s3://bucket/….jsonl or "
-        "hf://datasets/organisation/name." + _meant(text, hub="hf://datasets/")
+        "A text is given as builtin:stdlib, file:///folder/file, s3://bucket/key or hf://datasets/organisation/name."
+        + _meant(text, hub="hf://datasets/")
     )
 
 
@@ -205,8 +205,8 @@ def _check_characters(text: str) -> None:
 
 
 def _check_suffix(name: str) -> None:
-    if not name.endswith(TEXT_SUFFIXES):
-        raise InvalidSource("A text is a file whose name ends in .txt or .jsonl.")
+    if Form.of(name.rpartition("/")[2]) is None:
+        raise InvalidSource(f"A text is a file whose name ends in {FORMS}.")
 
 
 def _local_path(text: str) -> Path:

@@ -1,165 +1,191 @@
-"""Text for calibration and healing: documents from files, S3 objects and hub data sets."""
+"""Data for calibration and healing: rows of files, S3 objects and hub data sets, read as far as they are asked for."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Unpack
 
 from huggingface_hub import HfApi
 
 from service.sources.cards import check_card
 from service.sources.errors import InvalidSource, UnreadableSource
+from service.sources.forms import Beyond, Form, rows_in
 from service.sources.hub import ANSWER_SECONDS, hub_failures
-from service.sources.names import Builtin, HubDataset, LocalPath, S3Location, parse_text_source
+from service.sources.names import Builtin, HubDataset, LocalPath, S3Location, TextSource, parse_text_source
 from service.sources.opening import open_file
+from service.sources.ranged import ranged
+from service.sources.rows import Conversation, Exchange, Row, Text, check_answered, row_of
 from service.stopping import Check, go_on
 from service.storage import ArtifactStore, ObjectNotFound, S3Options, StoreRefused, open_store
 
 MAX_TEXT_BYTES = 1 << 30
+"""Of what was unpacked, that are read unless somebody wants more."""
 BEGINNING_BYTES = 1 << 16
 """What is read of a text before a job is accepted."""
+BEGINNING_ROWS = 1000
+SAID = 400
+"""Characters of what the hub's library says of a data set that it cannot load."""
 SPLIT = "train"
+"""The split of a data set that is read where the job names none."""
 
 
-def check_text(source: str, *, max_bytes: int = MAX_TEXT_BYTES, **s3: Unpack[S3Options]) -> None:
-    """Whether the text is there, not too large, and begins as a text does; of a data set, whether its card lists what
-    is read of it. Raises: SourceError, StoreUnavailable.
+@dataclass(frozen=True)
+class Chosen:
+    """What is read of a source: one field of each row, or those that `row_of` knows; one split of a hub data set."""
+
+    field: str | None = None
+    split: str | None = None
+
+
+EVERYTHING = Chosen()
+
+
+def check_text(
+    source: str, chosen: Chosen = EVERYTHING, *, answered: bool = True, **s3: Unpack[S3Options]
+) -> int | None:
+    """The most bytes of text that are there; None where that is not known.
+
+    Checks that the text is there, and begins as data does, where `answered` with answers to what it asks; of a data
+    set, that its card lists what is read of it. Raises: SourceError, StoreUnavailable.
     """
-    match parse_text_source(source):
+    parsed = parse_text_source(source)
+    check_chosen(parsed, chosen)
+    match parsed:
         case LocalPath(path):
-            _check_file(path, max_bytes)
-            try:
-                with _opened(path) as file:
-                    beginning = file.read(BEGINNING_BYTES)
-            except OSError as error:
-                raise UnreadableSource(f"{path.as_uri()} cannot be read: {error.strerror}.") from error
-            _check_beginning(beginning, path.suffix, path.as_uri())
+            with _opened(path) as file:
+                return _begun(file, path.name, str(parsed), chosen, answered, os.fstat(file.fileno()).st_size)
         case S3Location() as location:
-            store = _check_object(location, max_bytes, **s3)
-            name = location.key.rpartition("/")[2]
-            beginning = b"".join(store.read_range(name, 0, BEGINNING_BYTES))
-            _check_beginning(beginning, Path(name).suffix, str(location))
+            store, name, size = _object(location, **s3)
+            with ranged(store, name, size, go_on) as file:
+                return _begun(file, name, str(location), chosen, answered, size)
         case HubDataset(repo) as dataset:
             with hub_failures(source):
                 card = HfApi().dataset_info(repo, timeout=ANSWER_SECONDS).card_data
-            check_card({} if card is None else vars(card), dataset, SPLIT)
+            check_card({} if card is None else vars(card), dataset, chosen.split or SPLIT, chosen.field)
         case Builtin():
             pass
+    return None
 
 
-def _check_beginning(data: bytes, suffix: str, what: str) -> None:
-    """Raises: UnreadableSource for what shows in the first bytes of a text."""
-    if not data:
-        raise UnreadableSource(f"{what} is empty.")
-    if len(data) == BEGINNING_BYTES:  # The last line, or character, may go on.
-        end = data.rfind(b"\n") + 1 if suffix == ".jsonl" else data.rfind(b" ") + 1
-        data = data[:end]
-    for _ in _documents(lambda: io.BytesIO(data), suffix, what):
-        pass
+def check_chosen(source: TextSource, chosen: Chosen) -> None:
+    """Raises: InvalidSource for a split or a field of what has none."""
+    if chosen.split is not None and not isinstance(source, HubDataset):
+        raise InvalidSource("Only data sets on the hub have splits; leave it out.", param="data.split")
+    if chosen.field is not None and (form := _form_of(source)) is not None and form.kind == "txt":
+        raise InvalidSource("A .txt has no fields; leave it out.", param="data.field")
+    if chosen.field is not None and isinstance(source, Builtin):
+        raise InvalidSource(f"{source} has no fields; leave it out.", param="data.field")
 
 
-def fetch_text_documents(
-    source: str, *, max_bytes: int = MAX_TEXT_BYTES, check: Check = go_on, **s3: Unpack[S3Options]
-) -> Iterator[str]:
-    """The documents of a text: a `.txt` is one, a `.jsonl` has one a line, a hub data set one a row of `train`.
-
-    A file of more than `max_bytes` is refused; a hub data set is read up to that many and no further. What is wrong
-    with the source as a whole is raised at the call, what is wrong with a line when the line is reached.
-    Asks `check` as a file of S3 comes. Raises: SourceError; StoreUnavailable; what `check` raises.
-    """
-    match parse_text_source(source):
+def _form_of(source: TextSource) -> Form | None:
+    match source:
         case LocalPath(path):
-            _check_file(path, max_bytes)
-            return _documents(lambda: _opened(path), path.suffix, path.as_uri())
+            return Form.of(path.name)
+        case S3Location(_, key):
+            return Form.of(key.rpartition("/")[2])
+        case _:
+            return None
+
+
+def _begun(file: BinaryIO, name: str, what: str, chosen: Chosen, answered: bool, size: int) -> int | None:
+    """Raises: UnreadableSource for what shows in the first bytes of a file of `size`."""
+    if not size:
+        raise UnreadableSource(f"{what} is empty.")
+    form = Form.of(name)
+    assert form is not None
+    if form.kind == "parquet":
+        _check_columns(file, what, size)
+        return None
+    text = 0
+    asks = False
+    with suppress(Beyond):
+        for row in islice(rows_in(file, form, what, chosen.field, BEGINNING_BYTES), BEGINNING_ROWS):
+            if answered:
+                check_answered(row)
+            text += len(row.text.encode()) if isinstance(row, Text) else 0
+            asks = asks or not isinstance(row, Text)
+        if size <= BEGINNING_BYTES and form.packed is None and not asks:
+            return text
+    return None if asks or form.packed is not None else size
+
+
+MAGIC = b"PAR1"
+
+
+def _check_columns(file: BinaryIO, what: str, size: int) -> None:
+    """By the first bytes: what reads the rest, workers have."""
+    if size < 3 * len(MAGIC) or file.read(len(MAGIC)) != MAGIC:
+        raise UnreadableSource(f"{what} is no Parquet file.")
+
+
+def fetch_rows(
+    source: str,
+    chosen: Chosen = EVERYTHING,
+    *,
+    max_bytes: int = MAX_TEXT_BYTES,
+    check: Check = go_on,
+    **s3: Unpack[S3Options],
+) -> Iterator[Row]:
+    """The rows of a source: a `.txt` is one text, which comes in pieces; other files and data sets have many rows.
+
+    It is read as rows are asked for, up to `max_bytes` of unpacked text and no further. What is wrong with the source
+    as a whole is raised at the call, what is wrong with a row when it is reached. Asks `check` as bytes of S3 come.
+    Raises: SourceError; StoreUnavailable; what `check` raises.
+    """
+    parsed = parse_text_source(source)
+    check_chosen(parsed, chosen)
+    match parsed:
+        case LocalPath(path):
+            return _file_rows(_opened(path), path.name, str(parsed), chosen, max_bytes)
         case S3Location() as location:
-            return _object_documents(_check_object(location, max_bytes, **s3), location, check)
+            store, name, size = _object(location, **s3)
+            return _file_rows(ranged(store, name, size, check), name, str(location), chosen, max_bytes)
         case HubDataset() as dataset:
-            return _dataset_documents(_load_dataset(dataset), dataset, max_bytes)
+            return _dataset_rows(_load_dataset(dataset, chosen.split or SPLIT), dataset, chosen, max_bytes)
         case Builtin() as builtin:
             raise InvalidSource(f"{builtin} is made by the worker's calibration, not fetched.")
 
 
-def _check_file(path: Path, max_bytes: int) -> None:
+def _opened(path: Path) -> BinaryIO:
+    """The file that lay there without links when it was allowed. Raises: UnreadableSource."""
     if not path.is_file():
         raise UnreadableSource(
             f"{path.as_uri()} is not a file on this machine. Check the path, and that it is mounted."
         )
-    _check_size(path.stat().st_size, max_bytes, path.as_uri())
+    try:
+        return os.fdopen(open_file(path), "rb")
+    except OSError as error:
+        raise UnreadableSource(f"{path.as_uri()} cannot be read: {error.strerror}.") from error
 
 
-def _check_object(location: S3Location, max_bytes: int, **s3: Unpack[S3Options]) -> ArtifactStore:
+def _object(location: S3Location, **s3: Unpack[S3Options]) -> tuple[ArtifactStore, str, int]:
+    """Where the object is, its name there, and its bytes. Raises: UnreadableSource, StoreUnavailable."""
     folder, _, name = location.key.rpartition("/")
     store = open_store(f"s3://{location.bucket}/{folder}", **s3)
     try:
-        _check_size(store.stat(name).size, max_bytes, str(location))
+        return store, name, store.stat(name).size
     except (ObjectNotFound, StoreRefused) as error:
         raise UnreadableSource(f"{location} cannot be read: {error}") from error
-    return store
 
 
-def _check_size(size: int, max_bytes: int, what: str) -> None:
-    if size > max_bytes:
-        raise UnreadableSource(f"{what} has {size} bytes; a text may have {max_bytes}. Give an excerpt of it.")
-
-
-def _object_documents(store: ArtifactStore, location: S3Location, check: Check) -> Iterator[str]:
-    with TemporaryDirectory(prefix="pdtrim-text-") as folder:
-        name = location.key.rpartition("/")[2]
-        store.download(name, Path(folder) / name, check)
-        path = Path(folder) / name
-        yield from _documents(lambda: path.open("rb"), path.suffix, str(location))
-
-
-def _opened(path: Path) -> BinaryIO:
-    """The file that lay there without links when it was allowed, or none. Raises: OSError."""
-    return os.fdopen(open_file(path), "rb")
-
-
-def _documents(open_text: Callable[[], BinaryIO], suffix: str, what: str) -> Iterator[str]:
+def _file_rows(file: BinaryIO, name: str, what: str, chosen: Chosen, max_bytes: int) -> Iterator[Row]:
+    form = Form.of(name)
+    assert form is not None
     try:
-        with open_text() as lines:
-            if suffix == ".txt":
-                yield lines.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-                return
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _text_of(line, f"line {number} of {what}")
-    except UnicodeDecodeError as error:
-        raise UnreadableSource(
-            f"{what} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}."
-        ) from error
+        with file, suppress(Beyond):
+            yield from rows_in(file, form, what, chosen.field, max_bytes)
     except OSError as error:
-        raise UnreadableSource(f"{what} cannot be read: {error.strerror}.") from error
+        raise UnreadableSource(f"{what} cannot be read: {error.strerror or error}.") from error
+    except (ObjectNotFound, StoreRefused) as error:
+        raise UnreadableSource(f"{what} cannot be read: {error}") from error
 
 
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UnreadableSource(f"{where} is not JSON in UTF-8: {error}.") from error
-    return _text_field(row, where)
-
-
-def _text_field(row: Any, where: str) -> str:
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise UnreadableSource(f"{where} has no field `text` with a string.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        odd = ord(error.object[error.start])
-        raise UnreadableSource(
-            f"{where} has half of a character, \\u{odd:04x}, at {error.start}; no tokenizer takes it."
-        ) from error
-    return text
-
-
-def _load_dataset(dataset: HubDataset) -> Any:
+def _load_dataset(dataset: HubDataset, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -168,20 +194,30 @@ def _load_dataset(dataset: HubDataset) -> Any:
         ) from error
     try:
         with hub_failures(str(dataset)):
-            return datasets.load_dataset(dataset.repo, name=dataset.config, split=SPLIT, streaming=True)
+            return datasets.load_dataset(dataset.repo, name=dataset.config, split=split, streaming=True)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         # Unknown configuration or split, no data files, or a loading script, which the library no longer runs.
-        raise UnreadableSource(f"{dataset} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UnreadableSource(f"{dataset} cannot be loaded: {' '.join(str(error).split())[:SAID]}") from error
     except FileNotFoundError as error:
         raise UnreadableSource(f"{dataset} cannot be loaded: {error}") from error
 
 
-def _dataset_documents(rows: Any, dataset: HubDataset, max_bytes: int) -> Iterator[str]:
+def _dataset_rows(rows: Any, dataset: HubDataset, chosen: Chosen, max_bytes: int) -> Iterator[Row]:
     read = 0
     with hub_failures(str(dataset)):
-        for number, row in enumerate(rows, start=1):
-            text = _text_field(row, f"row {number} of {dataset}")
-            read += len(text.encode())
+        for number, value in enumerate(rows, start=1):
+            row = row_of(value, f"row {number} of {dataset}", chosen.field)
+            read += _bytes_of(row)
             if read > max_bytes:
                 return
-            yield text
+            yield row
+
+
+def _bytes_of(row: Row) -> int:
+    match row:
+        case Text(text):
+            return len(text.encode())
+        case Exchange(prompt, completion):
+            return len(prompt.encode()) + len((completion or "").encode())
+        case Conversation(messages):
+            return sum(len(message["content"].encode()) for message in messages)

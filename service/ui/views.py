@@ -133,6 +133,7 @@ class JobPage:
     """A job's page. What its stages have not found yet is None or empty."""
 
     verdict: Verdict | None
+    warnings: Sequence[str]
     remedy: str
     facts: Mapping[str, str]
     spec: str
@@ -256,6 +257,7 @@ def job_page(
     pair = evaluation.pair if evaluation else None
     return JobPage(
         verdict=verdict_of(job),
+        warnings=scored.warnings if scored else [],
         remedy=REMEDIES.get(job.error.code, "") if job.error else "",
         facts=_facts(job),
         spec=as_text(job.spec.model_dump(mode="json", exclude_defaults=True)),

@@ -76,7 +76,7 @@ def _planned(number: int, kind: str, models: Path, rng: random.Random) -> Planne
         case "distilled":
             return Planned(number, {**spec, "distillation": steps})
         case "hopeless":
-            return Planned(number, {**spec, "data": {"text": "too short"}}, "invalid_request")
+            return Planned(number, {**spec, "data": {"text": "too short " * 8}}, "invalid_request")
         case "late":
             return Planned(number, {**spec, "deadline_seconds": 0.001}, "deadline_exceeded")
         case "hub":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -273,14 +275,14 @@ def test_the_endpoint_comes_from_the_environment(hub: Hub, tmp_path: Path) -> No
 
 def test_a_data_set_is_streamed_as_far_as_the_bound(tmp_path: Path) -> None:
     script = (
-        "from service.sources import SourceError, check_text, fetch_text_documents\n"
+        "from service.sources import SourceError, check_text, fetch_rows\n"
         f"source = 'hf://datasets/{REPOSITORY}'\n"
         "check_text(source)\n"
-        "print(*fetch_text_documents(source))\n"
-        "print(*fetch_text_documents(source, max_bytes=4))\n"
+        "print(*(row.text for row in fetch_rows(source)))\n"
+        "print(*(row.text for row in fetch_rows(source, max_bytes=4)))\n"
         "for wrong in (source + '/other', source + '-missing'):\n"
         "    try:\n"
-        "        fetch_text_documents(wrong)\n"
+        "        fetch_rows(wrong)\n"
         "    except SourceError as error:\n"
         "        print(error.code, 'cannot be loaded' in str(error))\n"
     )
@@ -288,3 +290,52 @@ def test_a_data_set_is_streamed_as_far_as_the_bound(tmp_path: Path) -> None:
         printed = run(script, hub, tmp_path)
 
     assert printed == ["r1 r2 r3", "r1 r2", "source_unreadable True", "source_unreadable True"]
+
+
+CARD = b"""---
+configs:
+- config_name: wiki-2
+  data_files: [{split: train, path: wiki-2/train.jsonl}, {split: test, path: wiki-2/test.jsonl.gz}]
+- config_name: chat
+  data_files: [{split: train_sft, path: chat.jsonl}]
+---
+"""
+
+
+def test_subsets_splits_and_fields_of_a_data_set_can_be_named(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    files = {
+        "README.md": CARD,
+        "wiki-2/train.jsonl": b'{"text": "", "page": "p1"}\n{"text": "r2", "page": "p2"}\n',
+        "wiki-2/test.jsonl.gz": gzip.compress(b'{"text": "t1", "page": "p3"}\n'),
+        "chat.jsonl": json.dumps({"messages": turns}).encode(),
+    }
+    script = (
+        "from service.sources import Chosen, SourceError, fetch_rows\n"
+        "def show(source, *chosen):\n"
+        "    try:\n"
+        f"        print(*fetch_rows('hf://datasets/{REPOSITORY}' + source, Chosen(*chosen)), sep=' ')\n"
+        "    except SourceError as error:\n"
+        "        print(error)\n"
+        "show('/wiki-2', 'text')\n"
+        "show('/wiki-2', 'page', 'test')\n"
+        "show('/wiki-2', 'title')\n"
+        "show('/wiki-2', None, 'other')\n"
+        "show('/chat', None, 'train_sft')\n"
+        "show('')\n"
+    )
+    with serve_hub(files, "datasets") as hub:
+        train, test, title, other, chat, none = run(script, hub, tmp_path)
+
+    assert "text=''" in train
+    assert "text='r2'" in train
+    assert "text='p3'" in test
+    assert "p1" not in test
+    assert title.startswith(f"row 1 of hf://datasets/{REPOSITORY}/wiki-2 has no field `title`; it has text, page")
+    assert "cannot be loaded" in other
+    assert "other" in other
+    assert "Conversation" in chat
+    assert "answers=(1,)" in chat
+    assert "1 + 1?" in chat
+    assert "cannot be loaded" in none
+    assert "wiki-2" in none

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from service.sources import (
+    Text,
     TooLargeSource,
     UnreadableSource,
     check_text,
     describe_model,
     download,
     fetch_model,
-    fetch_text_documents,
+    fetch_rows,
 )
 from service.storage import ArtifactStore, StoreUnavailable, open_store
 from service.storage.s3 import S3Store, s3_client
@@ -216,23 +223,45 @@ def test_a_server_that_is_not_there_may_come_back(s3: S3Server) -> None:
         describe_model("s3://bucket/model", **options)  # type: ignore[arg-type]
 
 
-def test_texts_come_from_s3(s3: S3Server, s3_url: str) -> None:
+def test_data_of_every_form_comes_from_s3(s3: S3Server, s3_url: str) -> None:
+    rows = [{"text": "one"}, {"text": "two"}, {"id": 3}]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    table = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(rows), table)
+    contents = {
+        "b.jsonl": lines,
+        "b.jsonl.gz": gzip.compress(lines),
+        "b.jsonl.zst": zstandard.compress(lines),
+        "b.json": json.dumps(rows).encode(),
+        "b.parquet": bytes(table.getvalue()),
+    }
     store = open_store(s3_url, **s3.options)
     store.put_bytes("a.txt", b"one")
-    store.put_bytes("b.jsonl", b'{"text": "one"}\n{"text": "two"}\n{}\n')
-
     check_text(f"{s3_url}/a.txt", **s3.options)
-    assert list(fetch_text_documents(f"{s3_url}/a.txt", **s3.options)) == ["one"]
-    documents = fetch_text_documents(f"{s3_url}/b.jsonl", **s3.options)
-    assert [next(documents), next(documents)] == ["one", "two"]
-    with pytest.raises(UnreadableSource, match=rf"line 3 of {s3_url}/b\.jsonl"):
-        next(documents)
+    assert list(fetch_rows(f"{s3_url}/a.txt", **s3.options)) == [Text("one", f"{s3_url}/a.txt")]
+    for name, content in contents.items():
+        store.put_bytes(name, content)
+        read = fetch_rows(f"{s3_url}/{name}", **s3.options)
+        assert [row.text for row in islice(read, 2) if isinstance(row, Text)] == ["one", "two"]
+        with pytest.raises(UnreadableSource, match=rf"(line|row) 3 of {s3_url}/{name} has no field"):
+            next(read)
 
 
-def test_a_text_in_s3_is_looked_at_before_it_is_fetched(s3: S3Server, s3_url: str) -> None:
-    open_store(s3_url, **s3.options).put_bytes("a.txt", b"12345")
+def test_of_a_large_object_in_s3_only_the_beginning_is_fetched(s3: S3Server, s3_url: str) -> None:
+    lines = b"".join(b'{"text": "%07d"}\n' % number for number in range(1_500_000))  # 30 MB
+    open_store(s3_url, **s3.options).put_bytes("a.jsonl", lines)
+    read = 0
 
-    with pytest.raises(UnreadableSource, match="has 5 bytes"):
-        fetch_text_documents(f"{s3_url}/a.txt", max_bytes=4, **s3.options)
-    with pytest.raises(UnreadableSource, match=r"b\.txt cannot be read"):
-        fetch_text_documents(f"{s3_url}/b.txt", **s3.options)
+    def count() -> None:
+        nonlocal read
+        read += 1
+
+    rows = fetch_rows(f"{s3_url}/a.jsonl", check=count, **s3.options)
+    assert [row.text for row in islice(rows, 2) if isinstance(row, Text)] == ["0000000", "0000001"]
+    assert read == 1  # request, of 4 MiB
+
+
+def test_an_object_that_is_not_there_is_refused_at_the_call(s3: S3Server, s3_url: str) -> None:
+    for refused in (fetch_rows, check_text):
+        with pytest.raises(UnreadableSource, match=r"b\.txt cannot be read"):
+            refused(f"{s3_url}/b.txt", **s3.options)

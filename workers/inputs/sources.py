@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pdtrim.contract.spec import DataSpec, ModelSpec
+from pdtrim.contract.spec import JobSpec, ModelSpec
+from pdtrim.contract.windows import wanted_windows
 from service.settings import Settings
 from service.sources import (
+    Chosen,
     LocalPath,
+    Row,
+    Text,
     check_allowed,
+    check_answered,
     fetch_model,
-    fetch_text_documents,
+    fetch_rows,
     hold_model,
     parse_model_source,
     parse_text_source,
 )
+from service.sources.texts import MAX_TEXT_BYTES
 from service.stopping import Check, go_on, interruptible
+
+BYTES_A_TOKEN = 64
+"""What is read at the most for each token that is asked for, beyond `MAX_TEXT_BYTES`."""
 
 
 def model_folder(
@@ -58,13 +67,29 @@ def model_folder(
     )
 
 
-def text_documents(data: DataSpec, settings: Settings, check: Check = go_on) -> Iterable[str] | None:
-    """The documents of a job's text; None for the Python standard library. Raises: SourceError."""
+def data_rows(spec: JobSpec, settings: Settings, check: Check = go_on) -> Iterator[Row] | None:
+    """The rows of a job's data, to be read as far as they are needed; None for the Python standard library.
+
+    Where rows hold no text, reading ends some time. Raises: SourceError.
+    """
+    data = spec.data
     if data.text is not None:
-        return [data.text]
+        return iter([Text(data.text, "data.text")])
     if data.origin == "builtin:stdlib":
         return None
     check_allowed(parse_text_source(data.origin), settings.allowed_sources, settings.own_places)
-    return fetch_text_documents(
-        data.origin, check=check, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region
+    tokens = sum(wanted_windows(spec).values()) * spec.calibration.window_tokens
+    rows = fetch_rows(
+        data.origin,
+        Chosen(data.field, data.split),
+        max_bytes=max(MAX_TEXT_BYTES, BYTES_A_TOKEN * tokens),
+        check=check,
+        endpoint_url=settings.s3_endpoint_url,
+        region=settings.s3_region,
     )
+    return rows if spec.distillation.data == "self" else map(_answered, rows)
+
+
+def _answered(row: Row) -> Row:
+    check_answered(row)
+    return row

@@ -37,6 +37,8 @@ search/     what may go
   perplexity_bound  how many blocks a bound on perplexity lets go
 repair/     making up for what went
   losses            what healing minimises
+  answers           the same on answers alone, of windows that say which tokens are theirs
+  answering         the dense model's own answers to prompts, to heal on
   optimiser         AdamW, of float32 or of bfloat16 weights with moments of 8 bits
   training          the loop: warm-up, cosine, early stop, exact resuming
   distill           healing of prefill, then of decode on prefill's cache

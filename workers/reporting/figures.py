@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pdtrim.contract.results import HalfPlan, ModelFigures
+from pdtrim.contract.results import HalfPlan, ModelFigures, Perplexity
 from pdtrim.contract.spec import Part
 from pdtrim.display import captions
 from pdtrim.display.captions import Caption, objective_name
@@ -363,14 +363,18 @@ def _against_dense(findings: Findings) -> tuple[Figure, str]:
     return figure, "; ".join(told) + "."
 
 
+def _error(measured: Perplexity) -> list[float] | None:
+    return None if measured.standard_error is None else [measured.standard_error]
+
+
 def _perplexities(axes: Axes, models: Mapping[str, ModelFigures]) -> None:
     for place, (name, model) in enumerate(models.items()):
         measured = model.perplexity
         look: dict[str, Any] = {"fmt": "o", "color": HALF_COLOURS[name], "capsize": 4, "markersize": 7}
-        axes.errorbar([place], [measured.value], [measured.standard_error], **look)
+        axes.errorbar([place], [measured.value], _error(measured), **look)
         if (before := model.undistilled_perplexity) is not None:
             hollow: dict[str, Any] = {**look, "markerfacecolor": INK.paper, "alpha": 0.75}
-            axes.errorbar([place - 0.22], [before.value], [before.standard_error], **hollow)
+            axes.errorbar([place - 0.22], [before.value], _error(before), **hollow)
     axes.set_xticks(range(len(models)), models)
     axes.tick_params(axis="x", length=0, labelcolor=INK.ink)
     axes.grid(visible=False, axis="x")

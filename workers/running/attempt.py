@@ -35,7 +35,7 @@ from service.settings import Settings
 from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, StoreUnavailable, job_prefix
 from workers.inputs.faults import PatientStore, may_pass, patient
-from workers.inputs.sources import model_folder, text_documents
+from workers.inputs.sources import data_rows, model_folder
 from workers.running.lease import Lease, StopRequested, WorkerStopping
 from workers.running.metrics import Outcome, WorkerMetrics
 from workers.running.scratch import attempt_folder
@@ -299,7 +299,7 @@ def _stage_context(
         inputs={(StageName(row.stage), row.name): StoredInput(row.key, row.sha256) for row in recorded},
         store=worker.persistent_store(check),
         state_prefix=_state_prefix(claim),
-        documents=lambda: text_documents(spec.data, worker.settings, check),
+        rows=lambda: data_rows(spec, worker.settings, check),
         check=check,
         publish=publish,
         parent=parent,

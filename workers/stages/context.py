@@ -19,6 +19,7 @@ from torch import Tensor
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
+from service.sources import Row
 from service.stopping import Check, interruptible
 from service.storage import ObjectNotFound, StoredObject
 from workers.inputs.faults import CorruptArtifact
@@ -76,8 +77,8 @@ class StageContext:
     inputs: dict[tuple[StageName, str], StoredInput]
     store: Store
     state_prefix: str
-    documents: Callable[[], Iterable[str] | None]
-    """Opens the job's text; None stands for the Python standard library."""
+    rows: Callable[[], Iterable[Row] | None]
+    """Opens the job's data; None stands for the Python standard library."""
     check: Check
     publish: Say
     parent: Parent | None = None

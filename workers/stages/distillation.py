@@ -14,14 +14,17 @@ from transformers import PreTrainedModel
 from pdtrim.contract.healing_memory import HealingSize, healing_way
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Half, Healing
-from pdtrim.contract.results.distillation import Kept
+from pdtrim.contract.results.distillation import Kept, OwnAnswers
+from pdtrim.contract.windows import Split
 from workers.inputs.models import device, free_memory_bytes, load_model, tensor_float_32
+from workers.inputs.windows import ANSWERS
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.parts import idle_tensors, pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.sharing import share
 from workers.pruning.model.width import Channels, change_width
+from workers.pruning.repair.answers import marked
 from workers.pruning.repair.distill import (
     Loss,
     continuation_loss,
@@ -35,6 +38,7 @@ from workers.pruning.repair.distill import (
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.losses import LossWeights
 from workers.pruning.repair.recompute import recomputed_blocks
+from workers.stages.answering import answered_windows
 from workers.stages.context import StageContext
 from workers.stages.healing_size import healing_size, recorded
 from workers.stages.precision import DTYPES, read_precision
@@ -50,7 +54,7 @@ PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
 
 @dataclass(frozen=True)
 class TrainingWindows:
-    """Token windows (windows, tokens) on the worker's device."""
+    """Token windows (windows, tokens) on the worker's device, `marked` where only answers count."""
 
     training: Tensor
     held_out: Tensor
@@ -105,15 +109,35 @@ def run(context: StageContext) -> DistillationResult:
     gc.collect()  # of what the stage before left on the device
     free_bytes = free_memory_bytes(device())
     plans, channels = read_plans(context), read_channels(context)
-    data = TrainingWindows(windows["train"].to(device()), windows["calibration"][:HELD_OUT_WINDOWS].to(device()))
     teacher = load_model(context.model_dir, context.check, dtype=read_precision(context))
+    data, answers = _training_windows(context, windows, teacher)
     with saving(context) as saver:
         work = Work(context, plans, channels, teacher, data, free_bytes, saver)
         prefill = _heal_prefill(work)
         context.write_tensors(context.out / PREFILL, prefill.trained)
         decode = prefill if plans.unified else _heal_decode(work, prefill)
         context.write_tensors(context.out / DECODE, decode.trained)
-    return DistillationResult(enabled=True, prefill=prefill.found, decode=decode.found)
+    return DistillationResult(enabled=True, prefill=prefill.found, decode=decode.found, answers=answers)
+
+
+def _training_windows(
+    context: StageContext, windows: Tensors, teacher: PreTrainedModel
+) -> tuple[TrainingWindows, OwnAnswers | None]:
+    """Those of the data, or of the dense model's answers to its prompts, of which the first are held out."""
+    if context.spec.distillation.data == "given":
+        held_out = _of_use(windows, "calibration")[:HELD_OUT_WINDOWS]
+        return TrainingWindows(_of_use(windows, "train"), held_out), None
+    spec, tokens = context.spec.distillation, windows["train"].shape[1]
+    count = HELD_OUT_WINDOWS + max(spec.batch_windows, spec.heal_tokens // tokens)
+    made, found = answered_windows(context, teacher, count)
+    made = made.to(device())
+    return TrainingWindows(made[HELD_OUT_WINDOWS:], made[:HELD_OUT_WINDOWS]), found
+
+
+def _of_use(windows: Tensors, split: Split) -> Tensor:
+    """The windows of one use on this worker's device, as healing reads them."""
+    ids, answers = windows[split], windows.get(f"{ANSWERS}{split}")
+    return (ids if answers is None else marked(ids, answers)).to(device())
 
 
 def _block(name: str) -> int:

@@ -109,6 +109,7 @@ def run(context: StageContext) -> EvaluationResult:
 
 def _write_report(context: StageContext, report: EvaluationResult) -> None:
     """The report for people, its figures, and the checkpoints' model cards with its numbers."""
+    scores = context.read(StageName.SCORING, SCORES, BlockScores)
     made = {
         role: json.loads(context.input(StageName.EXPORT, f"{role}/pdtrim.json").read_text())
         for role in ROLES
@@ -118,12 +119,12 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         job_id=context.job_id,
         spec=context.spec,
         model_revision=context.model_revision,
-        scores=context.read(StageName.SCORING, SCORES, BlockScores),
+        scores=scores,
         plan=context.read(StageName.REMOVAL, PLAN, Plan),
         search=context.read(StageName.REMOVAL, SEARCH, SearchRecord),
         evaluation=report,
         versions={name: version(name) for name in ("pdtrim", "torch", "transformers")},
-        notes=next(iter(made.values())).get("notes", []),
+        notes=[*scores.warnings, *next(iter(made.values())).get("notes", [])],
     )
     drawings = []
     for drawing in draw_all(findings):

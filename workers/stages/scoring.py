@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pdtrim.contract.architectures import is_tested
@@ -25,7 +24,8 @@ from workers.inputs.models import (
     load_vision_language,
     windows_at_once,
 )
-from workers.inputs.windows import check_tokens, token_windows
+from workers.inputs.prompts import packed
+from workers.inputs.windows import Windows, check_tokens, token_windows
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, try_out
 from workers.pruning.model.building import ImpossibleModel
 from workers.pruning.model.calibration import Frame
@@ -40,6 +40,8 @@ from workers.stages.proving import prove_architecture, prove_continuation, prove
 from workers.stages.width import choose_channels
 
 WINDOWS = "windows.safetensors"
+PROMPTS = "prompts.safetensors"
+"""What the dense model is to answer, where healing trains on its answers."""
 TRIED_TOKENS = 64
 
 
@@ -58,13 +60,15 @@ def run(context: StageContext) -> ScoringResult:
     context.say(0.05, "Cutting the text into windows.")
     tokenizer = load_tokenizer(context.model_dir)
     windows = interruptible(context.check, partial(_windows, context, tokenizer))
-    save_file(windows, context.out / WINDOWS)
+    save_file(windows.tensors, context.out / WINDOWS)
+    if context.spec.distillation.data == "self":
+        save_file(packed(windows.prompts), context.out / PROMPTS)
 
     context.say(0.4, "Trying the model out.")
     with _blamed_on_the_model(context):
         stack = block_stack(load_for_walks(context.model_dir, context.check, dtype=scoring_dtype(context)))
         check_tokens(windows, tokenizer, embeddings=embedded_tokens(stack.model))
-        try_out(stack, windows["calibration"][:1, :TRIED_TOKENS])
+        try_out(stack, windows.ids["calibration"][:1, :TRIED_TOKENS])
         if not is_tested(stack.model.config.model_type):
             protected = frozenset(context.spec.search.protect)
             asked = (half.remove_blocks for half in (context.spec.prefill, context.spec.decode))
@@ -84,20 +88,21 @@ def run(context: StageContext) -> ScoringResult:
     context.say(0.45, "Scoring blocks.")
     num_blocks = len(stack.blocks)
     check_blocks(context.spec, num_blocks)
-    calibration = windows["calibration"].to(device())
+    calibration = windows.ids["calibration"].to(device())
     chunk_windows = windows_at_once(stack.model, calibration.shape[1])
     scores = block_scores(stack, calibration, chunk_windows=chunk_windows)
     context.say(0.9, "Scoring MLP channels.")
     choose_channels(context, stack, calibration, chunk_windows=chunk_windows)
     opening = tokenizer.convert_ids_to_tokens(list(Frame.of(tokenizer).opening))
     precision = choose_precision(context, stack, calibration)
-    written = {**scores.to_json(), "opening": opening, "precision": precision}
+    written = {**scores.to_json(), "opening": opening, "warnings": windows.warnings, "precision": precision}
     context.write_json(SCORES, BlockScores.model_validate(written))
     return ScoringResult(
         blocks=num_blocks,
         cosine=[round(value, 6) for value in scores.cosine],
-        windows=WindowCounts(**{split: len(part) for split, part in windows.items()}),
+        windows=WindowCounts(**{split: len(part) for split, part in windows.ids.items()}),
         opening=opening,
+        warnings=windows.warnings,
         precision=precision,
     )
 
@@ -107,9 +112,9 @@ def read_opening(context: StageContext) -> list[str]:
     return context.read(StageName.SCORING, SCORES, BlockScores).opening
 
 
-def _windows(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def _windows(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> Windows:
     try:
-        return token_windows(context.spec, context.documents(), tokenizer, context.check)
+        return token_windows(context.spec, context.rows(), tokenizer, context.check)
     except SourceError as error:
         error.param = error.param or "data.source"
         raise

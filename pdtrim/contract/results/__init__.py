@@ -7,7 +7,7 @@ unknown here are ignored.
 from __future__ import annotations
 
 from pdtrim.contract.results.base import Half, Halves, Result
-from pdtrim.contract.results.distillation import DistillationResult, FittedMerge, Healing
+from pdtrim.contract.results.distillation import DistillationResult, FittedMerge, Healing, OwnAnswers
 from pdtrim.contract.results.evaluation import (
     REPORT,
     CopyingLosses,
@@ -88,6 +88,7 @@ __all__ = [
     "Merge",
     "Merging",
     "ModelFigures",
+    "OwnAnswers",
     "PairFigures",
     "PartSearch",
     "PartSet",

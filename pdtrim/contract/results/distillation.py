@@ -40,6 +40,14 @@ class Healing(Result):
     how: HowHealed | None = Field(default=None, description="Null for jobs of versions that healed in one way.")
 
 
+class OwnAnswers(Result):
+    """What healing trained on where that is what the dense model says itself."""
+
+    prompts: int
+    answers: int = Field(description="More than there are prompts where some were answered again, and otherwise.")
+    tokens: int = Field(description="Of the answers alone.")
+
+
 class DistillationResult(Result):
     """What the distillation stage found."""
 
@@ -49,6 +57,7 @@ class DistillationResult(Result):
     )
     prefill: Healing | None = Field(default=None, description="Null where there was nothing to train.")
     decode: Healing | None = None
+    answers: OwnAnswers | None = Field(default=None, description="Null where healing trained on the data as given.")
 
     @property
     def healed(self) -> bool:

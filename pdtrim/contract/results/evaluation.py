@@ -16,7 +16,10 @@ class Perplexity(Result):
     """Perplexity on validation windows, with its standard error over windows."""
 
     value: float
-    standard_error: float
+    standard_error: float | None = Field(description="Null of a single window, which has none.")
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.standard_error is None else f" ± {self.standard_error:.2f}")
 
 
 class Spread(Result):

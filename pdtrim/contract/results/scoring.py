@@ -41,6 +41,9 @@ class ScoringResult(Result):
         default_factory=list,
         description="Special tokens that every window begins with, as the model's tokenizer begins a text.",
     )
+    warnings: list[str] = Field(
+        default_factory=list, description="Where the data had less than was asked for, one sentence each."
+    )
     precision: ComputePrecision | None = Field(
         default=None, description="Null for jobs of versions that computed in float32 on every CPU."
     )
@@ -53,4 +56,5 @@ class BlockScores(Result):
     merge_errors: list[tuple[int, int, float]]
     """Removed block, neighbour, and the error at which the neighbour starts to stand for both."""
     opening: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
     precision: ComputePrecision | None = None

@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "calibration", "validation"]
+SECTIONS = 8
+"""Windows for each use come from so many places of a text, so that none of them is of one place alone."""
 PART_CHARACTERS = 1 << 20
 LINE_START = re.compile(r"(?<=\n)(?=\S)")
 EXCLUDED_PARTS = {"site-packages", "test", "tests", "lib2to3", "__pycache__"}
@@ -155,3 +157,32 @@ def split_stream(stream: Tensor, *, tokens: int) -> dict[Split, Tensor]:
         "calibration": stream[train : train + tenth],
         "validation": stream[train + tenth :],
     }
+
+
+def deal(available: int, wanted: Mapping[Split, int], least: Mapping[Split, int]) -> dict[Split, list[int]]:
+    """Which of the `available` windows of a text are for what, by number, ascending and none for two.
+
+    All that are `wanted` where there are so many. Else calibration and validation get a tenth each, but no fewer than
+    `least`, training the rest. Windows of one use lie together, in each of up to `SECTIONS` parts of the text.
+    """
+    counts = _shares(available, wanted, least)
+    sections = max(1, min(SECTIONS, counts["calibration"], counts["validation"]))
+    places: dict[Split, list[int]] = {"train": [], "calibration": [], "validation": []}
+    start = 0
+    for section in range(sections):
+        for split, numbers in places.items():
+            count = (section + 1) * counts[split] // sections - section * counts[split] // sections
+            numbers.extend(range(start, start + count))
+            start += count
+    return places
+
+
+def _shares(available: int, wanted: Mapping[Split, int], least: Mapping[Split, int]) -> dict[Split, int]:
+    if sum(wanted.values()) <= available:
+        return dict(wanted)
+    measured: tuple[Split, Split] = ("calibration", "validation")
+    counts = {split: min(wanted[split], max(available // 10, least[split])) for split in measured}
+    counts["train"] = min(wanted["train"], available - sum(counts.values()))
+    for split in measured:
+        counts[split] = min(wanted[split], counts[split] + available - sum(counts.values()))
+    return counts

@@ -24,7 +24,11 @@ class Perplexity:
     """exp(mean negative log-likelihood a token), with its standard error over windows (delta method)."""
 
     value: float
-    standard_error: float
+    standard_error: float | None
+    """None of a single window."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.standard_error is None else f" ± {self.standard_error:.2f}")
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ def _parts(ids: Tensor, *models: PreTrainedModel) -> Iterator[tuple[Tensor, ...]
 def _perplexity(losses: list[float]) -> Perplexity:
     """From each window's mean negative log-likelihood."""
     value = math.exp(statistics.fmean(losses))
-    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    return Perplexity(value, value * error)
+    error = value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    return Perplexity(value, error)
 
 
 def parameters(model: PreTrainedModel) -> int:

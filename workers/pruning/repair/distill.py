@@ -15,7 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.pair import FirstToken, handed_tokens, held_tensors, pair_hidden
-from workers.pruning.repair.losses import LossWeights, Outputs, entering, healing_loss, outputs, with_head
+from workers.pruning.repair.answers import answers_loss, unmarked
+from workers.pruning.repair.losses import LossWeights, Outputs, entering, outputs, with_head
 from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings, train
 
 HEALING = LossWeights()
@@ -66,7 +67,7 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 Loss = Callable[[Tensor], Tensor]
-"""Windows of token ids (batch, time) → the mean loss of a model on them."""
+"""Windows of token ids (batch, time), `marked` or not → the mean loss of a model on them, or on what counts in them."""
 
 
 def sequence_loss(
@@ -75,12 +76,13 @@ def sequence_loss(
     """The healing loss on whole windows of the pruned `student`, whose blocks are the teacher's `kept` ones."""
     ours, theirs = _matched(kept, weights)
 
-    def loss(ids: Tensor) -> Tensor:
+    def loss(windows: Tensor) -> Tensor:
+        ids, counted = unmarked(windows)
         with torch.no_grad():
             wanted = outputs(teacher, ids, theirs)
         with _mixed_precision(student):
             given = outputs(student, ids, ours)
-        return healing_loss(_in_mixed_precision(given, student), wanted, ids[:, 1:], weights)
+        return answers_loss(_in_mixed_precision(given, student), wanted, *_after(0, ids, counted), weights)
 
     return loss
 
@@ -110,16 +112,22 @@ def continuation_loss(
     ours, theirs = _matched(kept, weights)
     handed = handed_tokens(prompt_tokens, first_token)
 
-    def loss(ids: Tensor) -> Tensor:
+    def loss(windows: Tensor) -> Tensor:
+        ids, counted = unmarked(windows)
         with torch.no_grad(), entering(teacher, theirs) as states:
             last = block_stack(teacher).body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
             wanted = with_head(teacher, [state[:, handed:] for state in (*states, last)])
         with _mixed_precision(prefill, decode), entering(decode, ours) as states:
             last = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens, first_token)[1]
             given = with_head(decode, [*states, last])
-        return healing_loss(_in_mixed_precision(given, prefill, decode), wanted, ids[:, handed + 1 :], weights)
+        return answers_loss(_in_mixed_precision(given, prefill, decode), wanted, *_after(handed, ids, counted), weights)
 
     return loss
+
+
+def _after(first: int, ids: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the tokens of `ids` (batch, time) from the number `first` on predict, and whether each of that counts."""
+    return ids[:, first + 1 :], None if counted is None else counted[:, first + 1 :]
 
 
 @torch.no_grad()

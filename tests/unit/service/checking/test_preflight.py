@@ -330,7 +330,21 @@ def test_the_reference_model_is_accepted_with_the_default_text(gateway: Gateway)
 
 
 def test_inline_text_needs_no_source(gateway: Gateway) -> None:
-    gateway.create(data={"text": "Some text."})
+    gateway.create(data={"text": "Some text. " * 300})
+
+
+def test_a_text_that_cannot_hold_the_least_windows_is_refused(gateway: Gateway, model: Path) -> None:
+    path = model.parent / "a.txt"
+    for content, source, param in (
+        ("Some text. " * 200, "text", "data.text"),
+        ("Some text. " * 200, "source", "data.source"),
+    ):
+        path.write_text(content)
+        given = path.as_uri() if source == "source" else content
+        refused = refusal(gateway, "invalid_request", data={source: given})
+        assert refused["param"] == param
+        assert "has 2200 bytes, which are no 12 windows of 256 tokens" in refused["detail"]
+    gateway.create(data={"source": path.as_uri()}, calibration={"windows": 1, "window_tokens": 128})
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,14 @@ def test_what_a_card_allows_or_does_not_say_passes(card: dict[str, Any], config:
         (
             {"configs": [{"config_name": "default", "data_files": [{"split": "test", "path": "t"}]}]},
             None,
-            r"has no split `train`, which is what is read; it has test\.",
+            r"has no split `train`; it has test\. Name the one to read with data\.split\.",
         ),
         ({"dataset_info": {"splits": [{"name": "validation"}]}}, None, r"has no split `train`.* validation\."),
-        ({"dataset_info": {"features": [{"name": "question"}]}}, None, r"has no field `text`; its rows have question"),
+        (
+            {"dataset_info": {"features": [{"name": "question"}]}},
+            None,
+            r"has no field `text` or `messages` or `prompt`; its rows have question",
+        ),
         (
             {"dataset_info": [{"config_name": "qa", "features": [{"name": "q"}]}, {"config_name": "en"}]},
             "qa",

@@ -76,7 +76,7 @@ def test_what_names_no_model_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "reference", "builtin:other", "file:///a", "file:///a.TXT", "file:///a.parquet", "s3://bucket",
+        "", "reference", "builtin:other", "file:///a", "file:///a.TXT", "file:///a.parquet.gz", "file:///a.gz", "s3://bucket",
         "s3://bucket/a.csv", "hf://acme/wiki", "hf://datasets/wiki", "hf://datasets/a/b/c/d", "hf://datasets/a/b/..",
     ],
 )  # fmt: skip

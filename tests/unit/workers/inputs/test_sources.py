@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from pdtrim.contract.spec import DataSpec, ModelSpec
+from pdtrim.contract.spec import JobSpec, ModelSpec
 from service.settings import Settings
-from service.sources import ForbiddenSource, TooLargeSource, UnreadableSource
+from service.sources import ForbiddenSource, Text, TooLargeSource, UnreadableSource
 from tests.gateway import write_model
-from workers.inputs.sources import model_folder, text_documents
+from tests.tiny_job import tiny_spec
+from workers.inputs.sources import data_rows, model_folder
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json"}
 
@@ -121,13 +122,14 @@ def test_a_text_is_not_read_through_a_link_that_came_later(tmp_path: Path) -> No
     text.parent.mkdir()
     text.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
     settings = Settings(data_dir=tmp_path / "data", allowed_sources=[text.parent.as_uri()])
-    data = DataSpec(source=text.as_uri())
-    assert list(text_documents(data, settings) or ()) == ["one\ntwo"]
+    spec = JobSpec.model_validate(tiny_spec(tmp_path, data={"source": text.as_uri()}))
 
-    documents = text_documents(data, settings)
-    assert documents is not None
-    (tmp_path / "secret").write_text("secret")
+    rows = data_rows(spec, settings)
+    (tmp_path / "secret.txt").write_text("secret")
     text.unlink()
-    text.symlink_to(tmp_path / "secret")
-    with pytest.raises(UnreadableSource, match="cannot be read"):
-        list(documents)
+    text.symlink_to(tmp_path / "secret.txt")
+
+    # It was opened when it was allowed.
+    assert list(rows or ()) == [Text("one\ntwo", text.as_uri())]
+    with pytest.raises(ForbiddenSource):
+        data_rows(spec, settings)

@@ -500,7 +500,7 @@ def test_a_block_distilled_for_decode_alone_reads_the_keys_and_values_it_would_m
         ((0, 0.5), (0, 0.5), {}, {"unified": 24}),
         ((2, 0.25), (2, 0.25), {"trainable": "lora", "learning_rate": 5e-3}, {"unified": 16}),
         ((1, 0.75), (2, 0.5), {}, {"prefill": 32, "decode": 24}),
-        ((1, 0.5), (2, 1), {"trainable": "lora", "learning_rate": 5e-3}, {"prefill": 24, "decode": 48}),
+        ((1, 0.5), (2, 1), {"trainable": "lora", "learning_rate": 2e-3}, {"prefill": 24, "decode": 48}),
         ((1, 1), (1, 0.5), {"gradient_checkpointing": True}, {"prefill": 48, "decode": 24}),
         ((1, 0.5), (2, 0.75), {"enabled": False}, {"prefill": 24, "decode": 32}),
     ],

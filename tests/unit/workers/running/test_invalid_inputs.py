@@ -166,15 +166,19 @@ def test_a_bad_line_is_named_and_no_other_remedy_is_told(
     later.write_text(f"{good}\n" * 2000 + f"{line}\n")  # Beyond what is looked at when a job is submitted.
 
     for path, number in ((first, 2), (later, 2001)):
-        code, message, param = refusal(worker, tiny_spec(model, data={"source": path.as_uri()}))
+        much = {"heal_tokens": 1_000_000}  # So much that the line is reached.
+        code, message, param = refusal(worker, tiny_spec(model, data={"source": path.as_uri()}, distillation=much))
         assert (code, param) == ("source_unreadable", "data.source")
-        assert f"line {number} of {path.as_uri()} " in message
+        assert f"line {number} of {path.as_uri()}" in message
         assert complaint in message
         assert "window_tokens" not in message
 
 
 def test_too_little_text_is_told_with_its_remedy(worker: Worker, model: Path) -> None:
-    code, message, param = refusal(worker, tiny_spec(model, data={"text": "too short"}))
+    for text, told in (("too short", "data.text"), ("too short " * 40, "data")):
+        code, message, param = refusal(worker, tiny_spec(model, data={"text": text}))
 
-    assert (code, param) == ("invalid_request", "data")
-    assert "give more text or a smaller calibration.window_tokens" in message
+        assert (code, param) == ("invalid_request", told)
+        assert "12 windows" in message or "12 are the least" in message
+        assert "Give more text" in message
+        assert "a smaller calibration.window_tokens" in message

@@ -62,7 +62,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageContext:
         inputs={},
         store=open_store((tmp_path / "store").as_uri()),
         state_prefix="state",
-        documents=lambda: None,
+        rows=lambda: None,
         check=lambda: None,
         publish=lambda progress, message, figures: None,
     )
