@@ -122,6 +122,13 @@ class Settings(BaseSettings):
         "`HF_HOME` is set.",
     )
 
+    model_cache_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Most bytes of hub and S3 models that workers keep in the scratch folder; those used longest ago "
+        "go first, those in use never. By default half of that disk.",
+    )
+
     queues: list[QueueName] = Field(
         default=[DEFAULT_QUEUE],
         min_length=1,

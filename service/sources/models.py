@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -149,12 +149,14 @@ def fetch_model(
     target: Path,
     *,
     max_bytes: int | None = None,
+    make_room: Callable[[int], None] = lambda size: None,
     check: Check = go_on,
     **s3: Unpack[S3Options],
 ) -> Path:
     """A folder with the model's weights, configuration and tokenizer: `target`, or where the model is if it is local.
 
     `target` belongs to this one source: a fetch that was interrupted goes on, and what changed in S3 is fetched again.
+    Before that, `make_room` is told how many bytes there will be.
     Nothing is fetched of a model whose files have more than `max_bytes` in all. Every weight file's header is checked,
     and by them the configuration's numbers. Asks `check` all the while.
     Raises: SourceError, StoreUnavailable, what `check` raises.
@@ -165,6 +167,7 @@ def fetch_model(
     needed = _needed(files, weights)
     _check_size(files, needed, max_bytes)
     if not isinstance(files, FolderFiles):
+        make_room(sum(files.size(name) for name in needed))
         fetch(files, needed, target, check)
         files = FolderFiles(parse_model_source(source), target)
     # Of what came, which need not be what was there before.

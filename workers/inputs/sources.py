@@ -26,6 +26,7 @@ from service.sources import (
 )
 from service.sources.texts import MAX_TEXT_BYTES
 from service.stopping import Check, go_on, interruptible
+from workers.inputs.model_cache import ModelCache
 
 BYTES_A_TOKEN = 64
 """What is read at the most for each token that is asked for, beyond `MAX_TEXT_BYTES`."""
@@ -39,8 +40,8 @@ def model_folder(
     opened: ExitStack,
     check: Check = go_on,
 ) -> Path:
-    """The folder with the model's files, headers checked: fetched into the scratch folder, or, of a local model, `held`
-    as they are now until `opened` is closed.
+    """The folder with the model's files, headers checked, good until `opened` is closed: fetched into the scratch
+    folder, or, of a local model, `held` as they are now.
 
     Raises: SourceError, StoreUnavailable, what `check` raises.
     """
@@ -52,14 +53,17 @@ def model_folder(
         most = settings.max_model_bytes
         return interruptible(check, partial(hold_model, source, held, opened, settings.permit, max_bytes=most))
     name = hashlib.sha256(f"{model.source}@{revision}".encode()).hexdigest()[:24]
+    cache = ModelCache(settings.scratch_dir / "models", settings.model_cache_bytes)
+    target = opened.enter_context(cache.using(name))
     return interruptible(
         check,
         partial(
             fetch_model,
             model.source,
             revision or model.revision,
-            settings.scratch_dir / "models" / name,
+            target,
             max_bytes=settings.max_model_bytes,
+            make_room=partial(cache.make_room, name, check=check),
             check=check,
             endpoint_url=settings.s3_endpoint_url,
             region=settings.s3_region,
