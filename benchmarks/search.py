@@ -169,8 +169,8 @@ def until(
     """Search until a set of `count` blocks costs at most `target`: that set, or the best there was, and the seconds."""
     started = time.process_time()
 
-    def stop_when_reached(done: float, best: MeasuredSet) -> None:
-        if len(best.units) == count and best.loss <= target + TOLERANCE:
+    def stop_when_reached(done: float, best: MeasuredSet | None) -> None:
+        if best is not None and len(best.units) == count and best.loss <= target + TOLERANCE:
             raise Reached
 
     engine = WholeEngine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS, anchor_bytes=ANCHOR_BYTES)

@@ -62,7 +62,7 @@ def cut(context: StageContext) -> RemovalResult:
         ),
         bounds=Bounds(),
         # Jobs of earlier versions measured none.
-        sensitivity=plan.sensitivity or searcher.sensitivity(),
+        sensitivity=plan.sensitivity or searcher.sensitivity((0.8, 1.0)),
     )
     shutil.move(context.input(StageName.REMOVAL, SEARCH), context.out / SEARCH)
     decided = ChosenSets(chosen.prefill, chosen.decode, searcher.prompt_tokens)

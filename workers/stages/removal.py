@@ -86,6 +86,7 @@ def run(context: StageContext) -> RemovalResult:
     """Writes the plan (a function of model, windows and specification alone) and the search's trajectory."""
     spec = context.spec
     scores = read_scores(context)
+    context.say(0.0, "Loading the model.")
     stack, windows = load(context)
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
 
@@ -94,8 +95,7 @@ def run(context: StageContext) -> RemovalResult:
     of_parts = searcher.parts(for_prefill.units, for_decode.units, (0.5, 0.7))
     chosen = searcher.budgets(of_parts.prefill, of_parts.decode, (0.5, 0.7))
     pair_loss = next(loss for loss in (chosen.loss, of_parts.loss, for_decode.chosen.loss) if loss is not None)
-    context.say(0.7, "Measuring what each block is worth.")
-    sensitivity = searcher.sensitivity()
+    sensitivity = searcher.sensitivity((0.7, 0.75))
     by_kind = searcher.by_kind_of_window(chosen.prefill, chosen.decode)
     controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.75, 1.0))
 

@@ -90,7 +90,12 @@ def run(context: StageContext) -> ScoringResult:
     check_blocks(context.spec, num_blocks)
     calibration = windows.ids["calibration"].to(device())
     chunk_windows = windows_at_once(stack.model, calibration.shape[1])
-    scores = block_scores(stack, calibration, chunk_windows=chunk_windows)
+    scores = block_scores(
+        stack,
+        calibration,
+        chunk_windows=chunk_windows,
+        walked=lambda share: context.say(0.45 + 0.45 * share, "Scoring blocks."),
+    )
     context.say(0.9, "Scoring MLP channels.")
     choose_channels(context, stack, calibration, chunk_windows=chunk_windows)
     opening = tokenizer.convert_ids_to_tokens(list(Frame.of(tokenizer).opening))

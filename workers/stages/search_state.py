@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from pdtrim.contract.results import Half
@@ -79,9 +78,12 @@ class SearchState:
                 self._save()
             self._context.check()
 
-        losses = partial(engine.window_losses, objective=phase.objective)
+        def losses(candidates: Sequence[Units], windows: range) -> dict[Units, list[float]]:
+            return engine.window_losses(candidates, windows, phase.objective, walked=memo.walked)
+
         known = self._losses.setdefault(phase, {})
-        return Memo(losses, engine.windows, known, after_batch, racing, engine.anchor)
+        memo = Memo(losses, engine.windows, known, after_batch, racing, anchor=engine.anchor)
+        return memo
 
     def out_of_time(self, search: SearchName, limit_s: float | None) -> Callable[[], bool]:
         """Whether a search has run for `limit_s` seconds, all attempts together."""

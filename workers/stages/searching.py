@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -37,7 +37,7 @@ from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.search.prefill_engine import PrefillEngine
 from workers.pruning.search.search import Algorithm, SearchResult, search
-from workers.stages.context import StageContext
+from workers.stages.context import Figure, StageContext
 from workers.stages.scoring import read_opening
 from workers.stages.search_state import Phase, SearchName, SearchState
 
@@ -210,12 +210,17 @@ class Searcher:
         def on_step(share: float, best: MeasuredSet) -> None:
             start, end = progress_range
             done = min(1.0, (1 - share) / max(1 - asked, 1e-9))
-            self._context.say(
-                start + (end - start) * done,
-                f"Searching what {half} gives up for its budget: {share:.0%} of the {COST_NAMES[cost]} left.",
-                evaluated=len(memo.asked),
-                loss=round(best.loss, 5),
-            )
+
+            def tell(of_next: float) -> None:
+                self._context.say(
+                    start + (end - start) * done,
+                    f"Searching what {half} gives up for its budget: {share:.0%} of the {COST_NAMES[cost]} left.",
+                    evaluated=len(memo.asked),
+                    loss=round(best.loss, 5),
+                )
+
+            tell(0.0)
+            memo.measuring = tell  # while the next step is looked for
 
         result = within_budget(memo, costs, base=base, offered=offered, share=asked, on_step=on_step)
         record = BudgetSearch(
@@ -260,19 +265,32 @@ class Searcher:
         record = PartSearch(half=half, part=part, frontier=frontier, effort=_effort(result))
         return PartSearched(result.frontier[last], record)
 
-    def sensitivity(self) -> Sensitivity:
+    def sensitivity(self, progress_range: ProgressRange) -> Sensitivity:
         """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
 
         Protected blocks are left out: that they cannot go may be why they are protected.
         """
         blocks = [block for block in range(len(self._stack.blocks)) if block not in self._spec.search.protect]
         alone = {block: deleting([block]) for block in blocks}
-        both = self._memo(self._phase(), self._engine())([NOTHING, *alone.values()])
-        decode = self._memo(self._phase(NOTHING), self._pair(NOTHING))([NOTHING, *alone.values()])
+        start, end = progress_range
+        middle, asked = (start + end) / 2, [NOTHING, *alone.values()]
+        both = self._worth(self._memo(self._phase(), self._engine()), asked, (start, middle))
+        decode = self._worth(self._memo(self._phase(NOTHING), self._pair(NOTHING)), asked, (middle, end))
         return Sensitivity(
             dense=DenseLoss(both=both[NOTHING], decode_only=decode[NOTHING]),
             blocks=[BlockWorth(block=b, both=both[one], decode_only=decode[one]) for b, one in alone.items()],
         )
+
+    def _worth(self, memo: Memo, sets: Sequence[Units], progress_range: ProgressRange) -> dict[Units, float]:
+        """The losses of sets."""
+        start, end = progress_range
+
+        def tell(share: float) -> None:
+            self._context.say(start + (end - start) * share, "Measuring what each block is worth.")
+
+        tell(0.0)
+        memo.measuring = tell
+        return memo(sets)
 
     def controls(self, prefill: Units, decode: MeasuredSet, progress_range: ProgressRange) -> Controls:
         """Losses on continuations to hold the nested pair's against.
@@ -358,14 +376,15 @@ class Searcher:
         start, end = progress_range
         spec = self._spec.search
 
-        def on_progress(done: float, best: MeasuredSet) -> None:
-            self._context.say(
-                start + (end - start) * done,
-                f"Searching {SOUGHT[name]}.",
-                evaluated=len(memo.asked),
-                loss=round(best.loss, 5),
-                removed=sorted(unit.block for unit in best.units if unit.kind == kind),
-            )
+        def on_progress(done: float, best: MeasuredSet | None) -> None:
+            found: dict[str, Figure] = {}
+            if best is not None:
+                found["loss"] = round(best.loss, 5)
+                found["removed"] = sorted(unit.block for unit in best.units if unit.kind == kind)
+            at = start + (end - start) * done
+            self._context.say(at, f"Searching {SOUGHT[name]}.", evaluated=len(memo.asked), **found)
+
+        on_progress(0.0, None)
 
         result = search(
             memo,

@@ -66,6 +66,7 @@ class Annealing:
         if redundant in self._memo.asked:
             return
         if self._affords_sets([redundant]) and self._affords_time(known=self._memo.knows([redundant])):
+            self._ascent.measuring(count, 0.0, 0.0, self._memo.best(count))
             self._memo([redundant])
             self._ascent.tell_progress(count, 0.0)
 
@@ -78,6 +79,7 @@ class Annealing:
         if self._affords_sets(extensions) and self._affords_time(known=self._memo.knows_race(extensions)):
             self._extended.add(below)
             self._memo.anchor(below)
+            self._ascent.measuring(count, 0.0, 0.0, self._memo.best(count))
             race = self._memo.race(extensions)
             self._memo([race.winner])
             self._gaps[count] = race.typical_gap
@@ -106,8 +108,10 @@ class Annealing:
 
             # Measure them, near the current set.
             self._memo.anchor(current.units)
+            begin, end = (1 - more / share for more in (left, left - len(proposals)))
+            self._ascent.measuring(count, begin, end, self._memo.best(count))
             losses = self._memo(proposals)
-            self._ascent.tell_progress(count, 1 - left / share)
+            self._ascent.tell_progress(count, end)
 
             # Take the best of them, or stay.
             best = min(proposals, key=lambda units: (losses[units], sorted(units)))

@@ -14,7 +14,7 @@ from workers.pruning.search.memo import MeasuredSet, Memo
 LOOKAHEAD = 2
 """Counts in a row without an acceptable set after which a search that may stop does: losses need not be monotone."""
 
-OnProgress = Callable[[float, MeasuredSet], None]
+OnProgress = Callable[[float, MeasuredSet | None], None]
 Acceptable = Callable[[MeasuredSet], bool]
 
 
@@ -49,12 +49,16 @@ class Ascent:
             (units - {out}) | {into} for out in sorted(units - self.base) for into in self.offered if into not in units
         ]
 
+    def measuring(self, count: int, begin: float, end: float, best: MeasuredSet | None) -> None:
+        """Tell of what the memo measures from now on as that part of the work on `count` blocks."""
+        self.memo.measuring = lambda share: self.tell(count, begin + (end - begin) * share, best)
+
     def tell_progress(self, count: int, share: float) -> None:
         """Tell that `share` (0…1) of the work on `count` blocks is done, and the best set of so many."""
         self.tell(count, share, self.memo.best(count))
 
-    def tell(self, count: int, share: float, best: MeasuredSet) -> None:
-        """The same with another set than the best of `count`."""
+    def tell(self, count: int, share: float, best: MeasuredSet | None) -> None:
+        """The same with another set than the best of `count`, or none whose loss is known."""
         done = (count - len(self.base) - 1 + share) / len(self.counts)
         start, end = self.progress
         self.on_progress(start + (end - start) * done, best)

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -113,12 +114,13 @@ def walk(
     trail: Trail,
     candidates: Sequence[Units],
     caches: Mapping[int, Any],
+    on_block: Callable[[int], None] = lambda block: None,
 ) -> tuple[dict[Units, Tensor], int]:
     """The last hidden states h_L (batch, time, hidden) of every candidate, and how many block-forwards that took.
 
     `trail` has hidden states on one way through the blocks. A candidate begins at the last of them that lies on its own
     way, too; states that the walk passes on that way are left in the trail. `caches` are the KV caches to
-    read, by block.
+    read, by block. `on_block` hears of each block that all candidates are past.
     """
     # Where each candidate begins.
     ways = {candidate: way_through(candidate, len(stack.blocks)) for candidate in candidates}
@@ -142,6 +144,7 @@ def walk(
             following[way] = take_step(stack, calls, block, step, before, caches.get(block))
             forwards += step != "skip"
         states = following
+        on_block(block)
     return {candidate: states[way] for candidate, way in ways.items()}, forwards
 
 
@@ -233,9 +236,22 @@ def check_finite(losses: Mapping[Units, Sequence[float]], first_window: int) -> 
                 raise NonFiniteLoss(f"{removed} gives the loss {loss} on window {window}")
 
 
+def _tell(walked: Walked, chunk: range, windows: range, num_blocks: int, block: int) -> None:
+    """Which share of `windows` is done when `block` is passed with `chunk` of them."""
+    walked((chunk.start - windows.start + len(chunk) * (block + 1) / num_blocks) / len(windows))
+
+
 def mean(losses: Mapping[Units, Sequence[float]]) -> dict[Units, float]:
     """Mean over windows, which are all of one length."""
     return {candidate: math.fsum(by_window) / len(by_window) for candidate, by_window in losses.items()}
+
+
+Walked = Callable[[float], None]
+"""Told again and again which share of the work is done."""
+
+
+def unheard(share: float) -> None:
+    """Whoever does not ask how far work has come."""
 
 
 class LossEngine(Protocol):
@@ -244,7 +260,12 @@ class LossEngine(Protocol):
     windows: int
 
     def window_losses(
-        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+        self,
+        candidates: Sequence[Units],
+        windows: range,
+        objective: Objective | None = None,
+        *,
+        walked: Walked = unheard,
     ) -> dict[Units, list[float]]:
         """Mean loss a token of each candidate on each of `windows`."""
 
@@ -272,6 +293,7 @@ class ChunkedEngine(ABC):
         anchor_bytes: int,
     ) -> None:
         self.block_forwards = 0
+        self._passed: Callable[[int], None] = lambda block: None
         self.windows = len(windows)
         self.num_blocks = len(stack.blocks)
         self._stack = stack
@@ -294,16 +316,22 @@ class ChunkedEngine(ABC):
 
     @torch.no_grad()
     def window_losses(
-        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+        self,
+        candidates: Sequence[Units],
+        windows: range,
+        objective: Objective | None = None,
+        *,
+        walked: Walked = unheard,
     ) -> dict[Units, list[float]]:
-        """Mean loss a token of each candidate on each of `windows`.
+        """Mean loss a token of each candidate on each of `windows`; `walked` hears of every block.
 
-        Raises: NonFiniteLoss; OutOfMemoryError when one window does not fit.
+        Raises: NonFiniteLoss; OutOfMemoryError when one window does not fit; what `walked` raises.
         """
         losses: dict[Units, list[float]] = {candidate: [] for candidate in candidates}
         start = windows.start
         while start < windows.stop:
             chunk = range(start, min(start + self._chunk_windows, windows.stop))
+            self._passed = partial(_tell, walked, chunk, windows, self.num_blocks)
             try:
                 found = self._chunk_losses(candidates, chunk, objective or self._objective)
             except torch.OutOfMemoryError as error:
@@ -314,6 +342,7 @@ class ChunkedEngine(ABC):
             for candidate, by_window in found.items():
                 losses[candidate] += by_window
             start = chunk.stop
+            walked((start - windows.start) / len(windows))
         return losses
 
     def _shrink(self, chunk_windows: int) -> None:
@@ -324,7 +353,7 @@ class ChunkedEngine(ABC):
     ) -> dict[Units, Tensor]:
         """h_0 (batch, time, hidden) of a chunk of windows → h_L of every candidate."""
         trail = self._anchor.trail(chunk, h)
-        last, forwards = walk(self._stack, calls, trail, candidates, caches)
+        last, forwards = walk(self._stack, calls, trail, candidates, caches, self._passed)
         self._anchor.hold(chunk, trail)
         self.block_forwards += forwards
         return last
@@ -461,7 +490,12 @@ class PairEngine(ChunkedEngine):
         return _Prompt(caches, h[:, self._prompt_tokens - 1 :], dense[:, self._prompt_tokens - 1 :])
 
     def window_losses(
-        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+        self,
+        candidates: Sequence[Units],
+        windows: range,
+        objective: Objective | None = None,
+        *,
+        walked: Walked = unheard,
     ) -> dict[Units, list[float]]:
         """Mean loss a continued token of each candidate on each of `windows`.
 
@@ -469,7 +503,7 @@ class PairEngine(ChunkedEngine):
         """
         for candidate in candidates:
             check_nested(self._prefill, candidate)
-        return super().window_losses(candidates, windows, objective)
+        return super().window_losses(candidates, windows, objective, walked=walked)
 
     def _shrink(self, chunk_windows: int) -> None:
         super()._shrink(chunk_windows)

@@ -20,6 +20,7 @@ def exhaustive(ascent: Ascent) -> Iterator[int]:
         sets = (ascent.base.union(chosen) for chosen in itertools.combinations(ascent.offered, more))
         done = 0
         while batch := list(itertools.islice(sets, BATCH)):
+            ascent.measuring(count, done / total, (done + len(batch)) / total, None)
             ascent.memo(batch)
             done += len(batch)
             ascent.tell_progress(count, done / total)

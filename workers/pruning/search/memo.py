@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 from workers.pruning.model.plan import Blocks
 from workers.pruning.model.units import Units, blocks_of
-from workers.pruning.search.engine import WindowLosses, mean
+from workers.pruning.search.engine import Walked, WindowLosses, mean, unheard
 
 HEAT_WINDOWS = 4
 """Windows of a race's first heat; every later one adds as many, or half of those before if that is more."""
@@ -101,6 +101,8 @@ class Memo:
     """Losses on the first windows, for some sets on all."""
     on_new: Callable[[], None] = lambda: None
     racing: bool = False
+    measuring: Walked = unheard
+    """Told, while candidates are measured, for which share of all windows that is done."""
     anchor: Callable[[Units], None] = lambda units: None
     """Told which set the coming candidates are near, so that what gives the losses may hold on to its way there."""
     asked: dict[Units, int] = field(default_factory=dict, init=False)
@@ -108,6 +110,7 @@ class Memo:
     visited: dict[Units, float] = field(default_factory=dict, init=False)
     """Those it asked for on all windows, in the order in which it first did, and their mean losses."""
     _best: dict[int, MeasuredSet] = field(default_factory=dict, init=False)
+    _asked_for: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __call__(self, candidates: Sequence[Units]) -> dict[Units, float]:
         """Mean loss of every candidate on all windows."""
@@ -172,6 +175,11 @@ class Memo:
         behind |= {candidate: means[candidate] - leading for candidate in left}
         return stay
 
+    def walked(self, share: float) -> None:
+        """For `losses` to tell which share of what it was last asked for is done."""
+        start, stop = self._asked_for
+        self.measuring((start + (stop - start) * share) / self.windows)
+
     def _measure(self, candidates: Sequence[Units], stop: int) -> None:
         """Know every candidate on the windows before `stop`."""
         seen = {}
@@ -180,6 +188,8 @@ class Memo:
             seen[candidate] = len(self.known.get(candidate, ()))
         for start in sorted({count for count in seen.values() if count < stop}):
             new = [candidate for candidate, count in seen.items() if count == start]
+            self._asked_for = start, stop
             for candidate, by_window in self.losses(new, range(start, stop)).items():
                 self.known[candidate] = [*self.known.get(candidate, ()), *by_window]
             self.on_new()
+            self.walked(1.0)

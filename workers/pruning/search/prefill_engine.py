@@ -15,7 +15,16 @@ from torch import Tensor
 from workers.pruning.model.blocks import BlockStack, capture_calls, capture_continuation_calls
 from workers.pruning.model.pair import FirstToken, check_prompt
 from workers.pruning.model.units import Units, Way, check_nested, way_through
-from workers.pruning.search.engine import ChunkedEngine, Objective, dense_hidden, mean_losses, prefill_step, take_step
+from workers.pruning.search.engine import (
+    ChunkedEngine,
+    Objective,
+    Walked,
+    dense_hidden,
+    mean_losses,
+    prefill_step,
+    take_step,
+    unheard,
+)
 
 
 class PrefillEngine(ChunkedEngine):
@@ -45,7 +54,12 @@ class PrefillEngine(ChunkedEngine):
         self._dense: dict[range, Tensor] = {}
 
     def window_losses(
-        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+        self,
+        candidates: Sequence[Units],
+        windows: range,
+        objective: Objective | None = None,
+        *,
+        walked: Walked = unheard,
     ) -> dict[Units, list[float]]:
         """Mean loss a continued token of each candidate on each of `windows`.
 
@@ -54,7 +68,7 @@ class PrefillEngine(ChunkedEngine):
         """
         for candidate in candidates:
             check_nested(candidate, self._decode)
-        return super().window_losses(candidates, windows, objective)
+        return super().window_losses(candidates, windows, objective, walked=walked)
 
     def _shrink(self, chunk_windows: int) -> None:
         super()._shrink(chunk_windows)
@@ -99,4 +113,5 @@ class PrefillEngine(ChunkedEngine):
                 following[way] = in_prompt, after
                 self.block_forwards += (way[block], in_decode[block]) != ("skip", "skip")
             states = following
+            self._passed(block)
         return {candidate: states[way] for candidate, way in ways.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,12 @@ class Scores:
 
 
 @torch.no_grad()
-def block_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) -> Scores:
+def block_scores(
+    stack: BlockStack, windows: Tensor, *, chunk_windows: int, walked: Callable[[float], None] = lambda share: None
+) -> Scores:
     """Score every block on `windows` (windows, tokens) in one walk; memory holds the hidden states of one chunk.
 
+    `walked` hears after every block which share of the walk is done.
     Raises: ValueError naming the block at which a hidden state is not finite.
     """
     num_blocks = len(stack.blocks)
@@ -44,6 +47,7 @@ def block_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) -> S
     cosine = torch.zeros(num_blocks, dtype=torch.float64)
     moved = torch.zeros(num_blocks, dtype=torch.float64)
     errors: dict[tuple[int, int], float] = {}
+    done = 0
     for chunk in windows.split(chunk_windows):
         before, h = None, stack.embed(chunk)  # (batch, time, hidden)
         for block in range(num_blocks):
@@ -59,6 +63,8 @@ def block_scores(stack: BlockStack, windows: Tensor, *, chunk_windows: int) -> S
                 _add(errors, (block - 1, block), _squared(alone - after))
                 _add(errors, (block, block - 1), _squared(h - after))
             before, h = h, after
+            done += len(chunk)
+            walked(done / (len(windows) * num_blocks))
     tokens = windows.numel()
     relative = {pair: error / max(float(moved[min(pair)]), 1e-30) for pair, error in errors.items()}
     return Scores((cosine / tokens).tolist(), relative)

@@ -18,6 +18,7 @@ from workers.pruning.model.plan import Blocks
 from workers.pruning.model.units import Kind, Unit, Units, removed_json
 from workers.pruning.search.annealing import Annealing, EndedBy
 from workers.pruning.search.ascent import Acceptable, Ascent, OnProgress
+from workers.pruning.search.engine import unheard
 from workers.pruning.search.exhaustive import exhaustive
 from workers.pruning.search.greedy import Greedy
 from workers.pruning.search.memo import Effort, MeasuredSet, Memo
@@ -74,8 +75,8 @@ def search(
 
     With `acceptable`, the search ends before `remove` once the best sets of two counts in a row are not acceptable.
 
-    `on_progress` receives the fraction done and the best set of the current count after every batch of sets (the base
-    while greedy goes up all counts), and may raise to stop.
+    `on_progress` receives the fraction done and the best set of the current count, again and again while sets are
+    measured, and may raise to stop. There is no best set while greedy goes up all counts, whose losses come last.
 
     Raises: ValueError when `remove`, or the base beside the protected blocks, is impossible.
     """
@@ -93,6 +94,7 @@ def search(
     # Greedy goes first, unless every set is tried anyway: it finds how far to go, and where annealing begins.
     efforts: dict[Algorithm, Effort] = {}
     last, before = remove, memo.effort()
+    memo.measuring = lambda share: on_progress(0.0, None)
     memo([base])
     alone = algorithm == "greedy"
     greedy = Greedy(replace(ascent, progress=(0.0, 1.0 if alone else GREEDY_SHARE)))
@@ -112,6 +114,7 @@ def search(
     if not alone:
         efforts[algorithm] = memo.effort() - before
 
+    memo.measuring = unheard
     frontier = {count: memo.best(count) for count in range(len(base), last + 1)}
     trajectory = [MeasuredSet(units, loss) for units, loss in memo.visited.items()]
     return SearchResult(frontier, trajectory, efforts, ended_by)

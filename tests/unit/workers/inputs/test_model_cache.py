@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from service.stopping import go_on
-from workers.inputs import model_cache
 from workers.inputs.model_cache import ModelCache
 
 HOLD = """
@@ -23,6 +24,14 @@ with ModelCache(Path(sys.argv[1]), 100).using(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+class Usage(NamedTuple):
+    """Bytes of a disk."""
+
+    total: int
+    used: int
+    free: int
 
 
 @pytest.fixture
@@ -96,16 +105,16 @@ def test_models_of_a_version_that_held_none_go_by_their_folders_age(cache: Model
 def test_a_full_disk_makes_room_below_the_bound(cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch(cache, "one", 30)
     fetch(cache, "two", 30)
-    full = model_cache.shutil._ntuple_diskusage(1000, 980, 20)  # type: ignore[attr-defined]
-    monkeypatch.setattr(model_cache.shutil, "disk_usage", lambda folder: full)
+    full = Usage(1000, 980, 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     fetch(cache, "three", 30)
     assert kept(cache) == {"two", "three"}
 
 
 def test_without_a_bound_models_take_half_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = ModelCache(tmp_path / "models", None)
-    usage = model_cache.shutil._ntuple_diskusage(200, 0, 200)  # type: ignore[attr-defined]
-    monkeypatch.setattr(model_cache.shutil, "disk_usage", lambda folder: usage)
+    usage = Usage(200, 0, 200)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     for name in ("one", "two", "three"):
         fetch(cache, name, 40)
     assert kept(cache) == {"two", "three"}

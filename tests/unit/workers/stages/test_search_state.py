@@ -9,7 +9,7 @@ import pytest
 from pdtrim.contract.spec import JobSpec
 from service.storage import open_store
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting, kept_for_cache
-from workers.pruning.search.engine import Objective, mean
+from workers.pruning.search.engine import Objective, Walked, mean, unheard
 from workers.stages import search_state
 from workers.stages.context import StageContext
 from workers.stages.search_state import STATE, VERSION, Phase, SearchState
@@ -36,7 +36,12 @@ class Counting:
         self.measured: list[tuple[Objective | None, Units]] = []
 
     def window_losses(
-        self, candidates: Sequence[Units], windows: range, objective: Objective | None = None
+        self,
+        candidates: Sequence[Units],
+        windows: range,
+        objective: Objective | None = None,
+        *,
+        walked: Walked = unheard,
     ) -> dict[Units, list[float]]:
         self.measured += [(objective, units) for units in candidates]
         return {units: [float(sum(blocks_of(units)) + window) for window in windows] for units in candidates}

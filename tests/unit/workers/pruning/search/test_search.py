@@ -54,7 +54,7 @@ def run(
     seed: int = 0,
     out_of_time: Callable[[], bool] = lambda: False,
     acceptable: Callable[[MeasuredSet], bool] | None = None,
-    on_progress: Callable[[float, MeasuredSet], None] = lambda done, best: None,
+    on_progress: Callable[[float, MeasuredSet | None], None] = lambda done, best: None,
 ) -> SearchResult:
     return search(
         memo,
@@ -245,14 +245,35 @@ def test_progress_is_told_after_every_batch_and_never_falls(algorithm: Algorithm
         batches += 1
         return rugged(candidates)
 
-    def note(done: float, best: MeasuredSet) -> None:
+    def note(done: float, best: MeasuredSet | None) -> None:
         told.append((batches, done))
 
     run(memo_of(counting), algorithm, evaluations=120, on_progress=note)
-    assert {after for after, _ in told} == set(range(2, batches + 1))  # the first batch is the base alone
+    assert {after for after, _ in told} == set(range(1, batches + 1))
     shares = [done for _, done in told]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize("racing", [False, True])
+def test_progress_moves_within_a_step_and_shows_no_loss_that_is_not_that_of_its_set(racing: bool) -> None:
+    told: list[tuple[float, MeasuredSet | None]] = []
+    memo = memo_of(rugged)
+
+    def losses(candidates: Sequence[Units], windows: range) -> dict[Units, list[float]]:
+        memo.walked(0.5)
+        return measured(candidates, windows)
+
+    measured, memo.losses, memo.racing = memo.losses, losses, racing
+    result = run(memo, "greedy", on_progress=lambda done, best: told.append((done, best)))
+    within_the_first_step = [done for done, _ in told if 0 < done < 0.9 / (len(result.frontier) - 1)]
+    assert len(within_the_first_step) >= 1
+    shares = [done for done, _ in told]
+    assert shares == sorted(shares)
+    *going_up, (_, last) = told
+    assert {best for _, best in going_up} == {None}
+    assert last is not None
+    assert last == result.frontier[max(result.frontier)]
 
 
 def test_what_progress_raises_ends_the_search_within_a_step() -> None:
@@ -261,7 +282,7 @@ def test_what_progress_raises_ends_the_search_within_a_step() -> None:
 
     memo = memo_of(rugged)
 
-    def stop(done: float, best: MeasuredSet) -> None:
+    def stop(done: float, best: MeasuredSet | None) -> None:
         if len(memo.visited) > 60:
             raise Stop
 
