@@ -1,7 +1,7 @@
 """Every causal language model type of transformers put through the method, and held against a truth of its own.
 
     python -m benchmarks.architectures --table docs/reference/architectures.md
-    python -m benchmarks.architectures llama gemma3_text
+    python -m benchmarks.architectures llama gemma3_text --table docs/reference/architectures.md
 
 Each type gets a tiny random model of 8 blocks in a process of its own. The truth is the dense model with forward hooks
 that put a block's input in place of its output; it knows nothing of how this repository finds, drops or renumbers
@@ -12,6 +12,7 @@ them, generation with and without a cache, pairs, training, streaming, and the b
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import re
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,14 +36,17 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from benchmarks.tiny_architectures import BLOCKS, VOCABULARY, causal_types, tiny_config, tiny_model
-from pdtrim.contract.architectures import VISION_LANGUAGE
+from benchmarks.tiny_architectures import BLOCKS, VOCABULARY, WINDOW, causal_types, tiny_config, tiny_model
+from benchmarks.tiny_whole_models import FAMILIES, logits, question, reloaded_whole, whole_model
+from pdtrim.contract.architectures import LAST_STAYS, VISION_LANGUAGE, protected_for_vision
 from pdtrim.contract.errors import PDTrimError
+from pdtrim.contract.kv_cache import kv_numbers
 from pdtrim.contract.spec import JobSpec
 from service.checking.preflight import check_config
 from service.stopping import go_on
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, drop_blocks, try_out
 from workers.pruning.model.building import ImpossibleModel
+from workers.pruning.model.cache import cache_bytes
 from workers.pruning.model.checkpoint import (
     BrokenCheckpoint,
     SourceTensors,
@@ -50,7 +54,9 @@ from workers.pruning.model.checkpoint import (
     load_checkpoint,
     write_checkpoint,
 )
-from workers.pruning.model.pair import cache_bytes, first_token_losses, pd_loss
+from workers.pruning.model.composite import Composite
+from workers.pruning.model.costs import costs_of
+from workers.pruning.model.pair import first_token_losses, pd_loss
 from workers.pruning.model.streaming import load_streamed
 from workers.pruning.model.units import deleting
 from workers.pruning.repair.distill import heal, trainable
@@ -58,18 +64,13 @@ from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import PairEngine, WholeEngine
 from workers.pruning.serving.handover import EVERY_TOKEN
 from workers.pruning.serving.pair_server import DecodeHalf, PrefillDecodePair, PrefillHalf
-from workers.stages.proving import prove_architecture, prove_continuation, prove_halves
+from workers.stages.proving import prove_architecture, prove_continuation, prove_decoder, prove_halves
 
 Outcome = Literal["works", "unified only", "refused", "foreign words", "late failure", "silently wrong", "not built"]
 OUTCOMES: tuple[Outcome, ...] = (
     *("works", "unified only", "refused", "foreign words", "late failure", "silently wrong", "not built"),
 )
 TOKENS, PROMPT, NEW_TOKENS = 26, 14, 6
-REMOVED: tuple[frozenset[int], ...] = (frozenset({1}), frozenset({0}), frozenset({2, 5}), frozenset({BLOCKS - 1}))
-PAIRS = ((frozenset({2}), frozenset({2, 5})), (frozenset({0}), frozenset({0, BLOCKS - 1})))
-"""What prefill and decode give up."""
-PROTECTED = {"gemma4_text": frozenset({BLOCKS - 1}), "gemma4_unified_text": frozenset({BLOCKS - 1})}
-"""What a job has to protect of some types; the refusal without says so."""
 TOLERANCE = 1e-5
 """Of the largest logit."""
 LOSS_TOLERANCE = 1e-3
@@ -88,6 +89,20 @@ class Finding:
     said: str = ""
     notes: list[str] = field(default_factory=list)
     """What is wrong besides, such as a number."""
+    kv_bytes: int | None = None
+    """What the cache of one request holds after `TOKENS` tokens, where it came to that."""
+
+
+def removed_sets(blocks: int, protected: frozenset[int]) -> list[frozenset[int]]:
+    """What one checkpoint gives up in turn of so many blocks."""
+    found = ({1}, {0}, {2, blocks - 3}, {blocks - 1})
+    return [frozenset(removed) for removed in found if not removed & protected]
+
+
+def pairs(blocks: int, protected: frozenset[int]) -> list[tuple[frozenset[int], frozenset[int]]]:
+    """What prefill and decode give up in turn."""
+    found = (({2}, {2, blocks - 2}), ({0}, {0, blocks - 1}))
+    return [(frozenset(prefill), frozenset(decode)) for prefill, decode in found if not decode & protected]
 
 
 class SilentlyWrong(Exception):
@@ -100,13 +115,14 @@ class LateMismatch(Exception):
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The model's blocks, for the truth: the outermost list that has as many as there are. Raises: LookupError."""
+    count = model.config.get_text_config().num_hidden_layers
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == BLOCKS
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
-        raise LookupError(f"no list of {BLOCKS} modules")
+        raise LookupError(f"no list of {count} modules")
     return min(lists, key=lambda found: found[0].count("."))[1]
 
 
@@ -179,6 +195,12 @@ UNIFIED = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 1}}
 PAIR = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 
 
+def protected_blocks(config: dict[str, Any]) -> frozenset[int]:
+    """What a job has to protect of a model, which the refusal without says."""
+    sight, kind = frozenset(range(protected_for_vision(config))), config.get("model_type")
+    return sight | {BLOCKS - 1} if kind in LAST_STAYS else sight
+
+
 def gateway(config: dict[str, Any], target: dict[str, Any]) -> None:
     """What the gateway says of a job. Raises: PDTrimError."""
     spec = JobSpec.model_validate(
@@ -186,6 +208,7 @@ def gateway(config: dict[str, Any], target: dict[str, Any]) -> None:
             "model": {"source": "/models/tiny"},
             "calibration": {"window_tokens": 32},
             "evaluation": {"speed_tokens": 8},
+            "search": {"protect": sorted(protected_blocks(config))},
             **target,
         }
     )
@@ -209,7 +232,8 @@ def check_unified(folder: Path, dense: PreTrainedModel, ids: Tensor, protected: 
     stack = block_stack(dense)
     engine = WholeEngine(stack, ids, "kl", chunk_windows=2)
     reference = true_logits(dense, ids[:, :-1], frozenset()).log_softmax(-1)
-    for removed in (removed for removed in REMOVED if not removed & protected):
+    blocks = len(stack.blocks)
+    for removed in removed_sets(blocks, protected):
         name = f"without {sorted(removed)}"
         truth = true_logits(dense, ids, removed)
         units = deleting(removed)
@@ -218,7 +242,7 @@ def check_unified(folder: Path, dense: PreTrainedModel, ids: Tensor, protected: 
         pruned = drop_blocks(dense, removed)(input_ids=ids, use_cache=False).logits
         compare(f"{name}, pruned in memory", pruned, truth)
         target = folder.parent / f"export-{'-'.join(map(str, sorted(removed)))}"
-        kept = [block for block in range(BLOCKS) if block not in removed]
+        kept = [block for block in range(blocks) if block not in removed]
         write_checkpoint(folder, target, kept=kept, overrides=SourceTensors({}), pdtrim={}, model_card="")
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
         exported = loaded(input_ids=ids, use_cache=False).logits
@@ -244,7 +268,7 @@ def check_unified(folder: Path, dense: PreTrainedModel, ids: Tensor, protected: 
 def check_continuations(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -> None:
     """The search's losses on continuations, which every job has. Raises: SilentlyWrong; whatever breaks."""
     stack = block_stack(dense)
-    for prefill, decode in (pair for pair in PAIRS if not pair[1] & protected):
+    for prefill, decode in pairs(len(decoder_blocks(dense)), protected):
         name = f"prefill without {sorted(prefill)}, decode without {sorted(decode)}"
         engine = PairEngine(
             stack,
@@ -270,14 +294,15 @@ def pruned_halves(
     dense: PreTrainedModel, prefill: frozenset[int], decode: frozenset[int]
 ) -> tuple[tuple[PreTrainedModel, PreTrainedModel], tuple[int, ...]]:
     """Both halves in memory, and for each layer of decode the layer of prefill that it goes on from."""
-    kept = [block for block in range(BLOCKS) if block not in prefill]
-    layer_map = tuple(kept.index(block) for block in range(BLOCKS) if block not in decode)
+    blocks = range(len(decoder_blocks(dense)))
+    kept = [block for block in blocks if block not in prefill]
+    layer_map = tuple(kept.index(block) for block in blocks if block not in decode)
     return (drop_blocks(dense, prefill), drop_blocks(dense, decode)), layer_map
 
 
 def check_pair(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -> None:
     """Both halves as they are served. Raises: SilentlyWrong; whatever breaks."""
-    for prefill, decode in (pair for pair in PAIRS if not pair[1] & protected):
+    for prefill, decode in pairs(len(decoder_blocks(dense)), protected):
         (one, other), layer_map = pruned_halves(dense, prefill, decode)
         pair = PrefillDecodePair(PrefillHalf(one, layer_map, EVERY_TOKEN, "decode"), DecodeHalf(other, layer_map))
         found = pair.decode(pair.prefill(ids[:, :PROMPT]), NEW_TOKENS)
@@ -289,8 +314,8 @@ def check_pair(dense: PreTrainedModel, ids: Tensor, protected: frozenset[int]) -
 
 def check_training(dense: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> None:
     """Two steps of healing, saved in between. Raises: whatever breaks."""
-    removed = REMOVED[2]
-    kept = [block for block in range(BLOCKS) if block not in removed]
+    removed = removed_sets(len(decoder_blocks(dense)), frozenset())[2]
+    kept = [block for block in range(len(decoder_blocks(dense))) if block not in removed]
     parameters = trainable(dense, kept, frozen=set())
 
     def save(last: bool, state: Callable[[], dict[str, Tensor]]) -> None:
@@ -319,62 +344,127 @@ def check_streaming(folder: Path, dense: PreTrainedModel, ids: Tensor) -> None:
         )
 
 
+def tensors_of(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor of numbers somewhere in a cache, each once; counters of tokens, which are integers, are none."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part, seen)
+    elif type(value).__module__.startswith("transformers."):
+        yield from tensors_of(vars(value), seen)
+
+
 def held_bytes(model: PreTrainedModel, ids: Tensor) -> int:
-    """What a cache of transformers holds of one prompt (1, time)."""
-    cache = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
-    total = 0
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            tensors = value.values() if isinstance(value, dict) else [value]
-            total += sum(
-                tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()
-            )
-    return total
+    """What the cache that transformers makes by itself holds of one prompt (1, time)."""
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    return sum(tensor.nbytes for tensor in tensors_of(cache, set()))
 
 
-def notes(model: PreTrainedModel, ids: Tensor) -> list[str]:
-    """What is said of the model that is not so."""
-    said, held = cache_bytes(model, ids.shape[1], torch.float32), held_bytes(model, ids[:1])
-    return [] if said == held else [f"said to hold {said} bytes of keys and values, holds {held}"]
+def kv_notes(config: dict[str, Any], dense: PreTrainedModel, ids: Tensor) -> list[str]:
+    """What a job would say of the bytes of a request (1, time) that is not so: report, budget and estimate.
+
+    The report's figures are of both checkpoints, served in bfloat16 as in float32; the estimate's is of one token more,
+    while all windows have room.
+    """
+    found: list[str] = []
+
+    def hold(what: str, said: int | None, held: int) -> None:
+        if said != held:
+            found.append(f"{what} says {said} bytes of cache, and {held} are held")
+
+    for name, model in (("dense", dense), ("pruned", drop_blocks(dense, {2}))):
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        hold(f"the report, {name},", cache_bytes(model, ids.shape[1], torch.float32), held_bytes(model, ids))
+        hold(f"the report, {name} in bfloat16,", cache_bytes(model, ids.shape[1], half.dtype), held_bytes(half, ids))
+    hold("a budget", costs_of(block_stack(dense), "kv_bytes", ids).dense, held_bytes(dense, ids))
+    kept = kv_numbers(config)
+    more = held_bytes(dense, ids[:, : WINDOW - 2]) - held_bytes(dense, ids[:, : WINDOW - 3])
+    hold("the estimate, of a token,", None if kept is None else 4 * sum(kept), more)
+    return found
+
+
+def check_whole(composite: Composite, text: Path, whole: PreTrainedModel, protected: frozenset[int]) -> None:
+    """The text decoder put back in its place, asked about an image. Raises: SilentlyWrong; whatever breaks."""
+    asked = question(whole.config.model_type)
+    blocks = len(decoder_blocks(whole))
+    for removed in removed_sets(blocks, protected):
+        kept = [block for block in range(blocks) if block not in removed]
+        pruned, target = text.parent / "pruned", text.parent / "pruned-whole"
+        write_checkpoint(text, pruned, kept=kept, overrides=SourceTensors({}), pdtrim={}, model_card="")
+        composite.write_whole(pruned, target, kept)
+        with without(whole, removed):
+            truth = logits(whole, asked)
+        compare(f"whole without {sorted(removed)}, of an image", logits(reloaded_whole(target), asked), truth)
+        shutil.rmtree(pruned)
+        shutil.rmtree(target)
+
+
+class NotBuilt(Exception):
+    """transformers itself cannot make or run a tiny model of the type."""
+
+
+def build(model_type: str) -> tuple[dict[str, Any], Callable[[], PreTrainedModel]]:
+    """A tiny model's `config.json`, and what makes the model. Raises: whatever transformers raises."""
+    if model_type in FAMILIES:
+        seeing = whole_model(model_type)
+        return json.loads(seeing.config.to_json_string()), lambda: seeing
+    config = tiny_config(model_type)
+
+    def blind() -> PreTrainedModel:
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        if size > MOST_PARAMETERS:
+            raise NotBuilt(f"{size} parameters")
+        return tiny_model(config)
+
+    return json.loads(config.to_json_string()), blind
 
 
 def examine(model_type: str, workdir: Path) -> Finding:
-    """Put one type through everything."""
+    """Put one type through everything; of one that sees, its text decoder, and the whole model with it."""
     try:
-        config = tiny_config(model_type)
+        content, make = build(model_type)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
         return Finding(model_type, "not built", _line(error))
-    content = json.loads(config.to_json_string())
     try:
         gateway(content, UNIFIED)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
         return Finding(model_type, "foreign words" if foreign(error) else "refused", _line(error))
     folder = workdir / "dense"
     ids = torch.randint(1, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    protected = protected_blocks(content)
     try:
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-        if size > MOST_PARAMETERS:
-            return Finding(model_type, "not built", f"{size} parameters")
-        model = tiny_model(config)
+        model = make()
         model(input_ids=ids, use_cache=False)
         model.save_pretrained(folder)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
         return Finding(model_type, "not built", _line(error))
     try:
-        protected = PROTECTED.get(model_type, frozenset())
+        composite = Composite.of(folder)
+        if composite is not None:
+            folder = workdir / "text"
+            composite.write_text(folder)
         dense = proved(folder, protected)
-        teacher = proved(folder, protected)
+        if composite is not None:
+            prove_decoder(block_stack(dense), model)
+        student = load_checkpoint(folder, dtype=torch.float32, device=torch.device("cpu"))
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
         return Finding(model_type, "foreign words" if foreign(error) else "refused", _line(error))
     try:
+        if composite is not None:
+            check_whole(composite, folder, model, protected)
         check_unified(folder, dense, ids, protected)
         check_continuations(dense, ids, protected)
         with torch.enable_grad():
-            check_training(teacher, dense, ids)
+            check_training(student, dense, ids)
         check_streaming(folder, dense, ids)
-        said = notes(dense, ids)
+        text = content if composite is None else composite.config
+        found = partial(Finding, notes=kv_notes(text, dense, ids[:1]), kv_bytes=held_bytes(dense, ids[:1]))
     except SilentlyWrong as error:
         return Finding(model_type, "silently wrong", str(error))
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
@@ -384,15 +474,14 @@ def examine(model_type: str, workdir: Path) -> Finding:
         prove_halves(block_stack(dense), "decode", protected)
         prove_halves(block_stack(dense), "prefill", protected)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
-        return Finding(model_type, "foreign words" if foreign(error) else "unified only", _line(error), said)
+        return found(model_type, "foreign words" if foreign(error) else "unified only", _line(error))
     try:
         check_pair(dense, ids, protected)
     except SilentlyWrong as error:
-        return Finding(model_type, "silently wrong", str(error), said)
+        return found(model_type, "silently wrong", str(error))
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the finding)
-        return Finding(model_type, "late failure", _line(error), said)
-    needs = f"with `search.protect: {sorted(protected)}`, the last block" if protected else ""
-    return Finding(model_type, "works", needs, said)
+        return found(model_type, "late failure", _line(error))
+    return found(model_type, "works", f"with `search.protect: {sorted(protected)}`" if protected else "")
 
 
 def _remark(finding: Finding) -> str:
@@ -400,6 +489,11 @@ def _remark(finding: Finding) -> str:
     text = re.sub(r"^\w+: |^(model_type '\S+' is not supported: )|; this service prunes.*", "", finding.said)
     text = re.sub(r"^model_type '\S+' is not supported: |/\S*/dense", "", text)
     return "; ".join(filter(None, [text, *finding.notes])).replace("|", "\\|")
+
+
+def _row(finding: Finding) -> str:
+    held = "" if finding.kv_bytes is None else f"{finding.kv_bytes:,}"
+    return f"| `{finding.model_type}` | {finding.outcome} | {held} | {_remark(finding)} |"
 
 
 def _line(error: BaseException) -> str:
@@ -431,9 +525,17 @@ def sweep(types: Sequence[str]) -> Iterator[Finding]:
         process.join()
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """The page of the documentation."""
-    counts = Counter(finding.outcome for finding in findings)
+ROW = re.compile(r"^\| `(\S+)` \| ([^|]+) \|.*", re.M)
+
+
+def rows_of(page: Path) -> dict[str, str]:
+    """The rows that the page of the documentation has, by type."""
+    return {row[1]: row[0] for row in ROW.finditer(page.read_text())}
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """The page of the documentation, of each type's row."""
+    counts = Counter(found[2] for found in map(ROW.match, rows.values()) if found is not None)
     lines = [
         "# Architectures",
         "",
@@ -445,15 +547,18 @@ def table(findings: Sequence[Finding]) -> str:
         "job is submitted or before it begins; *refused* is refused then, with the reason.",
         "",
         f"Of vision-language models ({', '.join(f'`{kind}`' for kind in sorted(VISION_LANGUAGE))}) the text decoder is",
-        "[pruned in its place](../guides/jobs.md#models); tests hold these with an image.",
+        "[pruned in its place](../guides/jobs.md#models), and the whole model is asked about an image.",
         "",
         "| outcome | types |",
         "|---|---|",
         *(f"| {outcome} | {counts[outcome]} |" for outcome in OUTCOMES),
         "",
-        "| `model_type` | outcome | |",
-        "|---|---|---|",
-        *(f"| `{finding.model_type}` | {finding.outcome} | {_remark(finding)} |" for finding in findings),
+        f"*KV bytes* are what the cache of one request holds after {TOKENS} tokens in float32, as transformers fills",
+        "it, and as the report and a budget of KV bytes count it; the estimate's bytes of a token are held to it too.",
+        "",
+        "| `model_type` | outcome | KV bytes | |",
+        "|---|---|---|---|",
+        *(row for _, row in sorted(rows.items())),
         "",
     ]
     return "\n".join(lines)
@@ -462,17 +567,21 @@ def table(findings: Sequence[Finding]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; all where none are given")
-    parser.add_argument("--table", type=Path, help="write the table of the documentation")
+    parser.add_argument("--table", type=Path, help="write the table of the documentation, or its rows of these types")
     arguments = parser.parse_args()
     findings = []
+    rows: dict[str, str] = {}
     for finding in sweep(arguments.types or causal_types()):
         findings.append(finding)
+        rows[finding.model_type] = _row(finding)
         print(finding.model_type, "|", finding.outcome, "|", finding.said, "|", *finding.notes, flush=True)
+        if arguments.table:  # A sweep that is ended early leaves what it has found.
+            arguments.table.write_text(table(rows_of(arguments.table) | rows))
     counts = Counter(finding.outcome for finding in findings)
     print(", ".join(f"{outcome} {counts[outcome]}" for outcome in OUTCOMES))
-    if arguments.table:
-        arguments.table.write_text(table(findings))
-    return int(any(counts[outcome] for outcome in OUTCOMES[3:6]))
+    if arguments.table and not arguments.types:
+        arguments.table.write_text(table(rows))
+    return int(any(counts[outcome] for outcome in OUTCOMES[3:6]) or any(finding.notes for finding in findings))
 
 
 if __name__ == "__main__":

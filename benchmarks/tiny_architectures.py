@@ -123,8 +123,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def causal_types() -> list[str]:
-    """Every `model_type` that transformers builds a causal language model of, but those that see and are pruned."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - VISION_LANGUAGE)
+    """Every `model_type` that transformers builds a causal language model of, and those that see and are pruned."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | VISION_LANGUAGE)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:

@@ -13,8 +13,9 @@ from benchmarks.device.bench import GIGABYTE, Bench
 from benchmarks.device.findings import Findings, Spread
 from benchmarks.device.walks import Losses, largest_difference, plain_losses, pruned
 from workers.pruning.model.blocks import block_stack, drop_blocks
+from workers.pruning.model.cache import cache_bytes
 from workers.pruning.model.measure import parameters, speeds
-from workers.pruning.model.pair import cache_bytes, handover
+from workers.pruning.model.pair import handover
 from workers.pruning.model.plan import BlockPlan, Blocks, kv_layer_map
 from workers.pruning.model.units import deleting
 from workers.pruning.search.engine import WholeEngine

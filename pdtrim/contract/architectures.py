@@ -78,17 +78,61 @@ roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod
 """
 ENCODERS = frozenset(_ENCODERS.split())
 """Those of them that are encoders, although they can be given a head and a causal mask."""
-STATE_KINDS = frozenset({"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent"})
+_OWN_NUMBERS = "which change when one of them goes"
+_PASSED_ON = "so that a block cannot be left out by passing on what it was given"
+_STREAMS = "whose blocks pass on several hidden states side by side"
+_NO_KEYS = "whose blocks keep no keys and values"
+UNPRUNABLE: Mapping[str, str] = MappingProxyType(
+    {
+        "beam": f"whose blocks weigh what they are given by their own numbers, {_OWN_NUMBERS}",
+        "blt": "which reads bytes in patches, with three stacks of blocks",
+        "cpmant": "which puts tokens of its own before those that it reads",
+        "deepseek_v4": f"{_STREAMS} (hyper-connections), {_PASSED_ON}",
+        "diffllama": f"whose attentions have constants by their blocks' numbers, {_OWN_NUMBERS}",
+        "falcon_mamba": _NO_KEYS,
+        "gemma3n": f"{_STREAMS} (AltUp), {_PASSED_ON}, and whose last blocks read the keys and values of others",
+        "gemma3n_text": f"{_STREAMS} (AltUp), {_PASSED_ON}, and whose last blocks read the keys and values of others",
+        "hrm_text": "which runs its blocks several times, in two stacks",
+        "hy_v4": f"{_STREAMS} (hyper-connections), {_PASSED_ON}",
+        "inkling2_text": f"whose blocks read what all blocks before them gave, {_PASSED_ON}",
+        "jamba": f"whose blocks are of one kind or another by their numbers, {_OWN_NUMBERS}",
+        "mamba": _NO_KEYS,
+        "mamba2": _NO_KEYS,
+        "minimax": "whose blocks need a cache of its own kind",
+        "modernbert-decoder": "whose head is more than one matrix",
+        "openai-gpt": _NO_KEYS,
+        "rwkv": _NO_KEYS,
+        "trocr": "which reads what an encoder makes of an image",
+        "xlm": "whose blocks are no parts of their own",
+        "xlnet": _NO_KEYS,
+        "xlstm": _NO_KEYS,
+        "zamba": f"whose blocks read the embeddings beside the hidden state, {_PASSED_ON}",
+        "zamba2": f"whose blocks read the embeddings beside the hidden state, {_PASSED_ON}",
+        "zaya": f"whose blocks pass on what their routers saw, beside the hidden state, {_PASSED_ON}",
+    }
+)
+"""Types that no block can be left out of, or not by what is common to all others, each with its reason."""
+PER_LAYER_EMBEDDINGS: Mapping[str, int] = MappingProxyType({"gemma4_text": 256})
+"""Types that have `hidden_size_per_layer_input`, and what it is where a configuration does not say."""
+LAST_STAYS = frozenset({"gemma4_text", "gemma4_unified_text", "gpt_neox_japanese"})
+"""Types whose last block is unlike the others, whatever their configuration says."""
+_STATE_KINDS = """
+conv deepseek_sparse_attention hybrid hybrid_sliding indexed_attention linear_attention mamba mamba2
+qwen_sparse_attention recurrent
+"""
+STATE_KINDS = frozenset(_STATE_KINDS.split())
 """Kinds of layers that keep a state that is not keys and values."""
 LAYER_KIND_KEYS = ("layer_types", "layers_block_type", "block_types")
 """What configurations call the list of their layers' kinds."""
 _STATEFUL = """
-bailing_hybrid bamba falcon_h1 granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3
-minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma zamba
-zamba2 zaya
+axk2 bailing_hybrid bamba deepseek_v32 falcon_h1 glm_moe_dsa granitemoehybrid inkling2_text inkling_text jamba
+kimi_linear lfm2 lfm2_moe lfm3 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next
+qwen4_exp_text recurrent_gemma zamba zamba2 zaya
 """
 STATEFUL = frozenset(_STATEFUL.split())
 """Types with such layers where their configuration does not say otherwise."""
+OWN_DISTANCES = frozenset({"bloom"})
+"""Types whose attention has a bias by distance that is worked out for the tokens at hand, and not for a cache's."""
 TEXT_MODELS: Mapping[str, str] = MappingProxyType(
     {
         "qwen2_5_vl": "qwen2",
@@ -128,6 +172,30 @@ def protected_for_vision(config: Mapping[str, Any]) -> int:
     sight = config.get("vision_config")
     found = sight.get("deepstack_visual_indexes") if isinstance(sight, dict) else None
     return len(found) if isinstance(found, list) else 0
+
+
+def unprunable(config: Mapping[str, Any]) -> str | None:
+    """Why no block can be left out of a text model, as what follows its architecture's name; None if one may be."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        return None
+    if kind in UNPRUNABLE:
+        return UNPRUNABLE[kind]
+    if config.get("num_kv_shared_layers"):
+        return "whose last blocks (`num_kv_shared_layers`) read the keys and values of others"
+    if config.get("hidden_size_per_layer_input", PER_LAYER_EMBEDDINGS.get(kind)):
+        return "each of whose blocks has a part of one table of embeddings (`hidden_size_per_layer_input`)"
+    indexers = [one for key in ("indexer_types", "index_topk_pattern") for one in _entries(config.get(key))]
+    if "shared" in indexers or "S" in indexers:
+        return f"whose blocks pass on which tokens to attend to, beside the hidden state, {_PASSED_ON}"
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        return f"whose blocks are scaled by their numbers (`scale_attn_by_inverse_layer_idx`), {_OWN_NUMBERS}"
+    return None
+
+
+def _entries(value: object) -> list[object]:
+    """Of a list, or the letters of a text."""
+    return list(value) if isinstance(value, list | str) else []
 
 
 def block_count(config: Mapping[str, Any]) -> object:

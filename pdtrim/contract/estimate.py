@@ -20,7 +20,9 @@ class CheckpointEstimate(AnswerModel):
     blocks: int
     parameters: int | None = Field(description="Null where the configuration does not say what they are made of.")
     bytes: int | None
-    kv_bytes_per_token: int | None = Field(description="Of the KV cache, in the checkpoint's own type.")
+    kv_bytes_per_token: int | None = Field(
+        description="What the KV cache keeps of a token, in the checkpoint's type, until a window lets go of it."
+    )
 
 
 class SetRange(AnswerModel):

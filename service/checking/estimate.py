@@ -89,12 +89,14 @@ def _checkpoint(role: Role, kept: int, shape: ModelShape | None, made: Checkpoin
     if shape is None:
         return CheckpointEstimate(role=role, blocks=kept, parameters=None, bytes=None, kv_bytes_per_token=None)
     numbers = shape.numbers if made is None else made.numbers
+    # Which blocks stay is not known: of unlike ones their mean counts.
+    kv = None if shape.kv_numbers is None else kept * shape.kv_numbers // shape.blocks
     return CheckpointEstimate(
         role=role,
         blocks=kept,
         parameters=numbers,
         bytes=numbers * shape.item_bytes,
-        kv_bytes_per_token=kept * shape.kv_width * shape.item_bytes,
+        kv_bytes_per_token=None if kv is None else kv * shape.item_bytes,
     )
 
 

@@ -14,6 +14,8 @@ from pdtrim.contract.architectures import (
     ENCODERS,
     EXPERT_KEYS,
     KNOWN,
+    LAST_STAYS,
+    OWN_DISTANCES,
     VISION_LANGUAGE,
     architecture,
     block_count,
@@ -21,6 +23,7 @@ from pdtrim.contract.architectures import (
     keeps_states,
     protected_for_vision,
     text_part,
+    unprunable,
 )
 from pdtrim.contract.blocks import check_blocks
 from pdtrim.contract.errors import (
@@ -138,6 +141,8 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
     with _noted(found):
         _check_pair(spec, config)
     with _noted(found):
+        _check_last(spec, kind, blocks)
+    with _noted(found):
         _check_kv_tokens(spec, kind)
     with _noted(found):
         _check_adapters(spec, kind)
@@ -163,11 +168,29 @@ def _check_vision(spec: JobSpec, config: Mapping[str, Any], text: Mapping[str, A
 
 
 def _check_pair(spec: JobSpec, config: Mapping[str, Any]) -> None:
-    if spec.prefill != spec.decode and keeps_states(config):
+    if spec.prefill == spec.decode:
+        return
+    kind, remedy = config.get("model_type"), "Let both halves give up the same: one checkpoint then serves both."
+    if keeps_states(config):
         raise ModelUnsupported(
-            f"Some layers of this {config.get('model_type')} model keep a state that is not keys and values, which "
-            "prefill does not hand over to decode. Let both halves give up the same: one checkpoint then serves both.",
+            f"Some layers of this {kind} model keep a state that is not keys and values, which prefill does not hand "
+            f"over to decode. {remedy}",
             param="decode",
+        )
+    if kind in OWN_DISTANCES:
+        raise ModelUnsupported(
+            f"The attention of this {kind} model has a bias by distance, which decode would work out for its own "
+            f"tokens alone. {remedy}",
+            param="decode",
+        )
+
+
+def _check_last(spec: JobSpec, kind: Any, blocks: int) -> None:
+    if kind in LAST_STAYS and blocks - 1 not in spec.search.protect:
+        raise ModelUnsupported(
+            f"The last block of every {kind} model is unlike the others, whatever its config.json says, so it has to "
+            f"stay: keep it with search.protect: {sorted({*spec.search.protect, blocks - 1})}.",
+            param="search.protect",
         )
 
 
@@ -223,7 +246,10 @@ def _alien(config: Mapping[str, Any]) -> str | None:
     kind, names = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str):
         return ""
-    if any(isinstance(config.get(key), dict) for key in COMPOSITE_KEYS):
+    parts = [part for key in COMPOSITE_KEYS if isinstance(part := config.get(key), dict)]
+    if (reason := next(filter(None, map(unprunable, (config, *parts))), None)) is not None:
+        return f", {reason}"
+    if parts:
         return (
             f", a multimodal model; the service prunes the text decoder of {', '.join(sorted(VISION_LANGUAGE))}, and "
             "of others the language model alone, given as a model of its own"

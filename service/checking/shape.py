@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from pdtrim.contract.architectures import EXPERT_KEYS, architecture
+from pdtrim.contract.kv_cache import kv_numbers
 from service.checking.preflight import num_blocks
 from service.sources import ModelDescription
 from service.sources.safetensors_header import DTYPE_BITS, TensorInfo
@@ -43,7 +44,9 @@ class ModelShape:
     attention_width: int
     """Of all heads of queries."""
     kv_width: int
-    """Keys and values of one token in one block."""
+    """Keys and values of one token in one block; the mean, where blocks differ."""
+    kv_numbers: int | None
+    """Keys and values of one token in all blocks; None where the configuration does not tell."""
     at_work: int
     """Numbers of a block that a token is multiplied with: of experts, those that it is sent to."""
     mlp_at_work: int
@@ -82,6 +85,7 @@ def shape_of(model: ModelDescription) -> ModelShape | None:
     kv_heads = _size(config, "num_key_value_heads") or heads
     wide = _size(config, "intermediate_size", "n_inner") or 4 * hidden
     gated = architecture(config["model_type"]).gated_mlp and not any(config.get(key) for key in EXPERT_KEYS)
+    kept = kv_numbers(config)
     parts = (
         _by_configuration(model, blocks, item_bytes, hidden, vocabulary, heads * head, kv_heads * head, wide)
         if model.tensors is None
@@ -98,7 +102,8 @@ def shape_of(model: ModelDescription) -> ModelShape | None:
         hidden=hidden,
         vocabulary=vocabulary,
         attention_width=heads * head,
-        kv_width=2 * kv_heads * head,
+        kv_width=2 * kv_heads * head if kept is None else max(1, sum(kept) // blocks),
+        kv_numbers=None if kept is None else sum(kept),
         at_work=parts.at_work // blocks,
         mlp_at_work=parts.mlp_at_work // blocks,
         keys_and_values=2 * hidden * kv_heads * head,

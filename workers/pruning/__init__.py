@@ -13,6 +13,7 @@ model/      the model as the method sees it
   units             what can be given up, one at a time: what a search chooses among
   sharing           weights that two models hold once
   calibration       text to fixed token windows
+  cache             what a model's cache holds of a request
   pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
   costs             operations, bytes of cache and of weights, and what each unit saves of them
   measure           perplexity, likeness to the dense model, size, speed

@@ -34,10 +34,11 @@ from pdtrim.contract.results import (
 )
 from service.stopping import interruptible
 from workers.inputs.models import device, load_model, load_tokenizer
+from workers.pruning.model.cache import cache_bytes
 from workers.pruning.model.calibration import said_again
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.measure import Speed, parameters, perplexity, quality, speeds
-from workers.pruning.model.pair import cache_bytes, first_token_losses, handed_tokens, pd_loss
+from workers.pruning.model.pair import first_token_losses, handed_tokens, pd_loss
 from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.width import Channels

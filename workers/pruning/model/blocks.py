@@ -23,7 +23,7 @@ from workers.pruning.model.configuration import pruned_values
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 """What blocks call the KV cache among their arguments."""
-LAYER_NUMBERS = ("layer_idx", "layer_id")
+LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_number")
 """What modules of a block call the number of its layer."""
 PROOF_TOKENS = 12
 PROOF_TOLERANCE = 1e-4
@@ -201,6 +201,9 @@ def run_block(block: nn.Module, h: Tensor, kwargs: Mapping[str, Any], cache: Any
     """One block, or another with its signature, on h_i (batch, time, hidden)."""
     if (alibi := kwargs.get("alibi")) is not None:  # Bloom has batch and heads in one dimension.
         kwargs = {**kwargs, "alibi": alibi.repeat(h.shape[0], *(1 for _ in alibi.shape[1:]))}
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 4 and len(mask) == 1 < len(h):  # XGLM counts its sequences.
+        kwargs = {**kwargs, "attention_mask": mask.expand(len(h), -1, -1, -1)}
     out = block(h, **{cache_name(block): cache}, **kwargs)
     after: Tensor = out[0] if isinstance(out, tuple | list) else out
     return after

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from workers.pruning.model.blocks import BlockStack, capture_calls, run_block
+from workers.pruning.model.cache import held_tensors
 from workers.pruning.model.parts import block_part, run_without
 from workers.pruning.model.units import Kind, Unit
 
@@ -88,12 +89,11 @@ def _weight_bytes(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str
     }
 
 
-def _run(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """h_{i+1} (1, tokens, hidden), and the keys and values that the block leaves."""
+def _run(stack: BlockStack, number: int, h: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """h_{i+1} (1, tokens, hidden), and what the cache holds of the block then: keys and values."""
     cache = DynamicCache(config=stack.model.config)
     after = run_block(stack.blocks[number], h, kwargs, cache)
-    held: Any = cache.layers[number]
-    return after, (held.keys, held.values)
+    return after, held_tensors(cache.layers[number])
 
 
 def counting() -> FlopCounterMode:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, head
+from workers.pruning.model.cache import filled_cache, held_tensors
 
 FirstToken = Literal["decode", "prefill"]
 """The half that predicts the token after the prompt, as the pair is served."""
@@ -69,16 +70,6 @@ def handover(cache: Cache, layer_map: Sequence[int], decode_config: PretrainedCo
     return received
 
 
-@torch.no_grad()
-def cache_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that the cache of one request holds after `tokens` tokens, served in `dtype`: read off such a cache.
-
-    Layers with a window hold no more than it, those of linear attention a state that does not grow.
-    """
-    numbers = sum(tensor.numel() for layer in _filled(model, tokens).layers for tensor in held_tensors(layer))
-    return numbers * dtype.itemsize
-
-
 @dataclass(frozen=True)
 class KvShape:
     """What a layer's keys and values are for one token."""
@@ -93,7 +84,7 @@ class KvShape:
 def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
     """Each layer's, read off a cache. Raises: UnsupportedArchitecture for a layer that holds anything else."""
     shapes = []
-    for number, layer in enumerate(_filled(model, 1).layers):
+    for number, layer in enumerate(filled_cache(model, 1).layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or len(held_tensors(layer)) != 2:
             raise UnsupportedArchitecture(
@@ -102,23 +93,6 @@ def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
             )
         shapes.append(KvShape(keys.shape[1], keys.shape[3], values.shape[3]))
     return tuple(shapes)
-
-
-def held_tensors(layer: Any) -> list[Tensor]:
-    """All that a cache keeps of a layer: keys and values, or states."""
-    found: list[Tensor] = []
-    for value in vars(layer).values():
-        parts = value.values() if isinstance(value, dict) else [value]
-        found += [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
-    return found
-
-
-def _filled(model: PreTrainedModel, tokens: int) -> DynamicCache:
-    stack, cache = block_stack(model), DynamicCache(config=model.config)
-    stack.body(
-        input_ids=torch.zeros((1, tokens), dtype=torch.long, device=stack.device), past_key_values=cache, use_cache=True
-    )
-    return cache
 
 
 def pair_hidden(

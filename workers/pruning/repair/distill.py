@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from workers.pruning.model.blocks import BlockStack, block_stack
-from workers.pruning.model.pair import FirstToken, handed_tokens, held_tensors, pair_hidden
+from workers.pruning.model.cache import held_tensors
+from workers.pruning.model.pair import FirstToken, handed_tokens, pair_hidden
 from workers.pruning.repair.answers import answers_loss, unmarked
 from workers.pruning.repair.losses import LossWeights, Outputs, entering, outputs, with_head
 from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings, train

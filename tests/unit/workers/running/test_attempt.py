@@ -37,6 +37,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from benchmarks.tiny_whole_models import decoder_blocks, logits, passing, question, reloaded_whole, whole_model
 from pdtrim.contract.jobs import JobStatus, StageName, StageStatus
 from pdtrim.contract.results import EvaluatedSet, HalfPlan, Result, SearchRecord
 from pdtrim.contract.spec import JobSpec
@@ -51,7 +52,6 @@ from tests.running import run_stage
 from tests.stored_jobs import store_job
 from tests.tiny_job import REFERENCE, tiny_spec, write_tiny_model
 from tests.unit.workers.pruning.models import framed_tokenizer, loaded_whole
-from tests.whole_models import decoder_blocks, logits, passing, question, reloaded_whole, whole_model
 from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.width import channel_scores, kept_channels
 from workers.pruning.search.perplexity_bound import PerplexityBound

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.unit.workers.pruning.models import TOLERANCE, loaded_whole
-from tests.whole_models import (
+from benchmarks.tiny_whole_models import (
     BLOCKS,
     FAMILIES,
     decoder_blocks,
@@ -20,6 +19,7 @@ from tests.whole_models import (
     reloaded_whole,
     whole_model,
 )
+from tests.unit.workers.pruning.models import TOLERANCE, loaded_whole
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.model.composite import Composite
 

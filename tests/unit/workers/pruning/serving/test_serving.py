@@ -27,8 +27,9 @@ from tests.unit.workers.pruning.models import (
     tiny_model,
 )
 from workers.pruning.model.blocks import drop_blocks
+from workers.pruning.model.cache import cache_bytes
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
-from workers.pruning.model.pair import FirstToken, cache_bytes
+from workers.pruning.model.pair import FirstToken
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.serving.handover import (
     EVERY_TOKEN,
