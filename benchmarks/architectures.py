@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import Empty
 from typing import Any, Literal
 
 import torch
@@ -76,6 +76,7 @@ TOLERANCE = 1e-5
 LOSS_TOLERANCE = 1e-3
 MOST_PARAMETERS = 20_000_000
 SECONDS = 300
+"""Of the processor, for one type."""
 MEMORY_BYTES = 4 << 30
 OURS = (UnsupportedArchitecture, ImpossibleModel, BrokenCheckpoint, PDTrimError)
 
@@ -500,28 +501,29 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def _child(model_type: str, answers: Any) -> None:
+def _child(model_type: str, ours: Connection) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with torch.no_grad(), tempfile.TemporaryDirectory() as workdir:
-        answers.put(examine(model_type, Path(workdir)))
+        ours.send(examine(model_type, Path(workdir)))
 
 
 def sweep(types: Sequence[str]) -> Iterator[Finding]:
     """Each type in a process of its own, which may take so long and so much memory."""
     context = multiprocessing.get_context("fork")
     for model_type in types:
-        answers = context.Queue()
-        process = context.Process(target=_child, args=(model_type, answers))
+        answer, ours = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(model_type, ours))
         process.start()
+        ours.close()
         try:
-            yield answers.get(timeout=SECONDS)
-        except Empty:
-            yield Finding(model_type, "late failure", f"no answer within {SECONDS} s")
-        process.kill()
+            yield answer.recv()
+        except EOFError:
+            yield Finding(model_type, "late failure", f"no answer within {SECONDS} s and {MEMORY_BYTES >> 30} GiB")
         process.join()
 
 

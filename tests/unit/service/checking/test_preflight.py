@@ -70,8 +70,8 @@ def test_a_decoder_only_model_that_was_never_tried_is_left_to_the_worker() -> No
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, "'llama', as .*which is no language model"),
         ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, "'bert', an encoder"),
         (
-            {"model_type": "gemma3n", "text_config": {}},
-            "'gemma3n', a multimodal model; the service prunes the text decoder of gemma3, internvl",
+            {"model_type": "fuyu", "text_config": {}},
+            "'fuyu', a multimodal model; the service prunes the text decoder of gemma3, internvl",
         ),
         ({"model_type": "own", "auto_map": {"AutoModel": "x.py"}}, "'own', which needs code of its own"),
         ({"model_type": "own"}, "'own', which transformers does not know"),
@@ -97,6 +97,45 @@ def test_layers_that_keep_a_state_are_for_one_checkpoint_alone(kind: dict[str, A
     with pytest.raises(ModelUnsupported, match="Let both halves give up the same") as refused:
         preflight.check_config(spec(1, 2), CONFIG | kind)
     assert refused.value.param == "decode"
+
+
+def test_a_bias_by_distance_that_no_cache_tells_is_for_one_checkpoint_alone() -> None:
+    preflight.check_config(spec(2, 2), CONFIG | {"model_type": "bloom"})
+    with pytest.raises(ModelUnsupported, match=r"a bias by distance.*Let both halves give up the same") as refused:
+        preflight.check_config(spec(1, 2), CONFIG | {"model_type": "bloom"})
+    assert refused.value.param == "decode"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gemma3n_text"}, r"'gemma3n_text', whose blocks pass on several hidden states .* \(AltUp\)"),
+        ({"model_type": "gemma3n", "text_config": {}}, "and whose last blocks read the keys and values of others"),
+        ({"model_type": "gemma4_text"}, "of whose blocks has a part of one table of embeddings"),
+        ({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}}, "`hidden_size_per_layer_input`"),
+        (
+            {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2},
+            r"whose last blocks \(`num_kv_shared_layers`\) read the keys and values of others",
+        ),
+        ({"model_type": "glm_moe_dsa", "indexer_types": ["full", "shared"] * 3}, "pass on which tokens to attend to"),
+        ({"model_type": "glm_moe_dsa", "index_topk_pattern": "FSFSFS"}, "pass on which tokens to attend to"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scaled by their numbers"),
+        ({"model_type": "jamba"}, "of one kind or another by their numbers, which change when one of them goes"),
+        ({"model_type": "mamba2"}, "'mamba2', whose blocks keep no keys and values; this service prunes"),
+    ],
+)
+def test_what_no_block_can_be_left_out_of_is_refused_with_its_reason(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelUnsupported, match=reason) as refused:
+        preflight.check_config(spec(2, 2), CONFIG | change)
+    assert refused.value.param == "model.source"
+
+
+def test_a_last_block_unlike_all_others_has_to_stay() -> None:
+    config = CONFIG | {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
+    preflight.check_config(spec(1, 2, search={"protect": [0, 5]}), config)
+    with pytest.raises(ModelUnsupported, match=r"keep it with search.protect: \[0, 5\]") as refused:
+        preflight.check_config(spec(1, 2, search={"protect": [0]}), config)
+    assert refused.value.param == "search.protect"
 
 
 def test_a_hybrid_with_attention_alone_may_be_a_pair() -> None:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pdtrim.contract.architectures import ARCHITECTURES, ENCODERS, KNOWN, STATEFUL
+from pdtrim.contract.architectures import ARCHITECTURES, ENCODERS, KNOWN, LAST_STAYS, STATEFUL, UNPRUNABLE
 from tests.unit.workers.pruning.models import EXPERTS, FAMILIES, OTHERS, TOLERANCE, continued, random_ids, tiny_model
 from workers.pruning.model.blocks import (
     UnsupportedArchitecture,
@@ -121,4 +121,4 @@ def test_every_architecture_of_the_table_is_tested() -> None:
 
 def test_the_types_that_the_gateway_knows_are_those_of_transformers() -> None:
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == KNOWN
-    assert ENCODERS | STATEFUL <= KNOWN
+    assert ENCODERS | STATEFUL | LAST_STAYS | UNPRUNABLE.keys() <= KNOWN

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.tiny_whole_models import (
     BLOCKS,
@@ -22,6 +25,8 @@ from benchmarks.tiny_whole_models import (
 from tests.unit.workers.pruning.models import TOLERANCE, loaded_whole
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.model.composite import Composite
+from workers.pruning.model.pair import handover
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,3 +149,36 @@ def _renamed(name: str, named: dict[str, str]) -> str:
         if name.startswith(before):
             return after + name.removeprefix(before)
     return name
+
+
+@pytest.mark.parametrize("family", ["gemma3", "smolvlm"])
+def test_a_decode_half_goes_on_from_the_image_that_a_prefill_half_read(family: str, tmp_path: Path) -> None:
+    whole = whole_model(family)
+    whole.save_pretrained(tmp_path / "whole")
+    composite = Composite.of(tmp_path / "whole")
+    assert composite is not None
+    composite.write_text(tmp_path / "text")
+    plans = {"prefill": BlockPlan(BLOCKS, frozenset({1})), "decode": BlockPlan(BLOCKS, frozenset({1, 3}))}
+    halves: dict[str, PreTrainedModel] = {}
+    for half, plan in plans.items():
+        pruned, target = tmp_path / f"{half}-text", tmp_path / half
+        write_checkpoint(
+            tmp_path / "text", pruned, kept=plan.kept, overrides=SourceTensors({}), pdtrim={}, model_card=""
+        )
+        composite.write_whole(pruned, target, plan.kept)
+        halves[half] = reloaded_whole(target)
+
+    def answered(prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: Sequence[int], gone: bool) -> Tensor:
+        cache, blocks = DynamicCache(config=prefill.config), decoder_blocks(whole)
+        with passing(blocks, sorted(plans["prefill"].removed) if gone else []):
+            prefill(**question(family), past_key_values=cache, use_cache=True)
+        received = handover(cache, layer_map, decode.config.get_text_config())
+        with passing(blocks, sorted(plans["decode"].removed) if gone else []):
+            return decode(input_ids=torch.tensor([[5, 6]]), past_key_values=received, use_cache=True).logits
+
+    with torch.no_grad():
+        truth = answered(whole, whole, range(BLOCKS), gone=True)
+        found = answered(halves["prefill"], halves["decode"], kv_layer_map(*plans.values()), gone=False)
+        wrong = answered(halves["prefill"], halves["decode"], [0, 1, 2], gone=False)
+    assert torch.allclose(found, truth, atol=TOLERANCE)
+    assert not torch.allclose(wrong, truth, atol=100 * TOLERANCE)

@@ -30,7 +30,6 @@ from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.checkpoint import SourceTensors, write_checkpoint
 from workers.pruning.model.pair import (
     FirstToken,
-    cache_bytes,
     first_token_losses,
     handover,
     pair_logits,
@@ -128,15 +127,6 @@ def test_gradients_reach_the_half_that_learns_through_the_cache_where_that_is_pr
         assert (model.model.layers[0].self_attn.k_proj.weight.grad is not None) == (half == learns)
     # Behind its last keys and values nothing of prefill is read.
     assert halves["prefill"].model.layers[-1].mlp.up_proj.weight.grad is None
-
-
-@pytest.mark.parametrize("family", ["qwen3", "mistral-sliding", "gemma3"])
-def test_cache_bytes_are_those_of_the_tensors(family: str) -> None:
-    model, ids = tiny_model(family), random_ids(1, 13)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes(model, 13, torch.float32) == held
-    assert cache_bytes(model, 13, torch.bfloat16) == held // 2
 
 
 # What follows in the script is all that a serving stack needs: transformers and pdtrim.json.
