@@ -84,8 +84,10 @@ def _heads(config: Mapping[str, Any], kind: str) -> int | None:
     if few is not None and kind == "full_attention" and config.get("attention_k_eq_v", True):
         return few
     inner = config.get("attn_config")
-    few = _size(config, *KV_HEAD_KEYS) or (_size(inner, "kv_n_heads") if isinstance(inner, Mapping) else None)
-    heads = few or every
+    few = {key: config.get(key) for key in KV_HEAD_KEYS} | {
+        "": inner.get("kv_n_heads") if isinstance(inner, Mapping) else None
+    }
+    heads = _size(few, *few) if any(value is not None for value in few.values()) else every
     doubled = "sliding" in kind and config.get("model_type") in TWICE_IN_WINDOWS
     return 2 * heads if heads and doubled else heads
 
