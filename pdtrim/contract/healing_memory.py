@@ -14,6 +14,9 @@ cache decode reads.
 Products are in bfloat16 where the dense model is: on accelerators, and on CPUs as a job decides. Frozen weights in the
 dense model's precision are the dense model's own, and cost nothing. Adapters are float32 in any case.
 
+Where targets were computed ahead, no dense model is beside, F are the frozen weights that the pruned model has, and
+only a half beside the other shares them.
+
 Meanwhile a part of a batch goes through, of n tokens. Let a number take i bytes (2 where products are in bfloat16,
 else 4), and let there be B blocks of hidden size h, which leave w numbers a token for their gradients (what their
 matrices take and give) and 20 h bytes for those of their norms, and v words:
@@ -70,6 +73,13 @@ class HealingSize:
     """Of the dense model: 2 in bfloat16, in which products are then computed, 4 in float32."""
     on_host: bool
     """Whether what is kept on the host takes of the same memory."""
+    shares: bool = True
+    """Whether frozen weights in the dense model's precision lie in what is beside."""
+
+    @property
+    def whole_bytes(self) -> int:
+        """What the half is when it is healed, in the dense model's precision, with nobody to share it with."""
+        return self.healed_bytes + self.number_bytes * self.frozen
 
     @property
     def healed_bytes(self) -> int:
@@ -98,6 +108,18 @@ def healing_way(size: HealingSize, asked: HealingWay, free_bytes: int) -> Healin
     return next((way for way in ways if needed_bytes(size, way) <= USABLE * free_bytes), least)
 
 
+def keeps_targets(beside: HealingSize, ahead: HealingSize, asked: HealingWay, free_bytes: int) -> bool:
+    """Whether to compute targets ahead: `ahead` is the size without the dense model, `beside` the one with it.
+
+    Only where that one does not fit, or not without less precision.
+    """
+    one, other = (healing_way(size, asked, free_bytes) for size in (beside, ahead))
+    needs, needs_ahead = needed_bytes(beside, one), needed_bytes(ahead, other)
+    if one.precision != other.precision and needs_ahead <= USABLE * free_bytes:
+        return True
+    return needs > USABLE * free_bytes and needs_ahead < needs
+
+
 def _ways(asked: HealingWay, windows: int) -> Iterator[HealingWay]:
     precisions: list[Precision] = ["float32", "bfloat16"] if asked.precision == "float32" else ["bfloat16"]
     for precision in precisions:
@@ -116,7 +138,7 @@ def needed_bytes(size: HealingSize, way: HealingWay) -> int:
     multiplied = 2 if halved else 0
     by_weight = 4 + multiplied if exact else 2
     by_trained = 4 + multiplied if exact or size.adapters else 2
-    shared = exact != halved
+    shared = size.shares and exact != halved
     moments = 8.0 if exact or size.adapters else 2 * (1 + 4 / 256)
     learning = moments + (4 if exact or size.adapters else 2)
     kept = 3 * by_trained + moments if size.on_host else 0

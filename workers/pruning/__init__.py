@@ -41,6 +41,7 @@ repair/     making up for what went
   answers           the same on answers alone, of windows that say which tokens are theirs
   answering         the dense model's own answers to prompts, to heal on
   optimiser         AdamW, of float32 or of bfloat16 weights with moments of 8 bits
+  targets           what the dense model says of the windows, computed ahead and kept on disk
   training          the loop: warm-up, cosine, early stop, exact resuming
   distill           healing of prefill, then of decode on prefill's cache
   lora              low-rank adapters in place of all weights

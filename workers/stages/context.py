@@ -182,18 +182,26 @@ class StageContext:
         """Keep tensors as `save_state` keeps bytes; as a file, since in memory they would be there twice."""
         path = self.workdir / name
         self.write_tensors(path, tensors)
-        self.store.put_file(f"{self.state_prefix}/{name}", path)
+        self.keep_file(name, path)
         path.unlink()
+
+    def keep_file(self, name: str, path: Path) -> None:
+        """Keep a file as `save_state` keeps bytes."""
+        self.store.put_file(f"{self.state_prefix}/{name}", path)
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
         """What `save_tensors` kept, as `load_state` finds it. Raises: StoreUnavailable."""
         path = self.workdir / f"kept-{name}"
+        # The tensors lie in the file, which goes with the folder.
+        return load_file(path) if self.fetch_kept(name, path) else None
+
+    def fetch_kept(self, name: str, path: Path) -> bool:
+        """Copy to `path` what `keep_file` kept, as `load_state` finds it; whether there is any. Raises: as that."""
         for prefix in self._states:
             with suppress(ObjectNotFound):
                 self.store.download(f"{prefix}/{name}", path)
-                # The tensors lie in the file, which goes with the folder.
-                return load_file(path)
-        return None
+                return True
+        return False
 
     def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file of any size. Raises: as `say`."""

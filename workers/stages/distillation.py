@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pdtrim.contract.healing_memory import HealingSize, healing_way
+from pdtrim.contract.healing_memory import HealingSize, healing_way, keeps_targets
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Half, Healing
 from pdtrim.contract.results.distillation import Kept, OwnAnswers
@@ -27,6 +28,7 @@ from workers.pruning.model.width import Channels, change_width
 from workers.pruning.repair.answers import marked
 from workers.pruning.repair.distill import (
     Loss,
+    Teacher,
     continuation_loss,
     kv_tensor_names,
     load_tensors,
@@ -38,13 +40,15 @@ from workers.pruning.repair.distill import (
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.losses import LossWeights
 from workers.pruning.repair.recompute import recomputed_blocks
+from workers.pruning.repair.targets import token_bytes
 from workers.stages.answering import answered_windows
 from workers.stages.context import StageContext
-from workers.stages.healing_size import healing_size, recorded
+from workers.stages.healing_size import HealingSizes, healing_sizes, recorded
 from workers.stages.precision import DTYPES, read_precision
 from workers.stages.removal import Plans, read_plans
 from workers.stages.saving import Saver, Tensors, saving
 from workers.stages.scoring import WINDOWS
+from workers.stages.targets import Blocks, compared_blocks, decided, fit_on_disk, kept_targets
 from workers.stages.training import HELD_OUT_WINDOWS, asked_way, journal, kept_state, kept_way, steps
 from workers.stages.training import settings as training_settings
 from workers.stages.width import HalfChannels, narrowed, read_channels
@@ -63,6 +67,10 @@ class TrainingWindows:
     def prompt_tokens(self) -> int:
         return self.training.shape[1] // 2
 
+    @property
+    def all(self) -> Tensor:
+        return torch.cat([self.training, self.held_out])
+
 
 @dataclass(frozen=True)
 class Work:
@@ -71,10 +79,15 @@ class Work:
     context: StageContext
     plans: Plans
     channels: HalfChannels
-    teacher: PreTrainedModel
     data: TrainingWindows
+    dtype: torch.dtype
+    """Of the dense model."""
     free_bytes: int
     """On the device, before anything was there."""
+    sizes: Mapping[Half, HealingSize]
+    teacher: Teacher
+    target_bytes: int
+    """Of the targets that stand for the dense model; 0 where it is at hand."""
     saver: Saver
 
 
@@ -91,7 +104,7 @@ class HealedHalf:
     """A half's weights as its checkpoint will hold them, in the dense model's precision, which they partly share."""
 
     weights: PreTrainedModel
-    size: HealingSize
+    """Blocks that it gives up are empty."""
     trained: Tensors = field(default_factory=dict)
     """What differs from the dense model, in the stored dtype, on the host."""
     found: Healing | None = None
@@ -109,10 +122,20 @@ def run(context: StageContext) -> DistillationResult:
     gc.collect()  # of what the stage before left on the device
     free_bytes = free_memory_bytes(device())
     plans, channels = read_plans(context), read_channels(context)
-    teacher = load_model(context.model_dir, context.check, dtype=read_precision(context))
-    data, answers = _training_windows(context, windows, teacher)
-    with saving(context) as saver:
-        work = Work(context, plans, channels, teacher, data, free_bytes, saver)
+    dtype = read_precision(context)
+    data, answers = _training_windows(context, windows, dtype)
+    sizes = _sizes(context, plans, channels, data, number_bytes=dtype.itemsize)
+    with saving(context) as saver, ExitStack() as opened:
+        compared = decided(context, lambda: _kept_of(context, plans, channels, sizes, data, free_bytes))
+        teacher: Teacher
+        if compared is None:
+            teacher, size = load_model(context.model_dir, context.check, dtype=dtype), 0
+        else:
+            hidden = sizes["prefill"].ahead.hidden
+            teacher = opened.enter_context(kept_targets(context, data.all, compared, hidden, dtype, saver))
+            size = token_bytes(compared, hidden) * data.all.numel()
+        taken = {half: both.beside if compared is None else both.ahead for half, both in sizes.items()}
+        work = Work(context, plans, channels, data, dtype, free_bytes, taken, teacher, size, saver)
         prefill = _heal_prefill(work)
         context.write_tensors(context.out / PREFILL, prefill.trained)
         decode = prefill if plans.unified else _heal_decode(work, prefill)
@@ -121,7 +144,7 @@ def run(context: StageContext) -> DistillationResult:
 
 
 def _training_windows(
-    context: StageContext, windows: Tensors, teacher: PreTrainedModel
+    context: StageContext, windows: Tensors, dtype: torch.dtype
 ) -> tuple[TrainingWindows, OwnAnswers | None]:
     """Those of the data, or of the dense model's answers to its prompts, of which the first are held out."""
     if context.spec.distillation.data == "given":
@@ -129,7 +152,7 @@ def _training_windows(
         return TrainingWindows(_of_use(windows, "train"), held_out), None
     spec, tokens = context.spec.distillation, windows["train"].shape[1]
     count = HELD_OUT_WINDOWS + max(spec.batch_windows, spec.heal_tokens // tokens)
-    made, found = answered_windows(context, teacher, count)
+    made, found = answered_windows(context, load_model(context.model_dir, context.check, dtype=dtype), count)
     made = made.to(device())
     return TrainingWindows(made[HELD_OUT_WINDOWS:], made[:HELD_OUT_WINDOWS]), found
 
@@ -156,6 +179,51 @@ def _only_in_decode(plans: Plans) -> dict[int, int]:
 
 def _losses(context: StageContext) -> LossWeights:
     return LossWeights(**context.spec.distillation.losses.model_dump())
+
+
+def _sizes(
+    context: StageContext, plans: Plans, channels: HalfChannels, data: TrainingWindows, *, number_bytes: int
+) -> dict[Half, HealingSizes]:
+    """Of each half that there is."""
+
+    def size(plan: BlockPlan, kept: Channels | None, beside: HealingSizes | None) -> HealingSizes:
+        return healing_sizes(
+            context, plan, kept, _trained_blocks(context, plan), data.training, number_bytes=number_bytes, beside=beside
+        )
+
+    prefill = size(plans.prefill, channels.prefill, None)
+    if plans.unified:
+        return {"prefill": prefill}
+    return {"prefill": prefill, "decode": size(plans.decode, channels.decode, prefill)}
+
+
+def _kept_of(
+    context: StageContext,
+    plans: Plans,
+    channels: HalfChannels,
+    sizes: Mapping[Half, HealingSizes],
+    data: TrainingWindows,
+    free_bytes: int,
+) -> Blocks | None:
+    """The blocks whose states to keep of the dense model, where that does not fit beside both halves; None to have it.
+
+    Where prefill is healed for what decode reads as it was, there is no healing without the dense model's blocks.
+    """
+    spec = context.spec.distillation
+    if plans.prefill_is_read_alone:
+        return None
+    halves = {"prefill": (plans.prefill, channels.prefill), "decode": (plans.decode, channels.decode)}
+    healed = [size for half, size in sizes.items() if _gives_up(*halves[half])]
+    if not any(keeps_targets(size.beside, size.ahead, asked_way(spec), free_bytes) for size in healed):
+        return None
+    hidden = sizes["prefill"].ahead.hidden
+    blocks = compared_blocks(plans, spec)
+    return blocks if fit_on_disk(context, token_bytes(blocks, hidden) * data.all.numel()) else None
+
+
+def _gives_up(plan: BlockPlan, channels: Channels | None) -> bool:
+    """Whether a half is not the dense model."""
+    return bool(plan.removed or plan.parts) or channels is not None
 
 
 def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
@@ -199,7 +267,7 @@ def _heal_prefill(work: Work) -> HealedHalf:
         plans.prefill,
         work.channels.prefill,
         progress_range=(0.0, 0.5),
-        beside=0,
+        beside=None,
         inherited=lambda dense: {},
         frozen=lambda stack: set(),
         learning=learning,
@@ -212,6 +280,7 @@ def _read_by_decode(work: Work, student: PreTrainedModel) -> Learning:
     Where prefill says the first token, its own predictions count as well.
     """
     plans, losses, first_token = work.plans, _losses(work.context), work.context.spec.serving.first_token
+    assert isinstance(work.teacher, PreTrainedModel)  # as `_kept_of` has it
     decode = pruned(narrowed(work.teacher, work.channels.decode), plans.decode)
     read = continuation_loss(
         student,
@@ -260,7 +329,7 @@ def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
         plans.decode,
         channels.decode,
         progress_range=(0.5, 1.0),
-        beside=prefill.size.healed_bytes,
+        beside=prefill,
         inherited=lambda dense: change_width(kept, channels.prefill, channels.decode, dict(dense.named_parameters())),
         frozen=lambda stack: {name for absorber in only_decode for name in kv_tensor_names(stack, absorber)},
         learning=learning,
@@ -274,7 +343,7 @@ def _heal(
     channels: Channels | None,
     *,
     progress_range: tuple[float, float],
-    beside: int,
+    beside: HealedHalf | None,
     inherited: Callable[[PreTrainedModel], Tensors],
     frozen: Callable[[BlockStack], set[str]],
     learning: Callable[[PreTrainedModel], Learning],
@@ -286,15 +355,13 @@ def _heal(
     """
     context, data, spec = work.context, work.data, work.context.spec.distillation
     blocks = _trained_blocks(context, plan)
-    gave_up = bool(plan.removed or plan.parts) or channels is not None
-    size = healing_size(
-        context, plan, channels, blocks, data.training, number_bytes=work.teacher.dtype.itemsize, beside=beside
-    )
+    gave_up = _gives_up(plan, channels)
+    size = work.sizes[half]
     resume = kept_state(context, half)
     way = kept_way(resume, spec) if resume else healing_way(size, asked_way(spec), work.free_bytes)
 
     # The student: its own are what is trained and what it inherits.
-    dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if gave_up else work.teacher.dtype)
+    dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if gave_up else work.dtype)
     start = inherited(dense)
     weights = narrowed(dense, channels)
     del dense
@@ -303,16 +370,19 @@ def _heal(
     if gave_up:
         still = frozen(stack) | idle_tensors(stack, plan.parts)
         healed = _healed_weights(context, weights, blocks, still)
-    share(weights, work.teacher, own={*healed, *start})
+    _share(weights, work.teacher, beside, own={*healed, *start})
     load_tensors(weights, start)
+    for block in plan.removed:
+        stack.blocks[block].to_empty(device="meta")  # which nobody runs
     if not healed:
-        return HealedHalf(weights.requires_grad_(False), size, start)
+        return HealedHalf(weights.requires_grad_(False), start)
     student = pruned(weights, plan)
 
     settings = training_settings(context, way, data.training.shape[1])
     learned = learning(student)
     named = dict(weights.named_parameters())
     given = {name: named[name].detach().to("cpu", copy=True) for name in healed}
+    context.say(progress_range[0], f"Measuring the {half} model before it is healed.", half=half)
     before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
     diary = journal(context, half, progress_range, way, resume, work.saver)
     recomputed = recomputed_blocks(*learned.models) if way.recomputed else nullcontext()
@@ -328,11 +398,20 @@ def _heal(
         load_tensors(weights, given)
         trained = {}
 
-    if DTYPES[way.precision].itemsize > work.teacher.dtype.itemsize:
-        nn.Module.to(weights, work.teacher.dtype)
-        share(weights, work.teacher, own={*healed, *start})
-    found = Healing(before=before, after=after, steps=taken, kept=kept, how=recorded(size, way))
-    return HealedHalf(weights, size, start | trained, found)
+    if DTYPES[way.precision].itemsize > work.dtype.itemsize:
+        nn.Module.to(weights, work.dtype)
+        _share(weights, work.teacher, beside, own={*healed, *start})
+    how = recorded(size, way, target_bytes=work.target_bytes)
+    found = Healing(before=before, after=after, steps=taken, kept=kept, how=how)
+    return HealedHalf(weights, start | trained, found)
+
+
+def _share(weights: PreTrainedModel, teacher: Teacher, beside: HealedHalf | None, *, own: Collection[str]) -> None:
+    """Hold what is not a half's own once: with the dense model, or else with the half beside it."""
+    if isinstance(teacher, PreTrainedModel):
+        share(weights, teacher, own=own)
+    elif beside is not None:
+        share(weights, beside.weights, own={*own, *beside.trained})
 
 
 def _verdict(before: float, after: float) -> Kept:

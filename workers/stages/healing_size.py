@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,15 @@ from workers.stages.context import StageContext
 from workers.stages.width import narrowed
 
 
-def healing_size(
+@dataclass(frozen=True)
+class HealingSizes:
+    """Of a half, beside the dense model, and without it."""
+
+    beside: HealingSize
+    ahead: HealingSize
+
+
+def healing_sizes(
     context: StageContext,
     plan: BlockPlan,
     channels: Channels | None,
@@ -29,11 +38,12 @@ def healing_size(
     windows: Tensor,
     *,
     number_bytes: int,
-    beside: int,
-) -> HealingSize:
+    beside: HealingSizes | None,
+) -> HealingSizes:
     """Of the half that gives up `plan` and all but `channels`, trained in `blocks` on `windows` (windows, tokens).
 
-    `number_bytes` is what a number of the dense model takes, `beside` what another half holds. No weights are read.
+    `number_bytes` is what a number of the dense model takes; `beside` are the sizes of the half whose cache is read.
+    No weights are read.
     """
     spec = context.spec.distillation
     dense = empty_model(context.model_dir, context.check)
@@ -53,12 +63,13 @@ def healing_size(
     output: Any = weights.get_output_embeddings()
     experts = getattr(weights.config, "num_experts_per_tok", None)
     every = parameters(weights)
-    return HealingSize(
-        beside=beside + parameters(dense) * number_bytes,
+    gone = sum(weight.numel() for block in plan.removed for weight in stack.blocks[block].parameters())
+    size = HealingSize(
+        beside=(0 if beside is None else beside.beside.healed_bytes) + parameters(dense) * number_bytes,
         trained=sum(sizes),
         adapters=adapters,
         own=own,
-        frozen=max(0, every - own - (0 if adapters else sum(sizes))),
+        frozen=max(0, every - gone - own - (0 if adapters else sum(sizes))),
         blocks=len(plan.kept),
         block_width=max(block_width(block, experts) for block in stack.blocks),
         hidden=embedding.weight.shape[1],
@@ -68,10 +79,12 @@ def healing_size(
         number_bytes=number_bytes,
         on_host=device().type == "cpu",
     )
+    whole = 0 if beside is None else beside.ahead.whole_bytes
+    return HealingSizes(size, replace(size, beside=whole, shares=beside is not None))
 
 
-def recorded(size: HealingSize, way: HealingWay) -> HowHealed:
-    """A way as results show it."""
+def recorded(size: HealingSize, way: HealingWay, *, target_bytes: int) -> HowHealed:
+    """A way as results show it; `target_bytes` of targets were computed ahead, 0 where none were."""
     exact_moments = way.precision == "float32" or size.adapters
     return HowHealed(
         precision=way.precision,
@@ -79,6 +92,8 @@ def recorded(size: HealingSize, way: HealingWay) -> HowHealed:
         gradient_checkpointing=way.recomputed,
         gradient_accumulation=way.parts,
         needed_bytes=needed_bytes(size, way),
+        targets="kept" if target_bytes else "computed",
+        target_bytes=target_bytes,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import partial
 
 from torch import Tensor
 
@@ -39,8 +40,12 @@ class Saver:
 
     def save(self, name: str, state: Tensors) -> None:
         """Save a state, which nobody changes any more, after those under way."""
+        self.then(partial(self._save, name, state))
+
+    def then(self, save: Callable[[], None]) -> None:
+        """Save something else, after what is under way."""
         # In the context of log lines and traces.
-        self._under_way.append(self._thread.submit(copy_context().run, self._save, name, state))
+        self._under_way.append(self._thread.submit(copy_context().run, save))
 
     def close(self, check: Callable[[], None]) -> None:
         """End with the state that is under way; those behind it are not wanted any more.

@@ -28,6 +28,12 @@ class HowHealed(Result):
     gradient_checkpointing: bool = Field(description="Whether blocks were computed again, asked for or not.")
     gradient_accumulation: int = Field(description="Parts that a batch was computed in, as asked or more.")
     needed_bytes: int = Field(description="Memory that this takes by the worker's arithmetic.")
+    targets: Literal["computed", "kept"] = Field(
+        default="computed",
+        description="Whether the dense model was at hand in training, or what it says of the windows was computed "
+        "ahead and kept on disk.",
+    )
+    target_bytes: int = Field(default=0, description="Of these on disk.")
 
 
 class Healing(Result):

@@ -18,6 +18,7 @@ from workers.pruning.model.cache import held_tensors
 from workers.pruning.model.pair import FirstToken, handed_tokens, pair_hidden
 from workers.pruning.repair.answers import answers_loss, unmarked
 from workers.pruning.repair.losses import LossWeights, Outputs, entering, outputs, with_head
+from workers.pruning.repair.targets import Targets
 from workers.pruning.repair.training import Journal, TrainingResult, TrainingSettings, train
 
 HEALING = LossWeights()
@@ -71,16 +72,17 @@ Loss = Callable[[Tensor], Tensor]
 """Windows of token ids (batch, time), `marked` or not → the mean loss of a model on them, or on what counts in them."""
 
 
-def sequence_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, kept: Sequence[int], weights: LossWeights
-) -> Loss:
+Teacher = PreTrainedModel | Targets
+"""The dense model, or what was kept of it."""
+
+
+def sequence_loss(student: PreTrainedModel, teacher: Teacher, kept: Sequence[int], weights: LossWeights) -> Loss:
     """The healing loss on whole windows of the pruned `student`, whose blocks are the teacher's `kept` ones."""
     ours, theirs = _matched(kept, weights)
 
     def loss(windows: Tensor) -> Tensor:
         ids, counted = unmarked(windows)
-        with torch.no_grad():
-            wanted = outputs(teacher, ids, theirs)
+        wanted = _wanted(teacher, student, ids, theirs, start=0)
         with _mixed_precision(student):
             given = outputs(student, ids, ours)
         return answers_loss(_in_mixed_precision(given, student), wanted, *_after(0, ids, counted), weights)
@@ -97,7 +99,7 @@ def continuation_loss(
     prefill: PreTrainedModel,
     decode: PreTrainedModel,
     layer_map: Sequence[int],
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     kept: Sequence[int],
     weights: LossWeights,
     *,
@@ -115,9 +117,7 @@ def continuation_loss(
 
     def loss(windows: Tensor) -> Tensor:
         ids, counted = unmarked(windows)
-        with torch.no_grad(), entering(teacher, theirs) as states:
-            last = block_stack(teacher).body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-            wanted = with_head(teacher, [state[:, handed:] for state in (*states, last)])
+        wanted = _wanted(teacher, decode, ids[:, :-1], theirs, start=handed)
         with _mixed_precision(prefill, decode), entering(decode, ours) as states:
             last = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens, first_token)[1]
             given = with_head(decode, [*states, last])
@@ -132,6 +132,16 @@ def _after(first: int, ids: Tensor, counted: Tensor | None) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
+def _wanted(teacher: Teacher, student: PreTrainedModel, ids: Tensor, blocks: Sequence[int], *, start: int) -> Outputs:
+    """What the dense model makes of `ids` (batch, time) from the token `start` on; the head is the student's too."""
+    if isinstance(teacher, Targets):
+        by = _in_mixed_precision(with_head(student, []), student)
+        return teacher.of(ids, blocks, by, start=start, dtype=student.dtype)
+    made = outputs(teacher, ids, blocks)
+    return replace(made, hidden=[state[:, start:] for state in made.hidden])
+
+
+@torch.no_grad()
 def mean_loss(loss_of: Loss, windows: Tensor, batch: int) -> float:
     """The loss over all `windows` (windows, time), `batch` of them at a time."""
     return sum(float(loss_of(ids)) * len(ids) for ids in windows.split(batch)) / len(windows)
@@ -139,7 +149,7 @@ def mean_loss(loss_of: Loss, windows: Tensor, batch: int) -> float:
 
 def heal(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     kept: Sequence[int],
     parameters: Mapping[str, nn.Parameter],
     *,

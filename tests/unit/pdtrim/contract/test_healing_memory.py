@@ -12,6 +12,7 @@ from pdtrim.contract.healing_memory import (
     HealingWay,
     Precision,
     healing_way,
+    keeps_targets,
     needed_bytes,
 )
 from tests.unit.workers.pruning.models import tiny_model
@@ -102,3 +103,17 @@ def test_the_width_of_a_block_is_what_its_matrices_take_and_give(family: str, wi
 
 def test_what_is_held_at_a_time_is_what_the_method_holds() -> None:
     assert (LOSS_LOGITS, STEP_NUMBERS) == (losses.LOSS_LOGITS, optimiser.STEP_NUMBERS)
+
+
+def test_targets_are_kept_where_the_dense_model_has_no_room_beside_the_student() -> None:
+    without = replace(EIGHT_BILLION, beside=0, shares=False)
+    kept = [keeps_targets(EIGHT_BILLION, without, ASKED, gigabytes * 10**9) for gigabytes in (20, 60, 80, 140, 160)]
+    # At 20 nothing fits, and at 140 the dense model's 16 are what float32 lacks.
+    assert kept == [True, True, False, True, False]
+
+
+def test_without_the_dense_model_a_student_holds_its_frozen_weights_itself() -> None:
+    way = HealingWay("bfloat16", recomputed=True, parts=1)
+    without = replace(EIGHT_BILLION, beside=0, shares=False)
+    saved = needed_bytes(EIGHT_BILLION, way) - needed_bytes(without, way)
+    assert saved == EIGHT_BILLION.beside - 2 * EIGHT_BILLION.frozen

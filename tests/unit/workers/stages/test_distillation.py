@@ -17,7 +17,8 @@ from pdtrim.contract.results import PLAN
 from pdtrim.contract.spec import JobSpec
 from tests.search_killed import context, score
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.stages import distillation, removal, training
+from workers.pruning.repair.targets import computed
+from workers.stages import distillation, removal, targets, training
 from workers.stages.context import StageContext, StoredInput
 
 pytestmark = pytest.mark.training
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.training
 IN_BFLOAT16 = HealingWay("bfloat16", recomputed=True, parts=2)
 KEYS_AND_VALUES: dict[str, Any] = {"prefill": {"kv_only_blocks": 2}, "decode": {"remove_blocks": 1}}
 REMOVED: dict[str, Any] = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+
+
+class Stopped(Exception):
+    pass
 
 
 def ready(folder: Path, **changes: Any) -> StageContext:
@@ -79,9 +84,6 @@ def test_healing_in_bfloat16_comes_near_healing_in_float32(
 def test_an_attempt_that_was_stopped_is_gone_on_with_to_the_same_bits(
     way: HealingWay | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(Exception):
-        pass
-
     surroundings = ready(tmp_path, **REMOVED)
     if way is not None:
         healed_in(monkeypatch, way)
@@ -93,13 +95,16 @@ def test_an_attempt_that_was_stopped_is_gone_on_with_to_the_same_bits(
     kept = tmp_path / "store" / "stopped"
 
     def say(progress: float, message: str, **figures: Any) -> None:
-        if figures["half"] == "decode" and figures["step"] >= 3 and len(list(kept.glob("*"))) == 2:
+        if figures["half"] == "decode" and figures.get("step", 0) >= 3 and len(list(kept.glob("heal-*"))) == 2:
             raise Stopped
 
     monkeypatch.setattr(stopped, "say", say)
     with pytest.raises(Stopped):
         distillation.run(stopped)
-    assert sorted(path.name for path in kept.iterdir()) == ["heal-decode.safetensors", "heal-prefill.safetensors"]
+    assert sorted(path.name for path in kept.glob("*.safetensors")) == [
+        "heal-decode.safetensors",
+        "heal-prefill.safetensors",
+    ]
     # Whatever this one would choose: it goes on as that one began.
     if way is not None:
         healed_in(monkeypatch, HealingWay("float32", recomputed=False, parts=1))
@@ -107,4 +112,75 @@ def test_an_attempt_that_was_stopped_is_gone_on_with_to_the_same_bits(
     assert distillation.run(again) == expected
     resumed = left(again)
     assert resumed.keys() == unbroken.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+
+
+def without_room_for_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "keeps_targets", lambda beside, ahead, asked, free_bytes: True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distillation": {"trainable": "all"}},
+        {"distillation": {"trainable": "lora"}},
+        {"distillation": {"trainable": "all", "losses": {"hidden": 0}}},
+        {"decode": {"remove_blocks": 1}},
+        {"prefill": {"remove_blocks": 0}},
+    ],
+    ids=["all", "lora", "words-alone", "unified", "decode-alone"],
+)
+def test_healing_on_kept_targets_comes_near_healing_beside_the_dense_model(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surroundings = ready(tmp_path, **{**REMOVED, **changes})
+    expected = distillation.run(surroundings)
+    without_room_for_the_dense_model(monkeypatch)
+    found = distillation.run(replace(surroundings, state_prefix="another", workdir=tmp_path / "another"))
+    for one, other in ((found.prefill, expected.prefill), (found.decode, expected.decode)):
+        assert (one is None) == (other is None)
+        if one is None or other is None:
+            continue
+        assert one.how is not None
+        assert other.how is not None
+        assert (other.how.targets, other.how.target_bytes) == ("computed", 0)
+        assert one.how.targets == "kept"
+        assert one.how.target_bytes > 0
+        assert one.kept == other.kept == "distilled"
+        assert (one.before, one.after) == pytest.approx((other.before, other.after), rel=0.02)
+
+
+def test_an_attempt_goes_on_from_the_targets_that_another_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_room_for_the_dense_model(monkeypatch)
+    monkeypatch.setattr("workers.pruning.repair.targets.GROUP_BYTES", 1)  # a window a file
+    surroundings = ready(tmp_path, **REMOVED)
+    expected = distillation.run(surroundings)
+    unbroken = left(surroundings)
+
+    groups: list[int] = []
+    compute = computed
+
+    def counted(model: Any, windows: Tensor, *further: Any) -> dict[str, Tensor]:
+        if len(groups) == 3:
+            raise Stopped
+        groups.append(len(windows))
+        return compute(model, windows, *further)
+
+    monkeypatch.setattr(targets, "computed", counted)
+    with pytest.raises(Stopped):
+        distillation.run(replace(surroundings, state_prefix="stopped", workdir=tmp_path / "stopped"))
+    groups.clear()
+    kept = len(list((tmp_path / "store" / "stopped" / "targets").iterdir()))
+    assert kept == 3
+
+    def not_again(model: Any, windows: Tensor, *further: Any) -> dict[str, Tensor]:
+        groups.append(len(windows))
+        return compute(model, windows, *further)
+
+    monkeypatch.setattr(targets, "computed", not_again)
+    again = replace(surroundings, state_prefix="stopped", workdir=tmp_path / "again")
+    assert distillation.run(again) == expected
+    every = len(list((tmp_path / "store" / "stopped" / "targets").iterdir()))
+    assert len(groups) == every - kept
+    resumed = left(again)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
