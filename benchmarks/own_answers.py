@@ -86,7 +86,9 @@ def likeness(model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor) ->
     for window in windows.split(1):
         ids, counted = unmarked(window)
         assert counted is not None
-        ours, theirs = (one(input_ids=ids).logits[:, :-1][counted[:, 1:]].log_softmax(-1) for one in (model, dense))
+        ours, theirs = (
+            one(input_ids=ids).logits[:, :-1][counted[:, 1:]].float().log_softmax(-1) for one in (model, dense)
+        )
         kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
         same += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
         tokens += len(ours)
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--heal-tokens", type=int, default=16_384)
     parser.add_argument("--window-tokens", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -110,8 +113,9 @@ def main() -> None:
     encoder = Encoder(tokenizer, Frame.of(tokenizer).opening)
 
     def load() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        return model.eval().requires_grad_(False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        model.eval().requires_grad_(False)
+        return model
 
     dense, tokens = load(), args.window_tokens
     count = args.heal_tokens // tokens

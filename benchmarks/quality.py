@@ -171,7 +171,7 @@ def subject(
     """Read once in each process. What needs a token for every digit is asked where the tokenizer has one."""
     documents = unseen_files() if text is None else [json.loads(line)["text"] for line in text.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    # The part of the text that a job keeps for validation, of which the jobs here measure nothing.
+    # The end of the text: the jobs here ask for less than what stands before it, and read no further.
     held_out = split_stream(token_stream(documents, tokenizer), tokens=WINDOW_TOKENS)["validation"]
     questions = [
         *(running_text(held_out, prompt, count=count, longest=max(prompts)) for prompt in prompts),

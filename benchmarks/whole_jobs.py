@@ -11,7 +11,7 @@ from pathlib import Path
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
-from service.sources import Text
+from service.sources import Row, Text
 from service.storage.local import LocalStore
 from workers.stages import STAGES
 from workers.stages.context import StageContext, StoredInput
@@ -53,10 +53,13 @@ class WholeJob:
             inputs=dict(self._inputs()),
             store=LocalStore(self.folder / "store"),
             state_prefix=f"{stage}/state",
-            rows=lambda: [Text(document, "the benchmark") for document in self.documents],
+            rows=self._rows,
             check=lambda: None,
             publish=_say_nothing,
         )
+
+    def _rows(self) -> list[Row] | None:
+        return None if self.documents is None else [Text(document, "the benchmark") for document in self.documents]
 
     def _inputs(self) -> Mapping[tuple[StageName, str], StoredInput]:
         """What the stages so far left, put into the store."""

@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 TEMPERATURE = 1.0
-TOP_P = 0.95
-"""Answers are drawn from the most probable words that have this share together: the rest is what no one would say."""
+TOP_K = 64
+"""Each word is drawn from so many most probable ones: of the long rest nobody would say any. A sum of shares (top-p)
+would sort the whole vocabulary for every word, which costs a CPU more than a small model itself."""
 
 
 @torch.no_grad()
@@ -34,8 +35,8 @@ def answers(
             attention_mask=seen.to(at),
             do_sample=True,
             temperature=TEMPERATURE,
-            top_p=TOP_P,
-            top_k=0,
+            top_p=1.0,
+            top_k=TOP_K,
             max_new_tokens=most_tokens,
             eos_token_id=list(ends) or None,
             pad_token_id=padding,

@@ -59,3 +59,18 @@ def test_what_a_card_allows_or_does_not_say_passes(card: dict[str, Any], config:
 def test_what_a_card_rules_out_is_refused_by_name(card: dict[str, Any], config: str | None, complaint: str) -> None:
     with pytest.raises(UnreadableSource, match=complaint):
         check_card(card, HubDataset("acme/wiki", config), "train")
+
+
+def test_another_split_and_field_are_held_against_the_card() -> None:
+    features = [{"name": "question"}, {"name": "answer"}]
+    card = {"dataset_info": {"features": features, "splits": [{"name": "train"}, {"name": "test"}]}}
+    check_card(card, HubDataset("acme/wiki"), "test", "answer")
+    with pytest.raises(UnreadableSource, match=r"has no split `dev`; it has train, test\. .* data\.split"):
+        check_card(card, HubDataset("acme/wiki"), "dev", "answer")
+    with pytest.raises(UnreadableSource, match=r"has no field `body`; its rows have question, answer\."):
+        check_card(card, HubDataset("acme/wiki"), "test", "body")
+
+
+@pytest.mark.parametrize("field", ["messages", "prompt", "text"])
+def test_rows_of_every_kind_pass(field: str) -> None:
+    check_card({"dataset_info": {"features": [{"name": field}]}}, HubDataset("acme/wiki"), "train")
