@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,11 +57,11 @@ def check_text(
     check_chosen(parsed, chosen)
     match parsed:
         case LocalPath(path):
-            with _opened(path) as file:
+            with _faults_of(parsed), _opened(path) as file:
                 return _begun(file, path.name, str(parsed), chosen, answered, os.fstat(file.fileno()).st_size)
         case S3Location() as location:
             store, name, size = _object(location, **s3)
-            with ranged(store, name, size, go_on) as file:
+            with _faults_of(parsed), ranged(store, name, size, go_on) as file:
                 return _begun(file, name, str(location), chosen, answered, size)
         case HubDataset(repo) as dataset:
             with hub_failures(source):
@@ -176,9 +176,15 @@ def _object(location: S3Location, **s3: Unpack[S3Options]) -> tuple[ArtifactStor
 def _file_rows(file: BinaryIO, name: str, what: str, chosen: Chosen, max_bytes: int) -> Iterator[Row]:
     form = Form.of(name)
     assert form is not None
+    with _faults_of(what), file, suppress(Beyond):
+        yield from rows_in(file, form, what, chosen.field, max_bytes)
+
+
+@contextmanager
+def _faults_of(what: object) -> Iterator[None]:
+    """What goes wrong in the middle of reading a file or an object. Raises: UnreadableSource."""
     try:
-        with file, suppress(Beyond):
-            yield from rows_in(file, form, what, chosen.field, max_bytes)
+        yield
     except OSError as error:
         raise UnreadableSource(f"{what} cannot be read: {error.strerror or error}.") from error
     except (ObjectNotFound, StoreRefused) as error:
