@@ -72,6 +72,7 @@ architectures: $(VENV)/.test ## Every architecture of transformers put through t
 bench: $(VENV)/.worker ## The figures of benchmarks/RESULTS.md on the method
 	$(BIN)/python benchmarks/engine.py --streamed
 	$(BIN)/python benchmarks/large.py
+	$(BIN)/python -m benchmarks.reading
 	$(BIN)/python benchmarks/search.py optimum --removed 1 2 3 4 5
 	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 128
 	$(BIN)/python benchmarks/search.py sleb --removed 1 2 3 4 5 6 --calibration-windows 64 --copies 2
