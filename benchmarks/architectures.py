@@ -527,7 +527,7 @@ def sweep(types: Sequence[str]) -> Iterator[Finding]:
         process.join()
 
 
-ROW = re.compile(r"^\| `(\S+)` \| ([^|]+) \|.*", re.M)
+ROW = re.compile(rf"^\| `(\S+)` \| ({'|'.join(OUTCOMES)}) \|.*", re.M)
 
 
 def rows_of(page: Path) -> dict[str, str]:
