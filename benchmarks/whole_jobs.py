@@ -29,6 +29,8 @@ class WholeJob:
     documents: Sequence[str] | None
     """None stands for the Python standard library."""
     folder: Path
+    memory_bytes: int | None = None
+    """What the stages may take of the device's memory."""
     results: dict[StageName, Result] = field(default_factory=dict)
     seconds: dict[StageName, float] = field(default_factory=dict)
 
@@ -56,6 +58,7 @@ class WholeJob:
             rows=self._rows,
             check=lambda: None,
             publish=_say_nothing,
+            memory_bytes=self.memory_bytes,
         )
 
     def _rows(self) -> list[Row] | None:

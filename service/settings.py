@@ -136,6 +136,13 @@ class Settings(BaseSettings):
         description="JSON list of the queues that jobs may name, and workers take stages from; the first is for jobs "
         "that name none.",
     )
+    memory_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="What a worker plans to take of its device's memory: of each GPU, or where there is none of the "
+        "machine's, its own code included. By default what is free, or what its container leaves. What does not fit "
+        "is sharded, or read from disk block by block.",
+    )
     lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retaken.")
     reconcile_seconds: float = Field(default=5.0, gt=0, description="Pause between two sweeps of the reconciler.")
     reconcile_in_gateway: bool = Field(

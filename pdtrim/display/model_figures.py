@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pdtrim.contract.results import ModelFigures, Perplexity, Spread
 from pdtrim.display.quantities import size
 
+NOT_MEASURED = "does not fit"
+"""In place of a speed: the model was larger than its worker's memory."""
+
 
 @dataclass(frozen=True)
 class ModelFigure:
     """A number of a model. A bare number needs its `unit` said; a cell, beside the dense model's, has it.
 
-    Where `differs`, it tells something only of models that differ in it. A median has the `spread` of its repeats.
+    Where `differs`, it tells something only of models that differ in it. A median has the `spread` of its repeats. A
+    speed `may_lack`: it is not measured of a model that does not fit, and then said to be lacking.
     """
 
     label: str
@@ -22,6 +26,7 @@ class ModelFigure:
     unit: str = ""
     differs: bool = False
     spread: Callable[[ModelFigures], Spread | None] | None = None
+    may_lack: bool = False
 
     @property
     def name(self) -> str:
@@ -35,15 +40,17 @@ class ModelFigure:
     def rows(self, models: Mapping[str, ModelFigures]) -> list[list[str]]:
         """Its line in a table of models, one of which is `dense`, and a line for its spread, where it has one."""
         dense, found = models["dense"], list(models.values())
-        if not self.tells([self.value(model) for model in found]):
+        if not (self.may_lack or self.tells([self.value(model) for model in found])):
             return []
         cells = [self.cell(model, dense) for model in found]
-        if self.spread is None or dense.speed_repeats is None:
+        # A model that did not fit its worker was not timed.
+        repeats = next((model.speed_repeats for model in found if model.speed_repeats is not None), None)
+        if self.spread is None or repeats is None:
             return [[self.label, *cells]]
-        if dense.speed_repeats == 1:
+        if repeats == 1:
             return [[f"{self.label}, measured once", *cells]]
         return [
-            [f"{self.label}, median of {dense.speed_repeats}", *cells],
+            [f"{self.label}, median of {repeats}", *cells],
             [f"{self.label}, least to greatest", *(spread_text(self.spread(model)) for model in found)],
         ]
 
@@ -57,12 +64,15 @@ def _perplexity(found: Perplexity | None) -> str:
     return "" if found is None else str(found)
 
 
-def _latency(of: Callable[[ModelFigures], float]) -> Callable[[ModelFigures, ModelFigures], str]:
+def _latency(of: Callable[[ModelFigures], float | None]) -> Callable[[ModelFigures, ModelFigures], str]:
     """The cell of a time, with how many times faster than dense it is."""
 
     def cell(model: ModelFigures, dense: ModelFigures) -> str:
-        faster = "" if model is dense else f" ({of(dense) / of(model):.2f}×)"
-        return f"{of(model):.1f}{faster}"
+        mine, theirs = of(model), of(dense)
+        if mine is None:
+            return NOT_MEASURED
+        faster = "" if model is dense or theirs is None else f" ({theirs / mine:.2f}×)"
+        return f"{mine:.1f}{faster}"
 
     return cell
 
@@ -102,15 +112,19 @@ FIGURES = (
         lambda m: m.time_to_first_token_ms,
         _latency(lambda m: m.time_to_first_token_ms),
         spread=lambda m: m.time_to_first_token_spread_ms,
+        may_lack=True,
     ),
     ModelFigure(
         "each next token, ms",
         lambda m: m.inter_token_latency_ms,
         _latency(lambda m: m.inter_token_latency_ms),
         spread=lambda m: m.inter_token_latency_spread_ms,
+        may_lack=True,
     ),
     ModelFigure(
-        "decode, tokens/s", lambda m: m.decode_tokens_per_second, lambda m, _: f"{m.decode_tokens_per_second:,.0f}"
+        "decode, tokens/s",
+        lambda m: m.decode_tokens_per_second,
+        lambda m, _: NOT_MEASURED if m.decode_tokens_per_second is None else f"{m.decode_tokens_per_second:,.0f}",
     ),
     ModelFigure(
         "peak memory",

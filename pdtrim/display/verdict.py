@@ -142,7 +142,7 @@ def _undone(healing: DistillationResult | None) -> Iterator[Fact]:
 @dataclass(frozen=True)
 class _Speed:
     name: str
-    of: Callable[[ModelFigures], float]
+    of: Callable[[ModelFigures], float | None]
     spread: Callable[[ModelFigures], Spread | None]
 
 
@@ -157,7 +157,8 @@ def _saved(evaluation: EvaluationResult) -> Iterator[Fact]:
     roles = [role for role in MATTERS if role in evaluation.models]
     for role in roles:
         for speed in MATTERS[role]:
-            yield _speed(role, speed, evaluation.models[role], dense)
+            found = _speed(role, speed, evaluation.models[role], dense)
+            yield from [] if found is None else [found]
     kv = pair.kv_bytes_per_request
     sent = kv.sent if pair.kv_tokens is None else pair.kv_tokens.bytes_sent
     by_rule = "" if pair.kv_tokens is None else ", by the token rule"
@@ -168,10 +169,14 @@ def _saved(evaluation: EvaluationResult) -> Iterator[Fact]:
         yield Fact(f"weights, {role}", f"{model.bytes / dense.bytes:.0%}", beside)
 
 
-def _speed(role: str, speed: _Speed, model: ModelFigures, dense: ModelFigures) -> Fact:
-    faster = speed.of(dense) / speed.of(model)
+def _speed(role: str, speed: _Speed, model: ModelFigures, dense: ModelFigures) -> Fact | None:
+    """None where either was too large to be timed."""
+    time, dense_time = speed.of(model), speed.of(dense)
+    if time is None or dense_time is None:
+        return None
+    faster = dense_time / time
     mine, theirs = speed.spread(model), speed.spread(dense)
-    times = f"as fast as dense: {speed.of(model):.1f} ms"
+    times = f"as fast as dense: {time:.1f} ms"
     mark: Mark | None = None
     if mine is not None and theirs is not None:
         if model.speed_repeats == 1:

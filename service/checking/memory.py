@@ -6,11 +6,12 @@ bfloat16, 4 in float32):
 
     scoring, removal    i n and hidden states; where i n is over 0.7 of the device, n shared out among the devices,
                         or i (o + b) with the blocks read one at a time
-    distillation        what `pdtrim/contract/healing_memory.py` says, of the half that takes more
+    distillation        what `pdtrim/contract/healing_memory.py` says, of the half that takes more; where adapters are
+                        trained and that is too much, the same with i (o + b) in place of all models
     export              4 n of the dense model, 4 n of the next or of the checkpoint that is proved; or, block by
-                        block, 4 (o + b) of both
-    evaluation          i n and i times the numbers of each checkpoint, and logits; or, block by block, i (o + b) of
-                        each
+                        block, 4 (o + b) for both
+    evaluation          i n and i times the numbers of each checkpoint, and logits; or, block by block, i (o + b) for
+                        all, and hidden states of each
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ REPORT_BYTES = 50_000_000
 GAINING_NUMBERS = 50_000_000
 """Of a model, from which on a CPU computes in bfloat16 where it can; as the worker has it."""
 HEAD_TOKENS = 256
-LOGITS_BYTES = 256 << 20
+LOGITS_BYTES = 64 << 20
 BATCH_WINDOWS = 8
 """Of evaluation; as the worker has them."""
 GRADIENTS_AHEAD = 2
@@ -178,6 +179,8 @@ class _Room:
         free = self.device.memory_bytes - (CONTEXT_BYTES if self._accelerated else PROCESS_BYTES)
         way = healing_way(size, first, free)
         needed = needed_bytes(size, way)
+        if size.adapters and needed > USABLE * free and self.device.count == 1:
+            return self._healed_from_disk(size, first, free)
         # A copy of the dense model is read before its frozen weights are shared.
         item = size.number_bytes
         needed = max(needed, 2 * item * self.shape.numbers + self._mapped(item))
@@ -185,6 +188,14 @@ class _Room:
         if needed <= USABLE * free or self.device.count == 1:
             return self._at_peak(_said(way), needed, kept)
         return self._sharded(size, free, first)
+
+    def _healed_from_disk(self, size: HealingSize, asked: HealingWay, free: int) -> StageMemory:
+        """Dense model and student take turns in the memory of one block."""
+        held = size.number_bytes * (self.shape.outside + self.shape.largest_block)
+        own = replace(size, beside=held, own=0, frozen=0)
+        way = healing_way(own, replace(asked, recomputed=True), free)
+        read = self.shape.item_bytes * self.shape.largest_block
+        return self._at_peak(f"block by block, {_said(way)}", needed_bytes(own, way), read)
 
     def _sharded(self, size: HealingSize, free: int, asked: HealingWay) -> StageMemory:
         """Weights, gradients and moments shared out among the devices, each of which takes its part of a batch."""
@@ -247,7 +258,7 @@ class _Room:
         if exact + other + mapped <= RESIDENT_SHARE * self.device.memory_bytes:
             on_host = written if self._accelerated else 0
             return self._at_peak("resident", max(exact + other + mapped, 0 if self._accelerated else written), on_host)
-        block = 2 * 4 * (shape.outside + shape.largest_block)
+        block = 4 * (shape.outside + shape.largest_block)
         on_host = 2 * written if self._accelerated else max(0, 2 * written - block)
         return self._at_peak("block by block", block, on_host)
 
@@ -258,13 +269,11 @@ class _Room:
         logits = 5 * min(LOGITS_BYTES, 4 * batch * shape.vocabulary)
         if weights + logits + self._mapped(self._item) <= RESIDENT_SHARE * self.device.memory_bytes:
             return self._at_peak("resident", weights + max(logits, self._mapped(self._item)), REPORT_BYTES)
-        if self._accelerated and weights / self.device.count + logits <= RESIDENT_SHARE * self.device.memory_bytes:
-            share = weights / self.device.count + self._item * shape.largest_block + logits
-            return self._at_peak(f"sharded over {self.device.count} devices", share, REPORT_BYTES)
-        states = spec.evaluation.windows * spec.calibration.window_tokens * shape.hidden * self._item
-        models = 1 + len(checkpoints)
-        held = self._item * (models * shape.outside + 2 * shape.largest_block)
-        return self._at_peak("block by block", held + 2 * models * states + logits, REPORT_BYTES)
+        window = (8 + 2 * len(checkpoints)) * spec.calibration.window_tokens * shape.hidden * self._item
+        walked = self.device.memory_bytes // 4 if self._accelerated else STREAMED_WALK_BYTES
+        states = max(window, min(walked, spec.evaluation.windows * window))
+        held = self._item * (shape.outside + shape.largest_block)
+        return self._at_peak("block by block", held + states + logits, REPORT_BYTES)
 
 
 def _said(way: HealingWay) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from workers.pruning.model.building import said
 from workers.pruning.model.checkpoint import check_complete, load_checkpoint
 from workers.pruning.model.composite import load_whole
 from workers.pruning.model.sharding import load_placed, placement
-from workers.pruning.model.streaming import load_streamed, parameter_bytes
+from workers.pruning.model.streaming import WHOLE, BlockReader, BlockRoom, Cut, load_streamed, parameter_bytes
 from workers.pruning.search.engine import windows_in
 
 Check = Callable[[], None]
@@ -29,6 +29,8 @@ RESIDENT_WALK_BYTES = 16 * 2**20
 STREAMED_WALK_BYTES = 512 * 2**20
 """The same when blocks are read from disk: the more windows a walk carries, the fewer times every block is read."""
 
+CONTAINER = Path("/sys/fs/cgroup")
+"""Where Linux shows a container its own control group."""
 ANCHOR_BYTES = 256 * 2**20
 """Hidden states held of the set that a search moves from, on the CPU."""
 
@@ -88,25 +90,64 @@ def load_vision_language(
     return load_whole(folder, dtype=dtype or compute_dtype(), device=device(), check=check)
 
 
-def load_for_walks(folder: Path, check: Check = lambda: None, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def fits_whole(needed_bytes: int, memory_bytes: int | None) -> bool:
+    """Whether weights fit this worker's device, of which it may take `memory_bytes` (None for all)."""
+    return needed_bytes <= RESIDENT_SHARE * free_memory_bytes(device(), memory_bytes)
+
+
+def load_for_walks(
+    folder: Path,
+    check: Check = lambda: None,
+    *,
+    dtype: torch.dtype | None = None,
+    memory_bytes: int | None = None,
+) -> PreTrainedModel:
     """The model for passes over its blocks: on this worker's device, or sharded over all accelerators that it sees, or
     with its blocks read one at a time, whatever is the first that fits.
 
-    Stacked experts, which checkpoints keep apart, are never read one at a time. Calls `check` as that of `load_model`
-    does.
+    Of every device it may take `memory_bytes`, None for all. Stacked experts, which checkpoints keep apart, are never
+    read one at a time. Calls `check` as that of `load_model` does.
     Raises: BrokenCheckpoint, ImpossibleModel, UnsupportedArchitecture.
     """
     tensors = check_complete(folder, check)
     dtype = dtype or compute_dtype()
-    if parameter_bytes(folder, dtype, check) <= RESIDENT_SHARE * free_memory_bytes(device()):
+    if fits_whole(parameter_bytes(folder, dtype, check), memory_bytes):
         return load_model(folder, check, dtype=dtype)
-    memory = {number: int(RESIDENT_SHARE * free_memory_bytes(one)) for number, one in enumerate(accelerators())}
+    memory = {
+        number: int(RESIDENT_SHARE * free_memory_bytes(one, memory_bytes)) for number, one in enumerate(accelerators())
+    }
     if len(memory) > 1 and (placed := placement(folder, dtype=dtype, memory=memory, check=check)) is not None:
         return _stoppable(load_placed(folder, placed, dtype=dtype, check=check), check)
     if not tensors.one_to_one:
         return load_model(folder, check, dtype=dtype)
-    model, _ = load_streamed(folder, dtype=dtype, device=device(), check=check)
-    return _stoppable(model, check)
+    return load_streamed_model(folder, check, dtype=dtype)[0]
+
+
+def load_streamed_model(
+    folder: Path,
+    check: Check = lambda: None,
+    *,
+    dtype: torch.dtype | None = None,
+    cut: Cut = WHOLE,
+    room: BlockRoom | None = None,
+    alike: Mapping[str, Hashable] | None = None,
+    beside: PreTrainedModel | None = None,
+) -> tuple[PreTrainedModel, BlockReader]:
+    """A model, or what `cut` leaves of it, whose blocks are read when they are called; as `load_streamed`.
+
+    Calls `check` as that of `load_model` does.
+    """
+    model, reader = load_streamed(
+        folder,
+        dtype=dtype or compute_dtype(),
+        device=device(),
+        check=check,
+        cut=cut,
+        room=room,
+        alike=alike,
+        beside=beside,
+    )
+    return _stoppable(model, check), reader
 
 
 def _stoppable(model: PreTrainedModel, check: Check) -> PreTrainedModel:
@@ -138,13 +179,18 @@ def can_train(model: PreTrainedModel) -> bool:
 
 def windows_at_once(model: PreTrainedModel, window_tokens: int) -> int:
     """How many calibration windows to walk through the blocks together when every block is tried for removal."""
+    return walk_windows(model, window_tokens, streams=model.config.num_hidden_layers + 1)
+
+
+def walk_windows(model: PreTrainedModel, window_tokens: int, *, streams: int) -> int:
+    """How many windows to walk through the blocks together, each with so many hidden states of every token."""
     if device().type == "cuda":
         memory_bytes = _room(model) // 4
     else:
         memory_bytes = STREAMED_WALK_BYTES if is_streamed(model) else RESIDENT_WALK_BYTES
     return windows_in(
         memory_bytes,
-        streams=model.config.num_hidden_layers + 1,
+        streams=streams,
         tokens=window_tokens,
         hidden=model.config.hidden_size,
         itemsize=model.dtype.itemsize,
@@ -161,12 +207,29 @@ def _room(model: PreTrainedModel) -> int:
     return min(map(free_memory_bytes, {p.device for p in model.parameters() if not p.is_meta}))
 
 
-def free_memory_bytes(at: torch.device) -> int:
-    """What a device could still hold."""
+def free_memory_bytes(at: torch.device, limit: int | None = None) -> int:
+    """What a device could still hold, where this process may take `limit` bytes of it; None for all that is free."""
     if at.type == "cuda":
+        taken = torch.cuda.memory_allocated(at)
         # What PyTorch keeps for itself without need is free, too.
-        return torch.cuda.mem_get_info(at)[0] + torch.cuda.memory_reserved(at) - torch.cuda.memory_allocated(at)
-    return int(psutil.virtual_memory().available)
+        free = torch.cuda.mem_get_info(at)[0] + torch.cuda.memory_reserved(at) - taken
+    else:
+        taken = int(psutil.Process().memory_info().rss)
+        left = container_memory(CONTAINER)
+        available = int(psutil.virtual_memory().available)
+        free = available if left is None else min(available, left)
+    return free if limit is None else max(0, min(free, limit - taken))
+
+
+def container_memory(folder: Path) -> int | None:
+    """What a container may still take by the files of its control group; None where it has no bound."""
+    try:
+        bound, taken = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # No bound is written as `max`.
+        return None
+    # What was read of files gives way.
+    return max(0, bound - taken + int(pages.get("inactive_file", 0)) + int(pages.get("active_file", 0)))
 
 
 def embedded_tokens(model: PreTrainedModel) -> int:

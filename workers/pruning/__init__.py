@@ -14,15 +14,17 @@ model/      the model as the method sees it
   sharing           weights that two models hold once
   calibration       text to fixed token windows
   cache             what a model's cache holds of a request
+  measure           perplexity, likeness to the dense model, size, speed
   pair              a prefill and a decode checkpoint as one model: cache handover, the PD loss
   costs             operations, bytes of cache and of weights, and what each unit saves of them
-  measure           perplexity, likeness to the dense model, size, speed
   width             fewer MLP channels in every block
   speculation       what checkpoints bring for guessing tokens ahead, and pruned ones go without
   checkpoint        pruned checkpoints, sliced tensor by tensor out of the source's shards
+  tensor_file       a safetensors file that is written tensor by tensor
   composite         vision-language models: their text decoder as a model of its own, and put back in its place
   sharding          a model over several devices
   streaming         a model read block by block from disk
+  comparison        the figures of several models in one walk over their blocks
 search/     what may go
   scores            how redundant each block is
   anchor            hidden states that are held, so that a walk can begin near where the last one went

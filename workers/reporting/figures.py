@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any
 
 import matplotlib
@@ -334,7 +335,7 @@ def _against_dense(findings: Findings) -> tuple[Figure, str]:
     left, right = figure.subplots(1, 2)
     _perplexities(left, models)
     dense = models["dense"]
-    kinds: dict[str, Callable[[ModelFigures], float]] = {
+    kinds: dict[str, Callable[[ModelFigures], float | None]] = {
         "parameters": lambda model: model.parameters,
         "weights": lambda model: model.bytes,
         "first token": lambda model: model.time_to_first_token_ms,
@@ -342,10 +343,16 @@ def _against_dense(findings: Findings) -> tuple[Figure, str]:
     }
     height = 0.8 / len(findings.roles)
     for place, role in enumerate(findings.roles):
-        shares = [of(models[role]) / of(dense) for of in kinds.values()]
+        shares = [_share(of(models[role]), of(dense)) for of in kinds.values()]
         where = [number + place * height for number in range(len(kinds))]
         bars = right.barh(where, shares, height * 0.9, color=HALF_COLOURS[role], label=role)
-        right.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, color=INK.ink, fontsize=8)
+        right.bar_label(
+            bars,
+            ["does not fit" if isnan(share) else f"{share:.0%}" for share in shares],
+            padding=3,
+            color=INK.ink,
+            fontsize=8,
+        )
     right.axvline(1.0, color=INK.dense, linestyle="--", linewidth=1)
     right.set_yticks([number + 0.4 - height / 2 for number in range(len(kinds))], kinds)
     right.invert_yaxis()
@@ -365,6 +372,11 @@ def _against_dense(findings: Findings) -> tuple[Figure, str]:
 
 def _error(measured: Perplexity) -> list[float] | None:
     return None if measured.standard_error is None else [measured.standard_error]
+
+
+def _share(value: float | None, dense: float | None) -> float:
+    """Not a number where either was not measured."""
+    return nan if value is None or dense is None else value / dense
 
 
 def _perplexities(axes: Axes, models: Mapping[str, ModelFigures]) -> None:

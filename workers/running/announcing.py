@@ -44,7 +44,7 @@ def _announce(worker: Worker, queues: Sequence[str]) -> None:
     scratch = worker.settings.scratch_dir
     assert scratch is not None
     try:
-        found = look(scratch)
+        found = look(scratch, memory_bytes=worker.settings.memory_bytes)
         with transaction(worker.database) as session:
             for queue in queues:
                 devices.saw(session, found.model_copy(update={"queue": queue}))
@@ -53,19 +53,24 @@ def _announce(worker: Worker, queues: Sequence[str]) -> None:
         log.warning("what this worker has is not recorded: %s", error)
 
 
-def look(scratch: Path, queue: str = DEFAULT_QUEUE) -> Device:
-    """What is there, and how fast it is. Raises: RuntimeError where a device cannot be used."""
+def look(scratch: Path, queue: str = DEFAULT_QUEUE, *, memory_bytes: int | None = None) -> Device:
+    """What is there, of each device's memory what a worker may take, and how fast it is.
+
+    Raises: RuntimeError where a device cannot be used.
+    """
     at = device()
     scratch.mkdir(parents=True, exist_ok=True)
     memory = psutil.virtual_memory().total
+    of_device = torch.cuda.get_device_properties(at).total_memory if at.type == "cuda" else memory
+    taken = of_device if memory_bytes is None else min(of_device, memory_bytes)
     speed = probed(at)
     return Device(
         queue=queue,
         kind="cuda" if at.type == "cuda" else "cpu",
         name=torch.cuda.get_device_name(at) if at.type == "cuda" else _processor(),
         count=max(1, len(accelerators())),
-        memory_bytes=torch.cuda.get_device_properties(at).total_memory if at.type == "cuda" else memory,
-        host_bytes=memory,
+        memory_bytes=taken,
+        host_bytes=memory if at.type == "cuda" else taken,
         disk_bytes=shutil.disk_usage(scratch).free,
         flops=speed.flops,
         bfloat16_flops=speed.bfloat16_flops,

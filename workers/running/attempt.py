@@ -303,6 +303,7 @@ def _stage_context(
         check=check,
         publish=publish,
         parent=parent,
+        memory_bytes=worker.settings.memory_bytes,
     )
 
 

@@ -83,6 +83,8 @@ class StageContext:
     publish: Say
     parent: Parent | None = None
     """Where the stage's work was done before, if this job was cut from another."""
+    memory_bytes: int | None = None
+    """What the worker may take of each device's memory; None for what is free."""
     _reported_at: float = field(default=0.0, init=False)
 
     @cached_property

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +15,7 @@ from transformers import PreTrainedModel
 
 from pdtrim.contract.healing_memory import HealingSize, healing_way, keeps_targets
 from pdtrim.contract.jobs import StageName
-from pdtrim.contract.results import DistillationResult, Half, Healing
-from pdtrim.contract.results.distillation import Kept, OwnAnswers
+from pdtrim.contract.results import DistillationResult, Half, Healing, OwnAnswers
 from pdtrim.contract.windows import Split
 from workers.inputs.models import device, free_memory_bytes, load_model, tensor_float_32
 from workers.inputs.windows import ANSWERS
@@ -38,38 +38,31 @@ from workers.pruning.repair.distill import (
     trainable,
 )
 from workers.pruning.repair.lora import linear_weights, lora_adapters
-from workers.pruning.repair.losses import LossWeights
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.targets import token_bytes
 from workers.stages.answering import answered_windows
 from workers.stages.context import StageContext
+from workers.stages.halves import (
+    DECODE,
+    PREFILL,
+    TrainingWindows,
+    inherited,
+    loss_weights,
+    only_in_decode,
+    own_weights,
+    trained_blocks,
+    verdict,
+)
 from workers.stages.healing_size import HealingSizes, healing_sizes, recorded
 from workers.stages.precision import DTYPES, read_precision
 from workers.stages.removal import Plans, read_plans
 from workers.stages.saving import Saver, Tensors, saving
 from workers.stages.scoring import WINDOWS
+from workers.stages.streamed_healing import has_to_be_streamed, heal_streamed
 from workers.stages.targets import Blocks, compared_blocks, decided, fit_on_disk, kept_targets
 from workers.stages.training import HELD_OUT_WINDOWS, asked_way, journal, kept_state, kept_way, steps
 from workers.stages.training import settings as training_settings
 from workers.stages.width import HalfChannels, narrowed, read_channels
-
-PREFILL, DECODE = "prefill.safetensors", "decode.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainingWindows:
-    """Token windows (windows, tokens) on the worker's device, `marked` where only answers count."""
-
-    training: Tensor
-    held_out: Tensor
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.training.shape[1] // 2
-
-    @property
-    def all(self) -> Tensor:
-        return torch.cat([self.training, self.held_out])
 
 
 @dataclass(frozen=True)
@@ -120,11 +113,17 @@ def run(context: StageContext) -> DistillationResult:
             save_file({}, context.out / name)
         return DistillationResult(enabled=spec.enabled)
     gc.collect()  # of what the stage before left on the device
-    free_bytes = free_memory_bytes(device())
+    free_bytes = free_memory_bytes(device(), context.memory_bytes)
     plans, channels = read_plans(context), read_channels(context)
     dtype = read_precision(context)
-    data, answers = _training_windows(context, windows, dtype)
-    sizes = _sizes(context, plans, channels, data, number_bytes=dtype.itemsize)
+    sizes = _sizes(context, plans, channels, windows["train"], number_bytes=dtype.itemsize)
+    if has_to_be_streamed(context, [_least(plans, both) for both in sizes.values()], free_bytes):
+        with saving(context) as saver:
+            training_windows = partial(_training_windows, context, windows)
+            return heal_streamed(context, plans, channels, training_windows, free_bytes, saver)
+    data, answers = _training_windows(
+        context, windows, partial(load_model, context.model_dir, context.check, dtype=dtype)
+    )
     with saving(context) as saver, ExitStack() as opened:
         compared = decided(context, lambda: _kept_of(context, plans, channels, sizes, data, free_bytes))
         teacher: Teacher
@@ -144,7 +143,7 @@ def run(context: StageContext) -> DistillationResult:
 
 
 def _training_windows(
-    context: StageContext, windows: Tensors, dtype: torch.dtype
+    context: StageContext, windows: Tensors, dense: Callable[[], PreTrainedModel]
 ) -> tuple[TrainingWindows, OwnAnswers | None]:
     """Those of the data, or of the dense model's answers to its prompts, of which the first are held out."""
     if context.spec.distillation.data == "given":
@@ -152,7 +151,7 @@ def _training_windows(
         return TrainingWindows(_of_use(windows, "train"), held_out), None
     spec, tokens = context.spec.distillation, windows["train"].shape[1]
     count = HELD_OUT_WINDOWS + max(spec.batch_windows, spec.heal_tokens // tokens)
-    made, found = answered_windows(context, load_model(context.model_dir, context.check, dtype=dtype), count)
+    made, found = answered_windows(context, dense(), count)
     made = made.to(device())
     return TrainingWindows(made[HELD_OUT_WINDOWS:], made[:HELD_OUT_WINDOWS]), found
 
@@ -163,32 +162,20 @@ def _of_use(windows: Tensors, split: Split) -> Tensor:
     return (ids if answers is None else marked(ids, answers)).to(device())
 
 
-def _block(name: str) -> int:
-    """The block of a tensor that is called as in the dense model; no other part of such a name is a number before."""
-    return next(int(part) for part in name.split(".") if part.isdigit())
-
-
-def _only_in_decode(plans: Plans) -> dict[int, int]:
-    """What decode alone distils: removed block → the neighbour that stands for both."""
-    return {
-        removed: absorber
-        for removed, absorber in plans.decode.distilled.items()
-        if removed not in plans.prefill.distilled
-    }
-
-
-def _losses(context: StageContext) -> LossWeights:
-    return LossWeights(**context.spec.distillation.losses.model_dump())
-
-
 def _sizes(
-    context: StageContext, plans: Plans, channels: HalfChannels, data: TrainingWindows, *, number_bytes: int
+    context: StageContext, plans: Plans, channels: HalfChannels, windows: Tensor, *, number_bytes: int
 ) -> dict[Half, HealingSizes]:
-    """Of each half that there is."""
+    """Of each half that there is, trained on `windows` (windows, tokens)."""
 
     def size(plan: BlockPlan, kept: Channels | None, beside: HealingSizes | None) -> HealingSizes:
         return healing_sizes(
-            context, plan, kept, _trained_blocks(context, plan), data.training, number_bytes=number_bytes, beside=beside
+            context,
+            plan,
+            kept,
+            trained_blocks(context.spec.distillation, plan),
+            windows,
+            number_bytes=number_bytes,
+            beside=beside,
         )
 
     prefill = size(plans.prefill, channels.prefill, None)
@@ -226,10 +213,9 @@ def _gives_up(plan: BlockPlan, channels: Channels | None) -> bool:
     return bool(plan.removed or plan.parts) or channels is not None
 
 
-def _trained_blocks(context: StageContext, plan: BlockPlan) -> list[int]:
-    if context.spec.distillation.trainable == "distilled":
-        return sorted({*plan.distilled.values(), *plan.parts})
-    return list(plan.kept)
+def _least(plans: Plans, both: HealingSizes) -> HealingSize:
+    """What a half can do with: without the dense model, where it may be without."""
+    return both.beside if plans.prefill_is_read_alone else both.ahead
 
 
 def _healed_weights(
@@ -258,7 +244,7 @@ def _heal_prefill(work: Work) -> HealedHalf:
     def learning(student: PreTrainedModel) -> Learning:
         if plans.prefill_is_read_alone:
             return _read_by_decode(work, student)
-        loss = sequence_loss(student, work.teacher, plans.prefill.kept, _losses(work.context))
+        loss = sequence_loss(student, work.teacher, plans.prefill.kept, loss_weights(work.context.spec.distillation))
         return Learning(loss, [student])
 
     return _heal(
@@ -268,7 +254,7 @@ def _heal_prefill(work: Work) -> HealedHalf:
         work.channels.prefill,
         progress_range=(0.0, 0.5),
         beside=None,
-        inherited=lambda dense: {},
+        inherits=lambda dense: {},
         frozen=lambda stack: set(),
         learning=learning,
     )
@@ -279,7 +265,8 @@ def _read_by_decode(work: Work, student: PreTrainedModel) -> Learning:
 
     Where prefill says the first token, its own predictions count as well.
     """
-    plans, losses, first_token = work.plans, _losses(work.context), work.context.spec.serving.first_token
+    plans, spec = work.plans, work.context.spec
+    losses, first_token = loss_weights(spec.distillation), spec.serving.first_token
     assert isinstance(work.teacher, PreTrainedModel)  # as `_kept_of` has it
     decode = pruned(narrowed(work.teacher, work.channels.decode), plans.decode)
     read = continuation_loss(
@@ -294,21 +281,15 @@ def _read_by_decode(work: Work, student: PreTrainedModel) -> Learning:
     )
     if first_token == "decode":
         return Learning(read, [student, decode])
-    weights = LossWeights(kl=losses.kl, label=losses.label, hidden=0.0)
-    own = sequence_loss(student, work.teacher, plans.prefill.kept, weights)
+    own = sequence_loss(student, work.teacher, plans.prefill.kept, own_weights(losses))
     return Learning(lambda ids: read(ids) + own(ids), [student, decode])
 
 
 def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
     """It starts from what it inherits of prefill's weights, which is also what it falls back to."""
     plans, channels = work.plans, work.channels
-    only_decode = _only_in_decode(plans).values()
-    # Decode goes on from prefill's weights, unless those learned to make keys and values for it as it is.
-    kept = {
-        name: tensor
-        for name, tensor in prefill.trained.items()
-        if _block(name) in plans.decode.kept and not plans.prefill_is_read_alone
-    }
+    only_decode = only_in_decode(plans).values()
+    kept = inherited(prefill.trained, plans)
 
     def learning(student: PreTrainedModel) -> Learning:
         loss = continuation_loss(
@@ -317,7 +298,7 @@ def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
             kv_layer_map(plans.prefill, plans.decode),
             work.teacher,
             plans.decode.kept,
-            _losses(work.context),
+            loss_weights(work.context.spec.distillation),
             prompt_tokens=work.data.prompt_tokens,
             first_token=work.context.spec.serving.first_token,
         )
@@ -330,7 +311,7 @@ def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
         channels.decode,
         progress_range=(0.5, 1.0),
         beside=prefill,
-        inherited=lambda dense: change_width(kept, channels.prefill, channels.decode, dict(dense.named_parameters())),
+        inherits=lambda dense: change_width(kept, channels.prefill, channels.decode, dict(dense.named_parameters())),
         frozen=lambda stack: {name for absorber in only_decode for name in kv_tensor_names(stack, absorber)},
         learning=learning,
     )
@@ -344,7 +325,7 @@ def _heal(
     *,
     progress_range: tuple[float, float],
     beside: HealedHalf | None,
-    inherited: Callable[[PreTrainedModel], Tensors],
+    inherits: Callable[[PreTrainedModel], Tensors],
     frozen: Callable[[BlockStack], set[str]],
     learning: Callable[[PreTrainedModel], Learning],
 ) -> HealedHalf:
@@ -354,7 +335,7 @@ def _heal(
     weights given are put back.
     """
     context, data, spec = work.context, work.data, work.context.spec.distillation
-    blocks = _trained_blocks(context, plan)
+    blocks = trained_blocks(spec, plan)
     gave_up = _gives_up(plan, channels)
     size = work.sizes[half]
     resume = kept_state(context, half)
@@ -362,7 +343,7 @@ def _heal(
 
     # The student: its own are what is trained and what it inherits.
     dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if gave_up else work.dtype)
-    start = inherited(dense)
+    start = inherits(dense)
     weights = narrowed(dense, channels)
     del dense
     stack = block_stack(weights)
@@ -393,7 +374,7 @@ def _heal(
     trained = {name: named[name].detach().to(dtype).to("cpu", copy=True).contiguous() for name in given}
     load_tensors(weights, trained)
     after = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
-    kept = _verdict(before, after)
+    kept = verdict(before, after)
     if kept == "undistilled":
         load_tensors(weights, given)
         trained = {}
@@ -412,8 +393,3 @@ def _share(weights: PreTrainedModel, teacher: Teacher, beside: HealedHalf | None
         share(weights, teacher, own=own)
     elif beside is not None:
         share(weights, beside.weights, own={*own, *beside.trained})
-
-
-def _verdict(before: float, after: float) -> Kept:
-    """Which weights are kept, by their held-out loss without and with distillation."""
-    return "distilled" if after < before else "undistilled"

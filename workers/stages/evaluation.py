@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,50 +26,105 @@ from pdtrim.contract.results import (
     KvBytes,
     ModelFigures,
     PairFigures,
-    Perplexity,
     Plan,
     SearchRecord,
     TaskResult,
 )
+from pdtrim.contract.results import Perplexity as MeasuredPerplexity
 from service.stopping import interruptible
-from workers.inputs.models import device, load_model, load_tokenizer
-from workers.pruning.model.cache import cache_bytes
+from workers.inputs.models import compute_dtype, device, fits_whole, load_for_walks, load_model, load_tokenizer
 from workers.pruning.model.calibration import said_again
-from workers.pruning.model.checkpoint import stored_dtype
-from workers.pruning.model.measure import Speed, parameters, perplexity, quality, speeds
-from workers.pruning.model.pair import first_token_losses, handed_tokens, pd_loss
-from workers.pruning.model.parts import pruned
+from workers.pruning.model.checkpoint import empty_model, stored_dtype
+from workers.pruning.model.comparison import Comparison
+from workers.pruning.model.configuration import read_config
+from workers.pruning.model.measure import Perplexity, Quality, Speed, parameters, speeds
+from workers.pruning.model.pair import handed_tokens
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
-from workers.pruning.model.width import Channels
+from workers.pruning.model.streaming import parameter_bytes
 from workers.pruning.serving.pair_server import read_rule
 from workers.reporting.card import inherited_metadata, model_card
 from workers.reporting.figures import draw_all
 from workers.reporting.findings import ROLES, Findings
 from workers.reporting.page import render
+from workers.stages.comparing import (
+    Exported,
+    Halves,
+    Windows,
+    compare_streamed,
+    compare_whole,
+    fit_together,
+    load_all,
+)
 from workers.stages.context import StageContext
 from workers.stages.evaluation_tasks import load_tasks, measure_tasks
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS, read_opening
-from workers.stages.width import narrowed, read_channels
+from workers.stages.width import HalfChannels, read_channels
 
 PAGE, FIGURES = "report.html", "figures"
-BATCH_WINDOWS = 8
 
 
 @dataclass(frozen=True)
-class MeasuredModel:
-    """A model under measurement, the folder it was loaded from, and what it gave up."""
+class Subjects:
+    """The dense model and the exported checkpoints, by name: all held, or each loaded when it is wanted."""
 
-    model: PreTrainedModel
-    folder: Path
-    plan: BlockPlan
-    channels: Channels | None = None
+    context: StageContext
+    exported: Mapping[str, Exported]
+    held: Mapping[str, PreTrainedModel] | None
+    """None where they do not fit together."""
+
+    @classmethod
+    def of(cls, context: StageContext, plans: Plans, channels: HalfChannels) -> Subjects:
+        """Fetches the checkpoints, and loads them if they fit."""
+        exported = {"dense": Exported(context.source_dir, context.model_dir, BlockPlan(plans.prefill.num_blocks))}
+        for role, (plan, trained) in roles(plans).items():
+            folder = context.input_folder(StageName.EXPORT, role)
+            of_training = context.input(StageName.DISTILLATION, trained)
+            exported[role] = Exported(folder, context.decoder_of(folder), plan, channels.of(role), of_training)
+        held = load_all(context, exported) if fit_together(context, exported) else None
+        return cls(context, exported, held)
 
     @property
-    def pruned(self) -> bool:
-        return bool(self.plan.removed or self.plan.parts) or self.channels is not None
+    def halves(self) -> Halves:
+        return Halves(*(half if half in self.exported else "unified" for half in ("prefill", "decode")))
+
+    def model(self, name: str) -> PreTrainedModel:
+        """One that is held, or loaded by itself in the way that it fits."""
+        if self.held is not None:
+            return self.held[name]
+        context = self.context
+        return load_for_walks(self.exported[name].decoder, context.check, memory_bytes=context.memory_bytes)
+
+    def compare(self, windows: Windows) -> Comparison:
+        """All figures of quality."""
+        context = self.context
+        if self.held is not None:
+            return compare_whole(context, self.exported, self.held, self.halves, windows)
+        say = partial(_say_comparing, context)
+        return compare_streamed(context, self.exported, self.halves, windows, say)
+
+    def speeds(self, windows: Tensor) -> dict[str, Speed]:
+        """By name, of the models that fit: taking turns where they are held together, else each by itself."""
+        spec, check, memory_bytes = self.context.spec.evaluation, self.context.check, self.context.memory_bytes
+        time = partial(
+            speeds,
+            prompt=windows[:1, : windows.shape[1] // 2],
+            new_tokens=spec.speed_tokens,
+            repeats=spec.speed_repeats,
+        )
+        if self.held is not None:
+            return time(self.held)
+        timed: dict[str, Speed] = {}
+        for name, one in self.exported.items():
+            if fits_whole(parameter_bytes(one.decoder, compute_dtype(), check), memory_bytes):
+                timed |= time({name: load_model(one.decoder, check)})
+        return timed
+
+
+def _say_comparing(context: StageContext, done: float) -> None:
+    context.say(0.5 + 0.3 * done, "Measuring all models block by block.")
 
 
 def run(context: StageContext) -> EvaluationResult:
@@ -79,27 +133,28 @@ def run(context: StageContext) -> EvaluationResult:
     Also writes it as a page with figures, and each checkpoint's model card again, now with its numbers.
     """
     plans, channels = read_plans(context), read_channels(context)
-    windows = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
-    context.say(0.05, "Loading the exported checkpoints.")
-    dense = load_model(context.model_dir, context.check)
-    subjects = {"dense": MeasuredModel(dense, context.source_dir, BlockPlan(plans.prefill.num_blocks))}
-    for role, (plan, _) in roles(plans).items():
-        folder = context.input_folder(StageName.EXPORT, role)
-        model = load_model(context.decoder_of(folder), context.check)
-        subjects[role] = MeasuredModel(model, folder, plan, channels.of(role))
-
-    context.say(0.2, "Measuring speed.")
-    spec = context.spec.evaluation
-    timed = speeds(
-        {name: subject.model for name, subject in subjects.items()},
-        windows[:1, : windows.shape[1] // 2],
-        new_tokens=spec.speed_tokens,
-        repeats=spec.speed_repeats,
+    validation = load_file(context.input(StageName.SCORING, WINDOWS))["validation"].to(device())
+    prompt_tokens, first_token = validation.shape[1] // 2, context.spec.serving.first_token
+    windows = Windows(
+        validation,
+        said_again(validation, prompt_tokens, opening=len(read_opening(context))),
+        prompt_tokens,
+        first_token,
+        (validation.shape[1], handed_tokens(prompt_tokens, first_token)),
     )
+    context.say(0.05, "Loading the exported checkpoints.")
+    subjects = Subjects.of(context, plans, channels)
+    context.say(0.2, "Measuring speed.")
+    timed = subjects.speeds(validation)
     context.say(0.5, "Measuring perplexity.")
+    compared = subjects.compare(windows)
     report = EvaluationResult(
-        models={name: _describe(context, subject, timed[name], windows, dense) for name, subject in subjects.items()},
-        pair=_measure_pair(context, subjects, plans, windows),
+        way="streamed" if subjects.held is None else "resident",
+        models={
+            name: _describe(context, one, compared.models[name], compared.undistilled.get(name), timed.get(name))
+            for name, one in subjects.exported.items()
+        },
+        pair=_measure_pair(subjects, plans, windows, compared),
         tasks=_measure_tasks(context, subjects),
     )
     context.write_json(REPORT, report)
@@ -142,7 +197,7 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         card.write_text(model_card(pdtrim, inherited, findings.evaluation_tables()), encoding="utf-8")
 
 
-def _measure_tasks(context: StageContext, subjects: Mapping[str, MeasuredModel]) -> dict[str, dict[str, TaskResult]]:
+def _measure_tasks(context: StageContext, subjects: Subjects) -> dict[str, dict[str, TaskResult]]:
     """Task → model → metrics."""
     spec = context.spec.evaluation
     tasks = interruptible(context.check, partial(load_tasks, spec.tasks))
@@ -150,12 +205,12 @@ def _measure_tasks(context: StageContext, subjects: Mapping[str, MeasuredModel])
         return {}
     tokenizer = load_tokenizer(context.model_dir)
     found: dict[str, dict[str, TaskResult]] = {}
-    for number, (name, subject) in enumerate(subjects.items()):
-        progress = 0.85 + 0.15 * number / len(subjects)
+    for number, name in enumerate(subjects.exported):
+        progress = 0.85 + 0.15 * number / len(subjects.exported)
         ask = partial(context.say, progress, f"Asking the {name} model the evaluation tasks.")
         measure = partial(
             measure_tasks,
-            subject.model,
+            subjects.model(name),
             tokenizer,
             tasks,
             limit=spec.task_limit,
@@ -169,101 +224,69 @@ def _measure_tasks(context: StageContext, subjects: Mapping[str, MeasuredModel])
 
 
 def _describe(
-    context: StageContext, subject: MeasuredModel, speed: Speed, windows: Tensor, dense: PreTrainedModel
+    context: StageContext, one: Exported, found: Quality, undistilled: Perplexity | None, speed: Speed | None
 ) -> ModelFigures:
-    context.check()
-    undistilled = None
-    if subject.pruned:
-        undistilled = Perplexity(**asdict(perplexity(_pruned(dense, subject), windows, batch=BATCH_WINDOWS)))
-    weights = subject.folder.glob("*.safetensors")
-    channels = getattr(subject.model.config, "intermediate_size", None)
+    model = empty_model(one.decoder, context.check)
+    channels = getattr(model.config, "intermediate_size", None)
+    weights = one.folder.glob("*.safetensors")
     return ModelFigures(
-        blocks=len(subject.plan.kept),
-        kept_blocks=list(subject.plan.kept),
-        deleted_blocks=sorted(subject.plan.deleted),
-        distilled_blocks=dict(sorted(subject.plan.distilled.items())),
-        parts=dict(sorted(subject.plan.parts.items())),
+        blocks=len(one.plan.kept),
+        kept_blocks=list(one.plan.kept),
+        deleted_blocks=sorted(one.plan.deleted),
+        distilled_blocks=dict(sorted(one.plan.distilled.items())),
+        parts=dict(sorted(one.plan.parts.items())),
         # Some configurations list them by block.
         mlp_channels=channels if isinstance(channels, int) else None,
-        parameters=parameters(subject.model),
+        parameters=parameters(model),
         bytes=sum(path.stat().st_size for path in weights),
-        **asdict(quality(subject.model, dense, windows, batch=BATCH_WINDOWS)),
-        undistilled_perplexity=undistilled,
-        **asdict(speed),
+        **asdict(found),
+        undistilled_perplexity=None if undistilled is None else MeasuredPerplexity(**asdict(undistilled)),
+        **({} if speed is None else asdict(speed)),
     )
 
 
-def _pruned(dense: PreTrainedModel, subject: MeasuredModel) -> PreTrainedModel:
-    """What the subject was before distillation."""
-    return pruned(narrowed(dense, subject.channels), subject.plan)
-
-
-def _measure_pair(
-    context: StageContext, subjects: Mapping[str, MeasuredModel], plans: Plans, windows: Tensor
-) -> PairFigures:
+def _measure_pair(subjects: Subjects, plans: Plans, windows: Windows, compared: Comparison) -> PairFigures:
+    context = subjects.context
     context.say(0.8, "Measuring the prefill/decode pair.")
-    dense = subjects["dense"].model
-    prefill_subject, decode_subject = (subjects.get(half) or subjects["unified"] for half in ("prefill", "decode"))
-    prefill, decode = prefill_subject.model, decode_subject.model
     layer_map = kv_layer_map(plans.prefill, plans.decode)
-    tokens = windows.shape[1]
-    prompt_tokens, first_token = tokens // 2, context.spec.serving.first_token
-
-    def loss(
-        prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: list[int], windows: Tensor = windows
-    ) -> float:
-        context.check()
-        return pd_loss(
-            prefill,
-            decode,
-            layer_map,
-            windows,
-            prompt_tokens=prompt_tokens,
-            first_token=first_token,
-            batch=BATCH_WINDOWS,
-        )
-
-    def first_token_loss(prefill: PreTrainedModel, decode: PreTrainedModel, layer_map: list[int]) -> FirstTokenLoss:
-        context.check()
-        found = first_token_losses(
-            prefill, decode, layer_map, windows, prompt_tokens=prompt_tokens, batch=BATCH_WINDOWS
-        )
-        return FirstTokenLoss(decode=found["decode"], prefill=found["prefill"])
-
-    dtype = stored_dtype(context.model_dir)
+    halves, dtype = subjects.halves, stored_dtype(context.model_dir)
     kv_tokens = None
     if context.spec.kv_tokens is not None:
-        rule = read_rule(prefill_subject.folder)
         kv_tokens = measure_rule(
-            context.spec.kv_tokens, rule, dense.config, (prefill, decode), layer_map, windows, dtype, first_token
+            context.spec.kv_tokens,
+            read_rule(subjects.exported[halves.prefill].folder),
+            read_config(context.model_dir),
+            (subjects.model(halves.prefill), subjects.model(halves.decode)),
+            layer_map,
+            windows.text,
+            dtype,
+            windows.first_token,
         )
-    pruned = (_pruned(dense, prefill_subject), _pruned(dense, decode_subject))
-    every_block = list(range(plans.prefill.num_blocks))
-    copying = said_again(windows, prompt_tokens, opening=len(read_opening(context)))
+    pairs = compared.pairs
+    first = {
+        name: FirstTokenLoss(decode=found.first_token["decode"], prefill=found.first_token["prefill"])
+        for name, found in pairs.items()
+    }
+    dense_bytes, pruned_bytes = (compared.cached[name] for name in ("dense", halves.decode))
+    tokens = windows.text.shape[1]
     return PairFigures(
-        prompt_tokens=prompt_tokens,
-        continuation_tokens=tokens - prompt_tokens,
-        dense_loss=loss(dense, dense, every_block),
-        pruned_loss=loss(*pruned, layer_map),
-        distilled_loss=loss(prefill, decode, layer_map),
-        first_token=first_token,
-        first_token_losses=FirstTokenLosses(
-            dense=first_token_loss(dense, dense, every_block),
-            pruned=first_token_loss(*pruned, layer_map),
-            distilled=first_token_loss(prefill, decode, layer_map),
-        ),
+        prompt_tokens=windows.prompt_tokens,
+        continuation_tokens=tokens - windows.prompt_tokens,
+        dense_loss=pairs["dense"].loss,
+        pruned_loss=pairs["pruned"].loss,
+        distilled_loss=pairs["distilled"].loss,
+        first_token=windows.first_token,
+        first_token_losses=FirstTokenLosses(dense=first["dense"], pruned=first["pruned"], distilled=first["distilled"]),
         copying=CopyingLosses(
-            dense=loss(dense, dense, every_block, copying),
-            pruned=loss(*pruned, layer_map, copying),
-            distilled=loss(prefill, decode, layer_map, copying),
+            dense=pairs["dense"].copying, pruned=pairs["pruned"].copying, distilled=pairs["distilled"].copying
         ),
         kv_layer_map=layer_map,
         kv_tokens=kv_tokens,
         kv_bytes_per_request=KvBytes(
             tokens=tokens,
-            dense=cache_bytes(dense, tokens, dtype),
-            pruned=cache_bytes(decode, tokens, dtype),
-            dense_sent=cache_bytes(dense, handed_tokens(prompt_tokens, first_token), dtype),
-            sent=cache_bytes(decode, handed_tokens(prompt_tokens, first_token), dtype),
+            dense=dense_bytes[0],
+            pruned=pruned_bytes[0],
+            dense_sent=dense_bytes[1],
+            sent=pruned_bytes[1],
         ),
     )

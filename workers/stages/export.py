@@ -10,45 +10,35 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import CheckpointProof, ExportResult
 from service.stopping import interruptible
-from workers.inputs.models import device, load_model, load_vision_language
+from workers.inputs.models import device
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_checkpoint
 from workers.pruning.model.configuration import read_config
-from workers.pruning.model.parts import pruned, zeroed_tensors
+from workers.pruning.model.parts import zeroed_tensors
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.speculation import left_behind
-from workers.pruning.model.width import Channels
-from workers.pruning.repair.distill import load_tensors
 from workers.pruning.serving.handover import KvTokenRule
 from workers.reporting.card import inherited_metadata, model_card
-from workers.stages import distillation
+from workers.stages.checkpoint_proof import Healed, healed_model, prove_resident, prove_streamed, two_fit
 from workers.stages.context import StageContext
+from workers.stages.halves import DECODE, PREFILL
 from workers.stages.kv_tokens import choose_rule, recorded
 from workers.stages.removal import Plans, read_plans
 from workers.stages.scoring import WINDOWS, read_opening
-from workers.stages.width import HalfChannels, narrowed, read_channels
+from workers.stages.width import HalfChannels, read_channels
 
 PROOF_TOKENS = 32
-GENERATED_TOKENS = 8
-TOLERANCE = 1e-4
-CACHE_TOLERANCE = 1e-4
-"""Of logits with a KV cache and without, as a share of the largest of them: other shapes of the same products."""
-
-
-class ExportMismatch(Exception):
-    """An exported checkpoint does not compute what the pruned model in memory computes."""
 
 
 def roles(plans: Plans) -> dict[str, tuple[BlockPlan, str]]:
     """Role of each checkpoint → its plan and the distillation artifact with its trained tensors."""
     if plans.unified:
-        return {"unified": (plans.prefill, distillation.PREFILL)}
-    return {"prefill": (plans.prefill, distillation.PREFILL), "decode": (plans.decode, distillation.DECODE)}
+        return {"unified": (plans.prefill, PREFILL)}
+    return {"prefill": (plans.prefill, PREFILL), "decode": (plans.decode, DECODE)}
 
 
 def run(context: StageContext) -> ExportResult:
@@ -58,6 +48,8 @@ def run(context: StageContext) -> ExportResult:
     proof = windows[:1, :PROOF_TOKENS]
     notes = left_behind(context.model_dir, SourceTensors.of(context.source_dir).files)
     rule = _choose_rule(context, plans, channels, windows)
+    in_memory = two_fit(context, torch.float32)
+    prove = prove_resident if in_memory else prove_streamed
     proofs = {}
     for number, (role, (plan, trained)) in enumerate(roles(plans).items()):
         start = 0.4 + 0.3 * number
@@ -84,25 +76,20 @@ def run(context: StageContext) -> ExportResult:
             interruptible(context.check, put_back)
             shutil.rmtree(written)
         context.say(start + 0.15, f"Proving the {role} checkpoint.")
-        expected = _healed(context, plan, channels.of(role), trained, dtype=torch.float32)
-        load = load_model if context.composite is None else load_vision_language
-        difference = _prove(load(target, context.check, dtype=torch.float32), role, expected, proof)
+        healed = Healed(plan, channels.of(role), overrides)
+        difference = prove(context, role, healed, target, proof)
         files = [path for path in target.iterdir() if path.is_file()]
         proofs[role] = CheckpointProof(
             files=len(files),
             bytes=sum(path.stat().st_size for path in files),
             max_logit_difference=difference,
         )
-    return ExportResult(checkpoints=proofs, kv_tokens=None if rule is None else recorded(rule), notes=notes)
-
-
-def _healed(
-    context: StageContext, plan: BlockPlan, channels: Channels | None, trained: str, *, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """What a checkpoint has to compute: the narrowed dense model with the trained tensors, without removed blocks."""
-    weights = narrowed(load_model(context.model_dir, context.check, dtype=dtype), channels)
-    load_tensors(weights, load_file(context.input(StageName.DISTILLATION, trained)))
-    return pruned(weights, plan)
+    return ExportResult(
+        way="resident" if in_memory else "streamed",
+        checkpoints=proofs,
+        kv_tokens=None if rule is None else recorded(rule),
+        notes=notes,
+    )
 
 
 def _zeroed(context: StageContext, plan: BlockPlan) -> set[str]:
@@ -118,44 +105,13 @@ def _choose_rule(context: StageContext, plans: Plans, channels: HalfChannels, wi
     if asked is None:
         return None
     context.say(0.0, "Choosing the KV tokens that decode is sent.")
-    models = [_healed(context, plan, channels.of(role), trained) for role, (plan, trained) in roles(plans).items()]
+    models = [
+        healed_model(context, Healed(plan, channels.of(role), context.input(StageName.DISTILLATION, trained)))
+        for role, (plan, trained) in roles(plans).items()
+    ]
     dense = read_config(context.model_dir)
     layer_map = kv_layer_map(plans.prefill, plans.decode)
     return choose_rule(context, asked, dense, (models[0], models[-1]), layer_map, windows)
-
-
-def _prove(loaded: PreTrainedModel, role: str, expected: PreTrainedModel, ids: Tensor) -> float:
-    """Largest difference between the loaded checkpoint's logits and the expected ones, in float32."""
-    with torch.no_grad():
-        difference = float((loaded(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max())
-    if not difference <= TOLERANCE:
-        raise ExportMismatch(f"{role}: logits differ from the pruned model's by {difference}")
-    _prove_cache(role, loaded, ids)
-    return difference
-
-
-def _prove_cache(name: str, model: PreTrainedModel, ids: Tensor) -> None:
-    """Greedy generation after `ids` (1, time) takes the same steps with a KV cache as without.
-
-    Up to a tie: where two tokens are as likely but for rounding, answers may part, and each is right.
-    Raises: ExportMismatch.
-    """
-    generate: Any = model.generate
-    greedy = partial(
-        generate,
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=GENERATED_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    for cached, plain in zip(greedy(use_cache=True).logits, greedy(use_cache=False).logits, strict=False):
-        if not (cached - plain).abs().max() <= CACHE_TOLERANCE * plain.abs().max().clamp(min=1):
-            raise ExportMismatch(f"{name}: greedy generation with the KV cache differs from the one without")
-        if not torch.equal(cached.argmax(dim=-1), plain.argmax(dim=-1)):
-            return
 
 
 def pdtrim_json(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import SCORES, BlockScores, ComputePrecision
-from workers.inputs.models import compute_dtype, device, load_for_walks, multiplies_bfloat16
-from workers.pruning.model.blocks import BlockStack, block_stack
+from workers.inputs.models import compute_dtype, device, is_streamed, load_for_walks, multiplies_bfloat16
+from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.measure import parameters, perplexity
 from workers.stages.context import StageContext
 
@@ -23,6 +23,8 @@ GAINING_PARAMETERS = 50_000_000
 SAME_LOSS = 0.002
 """Nats by which a mean loss may differ and be the same: less than sets one block apart differ in."""
 COMPARED_WINDOWS = 8
+STREAMED_TOKENS = 2048
+"""Tokens that go through a streamed model together."""
 
 
 def scoring_dtype(context: StageContext) -> torch.dtype:
@@ -49,8 +51,10 @@ def choose_precision(context: StageContext, stack: BlockStack, windows: Tensor) 
 def compared(context: StageContext, stack: BlockStack, windows: Tensor) -> ComputePrecision:
     """bfloat16 where the loss on `windows` (windows, tokens) is the same as in float32, in which `stack` is."""
     context.say(0.95, "Comparing bfloat16 with float32.")
-    rounded = block_stack(load_for_walks(context.model_dir, context.check, dtype=torch.bfloat16))
-    exact, other = (math.log(perplexity(one.model, windows, batch=1).value) for one in (stack, rounded))
+    rounded = load_for_walks(context.model_dir, context.check, dtype=torch.bfloat16, memory_bytes=context.memory_bytes)
+    # For every batch a streamed model is read once more.
+    batch = max(1, STREAMED_TOKENS // windows.shape[1]) if is_streamed(stack.model) else 1
+    exact, other = (math.log(perplexity(one, windows, batch=batch).value) for one in (stack.model, rounded))
     used: Used = "bfloat16" if abs(exact - other) <= SAME_LOSS else "float32"
     return ComputePrecision(
         used=used, windows=len(windows), float32_loss=round(exact, 6), bfloat16_loss=round(other, 6)

@@ -79,7 +79,10 @@ def load(context: StageContext) -> tuple[BlockStack, dict[str, Tensor]]:
     """The dense model's blocks, and every split's windows (windows, tokens), those of calibration on the device."""
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     windows["calibration"] = windows["calibration"].to(device())
-    return block_stack(load_for_walks(context.model_dir, context.check, dtype=read_precision(context))), windows
+    model = load_for_walks(
+        context.model_dir, context.check, dtype=read_precision(context), memory_bytes=context.memory_bytes
+    )
+    return block_stack(model), windows
 
 
 def run(context: StageContext) -> RemovalResult:

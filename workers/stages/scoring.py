@@ -66,7 +66,10 @@ def run(context: StageContext) -> ScoringResult:
 
     context.say(0.4, "Trying the model out.")
     with _blamed_on_the_model(context):
-        stack = block_stack(load_for_walks(context.model_dir, context.check, dtype=scoring_dtype(context)))
+        model = load_for_walks(
+            context.model_dir, context.check, dtype=scoring_dtype(context), memory_bytes=context.memory_bytes
+        )
+        stack = block_stack(model)
         check_tokens(windows, tokenizer, embeddings=embedded_tokens(stack.model))
         try_out(stack, windows.ids["calibration"][:1, :TRIED_TOKENS])
         if not is_tested(stack.model.config.model_type):

@@ -6,7 +6,7 @@ unknown here are ignored.
 
 from __future__ import annotations
 
-from pdtrim.contract.results.base import Half, Halves, Result
+from pdtrim.contract.results.base import Half, Halves, Result, Way
 from pdtrim.contract.results.distillation import DistillationResult, FittedMerge, Healing, OwnAnswers
 from pdtrim.contract.results.evaluation import (
     REPORT,
@@ -109,5 +109,6 @@ __all__ = [
     "TaskResult",
     "TokenRule",
     "TokenRuleFigures",
+    "Way",
     "WindowCounts",
 ]

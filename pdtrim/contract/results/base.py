@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 Half = Literal["prefill", "decode"]
 """The two phases of serving a request. A checkpoint for both is called unified."""
+Way = Literal["resident", "streamed"]
+"""How a worker held the models of a stage: in its device's memory, or reading their blocks from disk one at a time."""
 T = TypeVar("T")
 
 

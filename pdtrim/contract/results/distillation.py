@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pdtrim.contract.results.base import Result
+from pdtrim.contract.results.base import Result, Way
 
 Kept = Literal["distilled", "undistilled"]
 
@@ -34,6 +34,11 @@ class HowHealed(Result):
         "ahead and kept on disk.",
     )
     target_bytes: int = Field(default=0, description="Of these on disk.")
+    way: Way = Field(
+        default="resident",
+        description="Whether the models were `resident`, in the device's memory, or `streamed`, their blocks read from "
+        "disk for every step.",
+    )
 
 
 class Healing(Result):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pdtrim.contract.results.base import Half, Halves, Result
+from pdtrim.contract.results.base import Half, Halves, Result, Way
 from pdtrim.contract.results.export import TokenRule
 from pdtrim.contract.spec import Part
 
@@ -50,10 +50,12 @@ class ModelFigures(Result):
         description="Share of tokens for which the dense model finds the same next token most likely."
     )
     undistilled_perplexity: Perplexity | None = Field(description="Before distillation; null where nothing went.")
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    time_to_first_token_ms: float
-    inter_token_latency_ms: float
+    prefill_tokens_per_second: float | None = Field(
+        default=None, description="Null, as are all speeds, where the model does not fit the worker's device."
+    )
+    decode_tokens_per_second: float | None = None
+    time_to_first_token_ms: float | None = None
+    inter_token_latency_ms: float | None = None
     speed_repeats: int | None = Field(
         default=None, description="Of how many timed repeats the speeds are medians. Null in jobs of earlier versions."
     )
@@ -142,6 +144,12 @@ TaskResult = dict[str, TaskMetric]
 
 class EvaluationResult(Result):
     """What the evaluation stage found; also the content of `report.json`."""
+
+    way: Way = Field(
+        default="resident",
+        description="How quality was measured: of models that are `resident`, all in the device's memory at once, or "
+        "`streamed`, their blocks read from disk one at a time.",
+    )
 
     models: dict[str, ModelFigures] = Field(
         description="`dense`, and each checkpoint by role: `unified`, or `prefill` and `decode`."

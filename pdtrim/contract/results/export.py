@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pdtrim.contract.results.base import Result
+from pdtrim.contract.results.base import Result, Way
 
 
 class TokenRule(Result):
@@ -21,13 +21,18 @@ class CheckpointProof(Result):
     files: int
     bytes: int
     max_logit_difference: float = Field(
-        description="The largest difference of its logits from those of the pruned model in memory."
+        description="The largest difference of its logits from those of the pruned model that it was made of."
     )
 
 
 class ExportResult(Result):
     """What the export stage found."""
 
+    way: Way = Field(
+        default="resident",
+        description="How the checkpoints were proved: `resident`, each beside the pruned model in memory, or "
+        "`streamed`, both read block by block from disk.",
+    )
     checkpoints: dict[str, CheckpointProof] = Field(description="By role: `unified`, or `prefill` and `decode`.")
     kv_tokens: TokenRule | None = Field(default=None, description="Null where the job asked for none.")
     notes: list[str] = Field(

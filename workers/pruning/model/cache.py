@@ -21,17 +21,25 @@ def cache_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> int:
     Layers with a window hold no more than it, those of linear attention a state that does not grow, which many keep in
     float32 whatever the model is served in.
     """
-    total = 0
-    stack = block_stack(model)
-    types: dict[str, torch.dtype] = dict.fromkeys(KEYS_AND_VALUES, dtype)
-    for number, layer in enumerate(filled_cache(model, tokens).layers):
+    served = Served(block_stack(model), dtype)
+    return sum(served.layer_bytes(number, layer) for number, layer in enumerate(filled_cache(model, tokens).layers))
+
+
+class Served:
+    """A model that is served in some type, by which the bytes of its caches are counted, layer by layer."""
+
+    def __init__(self, stack: BlockStack, dtype: torch.dtype) -> None:
+        self._stack, self._dtype = stack, dtype
+        self._types: dict[str, torch.dtype] = dict.fromkeys(KEYS_AND_VALUES, dtype)
+
+    def layer_bytes(self, number: int, layer: Any) -> int:
+        """Of one layer of a cache, whose block has its weights."""
         held = named_tensors(layer)
-        if model.dtype == dtype:
-            types |= {name: tensor.dtype for name, tensor in held.items()}
-        elif held.keys() - types.keys():
-            types = _types(stack, number, dtype) | types
-        total += sum(tensor.numel() * types[name].itemsize for name, tensor in held.items())
-    return total
+        if self._stack.model.dtype == self._dtype:
+            self._types |= {name: tensor.dtype for name, tensor in held.items()}
+        elif held.keys() - self._types.keys():
+            self._types = _types(self._stack, number, self._dtype) | self._types
+        return sum(tensor.numel() * self._types[name].itemsize for name, tensor in held.items())
 
 
 def filled_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
@@ -65,7 +73,9 @@ def _types(stack: BlockStack, number: int, dtype: torch.dtype) -> dict[str, torc
     """In which types a block keeps its states where it is served in `dtype`: by a copy of that block alone."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=stack.device)
     h, calls = stack.enter(ids)
-    block: nn.Module = copy.deepcopy(stack.blocks[number]).to(dtype)
+    block: nn.Module = copy.deepcopy(stack.blocks[number])
+    vars(block).pop("forward", None)  # Of a block that is read when it is called: the copy has its weights.
+    block.to(dtype)
     cache = DynamicCache(config=stack.model.config)
     run_block(block, h.to(dtype), _converted(calls.kwargs[number], dtype), cache)
     return {name: tensor.dtype for name, tensor in named_tensors(cache.layers[number]).items()}

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.blocks import block_stack, head
 
-LOGITS_BYTES = 256 << 20
-"""Float32 logits of one model that a comparison holds at a time."""
+LOGITS_BYTES = 64 << 20
+"""Float32 logits of one model that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch: int) -> Perple
     for ids in windows.split(batch):
         nll = [F.cross_entropy(logits, targets, reduction="none") for logits, targets in _parts(ids, model)]
         losses += torch.cat(nll).view(len(ids), -1).mean(1).tolist()
-    return _perplexity(losses)
+    return perplexity_of(losses)
 
 
 @torch.no_grad()
@@ -63,14 +63,51 @@ def quality(model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor, *, 
     for ids in windows.split(batch):
         nll: list[Tensor] = []
         for logits, dense_logits, targets in _parts(ids, model, dense):
-            nll.append(F.cross_entropy(logits, targets, reduction="none"))
-            kl += float(
-                F.kl_div(logits.log_softmax(-1), dense_logits.log_softmax(-1), reduction="sum", log_target=True)
-            )
-            same += int((logits.argmax(-1) == dense_logits.argmax(-1)).sum())
+            found = likeness(logits, dense_logits, targets)
+            nll.append(found.losses)
+            kl += float(found.kl.sum())
+            same += int(found.same.sum())
         losses += torch.cat(nll).view(len(ids), -1).mean(1).tolist()
     tokens = windows[:, 1:].numel()
-    return Quality(_perplexity(losses), kl / tokens, same / tokens)
+    return Quality(perplexity_of(losses), kl / tokens, same / tokens)
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What a model makes of some tokens beside the dense model, each (tokens,)."""
+
+    losses: Tensor
+    """Negative log-likelihoods in nats."""
+    kl: Tensor
+    """KL(dense ‖ model) in nats."""
+    same: Tensor
+    """Whether both find the same next token most likely."""
+
+
+def likeness(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Likeness:
+    """Of float32 logits (tokens, vocabulary) of a model and the dense one, and the tokens (tokens,) that followed."""
+    kl = F.kl_div(logits.log_softmax(-1), dense_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    same = logits.argmax(-1) == dense_logits.argmax(-1)
+    return Likeness(F.cross_entropy(logits, targets, reduction="none"), kl, same)
+
+
+def logits_at_once(model: PreTrainedModel) -> int:
+    """For how many tokens a model's logits are computed at a time: `LOGITS_BYTES` of them."""
+    return max(1, LOGITS_BYTES // (4 * int(model.config.vocab_size)))
+
+
+def token_losses(model: PreTrainedModel, normed: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihoods in nats, (tokens,), of the tokens `targets` (tokens,) that followed.
+
+    `normed` are last hidden states (tokens, hidden) after the final norm. Logits are held for a part at a time.
+    """
+    tokens = logits_at_once(model)
+    return torch.cat(
+        [
+            F.cross_entropy(head(model, h).float(), followed.to(h.device), reduction="none")
+            for h, followed in zip(normed.split(tokens), targets.split(tokens), strict=True)
+        ]
+    )
 
 
 def _parts(ids: Tensor, *models: PreTrainedModel) -> Iterator[tuple[Tensor, ...]]:
@@ -79,13 +116,13 @@ def _parts(ids: Tensor, *models: PreTrainedModel) -> Iterator[tuple[Tensor, ...]
     hidden = [
         stack.body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1) for stack in stacks
     ]  # (batch · (time − 1), hidden)
-    tokens = max(1, LOGITS_BYTES // (4 * models[0].config.vocab_size))
+    tokens = logits_at_once(models[0])
     for *parts, targets in zip(*(h.split(tokens) for h in hidden), ids[:, 1:].flatten().split(tokens), strict=True):
         yield *(stack.head(h).float() for stack, h in zip(stacks, parts, strict=True)), targets
 
 
-def _perplexity(losses: list[float]) -> Perplexity:
-    """From each window's mean negative log-likelihood."""
+def perplexity_of(losses: Sequence[float]) -> Perplexity:
+    """From each window's mean negative log-likelihood in nats."""
     value = math.exp(statistics.fmean(losses))
     error = value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     return Perplexity(value, error)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, head
 from workers.pruning.model.cache import filled_cache, held_tensors
+from workers.pruning.model.measure import token_losses
 
 FirstToken = Literal["decode", "prefill"]
 """The half that predicts the token after the prompt, as the pair is served."""
@@ -146,8 +146,9 @@ def pd_loss(
     """Mean negative log-likelihood in nats of the tokens after the prompt, over windows (windows, time)."""
     total = 0.0
     for ids in windows.split(batch):
-        logits = torch.cat(pair_logits(prefill, decode, layer_map, ids, prompt_tokens, first_token), dim=1)
-        total += float(_summed_loss(logits, ids[:, prompt_tokens:]))
+        first, others = pair_hidden(prefill, decode, layer_map, ids, prompt_tokens, first_token)
+        by_prefill, by_decode = ids[:, prompt_tokens:].split([first.shape[1], others.shape[1]], dim=1)
+        total += _summed_loss(prefill, first, by_prefill) + _summed_loss(decode, others, by_decode)
     return total / windows[:, prompt_tokens:].numel()
 
 
@@ -168,13 +169,13 @@ def first_token_losses(
         cache = DynamicCache(config=prefill.config)
         block_stack(prefill).body(input_ids=ids[:, : prompt_tokens - 1], past_key_values=cache, use_cache=True)
         received = handover(cache, layer_map, decode.config)
-        by_decode = decode(input_ids=last, past_key_values=received, use_cache=True).logits
-        by_prefill = prefill(input_ids=last, past_key_values=cache, use_cache=True).logits
-        total["decode"] += float(_summed_loss(by_decode, target))
-        total["prefill"] += float(_summed_loss(by_prefill, target))
+        by_decode = block_stack(decode).body(input_ids=last, past_key_values=received, use_cache=True)
+        by_prefill = block_stack(prefill).body(input_ids=last, past_key_values=cache, use_cache=True)
+        total["decode"] += _summed_loss(decode, by_decode.last_hidden_state, target)
+        total["prefill"] += _summed_loss(prefill, by_prefill.last_hidden_state, target)
     return {half: loss / len(windows) for half, loss in total.items()}
 
 
-def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of logits (batch, time, vocabulary) and the tokens (batch, time) that followed."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+def _summed_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> float:
+    """Of last hidden states (batch, time, hidden) after the final norm and the tokens (batch, time) that followed."""
+    return float(token_losses(model, hidden.flatten(0, 1), targets.flatten()).sum()) if targets.numel() else 0.0

@@ -190,6 +190,11 @@ def change_width(
     return narrow_tensors(full, new)
 
 
+def has_channels(name: str) -> bool:
+    """Whether a tensor, called as in the model, has one slice a channel of a block's MLP."""
+    return _with_channels(name) is not None
+
+
 def _with_channels(name: str) -> tuple[int, str] | None:
     """Block and name within it of a tensor that has one slice a channel."""
     match = BLOCK_TENSOR.fullmatch(name)

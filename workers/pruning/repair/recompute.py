@@ -29,13 +29,17 @@ def recomputed_blocks(*models: PreTrainedModel) -> Iterator[None]:
     it, through which gradients go.
     """
     blocks = [block for model in models for block in block_stack(model).blocks]
+    own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = _recomputed(block.forward)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:  # Of a block that is read when it is called.
+                block.forward = forward
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,12 +16,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from workers.pruning.model.blocks import BlockStack, UnsupportedArchitecture, block_stack
+from workers.pruning.model.measure import token_losses
 from workers.pruning.model.pair import FirstToken, handed_tokens
 from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.pair_server import (
     ContinuedKV,
     Window,
-    continue_logits,
+    continue_hidden,
     continued_kv,
     layer_windows,
     process_prompt,
@@ -138,7 +139,7 @@ def _attention_to_prompt(stack: BlockStack, caches: Sequence[ContinuedKV], ids: 
         for layer, (block, held) in enumerate(zip(stack.blocks, caches, strict=True))
     ]
     try:
-        continue_logits(stack, caches, ids)
+        continue_hidden(stack, caches, ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -288,8 +289,9 @@ def pd_loss_with_rule(
     stack = block_stack(decode)
     total = 0.0
     for ids in windows.split(batch):
-        prompt, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, rule, first_token)
-        continued = continue_logits(stack, continued_kv(stack, handover), ids[:, handover.handed_tokens : -1])
-        logits = torch.cat([prompt, continued], dim=1)
-        total += float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, prompt_tokens:].flatten(), reduction="sum"))
+        by_prefill, handover = process_prompt(prefill, ids[:, :prompt_tokens], layer_map, rule, first_token)
+        continued = continue_hidden(stack, continued_kv(stack, handover), ids[:, handover.handed_tokens : -1])
+        first, others = ids[:, prompt_tokens:].split([by_prefill.shape[1], continued.shape[1]], dim=1)
+        total += float(token_losses(decode, continued.flatten(0, 1), others.flatten()).sum())
+        total += float(F.cross_entropy(by_prefill.flatten(0, 1).float(), first.flatten(), reduction="sum"))
     return total / windows[:, prompt_tokens:].numel()

@@ -113,6 +113,11 @@ def continued_kv(decode: BlockStack, handover: Handover) -> list[ContinuedKV]:
 
 def continue_logits(decode: BlockStack, caches: Sequence[ContinuedKV], ids: Tensor) -> Tensor:
     """Logits (batch, time, vocabulary) after each of the tokens `ids` (batch, time), which the caches then hold too."""
+    return decode.head(continue_hidden(decode, caches, ids))
+
+
+def continue_hidden(decode: BlockStack, caches: Sequence[ContinuedKV], ids: Tensor) -> Tensor:
+    """What the head makes these logits of, (batch, time, hidden)."""
     h, given = decode.enter(ids, start=caches[0].next)  # (batch, time, hidden)
     calls = BlockCalls(
         [
@@ -122,8 +127,7 @@ def continue_logits(decode: BlockStack, caches: Sequence[ContinuedKV], ids: Tens
     )
     for block, cache in enumerate(caches):
         h = calls.run(decode, block, h, cache)
-    logits: Tensor = decode.head(decode.norm(h))
-    return logits
+    return decode.norm(h)
 
 
 @torch.no_grad()

@@ -149,6 +149,7 @@ def test_tasks_are_shown_with_their_standard_errors() -> None:
 def test_speeds_are_shown_with_their_spread_and_a_single_repeat_as_such() -> None:
     def repeated(model: ModelFigures, repeats: int) -> ModelFigures:
         ms = model.time_to_first_token_ms
+        assert ms is not None
         spread = Spread(low=ms - 1, high=ms + 2)
         return model.model_copy(update={"speed_repeats": repeats, "time_to_first_token_spread_ms": spread})
 

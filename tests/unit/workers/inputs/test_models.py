@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def test_a_model_that_fits_several_accelerators_together_is_sharded_before_it_is
         return load_placed(folder, {name: stand_ins[number] for name, number in placed.items()}, **options)
 
     monkeypatch.setattr(models, "load_placed", load_here)
-    monkeypatch.setattr(models, "free_memory_bytes", lambda at: int(free))
+    monkeypatch.setattr(models, "free_memory_bytes", lambda at, limit=None: int(free))
     monkeypatch.setattr(models, "accelerators", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
     sharded = models.load_for_walks(tmp_path)
     assert [set(placed.values()) for placed in asked] == [{0, 1}]
@@ -82,3 +83,19 @@ def test_a_pass_is_stopped_before_the_next_block_also_of_a_copy(
     with pytest.raises(InterruptedError):
         drop_blocks(model, [])(input_ids=IDS) if share else model(input_ids=IDS)
     assert left == 0
+
+
+def test_a_worker_takes_no_more_memory_than_it_was_given() -> None:
+    taken = psutil.Process().memory_info().rss
+    assert models.free_memory_bytes(torch.device("cpu"), taken + 10**9) == pytest.approx(10**9, rel=0.1)
+    assert models.free_memory_bytes(torch.device("cpu"), taken // 2) == 0
+
+
+def test_what_a_containers_bound_leaves_counts_what_files_hold_as_free(tmp_path: Path) -> None:
+    assert models.container_memory(tmp_path) is None
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 250\nactive_file 50\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert models.container_memory(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert models.container_memory(tmp_path) == 400

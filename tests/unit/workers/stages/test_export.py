@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.unit.workers.pruning.models import random_ids, tiny_model
-from workers.stages.export import ExportMismatch, _prove_cache
+from workers.stages.checkpoint_proof import ExportMismatch, prove_cache
 
 TIED = (5, 9)
 IDS = random_ids(1, 12)
@@ -38,9 +38,9 @@ def answer(model: PreTrainedModel, *, use_cache: bool) -> int:
 def test_a_tie_that_rounding_decides_is_no_mismatch() -> None:
     model = with_cache_off_by(1e-5)
     assert [answer(model, use_cache=use_cache) for use_cache in (True, False)] == [TIED[1], TIED[0]]
-    _prove_cache("decode", model, IDS)
+    prove_cache("decode", model, IDS)
 
 
 def test_a_cache_that_changes_logits_is_a_mismatch() -> None:
     with pytest.raises(ExportMismatch, match="decode: greedy generation with the KV cache differs"):
-        _prove_cache("decode", with_cache_off_by(0.1), IDS)
+        prove_cache("decode", with_cache_off_by(0.1), IDS)

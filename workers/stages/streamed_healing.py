@@ -1,0 +1,308 @@
+"""Healing by adapters of a model that does not fit: its blocks are read from disk, forward and again backward.
+
+Dense model, student and the prefill half whose cache decode reads take turns in the room of one block. A block keeps
+its input alone and is computed again for its gradients (`recomputed_blocks`), which is when its weights are read once
+more. Held besides are what is outside of the blocks, the adapters with their moments, and hidden states. What was
+learned is added to the weights one at a time, on their way into the stage's file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pdtrim.contract.healing_memory import USABLE, HealingSize, HealingWay, healing_way, needed_bytes
+from pdtrim.contract.results import DistillationResult, Half, Healing, OwnAnswers
+from workers.inputs.models import device, load_streamed_model
+from workers.pruning.model.blocks import block_stack, capture_calls
+from workers.pruning.model.checkpoint import SourceTensors, check_complete, empty_model, stored_dtype
+from workers.pruning.model.measure import parameters
+from workers.pruning.model.parts import idle_tensors
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.streaming import BlockReader, BlockRoom, Cut
+from workers.pruning.model.tensor_file import write_tensors
+from workers.pruning.model.width import Channels, change_width
+from workers.pruning.repair.distill import (
+    Loss,
+    continuation_loss,
+    kv_tensor_names,
+    mean_loss,
+    sequence_loss,
+    train_on,
+)
+from workers.pruning.repair.lora import apart_adapters, linear_weights
+from workers.pruning.repair.recompute import recomputed_blocks
+from workers.stages.context import StageContext
+from workers.stages.halves import (
+    DECODE,
+    PREFILL,
+    TrainingWindows,
+    block_of,
+    loss_weights,
+    only_in_decode,
+    own_weights,
+    trained_blocks,
+    verdict,
+)
+from workers.stages.healing_size import healing_sizes, recorded
+from workers.stages.precision import DTYPES, read_precision
+from workers.stages.removal import Plans
+from workers.stages.saving import Saver
+from workers.stages.training import asked_way, journal, kept_state, kept_way
+from workers.stages.training import settings as training_settings
+from workers.stages.width import HalfChannels, narrowed
+
+NOTHING = SourceTensors({})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both halves are healed by."""
+
+    context: StageContext
+    plans: Plans
+    channels: HalfChannels
+    data: TrainingWindows
+    free_bytes: int
+    """On the device, before anything was there."""
+    saver: Saver
+    room: BlockRoom
+    teacher: PreTrainedModel
+    reader: BlockReader
+    """The teacher's."""
+
+    def model(self, cut: Cut) -> tuple[PreTrainedModel, BlockReader]:
+        """The dense model, cut."""
+        return load_streamed_model(
+            self.context.model_dir,
+            self.context.check,
+            dtype=self.room.dtype,
+            cut=cut,
+            room=self.room,
+            beside=self.teacher,
+        )
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The healing loss of a student, and the models whose blocks its gradients go back through."""
+
+    loss: Loss
+    models: tuple[PreTrainedModel, ...]
+
+
+def has_to_be_streamed(context: StageContext, sizes: Sequence[HealingSize], free_bytes: int) -> bool:
+    """Whether a half that is healed by adapters fits in no other way, and can be healed in this one."""
+    spec = context.spec.distillation
+    if spec.trainable != "lora" or not check_complete(context.model_dir, context.check).one_to_one:
+        return False
+    ways = ((size, healing_way(size, asked_way(spec), free_bytes)) for size in sizes)
+    return any(needed_bytes(size, way) > USABLE * free_bytes for size, way in ways)
+
+
+def heal_streamed(
+    context: StageContext,
+    plans: Plans,
+    channels: HalfChannels,
+    training_windows: Callable[[Callable[[], PreTrainedModel]], tuple[TrainingWindows, OwnAnswers | None]],
+    free_bytes: int,
+    saver: Saver,
+) -> DistillationResult:
+    """Heals both halves and writes their files, as the stage does otherwise.
+
+    `training_windows` says what they are healed on, given the dense model.
+    """
+    room = BlockRoom(read_precision(context), device())
+    teacher, reader = load_streamed_model(context.model_dir, context.check, dtype=room.dtype, room=room)
+    data, answers = training_windows(lambda: teacher)
+    work = Work(context, plans, channels, data, free_bytes, saver, room, teacher, reader)
+    prefill = _heal(
+        work,
+        "prefill",
+        plans.prefill,
+        channels.prefill,
+        start=NOTHING,
+        frozen=set(),
+        learning=lambda student: _learning_prefill(work, student),
+        progress_range=(0.0, 0.5),
+        out=context.out / PREFILL,
+    )
+    if plans.unified:
+        shutil.copyfile(context.out / PREFILL, context.out / DECODE)
+        return DistillationResult(enabled=True, prefill=prefill, decode=prefill, answers=answers)
+    healed = SourceTensors.in_file(context.out / PREFILL)
+    decode = _heal(
+        work,
+        "decode",
+        plans.decode,
+        channels.decode,
+        start=_inherited(work, healed),
+        frozen=_made_for_prefill(work),
+        learning=lambda student: _learning_decode(work, healed, student),
+        progress_range=(0.5, 1.0),
+        out=context.out / DECODE,
+    )
+    return DistillationResult(enabled=True, prefill=prefill, decode=decode, answers=answers)
+
+
+def _learning_prefill(work: Work, student: PreTrainedModel) -> Learning:
+    plans, spec = work.plans, work.context.spec
+    losses, first_token = loss_weights(spec.distillation), spec.serving.first_token
+    if not plans.prefill_is_read_alone:
+        return Learning(sequence_loss(student, work.teacher, plans.prefill.kept, losses), (student,))
+    decode, _ = work.model(Cut(plans.decode, work.channels.decode))
+    read = continuation_loss(
+        student,
+        decode,
+        kv_layer_map(plans.prefill, plans.decode),
+        work.teacher,
+        plans.decode.kept,
+        losses,
+        prompt_tokens=work.data.prompt_tokens,
+        first_token=first_token,
+    )
+    if first_token == "decode":
+        return Learning(read, (student, decode))
+    own = sequence_loss(student, work.teacher, plans.prefill.kept, own_weights(losses))
+    return Learning(lambda ids: read(ids) + own(ids), (student, decode))
+
+
+def _learning_decode(work: Work, healed: SourceTensors, student: PreTrainedModel) -> Learning:
+    plans, spec = work.plans, work.context.spec
+    prefill, _ = work.model(Cut(plans.prefill, work.channels.prefill, healed))
+    loss = continuation_loss(
+        prefill,
+        student,
+        kv_layer_map(plans.prefill, plans.decode),
+        work.teacher,
+        plans.decode.kept,
+        loss_weights(spec.distillation),
+        prompt_tokens=work.data.prompt_tokens,
+        first_token=spec.serving.first_token,
+    )
+    return Learning(loss, (student,))
+
+
+def _inherited(work: Work, healed: SourceTensors) -> SourceTensors:
+    """Of prefill's trained tensors, those from which decode goes on, as wide as decode is."""
+    plans, channels, context = work.plans, work.channels, work.context
+    files = {
+        name: path
+        for name, path in healed.files.items()
+        if block_of(name) in plans.decode.kept and not plans.prefill_is_read_alone
+    }
+    kept = SourceTensors(files)
+    if channels.prefill == channels.decode or not files:
+        return kept
+
+    def as_wide(name: str) -> Tensor:
+        wide = {name: work.reader.weights.read(name)}
+        return change_width({name: kept.read(name)}, channels.prefill, channels.decode, wide)[name]
+
+    path = context.workdir / "inherited.safetensors"
+    shapes = _shapes(work, channels.decode)
+    write_tensors(path, {name: shapes[name] for name in files}, stored_dtype(context.model_dir), as_wide)
+    return SourceTensors.in_file(path)
+
+
+def _shapes(work: Work, channels: Channels | None) -> dict[str, torch.Size]:
+    """Of the dense model's tensors, narrowed."""
+    model = narrowed(empty_model(work.context.model_dir, work.context.check), channels)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _made_for_prefill(work: Work) -> set[str]:
+    """What makes keys and values of blocks that only decode distils: prefill's cache has to stay what they were for."""
+    names: set[str] = set()
+    stack = block_stack(work.teacher)
+    capture_calls(stack, torch.zeros((1, 2), dtype=torch.long, device=stack.device))
+    for absorber in only_in_decode(work.plans).values():
+        work.reader.hold(absorber)
+        names |= kv_tensor_names(stack, absorber)
+    return names
+
+
+def _heal(
+    work: Work,
+    half: Half,
+    plan: BlockPlan,
+    channels: Channels | None,
+    *,
+    start: SourceTensors,
+    frozen: set[str],
+    learning: Callable[[PreTrainedModel], Learning],
+    progress_range: tuple[float, float],
+    out: Path,
+) -> Healing | None:
+    """Heal a half from what it inherits, `start`, and write what differs from the dense model to `out`."""
+    context, data, spec = work.context, work.data, work.context.spec.distillation
+    shapes, dtype = _shapes(work, channels), stored_dtype(context.model_dir)
+    inherited = {name: shapes[name] for name in start.files}
+    if not (plan.removed or plan.parts or channels is not None):
+        write_tensors(out, inherited, dtype, start.read)
+        return None
+    blocks = trained_blocks(spec, plan)
+    weights = narrowed(empty_model(context.model_dir, context.check), channels)
+    still = frozen | idle_tensors(block_stack(weights), plan.parts)
+    adapted = set(linear_weights(weights, blocks, frozen=still))
+    size, resume = _size(work, plan, channels, blocks), kept_state(context, half)
+    way = kept_way(resume, spec) if resume else _way(work, size)
+    settings = training_settings(context, way, data.training.shape[1])
+
+    student, reader = work.model(Cut(plan, channels, start))
+    own = {reader.weights.in_source(name): name for name, _ in student.named_parameters()}
+    learned = learning(student)
+    before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
+    diary = journal(context, half, progress_range, way, resume, work.saver)
+    path = context.workdir / f"healed-{half}.safetensors"
+    work.room.empty()
+    names = [own[name] for name in shapes if name in adapted]
+    with (
+        recomputed_blocks(*learned.models),
+        apart_adapters(student, names, rank=spec.lora.rank, alpha=spec.lora.alpha, seed=context.spec.seed) as adapters,
+    ):
+        taken = train_on(learned.loss, adapters.parameters, data.training, data.held_out, settings, diary).steps
+
+        def healed(name: str) -> Tensor:
+            context.check()
+            if name not in adapted:
+                return start.read(name)
+            delta = adapters.delta(own[name])
+            return reader.weights.read(own[name]).to(delta) + delta
+
+        every = inherited | {name: shape for name, shape in shapes.items() if name in adapted}
+        write_tensors(path, every, dtype, healed)
+
+    rounded, _ = work.model(Cut(plan, channels, SourceTensors.in_file(path)))
+    after = mean_loss(learning(rounded).loss, data.held_out, settings.held_out_batch)
+    kept = verdict(before, after)
+    if kept == "distilled":
+        path.rename(out)
+    else:
+        path.unlink()
+        write_tensors(out, inherited, dtype, start.read)
+    how = recorded(size, way, target_bytes=0).model_copy(update={"way": "streamed"})
+    return Healing(before=before, after=after, steps=taken, kept=kept, how=how)
+
+
+def _size(work: Work, plan: BlockPlan, channels: Channels | None, blocks: list[int]) -> HealingSize:
+    """What decides the memory: in place of models, what is outside of their blocks and one block."""
+    itemsize = work.room.dtype.itemsize
+    of_block = [sum(p.numel() for p in block.parameters()) for block in block_stack(work.teacher).blocks]
+    outside = parameters(work.teacher) - sum(of_block)
+    whole = healing_sizes(work.context, plan, channels, blocks, work.data.training, number_bytes=itemsize, beside=None)
+    return replace(whole.beside, beside=itemsize * (outside + max(of_block)), own=0, frozen=0)
+
+
+def _way(work: Work, size: HealingSize) -> HealingWay:
+    """In as many parts as fit; weights are of the precision that search and healing compute in."""
+    asked = asked_way(work.context.spec.distillation)
+    (precision,) = (name for name, dtype in DTYPES.items() if dtype == work.room.dtype)
+    way = healing_way(size, HealingWay(precision, True, asked.parts), work.free_bytes)
+    return replace(way, precision=precision)
