@@ -121,14 +121,13 @@ def run(context: StageContext) -> DistillationResult:
         with saving(context) as saver:
             training_windows = partial(_training_windows, context, windows)
             return heal_streamed(context, plans, channels, training_windows, free_bytes, saver)
-    data, answers = _training_windows(
-        context, windows, partial(load_model, context.model_dir, context.check, dtype=dtype)
-    )
+    dense = partial(load_model, context.model_dir, context.check, dtype=dtype)
+    data, answers = _training_windows(context, windows, dense)
     with saving(context) as saver, ExitStack() as opened:
         compared = decided(context, lambda: _kept_of(context, plans, channels, sizes, data, free_bytes))
         teacher: Teacher
         if compared is None:
-            teacher, size = load_model(context.model_dir, context.check, dtype=dtype), 0
+            teacher, size = dense(), 0
         else:
             hidden = sizes["prefill"].ahead.hidden
             teacher = opened.enter_context(kept_targets(context, data.all, compared, hidden, dtype, saver))

@@ -18,7 +18,7 @@ from pdtrim.contract.spec import JobSpec
 from tests.search_killed import context, score
 from tests.tiny_job import tiny_spec, write_tiny_model
 from workers.pruning.repair.targets import computed
-from workers.stages import distillation, removal, targets, training
+from workers.stages import distillation, halves, removal, targets, training
 from workers.stages.context import StageContext, StoredInput
 
 pytestmark = pytest.mark.training
@@ -47,7 +47,7 @@ def ready(folder: Path, **changes: Any) -> StageContext:
 def left(surroundings: StageContext) -> dict[str, Tensor]:
     return {
         f"{name}: {tensor}": value
-        for name in (distillation.PREFILL, distillation.DECODE)
+        for name in (halves.PREFILL, halves.DECODE)
         for tensor, value in load_file(surroundings.out / name).items()
     }
 

@@ -14,7 +14,7 @@ from pdtrim.contract.results import PLAN, SCORES, BlockScores, ComputePrecision
 from pdtrim.contract.spec import JobSpec
 from tests.search_killed import context, score
 from tests.tiny_job import tiny_spec, write_tiny_model
-from workers.stages import distillation, precision, removal
+from workers.stages import distillation, halves, precision, removal
 from workers.stages.context import StageContext, StoredInput
 
 
@@ -79,7 +79,7 @@ def test_a_job_in_bfloat16_ends_near_one_in_float32(tmp_path: Path) -> None:
         healed = context(tmp_path / asked, searched.spec, searched.inputs | plan)
         found[asked] = searches.losses.prefill, distillation.run(healed).prefill
         # Trained weights stay in the precision of the dense model's file.
-        trained = load_file(healed.out / distillation.PREFILL).values()
+        trained = load_file(healed.out / halves.PREFILL).values()
         assert {tensor.dtype for tensor in trained} == {torch.float32}
     (exact_loss, exact), (rounded_loss, rounded) = found["float32"], found["bfloat16"]
     assert exact is not None
