@@ -102,7 +102,7 @@ def removed_sets(blocks: int, protected: frozenset[int]) -> list[frozenset[int]]
 
 def pairs(blocks: int, protected: frozenset[int]) -> list[tuple[frozenset[int], frozenset[int]]]:
     """What prefill and decode give up in turn."""
-    found = (({2}, {2, blocks - 2}), ({0}, {0, blocks - 1}))
+    found = (({2}, {2, (blocks + 2) // 2}), ({0}, {0, blocks - 1}))
     return [(frozenset(prefill), frozenset(decode)) for prefill, decode in found if not decode & protected]
 
 
