@@ -84,10 +84,9 @@ def _heads(config: Mapping[str, Any], kind: str) -> int | None:
     if few is not None and kind == "full_attention" and config.get("attention_k_eq_v", True):
         return few
     inner = config.get("attn_config")
-    few = {key: config.get(key) for key in KV_HEAD_KEYS} | {
-        "": inner.get("kv_n_heads") if isinstance(inner, Mapping) else None
-    }
-    heads = _size(few, *few) if any(value is not None for value in few.values()) else every
+    within = inner.get("kv_n_heads") if isinstance(inner, Mapping) else None
+    told = [value for value in (*map(config.get, KV_HEAD_KEYS), within) if value is not None]
+    heads = _positive(told[0]) if told else every
     doubled = "sliding" in kind and config.get("model_type") in TWICE_IN_WINDOWS
     return 2 * heads if heads and doubled else heads
 
@@ -112,5 +111,8 @@ def _windowed(config: Mapping[str, Any], kind: str) -> bool:
 
 
 def _size(config: Mapping[str, Any], *names: str) -> int | None:
-    found = next((config[name] for name in names if config.get(name) is not None), None)
-    return found if type(found) is int and found > 0 else None
+    return _positive(next((config[name] for name in names if config.get(name) is not None), None))
+
+
+def _positive(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
