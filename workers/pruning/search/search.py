@@ -24,6 +24,8 @@ from workers.pruning.search.greedy import Greedy
 from workers.pruning.search.memo import Effort, MeasuredSet, Memo
 
 Algorithm = Literal["annealing", "greedy", "exhaustive"]
+BASE_SHARE = 0.03
+"""Share of the progress that the base alone takes, which is measured before any set with more."""
 GREEDY_SHARE = 0.3
 """Share of the progress that greedy takes where it goes ahead of another algorithm."""
 
@@ -89,15 +91,17 @@ def search(
     if remove > num_blocks - len(protect):
         raise ValueError(f"cannot remove {remove} of {num_blocks} blocks, of which {len(protect)} are protected")
     free = [block for block in range(num_blocks) if block not in given_up | protect]
-    ascent = Ascent(memo, base, [Unit(block, kind) for block in free], remove, on_progress, out_of_time)
+    ascent = Ascent(
+        memo, base, [Unit(block, kind) for block in free], remove, on_progress, out_of_time, (BASE_SHARE, 1.0)
+    )
 
     # Greedy goes first, unless every set is tried anyway: it finds how far to go, and where annealing begins.
     efforts: dict[Algorithm, Effort] = {}
     last, before = remove, memo.effort()
-    memo.measuring = lambda share: on_progress(0.0, None)
+    memo.measuring = lambda share: on_progress(BASE_SHARE * share, None)
     memo([base])
     alone = algorithm == "greedy"
-    greedy = Greedy(replace(ascent, progress=(0.0, 1.0 if alone else GREEDY_SHARE)))
+    greedy = Greedy(replace(ascent, progress=(BASE_SHARE, 1.0 if alone else GREEDY_SHARE)))
     if algorithm != "exhaustive" or acceptable is not None:
         last = greedy.ascend(acceptable)
         efforts["greedy"] = memo.effort() - before
