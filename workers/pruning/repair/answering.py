@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from workers.pruning.model.blocks import block_stack
+
 TEMPERATURE = 1.0
 TOP_K = 64
 """Each word is drawn from so many most probable ones: of the long rest nobody would say any. A sum of shares (top-p)
@@ -26,7 +28,7 @@ def answers(
     padding = ends[0] if ends else 0
     ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    at = next(model.parameters()).device
+    at = block_stack(model).device
     generate: Any = model.generate
     with torch.random.fork_rng(devices=[at] if at.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from tests.unit.workers.pruning.models import random_ids, tiny_model
+from tests.tiny_job import write_tiny_model
+from tests.unit.workers.pruning.models import loaded_whole, random_ids, tiny_model
+from workers.pruning.model.streaming import load_streamed
 from workers.pruning.repair.answering import answers
 
 PROMPTS = [random_ids(1, length)[0].tolist() for length in (3, 9, 5)]
@@ -31,3 +35,12 @@ def test_an_answer_ends_with_what_ends_it() -> None:
     ended = answers(model, PROMPTS, most_tokens=8, ends=[end], seed=3)
     assert ended[0] == whole[0][: whole[0].index(end) + 1]
     assert all(answer.count(end) <= 1 and (end not in answer or answer[-1] == end) for answer in ended)
+
+
+def test_a_model_that_is_read_block_by_block_answers_the_same(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    streamed, _ = load_streamed(folder, dtype=torch.float32, device=torch.device("cpu"))
+    first, second = (
+        answers(model, PROMPTS, most_tokens=4, ends=[], seed=1) for model in (streamed, loaded_whole(folder))
+    )
+    assert first == second
