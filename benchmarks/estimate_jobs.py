@@ -108,6 +108,11 @@ def model_of(job: MeasuredJob, folder: Path) -> Path:
     return made
 
 
+def text_of(job: MeasuredJob) -> dict[str, Any]:
+    """What a specification says of that text."""
+    return {"data": {"source": f"file://{(REAL / 'brown.jsonl').resolve()}"}} if job.model == "smollm2" else {}
+
+
 def documents_of(job: MeasuredJob) -> Sequence[str] | None:
     """The text of a job: English where the model is real, else the Python standard library's source."""
     if job.model != "smollm2":

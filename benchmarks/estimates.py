@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.estimate_jobs import JOBS, MeasuredJob, documents_of, model_of
+from benchmarks.estimate_jobs import JOBS, MeasuredJob, documents_of, model_of, text_of
 from benchmarks.estimate_tables import Measured, folder_bytes, of_files, of_sets, of_stages
 from benchmarks.whole_jobs import WholeJob
 from pdtrim.contract.estimate import Estimate
@@ -41,7 +41,7 @@ STATUS = Path("/proc/self/status")
 def spec_of(job: MeasuredJob, folder: Path) -> JobSpec:
     """The job as somebody would submit it."""
     source = "reference" if job.model == "reference" else f"file://{model_of(job, folder).resolve()}"
-    return JobSpec.model_validate({"model": source, **job.spec})
+    return JobSpec.model_validate({"model": source, **text_of(job), **job.spec})
 
 
 def estimated(name: str, folder: Path) -> Estimate:

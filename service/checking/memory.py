@@ -114,9 +114,10 @@ class _Room:
         both = math.ceil(device_bytes + host_bytes) + PROCESS_BYTES
         return StageMemory(way, both, both)
 
-    def _mapped(self, item: int) -> int:
-        """Of files that are read: numbers that are stored as they are computed with stay where they were mapped."""
-        return 0 if self.shape.item_bytes == item else self.shape.largest_file
+    @property
+    def _mapped(self) -> int:
+        """Of a file that is read: its pages count until all tensors were copied out of it."""
+        return 0 if self._accelerated else self.shape.largest_file
 
     def scoring(self, spec: JobSpec) -> StageMemory:
         """On a CPU in float32; beside it in bfloat16, where both are compared."""
@@ -136,7 +137,7 @@ class _Room:
         weights = item * shape.numbers
         states = self._walked(spec, item, RESIDENT_WALK_BYTES) + besides
         if weights <= RESIDENT_SHARE * device.memory_bytes:
-            return self._at_peak("resident", weights + max(states, self._mapped(item)), 0)
+            return self._at_peak("resident", weights + max(states, self._mapped), 0)
         states = self._walked(spec, item, STREAMED_WALK_BYTES) + besides
         if self._accelerated and device.count > 1:
             share = weights / device.count + item * shape.largest_block
@@ -183,7 +184,7 @@ class _Room:
             return self._healed_from_disk(size, first, free)
         # A copy of the dense model is read before its frozen weights are shared.
         item = size.number_bytes
-        needed = max(needed, 2 * item * self.shape.numbers + self._mapped(item))
+        needed = max(needed, 2 * item * self.shape.numbers + self._mapped)
         kept = 0 if not self._accelerated else 4 * (4 if way.precision == "float32" else 2) * size.trained
         if needed <= USABLE * free or self.device.count == 1:
             return self._at_peak(_said(way), needed, kept)
@@ -253,11 +254,12 @@ class _Room:
         shape = self.shape
         exact = 4 * shape.numbers
         other = exact if len(checkpoints) > 1 else 4 * checkpoints[0].numbers
-        mapped = 0 if shape.item_bytes == 4 else shape.largest_file
         written = shape.largest_file
-        if exact + other + mapped <= RESIDENT_SHARE * self.device.memory_bytes:
+        if exact + other + self._mapped <= RESIDENT_SHARE * self.device.memory_bytes:
             on_host = written if self._accelerated else 0
-            return self._at_peak("resident", max(exact + other + mapped, 0 if self._accelerated else written), on_host)
+            return self._at_peak(
+                "resident", max(exact + other + self._mapped, 0 if self._accelerated else written), on_host
+            )
         block = 4 * (shape.outside + shape.largest_block)
         on_host = 2 * written if self._accelerated else max(0, 2 * written - block)
         return self._at_peak("block by block", block, on_host)
@@ -267,8 +269,8 @@ class _Room:
         weights = self._item * (shape.numbers + sum(one.numbers for one in checkpoints))
         batch = min(BATCH_WINDOWS, spec.evaluation.windows) * spec.calibration.window_tokens
         logits = 5 * min(LOGITS_BYTES, 4 * batch * shape.vocabulary)
-        if weights + logits + self._mapped(self._item) <= RESIDENT_SHARE * self.device.memory_bytes:
-            return self._at_peak("resident", weights + max(logits, self._mapped(self._item)), REPORT_BYTES)
+        if weights + logits + self._mapped <= RESIDENT_SHARE * self.device.memory_bytes:
+            return self._at_peak("resident", weights + max(logits, self._mapped), REPORT_BYTES)
         window = (8 + 2 * len(checkpoints)) * spec.calibration.window_tokens * shape.hidden * self._item
         walked = self.device.memory_bytes // 4 if self._accelerated else STREAMED_WALK_BYTES
         states = max(window, min(walked, spec.evaluation.windows * window))

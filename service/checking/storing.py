@@ -10,7 +10,7 @@ from service.checking.shape import ModelShape
 
 STATE_BYTES = 16
 """Of healing's state for each trained number: weights, both moments and the best weights, in float32."""
-SMALL_BYTES = 3_000_000
+SMALL_BYTES = 1_000_000
 """Tokenizer, report, figures and what a search measured; each checkpoint has a tokenizer again."""
 LOCAL = ("file://", "reference")
 

@@ -18,13 +18,13 @@ from service.checking.memory import Checkpoint, StageMemory, batch_tokens, heals
 from service.checking.sets import NONE, Searches, Sets
 from service.checking.shape import ModelShape
 
-WALK_SHARE, TRAINING_SHARE = 0.5, 0.5
+WORK_SHARE = 0.35
 """Of the speed of one large product, that walks and training get."""
 RACED = 0.65
 """Of the windows, what a set of greedy's is measured on, where sets race: about the mean of the benchmarks."""
 LEAST_RACED = 12
 """Windows that hardly any set leaves a race before."""
-BLOCK_CALLS = 60
+BLOCK_CALLS = 200
 """Small operations that a block is, with what Python takes between them."""
 BACKWARD_CALLS = 1.5
 """Of those, what a backward pass takes besides."""
@@ -34,8 +34,8 @@ GENERATED = 8
 DISK_BYTES_A_SECOND = 5e8
 START_SECONDS = 0.3
 """Of a stage: claiming, opening files, putting what it made into the store."""
-TEXT_SECONDS = 0.7
-"""For cutting a text into windows."""
+TEXT_SECONDS, GIVEN_TEXT_SECONDS = 0.7, 4.0
+"""For cutting a text into windows: of the library's source what is needed, of a given one all, some five megabytes."""
 FIGURE_SECONDS = 2.0
 """For drawing the report."""
 HELD_OUT_WINDOWS, HELD_OUT_CHECKS = 8, 10
@@ -69,7 +69,7 @@ class Work:
         """Seconds in the way in which the stage will run."""
         speed = device.bfloat16_flops if memory.number_bytes == 2 and device.bfloat16_flops else device.flops
         computed = (
-            self.flops / (WALK_SHARE * speed * memory.devices) + self.bytes / device.bytes_per_second / memory.devices
+            self.flops / (WORK_SHARE * speed * memory.devices) + self.bytes / device.bytes_per_second / memory.devices
         )
         called = self.calls * BLOCK_CALLS * device.call_seconds
         return computed + called + self.disk_bytes / DISK_BYTES_A_SECOND + self.seconds
@@ -134,7 +134,8 @@ class _Counting:
         through = self._blocks(
             windows * self._tokens, 2 * self.shape.blocks - 1, self._tokens, math.ceil(windows / self._chunk)
         )
-        return through + self._loading(1) + Work(seconds=START_SECONDS + TEXT_SECONDS)
+        reading = TEXT_SECONDS if self.spec.data.origin == "builtin:stdlib" else GIVEN_TEXT_SECONDS
+        return through + self._loading(1) + Work(seconds=START_SECONDS + reading)
 
     def removal(self, checkpoints: Sequence[Checkpoint], searches: Searches) -> Work:
         """The searches, what each block is worth, and the controls."""
