@@ -34,8 +34,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from pdtrim.contract.spec import DistillationSpec
 
 Precision = Literal["float32", "bfloat16"]
 USABLE = 0.92
@@ -44,6 +46,8 @@ LOSS_LOGITS = 2**26
 """Logits of one model that the loss holds at a time."""
 STEP_NUMBERS = 2**24
 """Numbers that a step in bfloat16 changes at a time."""
+GATHERED_BLOCKS = 2
+"""That lie whole on each of several devices: the one that is at work, and the next."""
 BY_LOGIT, BY_STEPPED, BY_NORM = 28, 60, 20
 """Bytes, as said above."""
 
@@ -154,3 +158,28 @@ def needed_bytes(size: HealingSize, way: HealingWay) -> int:
     )
     stepping = 0 if exact or size.adapters else BY_STEPPED * min(size.trained, STEP_NUMBERS)
     return size.beside + math.ceil(held) + max(passing, stepping)
+
+
+def healing_devices(spec: DistillationSpec, gpus: int) -> int:
+    """Over how many devices a worker that sees so many GPUs heals a job; without any, processes are such devices."""
+    asked = spec.devices or max(1, gpus)
+    return min(asked, gpus or asked, spec.batch_windows)
+
+
+def sharded_size(size: HealingSize, devices: int, *, outside: int, block: int) -> HealingSize:
+    """What healing takes on each of so many devices, given what it takes on one.
+
+    Every model's blocks are shared out, each model for itself; the `outside` numbers of what is in no block lie whole
+    on every device, once for all models of one precision. So do GATHERED_BLOCKS, of `block` numbers, and the
+    gradients of one in float32.
+    """
+    gathered = block * (GATHERED_BLOCKS * size.number_bytes + 4)
+    whole = outside * size.number_bytes
+    return replace(
+        size,
+        beside=math.ceil((size.beside - whole) / devices) + whole + gathered,
+        trained=math.ceil(size.trained / devices),
+        own=math.ceil((size.own + max(0, size.frozen - outside)) / devices),
+        frozen=outside,
+        windows=math.ceil(size.windows / devices),
+    )

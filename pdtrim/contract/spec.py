@@ -394,6 +394,14 @@ class DistillationSpec(SpecModel):
         default=False,
         description="Compute each block again in the backward pass of healing: less memory, a third more time.",
     )
+    devices: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Devices of the worker over which healing shards models, gradients and moments, at most: no more "
+        "than it has GPUs, nor than a batch has windows. Null for all; 1 trains in the worker's own process. On a "
+        "worker without GPUs, processes, and null for one.",
+    )
     patience: int | None = Field(
         default=3,
         ge=1,

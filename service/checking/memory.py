@@ -22,7 +22,15 @@ from dataclasses import dataclass, replace
 
 from pdtrim.contract.blocks import limits
 from pdtrim.contract.devices import Device
-from pdtrim.contract.healing_memory import USABLE, HealingSize, HealingWay, healing_way, needed_bytes
+from pdtrim.contract.healing_memory import (
+    USABLE,
+    HealingSize,
+    HealingWay,
+    healing_devices,
+    healing_way,
+    needed_bytes,
+    sharded_size,
+)
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import HalfTarget, JobSpec
 from service.checking.shape import ModelShape
@@ -43,8 +51,6 @@ HEAD_TOKENS = 256
 LOGITS_BYTES = 64 << 20
 BATCH_WINDOWS = 8
 """Of evaluation; as the worker has them."""
-GRADIENTS_AHEAD = 2
-"""Blocks whose weights FSDP gathers at a time."""
 
 
 @dataclass(frozen=True)
@@ -172,23 +178,26 @@ class _Room:
             size = self._healing_size(spec, checkpoint, beside)
             ways.append(self._healed(spec, size))
             beside = size.healed_bytes
+            if ways[-1].devices > 1:  # Sharded models have nothing in common.
+                beside = size.number_bytes * (checkpoint.numbers - self.shape.outside)
         return max(ways, key=lambda one: one.device_bytes)
 
     def _healed(self, spec: JobSpec, size: HealingSize) -> StageMemory:
         asked = spec.distillation
         first = HealingWay("float32", asked.gradient_checkpointing, asked.gradient_accumulation)
         free = self.device.memory_bytes - (CONTEXT_BYTES if self._accelerated else PROCESS_BYTES)
+        devices = healing_devices(asked, self.device.count if self._accelerated else 1)
+        if devices > 1:
+            return self._sharded(size, free, first, devices)
         way = healing_way(size, first, free)
         needed = needed_bytes(size, way)
-        if size.adapters and needed > USABLE * free and self.device.count == 1:
+        if size.adapters and needed > USABLE * free:
             return self._healed_from_disk(size, first, free)
         # A copy of the dense model is read before its frozen weights are shared.
         item = size.number_bytes
         needed = max(needed, 2 * item * self.shape.numbers + self._mapped)
         kept = 0 if not self._accelerated else 4 * (4 if way.precision == "float32" else 2) * size.trained
-        if needed <= USABLE * free or self.device.count == 1:
-            return self._at_peak(_said(way), needed, kept)
-        return self._sharded(size, free, first)
+        return self._at_peak(_said(way), needed, kept)
 
     def _healed_from_disk(self, size: HealingSize, asked: HealingWay, free: int) -> StageMemory:
         """Dense model and student take turns in the memory of one block."""
@@ -198,22 +207,11 @@ class _Room:
         read = self.shape.item_bytes * self.shape.largest_block
         return self._at_peak(f"block by block, {_said(way)}", needed_bytes(own, way), read)
 
-    def _sharded(self, size: HealingSize, free: int, asked: HealingWay) -> StageMemory:
+    def _sharded(self, size: HealingSize, free: int, asked: HealingWay, count: int) -> StageMemory:
         """Weights, gradients and moments shared out among the devices, each of which takes its part of a batch."""
-        count = self.device.count
-        own = replace(
-            size,
-            beside=size.beside // count,
-            trained=size.trained // count,
-            own=size.own // count,
-            frozen=size.frozen // count,
-            windows=max(1, size.windows // count),
-        )
-        gathered = (
-            GRADIENTS_AHEAD * 2 * size.number_bytes * self.shape.largest_block + size.number_bytes * self.shape.head
-        )
-        way = healing_way(own, asked, free - gathered)
-        needed = needed_bytes(own, way) + gathered
+        own = sharded_size(size, count, outside=self.shape.outside, block=self.shape.largest_block)
+        way = healing_way(own, replace(asked, parts=max(1, min(asked.parts, own.windows))), free)
+        needed = needed_bytes(own, way)
         found = self._at_peak(f"sharded over {count} devices, {_said(way)}", needed, 8 * size.trained)
         return replace(found, devices=count)
 

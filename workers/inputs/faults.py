@@ -27,11 +27,15 @@ class CorruptArtifact(Exception):
     """An input's bytes are not those that the stage before recorded."""
 
 
+class ProcessDied(Exception):
+    """A process that worked for a stage was killed."""
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same stage may fare better later, or on another machine."""
     if isinstance(error, StoreRefused):
         return False
-    return isinstance(error, (StoreUnavailable, CorruptArtifact, *DATABASE_FAULTS)) or _no_space(error)
+    return isinstance(error, (StoreUnavailable, CorruptArtifact, ProcessDied, *DATABASE_FAULTS)) or _no_space(error)
 
 
 def _no_space(error: BaseException) -> bool:

@@ -48,6 +48,8 @@ repair/     making up for what went
   distill           healing of prefill, then of decode on prefill's cache
   lora              low-rank adapters in place of all weights
   recompute         gradient checkpointing that holds for blocks that read and write a cache
+  sharded           healing on several devices
+  sharded_state     what is kept of that, to go on with on as many or others
 serving/    a pair at work
   handover          what prefill sends for one request, as bytes
   pair_server       both halves, in one process or over a socket

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pdtrim.contract.healing_memory import HealingSize, healing_way, keeps_targets
+from pdtrim.contract.healing_memory import HealingSize, healing_devices, healing_way, keeps_targets
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Half, Healing, OwnAnswers
 from pdtrim.contract.windows import Split
-from workers.inputs.models import device, free_memory_bytes, load_model, tensor_float_32
+from workers.inputs.models import accelerators, device, free_memory_bytes, load_for_walks, load_model, tensor_float_32
 from workers.inputs.windows import ANSWERS
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.checkpoint import stored_dtype
@@ -55,6 +55,7 @@ from workers.stages.halves import (
 )
 from workers.stages.healing_size import HealingSizes, healing_sizes, recorded
 from workers.stages.precision import DTYPES, read_precision
+from workers.stages.ranks import heal_on
 from workers.stages.removal import Plans, read_plans
 from workers.stages.saving import Saver, Tensors, saving
 from workers.stages.scoring import WINDOWS
@@ -112,6 +113,8 @@ def run(context: StageContext) -> DistillationResult:
         for name in (PREFILL, DECODE):
             save_file({}, context.out / name)
         return DistillationResult(enabled=spec.enabled)
+    if (devices := healing_devices(spec, len(accelerators()))) > 1:
+        return _heal_on_several(context, devices, windows)
     gc.collect()  # of what the stage before left on the device
     free_bytes = free_memory_bytes(device(), context.memory_bytes)
     plans, channels = read_plans(context), read_channels(context)
@@ -119,10 +122,10 @@ def run(context: StageContext) -> DistillationResult:
     sizes = _sizes(context, plans, channels, windows["train"], number_bytes=dtype.itemsize)
     if has_to_be_streamed(context, [_least(plans, both) for both in sizes.values()], free_bytes):
         with saving(context) as saver:
-            training_windows = partial(_training_windows, context, windows)
-            return heal_streamed(context, plans, channels, training_windows, free_bytes, saver)
+            answered = partial(training_windows, context, windows)
+            return heal_streamed(context, plans, channels, answered, free_bytes, saver)
     dense = partial(load_model, context.model_dir, context.check, dtype=dtype)
-    data, answers = _training_windows(context, windows, dense)
+    data, answers = training_windows(context, windows, dense)
     with saving(context) as saver, ExitStack() as opened:
         compared = decided(context, lambda: _kept_of(context, plans, channels, sizes, data, free_bytes))
         teacher: Teacher
@@ -141,7 +144,14 @@ def run(context: StageContext) -> DistillationResult:
     return DistillationResult(enabled=True, prefill=prefill.found, decode=decode.found, answers=answers)
 
 
-def _training_windows(
+def _heal_on_several(context: StageContext, devices: int, windows: Tensors) -> DistillationResult:
+    """By processes of their own; what the dense model has to answer, this one has it answer before."""
+    dense = partial(load_for_walks, context.model_dir, context.check, dtype=read_precision(context))
+    data, answers = training_windows(context, windows, dense)
+    return heal_on(devices, context, data).model_copy(update={"answers": answers})
+
+
+def training_windows(
     context: StageContext, windows: Tensors, dense: Callable[[], PreTrainedModel]
 ) -> tuple[TrainingWindows, OwnAnswers | None]:
     """Those of the data, or of the dense model's answers to its prompts, of which the first are held out."""

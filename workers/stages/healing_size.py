@@ -83,10 +83,11 @@ def healing_sizes(
     return HealingSizes(size, replace(size, beside=whole, shares=beside is not None))
 
 
-def recorded(size: HealingSize, way: HealingWay, *, target_bytes: int) -> HowHealed:
-    """A way as results show it; `target_bytes` of targets were computed ahead, 0 where none were."""
+def recorded(size: HealingSize, way: HealingWay, *, target_bytes: int, devices: int = 1) -> HowHealed:
+    """A way as results show it; `size` is of each device, and so many bytes of targets were computed ahead."""
     exact_moments = way.precision == "float32" or size.adapters
     return HowHealed(
+        devices=devices,
         precision=way.precision,
         moments="float32" if exact_moments else "8-bit",
         gradient_checkpointing=way.recomputed,

@@ -13,6 +13,7 @@ from pdtrim.contract.spec import DistillationSpec
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.stages.context import StageContext
 from workers.stages.saving import Pace, Saver, Tensors
+from workers.stages.sharded_states import stored_state, whole_state
 
 HELD_OUT_WINDOWS = 8
 """Calibration windows on which training is judged."""
@@ -48,8 +49,16 @@ def settings(context: StageContext, way: HealingWay, window_tokens: int) -> Trai
 
 
 def kept_state(context: StageContext, half: Half) -> Tensors | None:
-    """What an earlier attempt left of a half's training."""
-    return context.load_tensors(_name(half))
+    """What an earlier attempt left of a half's training, on one device or on several."""
+    alone, sharded = context.load_tensors(state_name(half)), stored_state(context, half)
+    if sharded is None or (alone is not None and step_of(alone) >= sharded.step):
+        return alone
+    return whole_state(context, half, sharded)
+
+
+def step_of(state: Mapping[str, Tensor]) -> int:
+    """How many steps a state has behind it."""
+    return int(state["progress"][0])
 
 
 def kept_way(state: Mapping[str, Tensor], spec: DistillationSpec) -> HealingWay:
@@ -70,7 +79,26 @@ def journal(
 ) -> Journal:
     """Progress between the two fractions of `progress_range`, and a state in the store every so often."""
     pace = Pace(SAVE_INTERVAL_S)
-    of_way = {WAY: torch.tensor([PRECISIONS.index(way.precision), int(way.recomputed), way.parts])}
+
+    def save_now_and_then(last: bool, state: Callable[[], Tensors]) -> None:
+        # Asked at every step, so that a fault of saving shows.
+        idle = not saver.is_busy()
+        if last or (idle and pace.due):
+            with pace.paid():
+                saver.save(state_name(half), state() | {WAY: way_tensor(way)})
+
+    return Journal(telling(context, half, progress_range), save_now_and_then, resume)
+
+
+def way_tensor(way: HealingWay) -> Tensor:
+    """A way as a state has it."""
+    return torch.tensor([PRECISIONS.index(way.precision), int(way.recomputed), way.parts])
+
+
+def telling(
+    context: StageContext, half: Half, progress_range: tuple[float, float]
+) -> Callable[[int, int, float, float], None]:
+    """Says how far training is, between the two fractions of `progress_range`."""
 
     def progress(step: int, steps: int, loss: float, held_out: float) -> None:
         start, end = progress_range
@@ -84,15 +112,9 @@ def journal(
             held_out=round(held_out, 5),
         )
 
-    def save_now_and_then(last: bool, state: Callable[[], Tensors]) -> None:
-        # Asked at every step, so that a fault of saving shows.
-        idle = not saver.is_busy()
-        if last or (idle and pace.due):
-            with pace.paid():
-                saver.save(_name(half), state() | of_way)
-
-    return Journal(progress, save_now_and_then, resume)
+    return progress
 
 
-def _name(half: Half) -> str:
+def state_name(half: Half) -> str:
+    """What the store calls the state of healing on one device."""
     return f"heal-{half}.safetensors"

@@ -23,11 +23,12 @@ class FittedMerge(Result):
 class HowHealed(Result):
     """How healing fitted the worker's memory."""
 
+    devices: int = Field(default=1, description="Over which models, gradients and moments were sharded.")
     precision: Literal["float32", "bfloat16"] = Field(description="Of the weights in training.")
     moments: Literal["float32", "8-bit"] = Field(description="AdamW's two, of each trained number.")
     gradient_checkpointing: bool = Field(description="Whether blocks were computed again, asked for or not.")
     gradient_accumulation: int = Field(description="Parts that a batch was computed in, as asked or more.")
-    needed_bytes: int = Field(description="Memory that this takes by the worker's arithmetic.")
+    needed_bytes: int = Field(description="Memory that this takes, of each device, by the worker's arithmetic.")
     targets: Literal["computed", "kept"] = Field(
         default="computed",
         description="Whether the dense model was at hand in training, or what it says of the windows was computed "

@@ -8,6 +8,7 @@ torchao has one like it, which is fast only where a C compiler is at hand, and w
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
@@ -24,6 +26,10 @@ LEAST_NUMBERS = 4096
 """Of a tensor whose moments are worth 8 bits."""
 STEP_NUMBERS = 2**24
 """Of one tensor, that a step in bfloat16 changes at a time."""
+RANKS_APART = 2_654_435_761
+"""Between the random numbers of two ranks. Odd, as generators on the CPU take 32 bits of it."""
+SCALES = ".scales"
+"""What the names of scales end in, beside those of the codes."""
 Parameters = Mapping[str, nn.Parameter]
 
 
@@ -94,15 +100,15 @@ class InBfloat16(Optimiser):
 
     @torch.no_grad()
     def step(self, rate: float, number: int) -> None:
-        device = next(iter(self._parameters.values())).device
-        random = torch.Generator(device).manual_seed(self._seed * 1_000_003 + number)
+        some = next(iter(self._parameters.values()))
+        random = torch.Generator(some.device).manual_seed(self._seed * 1_000_003 + number + _first_number(some))
         bias = [1 - beta ** (number + 1) for beta in BETAS]
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
             if name not in self._moments:
                 self._moments[name] = (Moment.zeros(parameter, signed=True), Moment.zeros(parameter, signed=False))
-            weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
+            weights, gradients = held(parameter).view(-1), held(parameter.grad).reshape(-1)
             for start in range(0, weights.numel(), STEP_NUMBERS):
                 part = slice(start, start + STEP_NUMBERS)
                 gradient = gradients[part].float()
@@ -120,17 +126,17 @@ class InBfloat16(Optimiser):
             f"{kind}.{name}{part}": tensor
             for name, moments in self._moments.items()
             for kind, moment in zip(("mean", "square"), moments, strict=True)
-            for part, tensor in moment.parts()
+            for part, tensor in moment.parts(self._parameters[name])
         }
 
     def restore(self, state: Mapping[str, Tensor], steps: int) -> None:
         for name, parameter in self._parameters.items():
-            moments = (Moment.zeros(parameter, signed=True), Moment.zeros(parameter, signed=False))
-            for kind, moment in zip(("mean", "square"), moments, strict=True):
-                for part, tensor in moment.parts():
-                    if (kept := state.get(f"{kind}.{name}{part}")) is not None:
-                        tensor.copy_(kept)
-                        self._moments[name] = moments
+            if f"mean.{name}" in state:
+                mean, square = (
+                    Moment.of(state[kept], state.get(f"{kept}{SCALES}"), parameter, signed=kept.startswith("mean."))
+                    for kept in (f"mean.{name}", f"square.{name}")
+                )
+                self._moments[name] = (mean, square)
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,41 @@ class Moment:
 
     @classmethod
     def zeros(cls, parameter: Tensor, *, signed: bool) -> Moment:
-        numbers, at = parameter.numel(), parameter.device
-        if numbers < LEAST_NUMBERS or numbers % BLOCK:
+        numbers, at = held(parameter).numel(), parameter.device
+        # Of a sharded tensor no block lies in two rows, so that it can be cut anew.
+        whole = _row_numbers(parameter) if isinstance(parameter, DTensor) else numbers
+        if parameter.numel() < LEAST_NUMBERS or whole % BLOCK:
             return cls(torch.zeros(numbers, device=at), None, signed)
         zero = int(torch.bucketize(torch.zeros(()), _borders(signed, torch.device("cpu"))))
         codes = torch.full((numbers,), zero, dtype=torch.uint8, device=at)
         return cls(codes, torch.zeros(numbers // BLOCK, device=at), signed)
+
+    @classmethod
+    def of(cls, values: Tensor, scales: Tensor | None, parameter: Tensor, *, signed: bool) -> Moment:
+        """As `parts` gave it, in copies."""
+
+        def flat(kept: Tensor) -> Tensor:
+            return held(kept).to(parameter.device, copy=True).view(-1)
+
+        return cls(flat(values), None if scales is None else flat(scales), signed)
+
+    def rows_of(self, parameter: DTensor) -> Iterator[tuple[str, Tensor]]:
+        """What `parts` gives of this rank's rows, of a moment of all numbers of `parameter`.
+
+        Where blocks lie across rows, these numbers get float32.
+        """
+        rows = parameter.shape[0]
+        whole = self
+        if self.scales is not None and len(self.scales) % rows:
+            whole = Moment(self.read(slice(0, len(self.values))), None, self.signed)
+        start = min(rows, parameter.device_mesh.get_rank() * math.ceil(rows / parameter.device_mesh.size()))
+        own = slice(start, start + held(parameter).shape[0])
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.view(rows, -1)[own].reshape(-1)
+
+        share = Moment(cut(whole.values), None if whole.scales is None else cut(whole.scales), self.signed)
+        return share.parts(parameter)
 
     def read(self, part: slice) -> Tensor:
         """Of the numbers in `part`, which begins with a block: a copy in float32."""
@@ -171,11 +206,35 @@ class Moment:
         borders = _borders(self.signed, value.device)
         self.values[part] = torch.bucketize(shares, borders, out_int32=True).view(-1).to(torch.uint8)
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """What there is to keep, with what its name ends in."""
-        yield "", self.values
-        if self.scales is not None:
-            yield ".scales", self.scales
+    def parts(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What there is to keep, with what its name ends in; sharded as `parameter` is."""
+        for ending, tensor, unit in (("", self.values, 1), (SCALES, self.scales, BLOCK)):
+            if tensor is not None and isinstance(parameter, DTensor):
+                rows = tensor.view(held(parameter).shape[0], _row_numbers(parameter) // unit)
+                yield ending, sharded_rows(rows, parameter)
+            elif tensor is not None:
+                yield ending, tensor
+
+
+def _row_numbers(parameter: Tensor) -> int:
+    return parameter.numel() // parameter.shape[0]
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: all, or its share where it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_rows(own: Tensor, like: DTensor) -> DTensor:
+    """This rank's rows of a tensor that is cut into rows as `like` is."""
+    size = torch.Size((like.shape[0], *own.shape[1:]))
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=size, stride=stride)
+
+
+def _first_number(parameter: Tensor) -> int:
+    """Where this rank's numbers of random roundings begin to differ from those of others; 0 of the first rank."""
+    return parameter.device_mesh.get_rank() * RANKS_APART if isinstance(parameter, DTensor) else 0
 
 
 def _blocks(part: slice) -> slice:

@@ -11,10 +11,13 @@ from pdtrim.contract.healing_memory import (
     HealingSize,
     HealingWay,
     Precision,
+    healing_devices,
     healing_way,
     keeps_targets,
     needed_bytes,
+    sharded_size,
 )
+from pdtrim.contract.spec import DistillationSpec
 from tests.unit.workers.pruning.models import tiny_model
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.repair import losses, optimiser
@@ -117,3 +120,39 @@ def test_without_the_dense_model_a_student_holds_its_frozen_weights_itself() -> 
     without = replace(EIGHT_BILLION, beside=0, shares=False)
     saved = needed_bytes(EIGHT_BILLION, way) - needed_bytes(without, way)
     assert saved == EIGHT_BILLION.beside - 2 * EIGHT_BILLION.frozen
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "windows", "devices"),
+    [(None, 0, 8, 1), (3, 0, 8, 3), (None, 4, 8, 4), (2, 4, 8, 2), (8, 4, 8, 4), (None, 8, 2, 2), (1, 8, 8, 1)],
+)
+def test_healing_takes_the_devices_that_there_are_and_that_have_something_to_do(
+    asked: int | None, gpus: int, windows: int, devices: int
+) -> None:
+    assert healing_devices(DistillationSpec(devices=asked, batch_windows=windows), gpus) == devices
+
+
+@pytest.mark.parametrize("way", [HealingWay("float32", False, 1), HealingWay("bfloat16", True, 1)])
+def test_several_devices_share_out_all_but_what_is_in_no_block_and_the_blocks_at_work(way: HealingWay) -> None:
+    numbers, outside, block = 10_000, 1_000, 900
+    size = HealingSize(
+        beside=2 * numbers,
+        trained=9_000,
+        adapters=False,
+        own=0,
+        frozen=1_000,
+        blocks=10,
+        block_width=0,
+        hidden=0,
+        vocabulary=0,
+        windows=8,
+        window_tokens=0,
+        number_bytes=2,
+        on_host=False,
+    )
+    shared = sharded_size(size, 3, outside=outside, block=block)
+    stepping = needed_bytes(replace(size, beside=0, frozen=0), way)
+    frozen = (4 + 2) * outside if way.precision == "float32" else 0
+    gathered = block * (2 * 2 + 4)
+    assert needed_bytes(shared, way) == 2 * 9_000 / 3 + 2 * outside + gathered + stepping / 3 + frozen
+    assert shared.windows == 3
