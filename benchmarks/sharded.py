@@ -34,7 +34,7 @@ from workers.stages.context import StageContext, StoredInput
 
 POLL_S = 0.05
 MEMORY_STEPS = 3
-WINDOW_TOKENS = 128
+WINDOW_TOKENS = 64
 
 
 def searched(folder: Path, model: Path, changes: dict[str, Any]) -> StageContext:
