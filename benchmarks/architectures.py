@@ -366,7 +366,7 @@ def held_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(cache, set()))
 
 
-def kv_notes(config: dict[str, Any], dense: PreTrainedModel, ids: Tensor) -> list[str]:
+def kv_notes(config: Mapping[str, Any], dense: PreTrainedModel, ids: Tensor) -> list[str]:
     """What a job would say of the bytes of a request (1, time) that is not so: report, budget and estimate.
 
     The report's figures are of both checkpoints, served in bfloat16 as in float32; the estimate's is of one token more,
@@ -379,7 +379,8 @@ def kv_notes(config: dict[str, Any], dense: PreTrainedModel, ids: Tensor) -> lis
             found.append(f"{what} says {said} bytes of cache, and {held} are held")
 
     for name, model in (("dense", dense), ("pruned", drop_blocks(dense, {2}))):
-        half = copy.deepcopy(model).to(torch.bfloat16)
+        half: Any = copy.deepcopy(model)
+        half.to(torch.bfloat16)
         hold(f"the report, {name},", cache_bytes(model, ids.shape[1], torch.float32), held_bytes(model, ids))
         hold(f"the report, {name} in bfloat16,", cache_bytes(model, ids.shape[1], half.dtype), held_bytes(half, ids))
     hold("a budget", costs_of(block_stack(dense), "kv_bytes", ids).dense, held_bytes(dense, ids))

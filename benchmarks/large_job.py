@@ -122,11 +122,11 @@ def main() -> None:
         f"Source: {size / 1e9:.2f} GB in 5 shards; a worker may take {args.gigabytes} GB. torch {torch.__version__}\n"
     )
     print("| stage | seconds | peak resident MB | way |\n|---|---|---|---|")
-    for stage in job.stages:
-        assert stage.started_at is not None
-        assert stage.finished_at is not None
-        seconds = (stage.finished_at - stage.started_at).total_seconds()
-        print(f"| {stage.name} | {seconds:.0f} | {peaks[stage.name] / 1e6:.0f} | {way(stage.metrics)} |")
+    for done in job.stages:
+        assert done.started_at is not None
+        assert done.finished_at is not None
+        seconds = (done.finished_at - done.started_at).total_seconds()
+        print(f"| {done.name} | {seconds:.0f} | {peaks[done.name] / 1e6:.0f} | {way(done.metrics)} |")
     found = job.result(EvaluationResult)
     assert found is not None
     print()

@@ -101,7 +101,7 @@ def apart_adapters(
 
     They are not merged: whoever wants what was learned adds `delta` to the weights, wherever these are.
     """
-    linears = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
+    linears: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
     at = block_stack(model).device
     for linear in linears.values():
         # peft puts adapters where the weight is. This one takes no memory.
