@@ -174,7 +174,8 @@ def test_a_decode_half_goes_on_from_the_image_that_a_prefill_half_read(family: s
             prefill(**question(family), past_key_values=cache, use_cache=True)
         received = handover(cache, layer_map, decode.config.get_text_config())
         with passing(blocks, sorted(plans["decode"].removed) if gone else []):
-            return decode(input_ids=torch.tensor([[5, 6]]), past_key_values=received, use_cache=True).logits
+            after: Tensor = decode(input_ids=torch.tensor([[5, 6]]), past_key_values=received, use_cache=True).logits
+        return after
 
     with torch.no_grad():
         truth = answered(whole, whole, range(BLOCKS), gone=True)
