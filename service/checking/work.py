@@ -18,7 +18,7 @@ from service.checking.memory import Checkpoint, StageMemory, batch_tokens, heals
 from service.checking.sets import NONE, Searches, Sets
 from service.checking.shape import ModelShape
 
-WORK_SHARE = 0.35
+WORK_SHARE = 0.3
 """Of the speed of one large product, that walks and training get."""
 RACED = 0.65
 """Of the windows, what a set of greedy's is measured on, where sets race: about the mean of the benchmarks."""
