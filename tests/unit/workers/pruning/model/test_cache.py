@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +28,9 @@ def hybrid() -> PreTrainedModel:
 
 
 def test_a_state_that_stays_in_float32_counts_as_it_is_held() -> None:
-    model, served = hybrid(), hybrid().to(torch.bfloat16)
+    model = hybrid()
+    served: Any = hybrid()
+    served.to(torch.bfloat16)
     held = held_bytes(served, random_ids(1, 13))
     assert held > held_bytes(model, random_ids(1, 13)) // 2
     assert cache_bytes(model, 13, torch.bfloat16) == held
