@@ -3,6 +3,7 @@
 | path | has | written by |
 |---|---|---|
 | `job.json` | the job's specification | the stage, or who starts ranks by hand |
+| `limits.json` | what a rank may take; without it, what is free | the stage |
 | `in/STAGE/NAME` | what the stages before found | the same |
 | `windows.safetensors` | the windows of training; without it, those of scoring | the stage |
 | `progress.json` | how far healing is | rank 0 |
@@ -37,6 +38,12 @@ KEPT_STATES = 2
 POLL_S = 0.2
 Content = TypeVar("Content", bound=BaseModel)
 Kind = Literal["input", "memory", "disk", "internal"]
+
+
+class Limits(BaseModel):
+    """What a rank may take of its device's memory; None for what is free."""
+
+    memory_bytes: int | None = None
 
 
 class Progress(BaseModel):
@@ -97,6 +104,10 @@ class HealingFolder:
     @property
     def windows(self) -> Path:
         return self.path / "windows.safetensors"
+
+    @property
+    def limits(self) -> Path:
+        return self.path / "limits.json"
 
     @property
     def progress(self) -> Path:

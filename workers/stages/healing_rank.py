@@ -22,7 +22,7 @@ from service.stopping import go_on
 from service.storage import open_store
 from workers.pruning.repair.sharded import Ranks, joined
 from workers.stages.context import Figure, StageContext, StoredInput
-from workers.stages.healing_folder import Failure, HealingFolder, Progress, write
+from workers.stages.healing_folder import Failure, HealingFolder, Limits, Progress, read, write
 from workers.stages.sharded_healing import heal
 
 WATCH_S = 1.0
@@ -65,6 +65,7 @@ def _context(shared: HealingFolder, model: Path, ranks: Ranks) -> StageContext:
             write(shared.progress, Progress(progress=progress, message=message, figures=dict(figures)))
             log.info("%.0f %% %s %s", 100 * progress, message, dict(figures))
 
+    limits = read(shared.limits, Limits) or Limits()
     return StageContext(
         job_id="",
         spec=JobSpec.model_validate_json(shared.job.read_bytes()),
@@ -78,6 +79,7 @@ def _context(shared: HealingFolder, model: Path, ranks: Ranks) -> StageContext:
         rows=lambda: None,
         check=go_on,
         publish=publish,
+        memory_bytes=limits.memory_bytes,
     )
 
 

@@ -31,7 +31,7 @@ from service.stopping import begun
 from workers.inputs.faults import ProcessDied
 from workers.stages.context import StageContext
 from workers.stages.halves import TrainingWindows
-from workers.stages.healing_folder import POLL_S, Failure, HealingFolder, Progress, read
+from workers.stages.healing_folder import POLL_S, Failure, HealingFolder, Limits, Progress, read, write
 from workers.stages.sharded_states import fetch_state, store_state, stored_state
 from workers.stages.training import state_name, step_of
 from workers.stages.width import CHANNELS
@@ -61,6 +61,7 @@ def heal_on(devices: int, context: StageContext, data: TrainingWindows) -> Disti
         context.input(stage, name)
     kept = {"training": data.training, "held_out": data.held_out}
     save_file({name: windows.to("cpu", copy=True) for name, windows in kept.items()}, folder.windows)
+    write(folder.limits, Limits(memory_bytes=context.memory_bytes))
     folder.job.write_text(context.spec.model_dump_json())
     for half in HALVES:
         _put_newest(context, folder, half)
