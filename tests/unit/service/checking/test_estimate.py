@@ -153,13 +153,13 @@ def test_an_earlier_jobs_seconds_are_scaled_by_the_work_of_this_one() -> None:
             "decode": {"remove_blocks": 1},
             "search": {"algorithm": "greedy"},
             "calibration": {"windows": 16},
-            "distillation": {"heal_tokens": 16_384},
+            "distillation": {"heal_tokens": 1_048_576},
         }
     )
     large = small.model_copy(
         update={
             "calibration": small.calibration.model_copy(update={"windows": 64}),
-            "distillation": small.distillation.model_copy(update={"heal_tokens": 30 * 16_384}),
+            "distillation": small.distillation.model_copy(update={"heal_tokens": 30 * 1_048_576}),
         }
     )
     earlier = ("job_1", small, [finished(StageName.REMOVAL, 100.0), finished(StageName.DISTILLATION, 100.0)])
