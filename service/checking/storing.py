@@ -43,6 +43,8 @@ def store_bytes(spec: JobSpec, shape: ModelShape) -> StoredBytes:
     windows = spec.calibration.windows + spec.evaluation.windows + spec.distillation.heal_tokens // tokens + 1
     trained = [shape.item_bytes * trained_numbers(spec, shape, one) for one in made]
     written = sum(shape.item_bytes * one.numbers for one in made)
+    # One checkpoint's trained weights are written down for both halves.
+    trained *= 2 if len(made) == 1 else 1
     kept = 8 * windows * tokens + sum(trained) + written + (1 + len(made)) * SMALL_BYTES
     learned = max(_learned(spec, shape, one) for one in made)
     return StoredBytes(kept, max(kept, 8 * windows * tokens + sum(trained) + STATE_BYTES * learned))
