@@ -83,7 +83,8 @@ def test_two_processes_heal_as_one_does_and_others_go_on_where_one_was_killed(
         steps: list[tuple[str, int]] = []
 
         def note(progress: float, message: str, figures: Mapping[str, Any], steps: Any = steps) -> None:
-            steps.append((figures["half"], figures["step"]))
+            if "step" in figures:
+                steps.append((figures["half"], figures["step"]))
 
         shutil.copytree(tmp_path / "store/killed", tmp_path / f"store/again-{devices}")
         again = replace(on(devices, surroundings, state=f"again-{devices}"), publish=note)
