@@ -103,7 +103,6 @@ def main() -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PDTRIM_")} | {
             "PDTRIM_DATA_DIR": str(folder / "data"),
             "PDTRIM_MEMORY_BYTES": str(int(args.gigabytes * 1e9)),
-            "PDTRIM_ALLOWED_SOURCES": f'["{folder.as_uri()}/"]',
         }
         log = folder / "up.log"
         peaks: dict[str, int] = {}
