@@ -28,6 +28,7 @@ from pdtrim.contract.healing_memory import (
     HealingWay,
     healing_devices,
     healing_way,
+    keeps_targets,
     needed_bytes,
     sharded_size,
 )
@@ -173,31 +174,37 @@ class _Room:
         if not heals(spec):
             return self._at_peak("nothing is trained", 0, 0)
         ways = []
-        beside = 0
+        beside = whole = 0
         for checkpoint in checkpoints:
             size = self._healing_size(spec, checkpoint, beside)
-            ways.append(self._healed(spec, size))
-            beside = size.healed_bytes
+            ahead = replace(size, beside=whole, shares=whole > 0)
+            ways.append(self._healed(spec, size, ahead))
+            beside, whole = size.healed_bytes, ahead.whole_bytes
             if ways[-1].devices > 1:  # Sharded models have nothing in common.
                 beside = size.number_bytes * (checkpoint.numbers - self.shape.outside)
         return max(ways, key=lambda one: one.device_bytes)
 
-    def _healed(self, spec: JobSpec, size: HealingSize) -> StageMemory:
+    def _healed(self, spec: JobSpec, size: HealingSize, ahead: HealingSize) -> StageMemory:
+        """Of a half, beside the dense model, or on targets computed `ahead`, as the worker would do it."""
         asked = spec.distillation
         first = HealingWay("float32", asked.gradient_checkpointing, asked.gradient_accumulation)
         free = self.device.memory_bytes - (CONTEXT_BYTES if self._accelerated else PROCESS_BYTES)
         devices = healing_devices(asked, self.device.count if self._accelerated else 1)
         if devices > 1:
             return self._sharded(size, free, first, devices)
+        # Where prefill is healed for what decode reads as it came, the dense model's blocks are needed all the same.
+        on_targets = not spec.prefill.possible_parts and keeps_targets(size, ahead, first, free)
+        size = ahead if on_targets else size
         way = healing_way(size, first, free)
         needed = needed_bytes(size, way)
         if size.adapters and needed > USABLE * free:
             return self._healed_from_disk(size, first, free)
         # A copy of the dense model is read before its frozen weights are shared.
         item = size.number_bytes
-        needed = max(needed, 2 * item * self.shape.numbers + self._mapped)
+        needed = max(needed, (1 if on_targets else 2) * item * self.shape.numbers + self._mapped)
         kept = 0 if not self._accelerated else 4 * (4 if way.precision == "float32" else 2) * size.trained
-        return self._at_peak(_said(way), needed, kept)
+        said = f"{_said(way)}, the dense model's targets computed ahead" if on_targets else _said(way)
+        return self._at_peak(said, needed, kept)
 
     def _healed_from_disk(self, size: HealingSize, asked: HealingWay, free: int) -> StageMemory:
         """Dense model and student take turns in the memory of one block."""

@@ -57,7 +57,7 @@ def test_a_queue_of_unknown_workers_is_taken_as_it_comes() -> None:
 def test_what_no_worker_has_room_for_is_refused_with_the_number() -> None:
     found = placed(spec(), EIGHT_BILLION, [gpus("default", 24), gpus("large", 40)], QUEUES)
     assert found.lack is not None
-    with pytest.raises(TooLittleMemory, match=r"distillation stage would take 6\d\.\d GB .* queue large have 40\.0 GB"):
+    with pytest.raises(TooLittleMemory, match=r"distillation stage would take 5\d\.\d GB .* queue large have 40\.0 GB"):
         check_room(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,13 @@ def test_an_attempt_goes_on_from_the_targets_that_another_kept(tmp_path: Path, m
     unbroken = left(surroundings)
 
     groups: list[int] = []
-    compute = computed
+    compute, kept_in = computed, tmp_path / "store" / "stopped" / "targets"
 
     def counted(model: Any, windows: Tensor, *further: Any) -> dict[str, Tensor]:
         if len(groups) == 3:
+            until = time.monotonic() + 30
+            while len(list(kept_in.glob("*.safetensors"))) < 3 and time.monotonic() < until:
+                time.sleep(0.02)
             raise Stopped
         groups.append(len(windows))
         return compute(model, windows, *further)
@@ -170,7 +174,7 @@ def test_an_attempt_goes_on_from_the_targets_that_another_kept(tmp_path: Path, m
     with pytest.raises(Stopped):
         distillation.run(replace(surroundings, state_prefix="stopped", workdir=tmp_path / "stopped"))
     groups.clear()
-    kept = len(list((tmp_path / "store" / "stopped" / "targets").iterdir()))
+    kept = len(list(kept_in.iterdir()))
     assert kept == 3
 
     def not_again(model: Any, windows: Tensor, *further: Any) -> dict[str, Tensor]:
@@ -180,7 +184,7 @@ def test_an_attempt_goes_on_from_the_targets_that_another_kept(tmp_path: Path, m
     monkeypatch.setattr(targets, "computed", not_again)
     again = replace(surroundings, state_prefix="stopped", workdir=tmp_path / "again")
     assert distillation.run(again) == expected
-    every = len(list((tmp_path / "store" / "stopped" / "targets").iterdir()))
+    every = len(list(kept_in.iterdir()))
     assert len(groups) == every - kept
     resumed = left(again)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
