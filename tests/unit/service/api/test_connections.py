@@ -15,6 +15,8 @@ from tests.gateway import listening
 
 POST = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
 SECONDS = 0.5
+LATEST = 10 * SECONDS
+"""When it has to be over, however busy the machine is."""
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def seconds_until_closed(connection: socket.socket) -> float:
 def test_a_request_that_stops_coming_is_given_up(url: str, sent: bytes) -> None:
     with connected(url) as connection:
         connection.sendall(sent)
-        assert 0.5 * SECONDS < seconds_until_closed(connection) < 4 * SECONDS
+        assert 0.5 * SECONDS < seconds_until_closed(connection) < LATEST
 
 
 def test_a_request_that_comes_byte_by_byte_is_given_up_as_soon(url: str) -> None:
@@ -56,7 +58,7 @@ def test_a_request_that_comes_byte_by_byte_is_given_up_as_soon(url: str) -> None
         for byte in b"GET /healthz HTTP/1.1\r\nX: " + b"y" * 1000:
             connection.sendall(bytes([byte]))
             time.sleep(SECONDS / 10)
-    assert time.monotonic() - began < 4 * SECONDS
+    assert time.monotonic() - began < LATEST
 
 
 def test_a_second_request_on_a_connection_has_as_much_time(url: str) -> None:
@@ -69,7 +71,7 @@ def test_a_second_request_on_a_connection_has_as_much_time(url: str) -> None:
             assert answer.startswith(b"HTTP/1.1 200")
             time.sleep(1.5 * SECONDS)
         connection.sendall(b"GET")
-        assert 0.5 * SECONDS < seconds_until_closed(connection) < 4 * SECONDS
+        assert 0.5 * SECONDS < seconds_until_closed(connection) < LATEST
 
 
 def test_an_answer_that_nobody_reads_is_given_up(url: str) -> None:
