@@ -32,6 +32,8 @@ from workers.stages.scoring import WINDOWS, read_opening
 from workers.stages.width import HalfChannels, read_channels
 
 PROOF_TOKENS = 32
+SHARDS_IN_MEMORY = 8
+"""So many files of a checkpoint a worker could hold in what it may take; it holds one while it writes."""
 
 
 def roles(plans: Plans) -> dict[str, tuple[BlockPlan, str]]:
@@ -68,6 +70,7 @@ def run(context: StageContext) -> ExportResult:
             model_card=model_card(pdtrim, inherited_metadata(context.source_dir)),
             zeroed=_zeroed(context, plan),
             kept_channels=channels.of(role),
+            max_shard_bytes=None if context.memory_bytes is None else 1 + context.memory_bytes // SHARDS_IN_MEMORY,
             check=context.check,
         )
         interruptible(context.check, write)

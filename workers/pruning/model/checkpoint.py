@@ -250,7 +250,7 @@ def write_checkpoint(
     `overrides` replaces tensors, called as in the dense model, and is cast to the stored dtype; those that `zeroed`
     names are written as zeros. `kept_channels` names the MLP channels that stay in each kept block, by its dense index;
     overrides are then as narrow. `pdtrim` becomes `pdtrim.json` and `model_card` README.md. Memory holds one shard of
-    at most `max_shard_bytes` (or one tensor), by default as much as the source's largest file. Before every tensor and
+    at most `max_shard_bytes` (or one tensor), and no more than the source's largest file. Before every tensor and
     shard `check` is called, which may raise.
 
     Raises: BrokenCheckpoint; KeyError when an override, or what is zeroed, names no tensor of a kept block;
@@ -302,7 +302,7 @@ def write_checkpoint(
         return _override(old, override(replaced[old])[old], value) if old in replaced else value
 
     # The weights, shard by shard.
-    write_shards(target, renamed, tensor, max_shard_bytes or largest)
+    write_shards(target, renamed, tensor, min(largest, max_shard_bytes or largest))
 
 
 def _check_width(
