@@ -11,7 +11,6 @@ any of them had for itself, mapped files left out, above what the imports take.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -148,7 +147,7 @@ def memory(folder: Path, blocks: int) -> None:
 
 def _peak(command: list[str], word: str) -> int:
     """Most bytes that one of a command's processes with `word` among its arguments had for itself."""
-    process = psutil.Popen(command, stderr=subprocess.DEVNULL)
+    process = psutil.Popen(command)
     most = 0
     while process.poll() is None:
         for one in (process, *process.children(recursive=True)):
