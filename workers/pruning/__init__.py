@@ -39,6 +39,7 @@ search/     what may go
   budget            units of any kind, until what is left costs no more than it may
   perplexity_bound  how many blocks a bound on perplexity lets go
 repair/     making up for what went
+  fold              without training: a linear map in the place of what went, folded into the MLP before it
   losses            what healing minimises
   answers           the same on answers alone, of windows that say which tokens are theirs
   answering         the dense model's own answers to prompts, to heal on

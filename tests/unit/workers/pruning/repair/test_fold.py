@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.unit.workers.pruning.models import random_ids, reference_model, reference_windows, tiny_model
+from workers.pruning.model.blocks import block_stack
+from workers.pruning.model.measure import perplexity
+from workers.pruning.model.parts import Half, block_part, pruned
+from workers.pruning.model.plan import BlockPlan
+from workers.pruning.repair.distill import load_tensors
+from workers.pruning.repair.fold import Cut, Fold, Moments, cuts_of, fold, foldable, ridge_change
+
+SPAN = BlockPlan(5, frozenset({2, 3}))
+
+
+def folded_model(model: PreTrainedModel, plan: BlockPlan, made: Fold) -> PreTrainedModel:
+    weights = copy.deepcopy(model)
+    load_tensors(weights, made.tensors)
+    return pruned(weights, plan)
+
+
+def folding(model: PreTrainedModel, plan: BlockPlan, windows: Tensor) -> Fold:
+    stack = block_stack(model)
+    return fold(stack, stack, plan, windows, chunk_windows=3, change_of=lambda *halves: exact(halves))
+
+
+def exact(halves: tuple[Moments, Moments]) -> Tensor:
+    return ridge_change(halves[0] + halves[1], 1e-9)
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def with_linear_span(family: str) -> PreTrainedModel:
+    """A model whose blocks 2 and 3 add linear maps of what the MLP of block 1 added, and nothing else.
+
+    That alone writes the upper half of the hidden state, and they read no more.
+    """
+    model = tiny_model(family)
+    stack = block_stack(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name or "wte" in name or "wpe" in name:
+                parameter[:, 16:] = 0
+        halves: list[tuple[int, Half]] = [(0, "attention"), (0, "mlp"), (1, "attention"), (1, "mlp")]
+        for number, half in halves:
+            for name in block_part(stack.blocks[number], half).last:
+                parameter = stack.blocks[number].get_parameter(name)
+                written: Tensor = parameter.T if family == "gpt2" else parameter
+                written[slice(0, 16) if (number, half) == (1, "mlp") else slice(16, 32)] = 0
+        for number in (2, 3):
+            block = stack.blocks[number]
+            for name in block_part(block, "attention").last:
+                block.get_parameter(name).zero_()
+            linear = nn.Linear(32, 32, bias=False)
+            linear.weight.copy_(torch.randn((32, 32), generator=torch.Generator().manual_seed(number)) / 6)
+            linear.weight[:, :16] = 0
+            block.mlp = linear
+            setattr(block, "ln_2" if family == "gpt2" else "post_attention_layernorm", nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "gpt2"])
+def test_a_span_that_is_a_linear_map_of_the_mlp_before_it_is_undone(family: str) -> None:
+    model, ids = with_linear_span(family), random_ids(9, 16)
+    made = folding(model, SPAN, ids)
+    unseen = random_ids(4, 12)
+    dense = logits(model, unseen)
+    far = float((logits(pruned(model, SPAN), unseen) - dense).abs().max())
+    near = float((logits(folded_model(model, SPAN, made), unseen) - dense).abs().max())
+    assert far > 0.1
+    assert near < 1e-4 * float(dense.abs().max())
+    assert made.errors[0].after < 1e-8 < made.errors[0].before
+
+
+def test_cuts_are_whole_runs_of_blocks_that_states_pass() -> None:
+    plan = BlockPlan(10, frozenset({0, 4}), {7: 8}, {3: "kv_only", 5: "mlp", 6: "attention"})
+    assert cuts_of(plan) == [Cut(0, 0), Cut(3, 4), Cut(7, 7)]
+
+
+def test_several_cuts_bring_a_trained_model_back_towards_the_dense_one() -> None:
+    model, plan = reference_model(), BlockPlan(12, frozenset({2, 4, 5, 9}))
+    windows, unseen = reference_windows("calibration", 24, 128), reference_windows("validation", 8, 128)
+    stack = block_stack(model)
+    made = fold(stack, stack, plan, windows, chunk_windows=8)
+    assert [error.cut for error in made.errors] == [Cut(2, 2), Cut(4, 5), Cut(9, 9)]
+    assert all(error.after < error.before for error in made.errors)
+    before = perplexity(pruned(model, plan), unseen, batch=8).value
+    after = perplexity(folded_model(model, plan, made), unseen, batch=8).value
+    assert after < 0.97 * before
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "reason"),
+    [
+        ("gemma2", SPAN, "does not add its MLP's output as it is"),
+        ("gemma3", SPAN, "does not add its MLP's output as it is"),
+        ("llama", BlockPlan(5, frozenset({0, 1})), "no block stands before it"),
+        ("llama", BlockPlan(5, frozenset({2}), parts={1: "mlp"}), "gives up its MLP"),
+    ],
+)
+def test_a_cut_that_nothing_can_take_says_why(family: str, plan: BlockPlan, reason: str) -> None:
+    stack = block_stack(tiny_model(family))
+    (cut,) = cuts_of(plan)
+    assert reason in str(foldable(stack, plan, cut))
+    made = fold(stack, stack, plan, random_ids(4, 8), chunk_windows=2)
+    assert not made.tensors
+    assert [one.cut for one in made.left_out] == [cut]
