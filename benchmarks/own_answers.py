@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from service.sources import Exchange, Row, Text
 from service.stopping import go_on
 from workers.inputs.encoding import Encoded, Encoder
+from workers.inputs.models import device, load_model
 from workers.inputs.prompts import Prompts
 from workers.inputs.windows import Stream
 from workers.pruning.model.blocks import block_stack, drop_blocks
@@ -34,8 +35,8 @@ from workers.pruning.repair.answers import marked, unmarked
 from workers.pruning.repair.distill import heal, trainable
 from workers.pruning.repair.training import Journal, TrainingSettings
 
-AT_ONCE, HELD_OUT, VALIDATION, ASKED = 32, 8, 40, 16
-"""Prompts of a batch; windows on which training is judged; those of the validation text, and of requests."""
+HELD_OUT, VALIDATION, ASKED = 8, 40, 16
+"""Windows on which training is judged; those of the validation text, and of requests."""
 KEPT_APART = 60
 """Documents for validation."""
 REQUESTS = ("Summarise this passage.", "What is this passage about?", "Go on from here.", "Say this in plain words.")
@@ -55,20 +56,20 @@ def requests(documents: Sequence[str], seed: int) -> Iterator[Row]:
 def text_windows(encoder: Encoder, documents: Sequence[str], count: int, tokens: int) -> Tensor:
     """The first windows of documents (windows, tokens)."""
     rows: list[Row] = [Text(document, "the text") for document in documents]
-    return Stream.of(encoder.encoded(rows), count * tokens).windows(encoder.opening, tokens)[0][:count]
+    return Stream.of(encoder.encoded(rows), count * tokens).windows(encoder.opening, tokens)[0][:count].to(device())
 
 
 def own_windows(
-    model: PreTrainedModel, encoder: Encoder, rows: Iterator[Row], count: int, tokens: int, seed: int
+    model: PreTrainedModel, encoder: Encoder, rows: Iterator[Row], count: int, tokens: int, seed: int, at_once: int
 ) -> Tensor:
-    """Windows of prompts and the dense model's answers (windows, tokens), `marked`."""
+    """Windows of prompts and the dense model's answers (windows, tokens), `marked`; so many are answered at once."""
     prompts = Prompts(encoder, tokens, count * tokens)
     prompts.rest(rows, go_on)
     found: list[Encoded] = []
     end = encoder.tokenizer.eos_token_id
-    batches = range(0, len(prompts.found), AT_ONCE)
+    batches = range(0, len(prompts.found), at_once)
     for first in track(batches, "answering"):
-        batch = prompts.found[first : first + AT_ONCE]
+        batch = prompts.found[first : first + at_once]
         most = tokens - max(map(len, batch))
         asked = [[*encoder.opening, *prompt] for prompt in batch]
         for prompt, answer in zip(batch, answers(model, asked, most_tokens=most, ends=[end], seed=seed), strict=True):
@@ -76,7 +77,7 @@ def own_windows(
         if sum(len(row.ids) for row in found) >= count * tokens:
             break
     ids, counted = Stream.of(found, count * tokens).windows(encoder.opening, tokens)
-    return marked(ids[:count], counted[:count])
+    return marked(ids[:count], counted[:count]).to(model.device)
 
 
 @torch.no_grad()
@@ -104,6 +105,8 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--at-once", type=int, default=32, help="prompts that are answered in one batch")
+    parser.add_argument("--asked", type=int, default=ASKED, help="windows of requests to measure on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -113,20 +116,22 @@ def main() -> None:
     encoder = Encoder(tokenizer, Frame.of(tokenizer).opening)
 
     def load() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-        model.eval().requires_grad_(False)
+        model = load_model(args.model, dtype=getattr(torch, args.dtype))
+        model.requires_grad_(False)
         return model
 
     dense, tokens = load(), args.window_tokens
     count = args.heal_tokens // tokens
     validation = text_windows(encoder, apart, VALIDATION, tokens)
-    asked = own_windows(dense, encoder, requests(apart, args.seed), ASKED, tokens, args.seed)
+    asked = own_windows(dense, encoder, requests(apart, args.seed), args.asked, tokens, args.seed, args.at_once)
     runs: Iterator[Row] = iter([Text(document, "the text") for document in seen])
     data = {
         "the text": text_windows(encoder, seen, count + HELD_OUT, tokens),
-        "own answers to runs of the text": own_windows(dense, encoder, runs, count + HELD_OUT, tokens, args.seed),
+        "own answers to runs of the text": own_windows(
+            dense, encoder, runs, count + HELD_OUT, tokens, args.seed, args.at_once
+        ),
         "own answers to requests": own_windows(
-            dense, encoder, requests(seen, args.seed + 1), count + HELD_OUT, tokens, args.seed
+            dense, encoder, requests(seen, args.seed + 1), count + HELD_OUT, tokens, args.seed, args.at_once
         ),
     }
     data |= {f"{name}, prompts counting too": unmarked(windows)[0] for name, windows in list(data.items())[1:]}

@@ -5,9 +5,10 @@
 
 Every row is a job of its own, all its stages up to the export: greedy search, healing of all weights. Pairs are
 measured from their exported checkpoints by plain transformers, on text that no stage of a job has seen: continuations
-of 128 tokens after prompts of 64, 256 and 1,024, spans copied from the prompt, a needle, lookups in a list. For a GPU:
-hours on two cores of a CPU. Rows are written as they end, to rows.jsonl; a run that was cut off goes on with those that
-are not there, and with --table the tables are made of those that are.
+of 128 tokens after prompts of 64, 256 and 1,024, spans copied from the prompt, which of four passages goes on and which
+is in order, a needle, lookups in a list. For a GPU: hours on two cores of a CPU. Rows are written as they end, to
+rows.jsonl; a run that was cut off goes on with those that are not there, and with --table the tables are made of those
+that are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.choices import CHOICES
@@ -37,8 +40,10 @@ from benchmarks.questions import (
     Questions,
     answered,
     copied_spans,
+    in_order,
     lookups,
     needles,
+    next_passage,
     running_text,
     writes_digits,
 )
@@ -54,13 +59,15 @@ from workers.pruning.model.pair import FirstToken
 from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
+from workers.pruning.repair.distill import load_tensors
+from workers.pruning.repair.fold import by_size, fold
 from workers.reference_model.train import corpus_files
 from workers.stages.precision import DTYPES
 from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
 
 WINDOW_TOKENS = 256
-ROWS = ("depth", "peers", "cost", "calibration")
+ROWS = ("depth", "peers", "cost", "calibration", "healing")
 FIRST_TOKEN: FirstToken = "decode"
 COSTS: tuple[Cost, ...] = ("flops", "weight_bytes", "kv_bytes")
 OF_PREFILL: Mapping[Kind, str] = {"kv_only": "kv_only_blocks", "mlp": "remove_mlps"}
@@ -68,6 +75,7 @@ OF_DECODE: Mapping[Cost, tuple[Kind, ...]] = {
     "weight_bytes": ("block", "mlp", "attention"),
     "kv_bytes": ("block", "attention"),
 }
+FOLD_TOKENS = 20_480
 COPYING = 0.25
 """The share of copying windows that a job has by default."""
 
@@ -89,13 +97,15 @@ class Row:
     """Calibration windows, where they are not as many as in the other rows."""
     seed: int = 0
     """Chooses which windows of the text."""
+    healing: Mapping[str, Any] = field(default_factory=dict)
+    """Of `distillation`, where it is not as in the other rows."""
 
 
 def by_peers(counts: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
     """What published methods choose, healed and measured as the rest."""
     whole = {"remove_blocks": 0}
     for count in counts:
-        for name in ("ShortGPT", "angular span", "SLEB", "LLM-Streamline", "EvoPress"):
+        for name in ("EvoPress", "SLEB", "LLM-Streamline", "angular span", "ShortGPT"):
             yield Row("depth", f"{name} {count}, both halves", whole, whole, method=name, amount=count)
         late = "late blocks (SwiftKV, POP)"
         yield Row("depth", f"{late} {count}, decode whole", whole, whole, method=late, amount=count)
@@ -109,6 +119,20 @@ def by_calibration(count: int, windows: Sequence[int], seeds: Sequence[int]) -> 
     for number in windows:
         for seed in seeds:
             yield Row("calibration", f"blocks {count}, {number} windows", gone, gone, windows=number, seed=seed)
+
+
+def by_healing(count: int, tokens: int) -> Iterator[Row]:
+    """The same blocks healed on twice the tokens, by adapters, at other rates."""
+    gone = {"remove_blocks": count}
+    longer = {"heal_tokens": 2 * tokens}
+    ways: dict[str, dict[str, Any]] = {
+        "twice the tokens": longer,
+        "twice the tokens, adapters": {**longer, "trainable": "lora"},
+        **{f"rate {rate:g}": {"learning_rate": rate} for rate in (1e-4, 5e-4, 1e-3)},
+        "on predictions alone": {"losses": {"hidden": 0.0}},
+    }
+    for label, healing in ways.items():
+        yield Row("healing", f"blocks {count}, {label}", gone, gone, healing=healing)
 
 
 def by_depth(counts: Sequence[int], decode_alone: int) -> Iterator[Row]:
@@ -176,6 +200,8 @@ def subject(
     questions = [
         *(running_text(held_out, prompt, count=count, longest=max(prompts)) for prompt in prompts),
         copied_spans(held_out, prompts[1], count=count),
+        next_passage(held_out, prompts[1], count=count, seed=0),
+        in_order(held_out, prompts[0], count=count, seed=0),
     ]
     if writes_digits(tokenizer):
         questions.append(needles(held_out, tokenizer, max(prompts), count=count, seed=0))
@@ -224,7 +250,7 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
                 "copying": row.copying,
             },
             "search": {"algorithm": "greedy"},
-            "distillation": {"heal_tokens": args.heal_tokens},
+            "distillation": {"heal_tokens": args.heal_tokens, **row.healing},
             "evaluation": {"windows": 1},
             "precision": args.precision,
             "seed": row.seed,
@@ -248,6 +274,9 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         kv_map = layer_map(job.artifacts(StageName.EXPORT) / ("unified" if healed[0] is healed[1] else "decode"))
         halves: list[BlockPlan] = [block_plan(plan.prefill), block_plan(plan.decode)]
         unhealed = [pruned(given.model, half) for half in halves]
+        windows = load_file(job.artifacts(StageName.SCORING) / WINDOWS)["train"]
+        evenly = torch.arange(0, len(windows), max(1, len(windows) * WINDOW_TOKENS // FOLD_TOKENS))
+        mended = [_folded(given.model, half, windows[evenly].to(device()), args.batch) for half in halves]
         ask = partial(_asked, given, kv_map, args.batch)
         distilled: Any = job.results[StageName.DISTILLATION]
         return {
@@ -262,6 +291,7 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             "prefill": sorted([unit.block, unit.kind] for unit in units_of(plan.prefill)),
             "decode": sorted([unit.block, unit.kind] for unit in units_of(plan.decode)),
             "unhealed": ask(*unhealed),
+            "folded": ask(*mended),
             "healed": ask(*healed),
             "healing": {half: _healing(getattr(distilled, half)) for half in ("prefill", "decode")},
             "seconds": {stage.value: round(seconds, 1) for stage, seconds in job.seconds.items()},
@@ -280,6 +310,16 @@ def choose(job: WholeJob, method: str, amount: float, given: Subject) -> None:
     plan = json.loads(path.read_text())
     plan |= {"prefill": half_plan(prefill).model_dump(mode="json"), "decode": half_plan(decode).model_dump(mode="json")}
     path.write_text(json.dumps({**plan, "kv_layer_map": kv_layer_map(prefill, decode)}))
+
+
+def _folded(model: PreTrainedModel, half: BlockPlan, windows: Tensor, batch: int) -> PreTrainedModel:
+    """A half whose removed blocks are folded into those before, by windows (windows, tokens)."""
+    stack = block_stack(model)
+    tensors = fold(stack, stack, half, windows, chunk_windows=batch, weighing=by_size, held_on=device()).tensors
+    kept = {id(parameter): parameter for name, parameter in model.named_parameters() if name not in tensors}
+    changed: PreTrainedModel = deepcopy(model, kept)
+    load_tensors(changed, tensors)
+    return pruned(changed, half)
 
 
 def _checkpoints(job: WholeJob, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -311,7 +351,7 @@ def dense_row(given: Subject) -> dict[str, Any]:
     return {"table": "dense", "answers": found}
 
 
-EXACT = ("needle", "lookup")
+EXACT = ("needle", "lookup", "next of", "right of")
 """Questions that are answered right or wrong."""
 
 
@@ -326,7 +366,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"| nothing | | | | {' | '.join(own)} |"
         for row in sorted((row for row in rows if row["table"] == table), key=_by_name_and_count):
             left = ", ".join(f"{row['left'][cost]:.0%}" for cost in COSTS)
-            for when in ("unhealed", "healed"):
+            for when in ("unhealed", "folded", "healed"):
                 cells = [
                     f"{row[when][n]['exact']:.0%}"
                     if n.startswith(EXACT)
@@ -356,6 +396,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of an earlier run")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="of jobs and of what is asked")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--only", default="", help="a regular expression: rows whose table and label hold it")
     parser.add_argument("--prompts", type=int, nargs=3, default=[64, 256, 1024], help="tokens, ascending")
     parser.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9, 12])
     parser.add_argument("--decode-alone", type=int, default=4)
@@ -383,13 +424,15 @@ def run(args: argparse.Namespace, rows_file: Path) -> None:
     until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
     given = asked_of(args)
+    middle = args.counts[(len(args.counts) - 1) // 2]
     kinds: dict[str, Iterable[Row]] = {
         "depth": by_depth(args.counts, args.decode_alone),
         "peers": by_peers(args.counts, args.shares),
         "cost": by_cost(given.costs, args.shares),
-        "calibration": by_calibration(args.counts[len(args.counts) // 2 - 1], [8, 64], range(3)),
+        "calibration": by_calibration(middle, [8, 64], range(3)),
+        "healing": by_healing(middle, args.heal_tokens),
     }
-    rows = [row for kind in args.rows for row in kinds[kind]]
+    rows = [row for kind in args.rows for row in kinds[kind] if re.search(args.only, f"{row.table} {row.label}")]
     if not rows_file.exists():
         rows_file.write_text(json.dumps(dense_row(given)) + "\n")
     done_before = {_key(**row) for row in written(rows_file)[1:]}

@@ -21,6 +21,8 @@ CONTINUATION_TOKENS = 128
 COPIED_TOKENS = 64
 DIGITS = 5
 LINES = 24
+PASSAGE_TOKENS = 24
+CHOICES = 4
 NAMES = (
     "amber",
     "birch",
@@ -56,8 +58,9 @@ class Questions:
 
     name: str
     windows: Tensor
-    """Token ids (questions, time)."""
+    """Token ids (questions · choices, time), the choices of a question one after another, the right one first."""
     prompt_tokens: int
+    choices: int = 1
 
 
 def running_text(stream: Tensor, prompt_tokens: int, *, count: int, longest: int) -> Questions:
@@ -123,6 +126,36 @@ def lookups(
     return Questions(f"lookup in {prompt_tokens:,}", torch.tensor(windows), prompt_tokens)
 
 
+def next_passage(stream: Tensor, prompt_tokens: int, *, count: int, seed: int) -> Questions:
+    """Which of four passages of 24 tokens goes on from the prompt: the others begin a little later in the same text."""
+    rng, windows = random.Random(seed), []
+    reach = 2 * prompt_tokens
+    stride = (len(stream) - prompt_tokens - PASSAGE_TOKENS - reach) // max(count - 1, 1)
+    for question in range(count):
+        start = question * stride
+        end = start + prompt_tokens
+        later = [end + PASSAGE_TOKENS + rng.randrange(reach - PASSAGE_TOKENS) for _ in range(CHOICES - 1)]
+        for begin in (end, *later):
+            windows.append(torch.cat([stream[start:end], stream[begin : begin + PASSAGE_TOKENS]]))
+    return Questions(f"next of {CHOICES} passages", torch.stack(windows), prompt_tokens, CHOICES)
+
+
+def in_order(stream: Tensor, prompt_tokens: int, *, count: int, seed: int) -> Questions:
+    """Which of four passages of 24 tokens is as it was written: in the others two tokens have changed places."""
+    rng, windows = random.Random(seed), []
+    stride = (len(stream) - prompt_tokens - PASSAGE_TOKENS) // max(count - 1, 1)
+    for question in range(count):
+        text = stream[question * stride :][: prompt_tokens + PASSAGE_TOKENS]
+        windows.append(text)
+        # The last place stays, so that every choice is followed by the same.
+        places = [place for place in range(prompt_tokens, len(text) - 2) if text[place] != text[place + 1]]
+        for place in rng.sample(places, CHOICES - 1):
+            swapped = text.clone()
+            swapped[place], swapped[place + 1] = text[place + 1], text[place]
+            windows.append(swapped)
+    return Questions(f"right of {CHOICES} orders", torch.stack(windows), prompt_tokens, CHOICES)
+
+
 def _number(rng: random.Random) -> str:
     return "".join(rng.choice("123456789") for _ in range(DIGITS))
 
@@ -151,9 +184,10 @@ class Answers:
     """How a pair does on questions, one by one."""
 
     losses: list[float]
-    """Mean negative log-likelihood in nats a token of each answer."""
+    """Mean negative log-likelihood in nats a token of each right answer."""
     exact: list[bool]
-    """Whether every token of the answer is the most likely one, given those before."""
+    """Whether every token of the answer is the most likely one, given those before; of a choice, whether the right
+    answer is the most likely one."""
 
     def above(self, dense: Answers) -> tuple[float, float]:
         """Mean loss above the dense model's, and the standard error of that, the questions paired."""
@@ -181,4 +215,7 @@ def answered(
         by_token = F.cross_entropy(logits.flatten(0, 1), answer.flatten(), reduction="none").view(answer.shape)
         losses += by_token.mean(dim=1).tolist()
         exact += (logits.argmax(dim=-1) == answer).all(dim=1).tolist()
-    return Answers(losses, exact)
+    if questions.choices == 1:
+        return Answers(losses, exact)
+    by_question = torch.tensor(losses).view(-1, questions.choices)
+    return Answers(by_question[:, 0].tolist(), (by_question.argmin(dim=1) == 0).tolist())
