@@ -35,8 +35,8 @@ class Chosen(AnswerModel):
 class Frontier(AnswerModel):
     """The best loss found for every number of removed blocks.
 
-    The losses of `decode` are of continuations, by the pair whose prefill half gives up what the first point of
-    `decode` does; the others are of whole windows.
+    All losses are of continuations. Those of `decode` are of the pair whose prefill half gives up what the first point
+    of `decode` does; the others of a pair whose halves both give up the set.
     """
 
     object: Literal["frontier"] = "frontier"

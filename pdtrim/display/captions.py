@@ -36,8 +36,8 @@ SEARCH = Caption(
 )
 FRONTIER = Caption(
     "Loss for every number of blocks",
-    "The best set found for each count, before distillation; rings mark what this job gives up. Prefill is measured on "
-    "whole windows, decode on continuations by the pair: compare each with itself.",
+    "The best set found for each count, before distillation; rings mark what this job gives up. Measured on "
+    "continuations: prefill's sets given up by both halves, decode's beside the prefill half.",
 )
 CONTROLS = Caption(
     "The pair beside its controls",

@@ -16,7 +16,7 @@ from workers.pruning.search.memo import Memo
 from workers.stages.context import StageContext
 
 STATE = "search-state.json"
-VERSION = 4
+VERSION = 5
 """Of the state's form. What another version left is not read: the search measures again."""
 SAVE_INTERVAL_S = 10.0
 SearchName = Literal["prefill", "decode", "control"] | tuple[Half, Part]
@@ -27,8 +27,8 @@ SearchName = Literal["prefill", "decode", "control"] | tuple[Half, Part]
 class Phase:
     """Which losses are meant: by which objective, and of sets in which place.
 
-    Without `prefill` and `decode` a set is given up on whole windows. With `prefill`, a set is what decode gives up
-    beside a prefill half that gives up `prefill`, on continuations; with `decode`, what prefill does beside a decode
+    All losses are of continuations. Without `prefill` and `decode` both halves give up a set. With `prefill`, a set is
+    what decode gives up beside a prefill half that gives up `prefill`; with `decode`, what prefill does beside a decode
     half that gives up `decode`. `part` tells the searches of parts of blocks from one another.
     """
 

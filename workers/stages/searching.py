@@ -126,7 +126,7 @@ class Searcher:
         self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
     def prefill(self, progress_range: ProgressRange) -> HalfSearched:
-        """The units that prefill gives up: the least loss on whole windows."""
+        """The units that prefill gives up: the least loss on continuations when decode gives them up as well."""
         engine = self._engine()
         bound = self._bound(self._spec.prefill, None, engine, dense=engine)
         memo = self._memo(self._phase(), engine)
@@ -266,7 +266,7 @@ class Searcher:
         return PartSearched(result.frontier[last], record)
 
     def sensitivity(self, progress_range: ProgressRange) -> Sensitivity:
-        """The loss without each block alone, in both stages (on whole windows) and in decode only (on continuations).
+        """The loss on continuations without each block alone, in both halves and in decode only.
 
         Protected blocks are left out: that they cannot go may be why they are protected.
         """
@@ -326,7 +326,7 @@ class Searcher:
         return {"decode_text": fmean(kinds[False]), "decode_copying": fmean(kinds[True])}
 
     def losses(self, prefill: Units, decode: Units) -> tuple[float, float]:
-        """The loss of the prefill half on whole windows, and that of the pair on continuations."""
+        """The losses on continuations of a pair that gives up `prefill` in both halves, and of the pair."""
         of_prefill = self._memo(self._phase(), self._engine())([prefill])[prefill]
         of_pair = self._memo(self._phase(prefill), self._pair(prefill))([decode])[decode]
         return of_prefill, of_pair
@@ -415,7 +415,7 @@ class Searcher:
         return PerplexityBound(memo, of_dense, target.max_perplexity_increase, self._text)
 
     def _phase(self, prefill: Units | None = None) -> Phase:
-        """The losses that a search goes by: on whole windows, or beside a prefill half."""
+        """The losses that a search goes by: of sets that both halves give up, or beside a prefill half."""
         return Phase(self._spec.search.objective, prefill)
 
     def _memo(self, phase: Phase, engine: LossEngine) -> Memo:
@@ -428,6 +428,7 @@ class Searcher:
             self._spec.search.objective,
             chunk_windows=self._chunk_windows,
             anchor_bytes=anchor_bytes(self._stack.model),
+            prompt_tokens=self.prompt_tokens,
         )
 
     def _of_prefill(self, decode: Units) -> LossEngine:

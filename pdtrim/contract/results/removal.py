@@ -41,7 +41,7 @@ class Losses(Result):
     """Losses of the search's objective on the calibration windows, before distillation."""
 
     objective: str = Field(examples=["kl"])
-    prefill: float = Field(description="Of the prefill half without the blocks that it removes, on whole windows.")
+    prefill: float = Field(description="Of a pair whose halves both give up what prefill removes, on continuations.")
     decode: float = Field(description="Of the pair, on continuations.")
     decode_text: float | None = Field(
         default=None, description="The same on windows of running text alone. Null where the search had no others."
@@ -87,7 +87,7 @@ class BlockWorth(Result):
     """The loss without one block alone."""
 
     block: int
-    both: float = Field(description="Given up in both halves, on whole windows.")
+    both: float = Field(description="Given up in both halves, on continuations.")
     decode_only: float = Field(description="Given up in decode alone, on continuations.")
 
 

@@ -5,8 +5,9 @@ goes through the blocks in order and carries one hidden state for each distinct 
 begin alike, their common blocks run once. Candidates that are near a set which was walked before, the anchor, begin
 where they first differ from it, from hidden states that were held on its way.
 
-An engine belongs to one model, one set of windows and one objective. `WholeEngine` takes whole windows; `PairEngine`
-the continuations of prompts that a prefill half processed, which is what a decode half is compared by.
+An engine belongs to one model, one set of windows and one objective. `WholeEngine` takes one model's whole windows, or
+what follows their prompts; `PairEngine` the continuations of prompts that a prefill half processed, which is what a
+decode half is compared by.
 """
 
 from __future__ import annotations
@@ -365,7 +366,7 @@ class ChunkedEngine(ABC):
 
 
 class WholeEngine(ChunkedEngine):
-    """Losses of candidate sets on whole windows. Every token but the first of a window is scored.
+    """Losses of candidate sets on whole windows. Every token after the first `prompt_tokens` of a window is scored.
 
     Objectives that look at the dense model keep its last hidden states: windows · tokens · hidden numbers.
     """
@@ -378,6 +379,7 @@ class WholeEngine(ChunkedEngine):
         *,
         chunk_windows: int,
         anchor_bytes: int = 0,
+        prompt_tokens: int = 1,
     ) -> None:
         super().__init__(
             stack,
@@ -387,6 +389,7 @@ class WholeEngine(ChunkedEngine):
             walked_tokens=windows.shape[1] - 1,
             anchor_bytes=anchor_bytes,
         )
+        self._scored = slice(prompt_tokens - 1, None)
         self._calls = capture_calls(stack, windows[:, :-1])
         self._dense: dict[range, Tensor] = {}
 
@@ -403,12 +406,14 @@ class WholeEngine(ChunkedEngine):
             wanted.discard(NOTHING)  # At no distance from itself.
             if chunk not in self._dense:
                 wanted.add(NOTHING)
-        h = self._walk(self._calls, chunk, self._stack.embed(ids[:, :-1]), sorted(wanted, key=sorted), {})
+        walked = self._walk(self._calls, chunk, self._stack.embed(ids[:, :-1]), sorted(wanted, key=sorted), {})
+        h = {candidate: states[:, self._scored] for candidate, states in walked.items()}
+        targets = ids[:, 1:][:, self._scored]
         if objective == "cross_entropy":
-            return mean_losses(self._stack, objective, h, None, ids[:, 1:])
+            return mean_losses(self._stack, objective, h, None, targets)
         if NOTHING in h:
             self._dense[chunk] = h.pop(NOTHING)
-        losses = mean_losses(self._stack, objective, h, self._dense[chunk], ids[:, 1:])
+        losses = mean_losses(self._stack, objective, h, self._dense[chunk], targets)
         return {candidate: losses.get(candidate, [0.0] * len(ids)) for candidate in candidates}
 
 

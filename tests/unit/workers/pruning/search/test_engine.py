@@ -150,6 +150,16 @@ def test_with_nothing_removed_every_loss_is_the_dense_models() -> None:
         )
 
 
+@pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
+def test_what_both_halves_give_up_loses_on_continuations_what_the_pair_does(objective: Objective) -> None:
+    stack, ids, gone = block_stack(tiny_model("llama")), random_ids(3, 20), deleting({1, 3})
+    whole = WholeEngine(stack, ids, objective, chunk_windows=2, prompt_tokens=9)
+    pair = PairEngine(stack, ids, objective, prefill=gone, prompt_tokens=9, first_token="decode", chunk_windows=2)
+    assert whole.window_losses([gone], range(3))[gone] == pytest.approx(
+        pair.window_losses([gone], range(3))[gone], abs=TOLERANCE
+    )
+
+
 def test_candidates_share_the_blocks_before_they_differ() -> None:
     engine = WholeEngine(block_stack(tiny_model("llama")), random_ids(2, 8), "kl", chunk_windows=2)
     engine.losses([deleting({block}) for block in range(5)])
