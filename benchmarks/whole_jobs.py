@@ -14,9 +14,13 @@ from pdtrim.contract.spec import JobSpec
 from service.sources import Row, Text
 from service.storage.local import LocalStore
 from workers.stages import STAGES
-from workers.stages.context import StageContext, StoredInput
+from workers.stages.context import Say, StageContext, StoredInput
 
 UP_TO_EXPORT = (StageName.SCORING, StageName.REMOVAL, StageName.DISTILLATION, StageName.EXPORT)
+
+
+def say_nothing(progress: float, message: str, figures: Mapping[str, float | str | list[int]]) -> None:
+    """Nobody watches."""
 
 
 @dataclass
@@ -31,6 +35,7 @@ class WholeJob:
     folder: Path
     memory_bytes: int | None = None
     """What the stages may take of the device's memory."""
+    publish: Say = say_nothing
     results: dict[StageName, Result] = field(default_factory=dict)
     seconds: dict[StageName, float] = field(default_factory=dict)
 
@@ -57,7 +62,7 @@ class WholeJob:
             state_prefix=f"{stage}/state",
             rows=self._rows,
             check=lambda: None,
-            publish=_say_nothing,
+            publish=self.publish,
             memory_bytes=self.memory_bytes,
         )
 
@@ -75,10 +80,6 @@ class WholeJob:
                 key = f"{stage}/{name}"
                 found[stage, name] = StoredInput(key, store.put_file(key, path).sha256)
         return found
-
-
-def _say_nothing(progress: float, message: str, figures: Mapping[str, float | str | list[int]]) -> None:
-    """Nobody watches."""
 
 
 def layer_map(checkpoint: Path) -> list[int]:

@@ -8,6 +8,7 @@ learned is added to the weights one at a time, on their way into the stage's fil
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from workers.pruning.repair.distill import (
 )
 from workers.pruning.repair.lora import apart_adapters, linear_weights
 from workers.pruning.repair.recompute import recomputed_blocks
+from workers.pruning.repair.training import TrainingSettings
 from workers.stages.context import StageContext
 from workers.stages.halves import (
     DECODE,
@@ -52,9 +54,10 @@ from workers.stages.halves import (
 )
 from workers.stages.healing_size import healing_sizes, recorded
 from workers.stages.precision import DTYPES, read_precision
+from workers.stages.reading import Expected, Reading
 from workers.stages.removal import Plans
 from workers.stages.saving import Saver
-from workers.stages.training import asked_way, journal, kept_state, kept_way
+from workers.stages.training import asked_way, journal, kept_state, kept_way, step_of
 from workers.stages.training import settings as training_settings
 from workers.stages.width import HalfChannels, narrowed
 
@@ -95,6 +98,18 @@ class Learning:
 
     loss: Loss
     models: tuple[PreTrainedModel, ...]
+    beside: tuple[PreTrainedModel, ...]
+    """Others that it reads."""
+
+    def reads(self, settings: TrainingSettings, held_out: int) -> Expected:
+        """Blocks, about, where so many windows are held out: some losses take a model twice."""
+        back = _blocks(self.models)
+        forward = back + _blocks(self.beside)
+        return Expected(forward * math.ceil(held_out / settings.held_out_batch), (forward + back) * settings.parts)
+
+
+def _blocks(models: Sequence[PreTrainedModel]) -> int:
+    return sum(len(block_stack(model).blocks) for model in models)
 
 
 def has_to_be_streamed(context: StageContext, sizes: Sequence[HealingSize], free_bytes: int) -> bool:
@@ -155,7 +170,7 @@ def _learning_prefill(work: Work, student: PreTrainedModel) -> Learning:
     plans, spec = work.plans, work.context.spec
     losses, first_token = loss_weights(spec.distillation), spec.serving.first_token
     if not plans.prefill_is_read_alone:
-        return Learning(sequence_loss(student, work.teacher, plans.prefill.kept, losses), (student,))
+        return Learning(sequence_loss(student, work.teacher, plans.prefill.kept, losses), (student,), (work.teacher,))
     decode, _ = work.model(Cut(plans.decode, work.channels.decode))
     read = continuation_loss(
         student,
@@ -168,9 +183,9 @@ def _learning_prefill(work: Work, student: PreTrainedModel) -> Learning:
         first_token=first_token,
     )
     if first_token == "decode":
-        return Learning(read, (student, decode))
+        return Learning(read, (student, decode), (work.teacher,))
     own = sequence_loss(student, work.teacher, plans.prefill.kept, own_weights(losses))
-    return Learning(lambda ids: read(ids) + own(ids), (student, decode))
+    return Learning(lambda ids: read(ids) + own(ids), (student, decode), (work.teacher,))
 
 
 def _learning_decode(work: Work, healed: SourceTensors, student: PreTrainedModel) -> Learning:
@@ -186,7 +201,7 @@ def _learning_decode(work: Work, healed: SourceTensors, student: PreTrainedModel
         prompt_tokens=work.data.prompt_tokens,
         first_token=spec.serving.first_token,
     )
-    return Learning(loss, (student,))
+    return Learning(loss, (student,), (work.teacher, prefill))
 
 
 def _inherited(work: Work, healed: SourceTensors) -> SourceTensors:
@@ -258,8 +273,11 @@ def _heal(
     student, reader = work.model(Cut(plan, channels, start))
     own = {reader.weights.in_source(name): name for name, _ in student.named_parameters()}
     learned = learning(student)
-    before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
-    diary = journal(context, half, progress_range, way, resume, work.saver)
+    reading = Reading(context, half, progress_range, learned.reads(settings, len(data.held_out)), settings)
+    if resume is not None:
+        reading.goes_on_after(step_of(resume))
+    work.room.hears = reading.block_read
+    diary = replace(journal(context, half, progress_range, way, resume, work.saver), progress=reading.stepped)
     path = context.workdir / f"healed-{half}.safetensors"
     work.room.empty()
     names = [own[name] for name in shapes if name in adapted]
@@ -267,7 +285,8 @@ def _heal(
         recomputed_blocks(*learned.models),
         apart_adapters(student, names, rank=spec.lora.rank, alpha=spec.lora.alpha, seed=context.spec.seed) as adapters,
     ):
-        taken = train_on(learned.loss, adapters.parameters, data.training, data.held_out, settings, diary).steps
+        trained = train_on(learned.loss, adapters.parameters, data.training, data.held_out, settings, diary)
+        reading.measures_again()
 
         def healed(name: str) -> Tensor:
             context.check()
@@ -281,14 +300,14 @@ def _heal(
 
     rounded, _ = work.model(Cut(plan, channels, SourceTensors.in_file(path)))
     after = mean_loss(learning(rounded).loss, data.held_out, settings.held_out_batch)
-    kept = verdict(before, after)
+    kept = verdict(trained.before, after)
     if kept == "distilled":
         path.rename(out)
     else:
         path.unlink()
         write_tensors(out, inherited, dtype, start.read)
     how = recorded(size, way, target_bytes=0).model_copy(update={"way": "streamed"})
-    return Healing(before=before, after=after, steps=taken, kept=kept, how=how)
+    return Healing(before=trained.before, after=after, steps=trained.steps, kept=kept, how=how)
 
 
 def _size(work: Work, plan: BlockPlan, channels: Channels | None, blocks: list[int]) -> HealingSize:

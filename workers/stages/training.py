@@ -11,7 +11,7 @@ from pdtrim.contract.healing_memory import HealingWay, Precision
 from pdtrim.contract.results import Half
 from pdtrim.contract.spec import DistillationSpec
 from workers.pruning.repair.training import Journal, TrainingSettings
-from workers.stages.context import StageContext
+from workers.stages.context import Figure, StageContext
 from workers.stages.saving import Pace, Saver, Tensors
 from workers.stages.sharded_states import stored_state, whole_state
 
@@ -105,14 +105,15 @@ def telling(
         context.say(
             start + (end - start) * step / steps,
             f"Healing the {half} model.",
-            half=half,
-            step=step,
-            steps=steps,
-            loss=round(loss, 5),
-            held_out=round(held_out, 5),
+            **figures_of(half, step, steps, loss, held_out),
         )
 
     return progress
+
+
+def figures_of(half: Half, step: int, steps: int, loss: float, held_out: float) -> dict[str, Figure]:
+    """What progress says of a step."""
+    return {"half": half, "step": step, "steps": steps, "loss": round(loss, 5), "held_out": round(held_out, 5)}
 
 
 def state_name(half: Half) -> str:

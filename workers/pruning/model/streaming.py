@@ -92,13 +92,15 @@ class Weights:
 class BlockRoom:
     """Memory for the weights of one block, in which streamed models take turns.
 
-    `blocks_read` counts how often any of a block's weights came from disk.
+    `blocks_read` counts how often any of a block's weights came from disk; whoever `hears` is told of every block that
+    took its place here.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
         self.blocks_read = 0
+        self.hears: Callable[[], None] = lambda: None
         # Reused: where every block is allocated anew, the heap grows to several blocks.
         self._buffers: dict[tuple[str, torch.Size], Tensor] = {}
         self._origins: dict[tuple[str, torch.Size], Hashable] = {}
@@ -111,6 +113,7 @@ class BlockRoom:
         self.empty()
         self.blocks_read += reader.fill(index, self._filled)
         self._holder = (reader, index)
+        self.hears()
 
     def empty(self) -> None:
         """Take the block that is here away."""

@@ -94,6 +94,15 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     return settings.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def held_out_checks(step: int, settings: TrainingSettings) -> int:
+    """How often the held-out loss was measured by the end of a step, the one before training apart."""
+    return sum(_is_checked(one, settings) for one in range(1, step + 1))
+
+
+def _is_checked(step: int, settings: TrainingSettings) -> bool:
+    return step == settings.steps or step % max(1, settings.steps // HELD_OUT_CHECKS) == 0
+
+
 def batch_indices(step: int, windows: int, settings: TrainingSettings) -> Tensor:
     """Which windows (batch,) a step trains on: every epoch is a new permutation, a function of seed and step alone."""
     batch = min(settings.batch_windows, windows)
@@ -129,7 +138,7 @@ def train(
         nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM)
         optimiser.step(learning_rate(at.step, settings), at.step)
         at.step += 1
-        if at.step == settings.steps or at.step % max(1, settings.steps // HELD_OUT_CHECKS) == 0:
+        if _is_checked(at.step, settings):
             held_out = held_out_loss()
             at.stale += 1
             if held_out < at.best:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ LORA: dict[str, Any] = {
     "lora": {"rank": 2, "alpha": 4},
     "learning_rate": 1e-2,
 }
+STEPS = 768 // (4 * 32)
 JOBS: dict[str, dict[str, Any]] = {
     "decode goes on from prefill": {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}},
     "prefill is read alone": {
@@ -77,3 +80,38 @@ def test_a_model_that_does_not_fit_learns_what_one_in_memory_learns(changes: dic
         source = dense[name.partition(": ")[2]]
         learned = (tensor - source).norm() if source.shape == tensor.shape else tensor.norm()
         assert (found[name] - tensor).norm() <= 0.02 * learned
+
+
+def test_progress_moves_with_every_block_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.stages.context.PROGRESS_INTERVAL_S", 0.0)
+    said: list[tuple[float, str, dict[str, Any]]] = []
+
+    def publish(progress: float, message: str, figures: Mapping[str, Any]) -> None:
+        said.append((progress, message, dict(figures)))
+
+    model = write_tiny_model(tmp_path / "model")
+    pair = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
+    spec = JobSpec.model_validate(tiny_spec(model, distillation=LORA | {"patience": None}, **pair))
+    job = WholeJob(spec, model, [spec.data.text or ""], tmp_path / "job", memory_bytes=1)
+    job.run([StageName.SCORING, StageName.REMOVAL])
+    job.publish = publish
+    job.run([StageName.DISTILLATION])
+
+    progress = [one for one, _, _ in said]
+    assert progress == sorted(progress)
+    assert 0 < progress[0] < 0.02
+    assert progress[-1] == pytest.approx(1, abs=0.01)
+    assert max(after - before for before, after in pairwise(progress)) < 0.02  # No step of 24 is one leap.
+    messages = list(dict.fromkeys(message for _, message, _ in said))
+    assert messages == [
+        f"{doing} the {state}{half} model{when}."
+        for half in ("prefill", "decode")
+        for doing, state, when in (
+            ("Measuring", "", " before it is healed"),
+            ("Healing", "", ""),
+            ("Writing and measuring", "healed ", ""),
+        )
+    ]
+    for half in ("prefill", "decode"):
+        of_half = [figures for _, _, figures in said if figures["half"] == half]
+        assert {figures["step"] for figures in of_half if "step" in figures} == set(range(1, STEPS + 1))
