@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pdtrim.contract.jobs import StageName
@@ -36,6 +37,27 @@ MEMORY_STEPS = 3
 WINDOW_TOKENS = 64
 
 
+Stored = dict[tuple[StageName, str], StoredInput]
+INPUTS = TypeAdapter(list[tuple[StageName, str, StoredInput]])
+
+
+def surroundings_of(folder: Path, model: Path, spec: JobSpec, inputs: Stored) -> StageContext:
+    """The surroundings of a stage whose inputs lie in the store of a folder."""
+    return StageContext(
+        job_id="",
+        spec=spec,
+        source_dir=model,
+        model_revision=None,
+        workdir=folder / "work",
+        inputs=inputs,
+        store=open_store((folder / "store").as_uri()),
+        state_prefix="state",
+        rows=lambda: None,
+        check=go_on,
+        publish=lambda progress, message, figures: None,
+    )
+
+
 def searched(folder: Path, model: Path, changes: dict[str, Any]) -> StageContext:
     """The surroundings of a distillation whose scoring and removal are done."""
     spec = JobSpec.model_validate(
@@ -48,19 +70,7 @@ def searched(folder: Path, model: Path, changes: dict[str, Any]) -> StageContext
             **changes,
         }
     )
-    surroundings = StageContext(
-        job_id="",
-        spec=spec,
-        source_dir=model,
-        model_revision=None,
-        workdir=folder / "work",
-        inputs={},
-        store=open_store((folder / "store").as_uri()),
-        state_prefix="state",
-        rows=lambda: None,
-        check=go_on,
-        publish=lambda progress, message, figures: None,
-    )
+    surroundings = surroundings_of(folder, model, spec, {})
     for stage, run, names in (
         (StageName.SCORING, scoring.run, (scoring.WINDOWS, SCORES)),
         (StageName.REMOVAL, removal.run, (PLAN,)),
@@ -123,6 +133,8 @@ def memory(folder: Path, blocks: int) -> None:
         folder, model, {"distillation": healing, "prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 1}}
     )
     (folder / "job.json").write_text(surroundings.spec.model_dump_json())
+    stored = [(stage, name, where) for (stage, name), where in surroundings.inputs.items()]
+    (folder / "inputs.json").write_bytes(INPUTS.dump_json(stored))
     imports = _peak([sys.executable, "-c", "import workers.stages.healing_rank"], "-c")
     print(f"imports: {imports / 1e6:.0f} MB")
     print("\n| processes | most of one, MB | above the imports | by the arithmetic |\n|---|---|---|---|")
@@ -166,25 +178,9 @@ def _peak(command: list[str], word: str) -> int:
 def heal(folder: Path, devices: int) -> None:
     """Of `memory`: heal in this process, or by those that it starts."""
     spec = JobSpec.model_validate_json((folder / "job.json").read_bytes())
-    store = open_store((folder / "store").as_uri())
-    inputs = {
-        (StageName(path.parent.name), path.name): StoredInput("", "")
-        for path in (folder / "work" / "in").rglob("*")
-        if path.is_file()
-    }
-    surroundings = StageContext(
-        job_id="",
-        spec=spec,
-        source_dir=folder / "model",
-        model_revision=None,
-        workdir=folder / "work",
-        inputs=inputs,
-        store=store,
-        state_prefix="",
-        rows=lambda: None,
-        check=go_on,
-        publish=lambda progress, message, figures: None,
-    )
+    stored = INPUTS.validate_json((folder / "inputs.json").read_bytes())
+    inputs = {(stage, name): where for stage, name, where in stored}
+    surroundings = surroundings_of(folder, folder / "model", spec, inputs)
     (folder / f"found-{devices}.json").write_text(healed(surroundings, devices).model_dump_json())
 
 
