@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -250,6 +251,8 @@ def _finished_before(worker: Worker, claim: Claim, check: Check) -> Finished | N
 
 def _execute(worker: Worker, claim: Claim, check: Check) -> Finished:
     assert worker.settings.scratch_dir is not None
+    # Models lie in cycles with what reads their blocks: else the last stage's would still be there beside this one's.
+    gc.collect()
     with attempt_folder(worker.settings.scratch_dir, claim) as workdir, ExitStack() as opened:
         context = _stage_context(worker, claim, workdir, opened, check, _progress_recorder(worker, claim))
         run = STAGES[claim.stage] if context.parent is None else TAKEN_OVER[claim.stage]

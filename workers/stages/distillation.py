@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -115,7 +114,6 @@ def run(context: StageContext) -> DistillationResult:
         return DistillationResult(enabled=spec.enabled)
     if (devices := healing_devices(spec, len(accelerators()))) > 1:
         return _heal_on_several(context, devices, windows)
-    gc.collect()  # of what the stage before left on the device
     free_bytes = free_memory_bytes(device(), context.memory_bytes)
     plans, channels = read_plans(context), read_channels(context)
     dtype = read_precision(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import html
 import io
@@ -9,6 +10,7 @@ import json
 import re
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -1241,3 +1243,34 @@ def test_parts_of_blocks_are_searched_exported_and_measured_as_plain_transformer
         *(("prefill", part) for part, key in (("kv_only", "kv_only_blocks"), ("mlp", "remove_mlps")) if key in prefill),
     ]
     assert removal["parts"][-1]["frontier"][-1]["loss"] == removal["losses"]["decode"]
+
+
+def test_a_stage_begins_without_the_models_of_the_one_before(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.reader = self  # As blocks and what reads them know each other.
+
+    left: list[weakref.ref[Model]] = []
+    found: list[Model | None] = []
+
+    def score(context: StageContext) -> Result:
+        left.append(weakref.ref(Model()))
+        return RESULTS[StageName.SCORING]
+
+    def remove(context: StageContext) -> Result:
+        found.append(left[0]())
+        return RESULTS[StageName.REMOVAL]
+
+    monkeypatch.setitem(STAGES, StageName.SCORING, score)
+    monkeypatch.setitem(STAGES, StageName.REMOVAL, remove)
+    job_id = create(worker, tiny_spec(model))
+    gc.disable()
+    try:
+        run_stage(worker, job_id, StageName.SCORING)
+        assert left[0]() is not None
+        run_stage(worker, job_id, StageName.REMOVAL)
+    finally:
+        gc.enable()
+    assert found == [None]
