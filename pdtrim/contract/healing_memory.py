@@ -27,7 +27,7 @@ matrices take and give) and 20 h bytes for those of their norms, and v words:
 
 A step in bfloat16 holds 60 bytes for each number that it changes at a time; by then those of the batch are gone, so the
 larger of the two counts. On the host lie the weights before training, the best so far, and copies of weights and
-moments while they are saved: on a CPU, as much again as three times the weights and once the moments.
+moments while they are saved: on a CPU three times the weights as they are trained, and once the moments.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ def needed_bytes(size: HealingSize, way: HealingWay) -> int:
     by_trained = 4 + multiplied if exact or size.adapters else 2
     shared = size.shares and exact != halved
     moments = 8.0 if exact or size.adapters else 2 * (1 + 4 / 256)
-    learning = moments + (4 if exact or size.adapters else 2)
-    kept = 3 * by_trained + moments if size.on_host else 0
+    stored = 4 if exact or size.adapters else 2
+    learning = moments + stored
+    kept = 3 * stored + moments if size.on_host else 0
     held = (by_trained + learning + kept) * size.trained + by_weight * (size.own + (0 if shared else size.frozen))
 
     number = 2 if halved or not exact else 4

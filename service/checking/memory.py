@@ -8,10 +8,13 @@ bfloat16, 4 in float32):
                         or i (o + b) with the blocks read one at a time
     distillation        what `pdtrim/contract/healing_memory.py` says, of the half that takes more; where adapters are
                         trained and that is too much, the same with i (o + b) in place of all models
-    export              4 n of the dense model, 4 n of the next or of the checkpoint that is proved; or, block by
-                        block, 4 (o + b) for both
+    export              4 n of the dense model, then 4 n of what is left of it and of the checkpoint that is proved; or,
+                        block by block, 4 (o + b) for both, before which a file of the checkpoint was held
     evaluation          i n and i times the numbers of each checkpoint, and logits; or, block by block, i (o + b) for
                         all, and hidden states of each
+
+On a CPU, what is read of files counts until all of a model is there; numbers that are stored as they are computed with
+are the file's own pages. A stage begins without what the one before held.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ GAINING_NUMBERS = 50_000_000
 """Of a model, from which on a CPU computes in bfloat16 where it can; as the worker has it."""
 HEAD_TOKENS = 256
 LOGITS_BYTES = 64 << 20
+FILES_IN_MEMORY = 8
+"""Files of a checkpoint that a worker could hold, of which it holds one."""
 BATCH_WINDOWS = 8
 """Of evaluation; as the worker has them."""
 
@@ -66,6 +71,8 @@ class StageMemory:
     """Of a number in products."""
     devices: int = 1
     """That work at a time."""
+    streamed: bool = False
+    """Whether blocks are read from disk when they run."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,7 @@ def stage_memory(
     return {
         StageName.SCORING: replace(room.scoring(spec), number_bytes=measured),
         StageName.REMOVAL: replace(room.removal(spec), number_bytes=searched),
-        # On a CPU, casts of float32 weights and the optimiser take most of what products in bfloat16 save.
-        StageName.DISTILLATION: replace(room.healing(spec, checkpoints), number_bytes=measured),
+        StageName.DISTILLATION: replace(room.healing(spec, checkpoints), number_bytes=searched),
         StageName.EXPORT: room.exporting(checkpoints),
         StageName.EVALUATION: replace(room.evaluating(spec, checkpoints), number_bytes=measured),
     }
@@ -122,19 +128,33 @@ class _Room:
         both = math.ceil(device_bytes + host_bytes) + PROCESS_BYTES
         return StageMemory(way, both, both)
 
+    def _streamed(self, way: str, device_bytes: float, host_bytes: float) -> StageMemory:
+        return replace(self._at_peak(way, device_bytes, host_bytes), streamed=True)
+
     @property
-    def _mapped(self) -> int:
-        """Of a file that is read: its pages count until all tensors were copied out of it."""
-        return 0 if self._accelerated else self.shape.largest_file
+    def _free(self) -> int:
+        """Of the device, before a stage has read anything."""
+        return self.device.memory_bytes - (CONTEXT_BYTES if self._accelerated else PROCESS_BYTES)
+
+    def _fits(self, weights: int) -> bool:
+        return weights <= RESIDENT_SHARE * self._free
+
+    def _mapped(self, item: int, file_bytes: int) -> int:
+        """What counts of files while numbers of `item` bytes are copied out of them."""
+        return 0 if self._accelerated or item == self.shape.item_bytes else file_bytes
 
     def scoring(self, spec: JobSpec) -> StageMemory:
         """On a CPU in float32; beside it in bfloat16, where both are compared."""
-        item = 2 if self._accelerated and spec.precision != "float32" else 4
+        shape, item = self.shape, 2 if self._accelerated and spec.precision != "float32" else 4
         found = self._walking(spec, item, besides=0)
-        if not self._accelerated and spec.precision == "auto" and self.number_bytes(spec) == 2:
-            more = 2 * self.shape.numbers if found.way == "resident" else 0
-            return replace(found, device_bytes=found.device_bytes + more, host_bytes=found.host_bytes + more)
-        return found
+        if self._accelerated or spec.precision != "auto" or self.number_bytes(spec) == 4:
+            return found
+        if found.streamed:
+            both = found.device_bytes + 2 * (shape.outside + shape.largest_block)
+        else:
+            loaded = (4 + 2) * shape.numbers + self._mapped(2, shape.file_bytes)
+            both = max(found.device_bytes, loaded + PROCESS_BYTES)
+        return replace(found, device_bytes=both, host_bytes=both)
 
     def removal(self, spec: JobSpec) -> StageMemory:
         item = self.number_bytes(spec)
@@ -144,15 +164,15 @@ class _Room:
         shape, device = self.shape, self.device
         weights = item * shape.numbers
         states = self._walked(spec, item, RESIDENT_WALK_BYTES) + besides
-        if weights <= RESIDENT_SHARE * device.memory_bytes:
-            return self._at_peak("resident", weights + max(states, self._mapped), 0)
+        if self._fits(weights):
+            return self._at_peak("resident", weights + max(states, self._mapped(item, shape.file_bytes)), 0)
         states = self._walked(spec, item, STREAMED_WALK_BYTES) + besides
         if self._accelerated and device.count > 1:
             share = weights / device.count + item * shape.largest_block
-            if share <= RESIDENT_SHARE * device.memory_bytes:
+            if self._fits(math.ceil(share)):
                 return self._at_peak(f"sharded over {device.count} devices", share + states, 0)
         held = item * (shape.outside + shape.largest_block)
-        return self._at_peak("block by block", held + states, shape.item_bytes * shape.largest_block)
+        return self._streamed("block by block", held + states, shape.item_bytes * shape.largest_block)
 
     def _walked(self, spec: JobSpec, item: int, walk_bytes: int) -> int:
         """Hidden states of a walk through all blocks: of one window, or of as many as may be."""
@@ -189,7 +209,7 @@ class _Room:
         """Of a half, beside the dense model, or on targets computed `ahead`, as the worker would do it."""
         asked = spec.distillation
         first = HealingWay("float32", asked.gradient_checkpointing, asked.gradient_accumulation)
-        free = self.device.memory_bytes - (CONTEXT_BYTES if self._accelerated else PROCESS_BYTES)
+        free = self._free
         devices = healing_devices(asked, self.device.count if self._accelerated else 1)
         if devices > 1:
             return self._sharded(size, free, first, devices)
@@ -200,9 +220,10 @@ class _Room:
         needed = needed_bytes(size, way)
         if size.adapters and needed > USABLE * free:
             return self._healed_from_disk(size, first, free)
-        # A copy of the dense model is read before its frozen weights are shared.
-        item = size.number_bytes
-        needed = max(needed, (1 if on_targets else 2) * item * self.shape.numbers + self._mapped)
+        # All of the student is read before what it has in common with others is shared, and what it gives up is gone.
+        item = 4 if way.precision == "float32" else 2
+        loaded = size.beside + item * self.shape.numbers + self._mapped(item, self.shape.file_bytes)
+        needed = max(needed, loaded)
         kept = 0 if not self._accelerated else 4 * (4 if way.precision == "float32" else 2) * size.trained
         said = f"{_said(way)}, the dense model's targets computed ahead" if on_targets else _said(way)
         return self._at_peak(said, needed, kept)
@@ -213,7 +234,7 @@ class _Room:
         own = replace(size, beside=held, own=0, frozen=0)
         way = healing_way(own, replace(asked, recomputed=True), free)
         read = self.shape.item_bytes * self.shape.largest_block
-        return self._at_peak(f"block by block, {_said(way)}", needed_bytes(own, way), read)
+        return self._streamed(f"block by block, {_said(way)}", needed_bytes(own, way), read)
 
     def _sharded(self, size: HealingSize, free: int, asked: HealingWay, count: int) -> StageMemory:
         """Weights, gradients and moments shared out among the devices, each of which takes its part of a batch."""
@@ -245,7 +266,7 @@ class _Room:
             trained=trained,
             adapters=adapters,
             own=own,
-            frozen=max(0, shape.numbers - own - (0 if adapters else trained)),
+            frozen=max(0, shape.numbers - removed * shape.block - own - (0 if adapters else trained)),
             blocks=checkpoint.kept,
             block_width=shape.block_width,
             hidden=shape.hidden,
@@ -259,29 +280,29 @@ class _Room:
     def exporting(self, checkpoints: Sequence[Checkpoint]) -> StageMemory:
         shape = self.shape
         exact = 4 * shape.numbers
-        other = exact if len(checkpoints) > 1 else 4 * checkpoints[0].numbers
-        written = shape.largest_file
-        if exact + other + self._mapped <= RESIDENT_SHARE * self.device.memory_bytes:
-            on_host = written if self._accelerated else 0
-            return self._at_peak(
-                "resident", max(exact + other + self._mapped, 0 if self._accelerated else written), on_host
-            )
-        block = 4 * (shape.outside + shape.largest_block)
-        on_host = 2 * written if self._accelerated else max(0, 2 * written - block)
-        return self._at_peak("block by block", block, on_host)
+        written = min(shape.largest_file, self.device.memory_bytes // FILES_IN_MEMORY)
+        if not self._fits(2 * exact):
+            held = 4 * (shape.outside + shape.largest_block)
+            if self._accelerated:
+                return self._streamed("block by block", held, written)
+            return self._streamed("block by block", max(held + shape.item_bytes * shape.largest_block, written), 0)
+        proved = [2 * 4 * one.numbers + self._mapped(4, shape.item_bytes * one.numbers) for one in checkpoints]
+        held = max(exact + self._mapped(4, shape.file_bytes), *proved)
+        return self._at_peak("resident", held, written if self._accelerated else 0)
 
     def evaluating(self, spec: JobSpec, checkpoints: Sequence[Checkpoint]) -> StageMemory:
         shape = self.shape
         weights = self._item * (shape.numbers + sum(one.numbers for one in checkpoints))
         batch = min(BATCH_WINDOWS, spec.evaluation.windows) * spec.calibration.window_tokens
         logits = 5 * min(LOGITS_BYTES, 4 * batch * shape.vocabulary)
-        if weights + logits + self._mapped <= RESIDENT_SHARE * self.device.memory_bytes:
-            return self._at_peak("resident", weights + max(logits, self._mapped), REPORT_BYTES)
+        if self._fits(weights):
+            read = self._mapped(self._item, shape.item_bytes * checkpoints[-1].numbers)
+            return self._at_peak("resident", weights + max(logits, read), REPORT_BYTES)
         window = (8 + 2 * len(checkpoints)) * spec.calibration.window_tokens * shape.hidden * self._item
         walked = self.device.memory_bytes // 4 if self._accelerated else STREAMED_WALK_BYTES
         states = max(window, min(walked, spec.evaluation.windows * window))
         held = self._item * (shape.outside + shape.largest_block)
-        return self._at_peak("block by block", held + states + logits, REPORT_BYTES)
+        return self._streamed("block by block", held + states + logits, REPORT_BYTES)
 
 
 def _said(way: HealingWay) -> str:

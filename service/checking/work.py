@@ -3,43 +3,56 @@
 Operations count two for a multiplication and addition, as in `workers/pruning/model/costs.py`; a backward pass takes
 two forwards, one where weights are frozen. Bytes are read or written one after the other. Calls are those of a block:
 small models wait for them. A stage takes the sum of the three, each by the probe that a worker made when it started.
+Where blocks are read from disk when they run, what that reads comes on top.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from pdtrim.contract.devices import Device
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import JobSpec
-from service.checking.memory import Checkpoint, StageMemory, batch_tokens, heals
+from service.checking.memory import (
+    RESIDENT_WALK_BYTES,
+    STREAMED_WALK_BYTES,
+    Checkpoint,
+    StageMemory,
+    batch_tokens,
+    heals,
+)
 from service.checking.sets import NONE, Searches, Sets
 from service.checking.shape import ModelShape
 
 WORK_SHARE = 0.3
 """Of the speed of one large product, that walks and training get."""
+EXACT_SHARE, HALVED_TRAINING_SHARE = 0.5, 0.1
+"""The same on a CPU: in float32; and of training in bfloat16, whose casts and gradients gain little."""
 RACED = 0.65
 """Of the windows, what a set of greedy's is measured on, where sets race: about the mean of the benchmarks."""
 LEAST_RACED = 12
 """Windows that hardly any set leaves a race before."""
-BLOCK_CALLS = 200
+BLOCK_CALLS, BLOCK_CALLS_ON_CPU = 200, 500
 """Small operations that a block is, with what Python takes between them."""
+STATE_PASSES = 4
+"""Over what the matrices of a block take and give: norms, rotations, activations, sums."""
 BACKWARD_CALLS = 1.5
 """Of those, what a backward pass takes besides."""
-LOSS_PASSES = 10
+LOSS_PASSES = 20
 """Over the logits of a set, in float32, for its divergence."""
 GENERATED = 8
-DISK_BYTES_A_SECOND = 5e8
+DISK_BYTES_A_SECOND = 1e9
 START_SECONDS = 0.3
 """Of a stage: claiming, opening files, putting what it made into the store."""
-TEXT_SECONDS, GIVEN_TEXT_SECONDS = 0.7, 4.0
-"""For cutting a text into windows: of the library's source what is needed, of a given one all, some five megabytes."""
+TEXT_SECONDS, GIVEN_TEXT_SECONDS = 0.7, 1.5
+"""For cutting a text into windows: of the library's source, and of a given one, some five megabytes."""
 FIGURE_SECONDS = 2.0
 """For drawing the report."""
 HELD_OUT_WINDOWS, HELD_OUT_CHECKS = 8, 10
-CHUNK_BYTES = 16 * 2**20
+CASTS = 3
+"""Bytes read and written for each that comes from disk, on its way to what is computed with."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +65,32 @@ class Work:
     disk_bytes: float = 0.0
     seconds: float = 0.0
     """What takes its time on any device."""
+    training: float = 0.0
+    """Of the operations, those of training."""
+    streamed_bytes: float = 0.0
+    """Read besides where blocks come from disk when they run."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.calls + other.calls,
-            self.disk_bytes + other.disk_bytes,
-            self.seconds + other.seconds,
-        )
+        return Work(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: float) -> Work:
-        return Work(*(times * part for part in (self.flops, self.bytes, self.calls, self.disk_bytes, self.seconds)))
+        return Work(*(times * part for part in astuple(self)))
 
     def on(self, device: Device, memory: StageMemory) -> float:
         """Seconds in the way in which the stage will run."""
-        speed = device.bfloat16_flops if memory.number_bytes == 2 and device.bfloat16_flops else device.flops
-        computed = (
-            self.flops / (WORK_SHARE * speed * memory.devices) + self.bytes / device.bytes_per_second / memory.devices
-        )
-        called = self.calls * BLOCK_CALLS * device.call_seconds
-        return computed + called + self.disk_bytes / DISK_BYTES_A_SECOND + self.seconds
+        halved = memory.number_bytes == 2 and device.bfloat16_flops is not None
+        speed = (device.bfloat16_flops if halved else None) or device.flops
+        walking = training = WORK_SHARE
+        block_calls = BLOCK_CALLS
+        if device.kind == "cpu":
+            walking, training = (WORK_SHARE, HALVED_TRAINING_SHARE) if halved else (EXACT_SHARE, EXACT_SHARE)
+            block_calls = BLOCK_CALLS_ON_CPU
+        products = (self.flops - self.training) / (walking * speed) + self.training / (training * speed)
+        streamed = self.streamed_bytes if memory.streamed else 0.0
+        passed = (self.bytes + CASTS * streamed) / device.bytes_per_second
+        read = (self.disk_bytes + streamed) / DISK_BYTES_A_SECOND
+        called = self.calls * block_calls * device.call_seconds
+        return (products + passed) / memory.devices + called + read + self.seconds
 
 
 def stage_work(
@@ -106,7 +124,8 @@ class _Counting:
         """Forwards of so many tokens through blocks, in so many calls of each."""
         shape = self.shape
         flops = tokens * blocks * (2 * shape.at_work + 4 * context * shape.attention_width)
-        return Work(flops=flops, bytes=4 * tokens * blocks * shape.block_width, calls=calls * blocks)
+        passed = 4 * STATE_PASSES * tokens * blocks * shape.block_width
+        return Work(flops=flops, bytes=passed, calls=calls * blocks)
 
     def _head(self, tokens: float, passes: int = LOSS_PASSES) -> Work:
         return Work(flops=2 * tokens * self.shape.head, bytes=4 * passes * tokens * self.shape.vocabulary)
@@ -126,16 +145,25 @@ class _Counting:
     @property
     def _chunk(self) -> int:
         """Windows that a walk takes at once on a CPU."""
-        state = (self.shape.blocks + 1) * self._tokens * self.shape.hidden * 4
-        return max(1, CHUNK_BYTES // state)
+        return self._at_once(RESIDENT_WALK_BYTES, self.shape.blocks + 1)
+
+    def _at_once(self, memory_bytes: int, streams: int) -> int:
+        return max(1, memory_bytes // (streams * self._tokens * self.shape.hidden * 4))
+
+    def _streamed(self, models: float, windows: int = 1, streams: int = 1) -> Work:
+        """So many models' blocks from disk, once for as many windows as one walk takes."""
+        shape = self.shape
+        walks = math.ceil(windows / self._at_once(STREAMED_WALK_BYTES, streams))
+        return Work(streamed_bytes=models * walks * shape.item_bytes * shape.blocks * shape.block)
 
     def scoring(self) -> Work:
-        windows = self.spec.calibration.windows
+        windows, streams = self.spec.calibration.windows, self.shape.blocks + 1
         through = self._blocks(
             windows * self._tokens, 2 * self.shape.blocks - 1, self._tokens, math.ceil(windows / self._chunk)
         )
         reading = TEXT_SECONDS if self.spec.data.origin == "builtin:stdlib" else GIVEN_TEXT_SECONDS
-        return through + self._loading(1) + Work(seconds=START_SECONDS + reading)
+        read = self._streamed(1, windows, streams) + self._streamed(2)  # in both precisions
+        return through + self._loading(1) + read + Work(seconds=START_SECONDS + reading)
 
     def removal(self, checkpoints: Sequence[Checkpoint], searches: Searches) -> Work:
         """The searches, what each block is worth, and the controls."""
@@ -178,7 +206,10 @@ class _Counting:
         walked = self._blocks(through * windows * fed, blocks, tokens, through * chunks)
         # The dense model's states, and those of the prompt, come once.
         once = self._blocks(windows * tokens * (1.5 if of_pair else 1), self.shape.blocks, tokens, 2 * chunks)
-        return walked + once + self._head(evaluated * windows * fed)
+        # A round of greedy's tries sets together, others one after the other.
+        rounds = (greedy / max(1, self.shape.blocks - removed / 2)) * 0.75 + (count - greedy) * 0.67
+        read = self._streamed(math.ceil(rounds) + (2 if of_pair else 1), windows, self.shape.blocks + 1)
+        return walked + once + read + self._head(evaluated * windows * fed)
 
     def healing(self, checkpoints: Sequence[Checkpoint]) -> Work:
         asked = self.spec.distillation
@@ -195,6 +226,11 @@ class _Counting:
             batch = self._pass(asked.batch_windows, one.kept, 1 + back + again, decode=decode)
             checked = self._pass(held_out, one.kept, 1, decode=decode)
             stepped = Work(bytes=40 * one.kept * self.shape.block) if asked.trainable != "lora" else Work()
+            batch += Work(training=batch.flops)
+            # The dense model, the student, and for decode the half whose cache it reads; back through the student.
+            forward = 1 + one.kept / self.shape.blocks * (2 if decode else 1)
+            batch += self._streamed(forward + one.kept / self.shape.blocks)
+            checked += self._streamed(forward)
             found += (batch + stepped) * steps + checked * checks + self._loading(1)
         return found
 
@@ -217,6 +253,8 @@ class _Counting:
             written = one.numbers * self.shape.item_bytes
             steps = 2 + 2 * GENERATED
             proved = self._blocks(32 * (2 + GENERATED), one.kept, 32, steps) + Work(bytes=steps * 4 * one.numbers)
+            # Block by block the checkpoint runs three times, without a cache, and with one in two parts.
+            proved += self._streamed(2 * one.kept / self.shape.blocks)
             found += Work(disk_bytes=4 * written) + self._loading(1) + self._loading(1, one.numbers) + proved
         return found
 
@@ -239,4 +277,5 @@ class _Counting:
         for depth in pairs:
             through = self._blocks(asked.windows * tokens, depth, tokens, 2 * math.ceil(asked.windows / 8))
             found += through * 2.5 + self._head(asked.windows * tokens)
-        return found
+        models = sum(numbers) / self.shape.numbers
+        return found + self._streamed(models, asked.windows, 8 + 2 * len(checkpoints))

@@ -111,7 +111,10 @@ def test_a_search_compares_as_many_sets_as_estimated(
 
 @pytest.mark.parametrize(
     ("trainable", "way"),
-    [("all", "bfloat16, moments of 8 bits, blocks computed again"), ("lora", "float32, blocks computed again")],
+    [
+        ("all", "bfloat16, moments of 8 bits, blocks computed again"),
+        ("lora", "float32, blocks computed again, batches in 4 parts"),
+    ],
 )
 def test_healing_of_eight_billion_weights_is_said_to_fit_80_gigabytes(trainable: str, way: str) -> None:
     spec = JobSpec.model_validate(
