@@ -43,6 +43,8 @@ RESIDENT_SHARE = 0.7
 """Of a device, that weights may take; as the worker has it."""
 RESIDENT_WALK_BYTES, STREAMED_WALK_BYTES, ANCHOR_BYTES = 16 * 2**20, 512 * 2**20, 256 * 2**20
 """Hidden states on a CPU; as the worker has it."""
+PROMPT_BYTES = 2 * 2**30
+"""Keys and values of prompts on a CPU, a quarter of what is free elsewhere; as the worker has it."""
 PROCESS_BYTES = 430_000_000
 """A worker before it has read anything: Python, PyTorch, transformers."""
 CONTEXT_BYTES = 700_000_000
@@ -183,7 +185,8 @@ class _Room:
         """Hidden states on the way of the set that it moves from, the dense model's last, caches of prompts, logits."""
         shape, tokens = self.shape, self._windows(spec) * spec.calibration.window_tokens
         anchored = min(ANCHOR_BYTES, (shape.blocks - 1) * tokens * shape.hidden * item)
-        cached = tokens // 2 * shape.blocks * shape.kv_width * item
+        kept = self._free // 4 if self._accelerated else PROMPT_BYTES
+        cached = min(kept, tokens // 2 * shape.blocks * shape.kv_width * item)
         logits = 6 * 4 * min(HEAD_TOKENS, tokens) * shape.vocabulary
         return anchored + cached + tokens * shape.hidden * item + logits
 

@@ -33,6 +33,8 @@ CONTAINER = Path("/sys/fs/cgroup")
 """Where Linux shows a container its own control group."""
 ANCHOR_BYTES = 256 * 2**20
 """Hidden states held of the set that a search moves from, on the CPU."""
+PROMPT_BYTES = 2 * 2**30
+"""Keys and values of prompts that a search keeps, on the CPU."""
 
 
 def device() -> torch.device:
@@ -200,6 +202,11 @@ def walk_windows(model: PreTrainedModel, window_tokens: int, *, streams: int) ->
 def anchor_bytes(model: PreTrainedModel) -> int:
     """What the hidden states may take that an engine holds of the set that a search moves from."""
     return _room(model) // 4 if device().type == "cuda" else ANCHOR_BYTES
+
+
+def prompt_bytes(model: PreTrainedModel) -> int:
+    """What the processed prompts may take that a pair's engine keeps."""
+    return _room(model) // 4 if device().type == "cuda" else PROMPT_BYTES
 
 
 def _room(model: PreTrainedModel) -> int:

@@ -25,7 +25,7 @@ from pdtrim.contract.results import (
     Sensitivity,
 )
 from pdtrim.contract.spec import BUDGET_PARTS, COST_NAMES, Cost, HalfTarget
-from workers.inputs.models import anchor_bytes, is_streamed, windows_at_once
+from workers.inputs.models import anchor_bytes, is_streamed, prompt_bytes, windows_at_once
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import interleaved, said_again
 from workers.pruning.model.costs import costs_of
@@ -452,6 +452,7 @@ class Searcher:
             first_token=self._spec.serving.first_token,
             chunk_windows=self._chunk_windows,
             anchor_bytes=anchor_bytes(self._stack.model),
+            prompt_bytes=prompt_bytes(self._stack.model),
         )
 
 

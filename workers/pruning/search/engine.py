@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from workers.pruning.model.blocks import BlockCalls, BlockStack, capture_calls, capture_continuation_calls, run_block
+from workers.pruning.model.cache import held_tensors
 from workers.pruning.model.pair import FirstToken, check_prompt, copied_layer
 from workers.pruning.model.parts import run_without
 from workers.pruning.model.units import NOTHING, Step, Units, Way, blocks_of, check_nested, parts_of, way_through
@@ -76,6 +77,11 @@ class Prefix:
         held: Any = cache.layers[layer]
         return cls(held.keys, held.values, held.get_seq_length())
 
+    @property
+    def held(self) -> list[Tensor]:
+        """All that this keeps."""
+        return [self.keys, self.values]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """As a real cache says it."""
         return self.tokens
@@ -91,6 +97,11 @@ class StatePrefix:
 
     cache: DynamicCache
     layer: int
+
+    @property
+    def held(self) -> list[Tensor]:
+        """All that this keeps."""
+        return held_tensors(self.cache.layers[self.layer])
 
     def opened(self) -> DynamicCache:
         """A cache that may be written into."""
@@ -443,6 +454,11 @@ class _Prompt:
     last: Tensor
     dense: Tensor  # (batch, continuation, hidden): the dense model's h_L for the same predictions
 
+    @property
+    def nbytes(self) -> int:
+        held = [self.last, self.dense, *(tensor for cache in self.caches.values() for tensor in cache.held)]
+        return sum(tensor.nbytes for tensor in held)
+
 
 class PairEngine(ChunkedEngine):
     """Losses of what decode removes, on continuations of prompts that a prefill model without `prefill` processed.
@@ -464,8 +480,11 @@ class PairEngine(ChunkedEngine):
         first_token: FirstToken,
         chunk_windows: int,
         anchor_bytes: int = 0,
+        prompt_bytes: int | None = None,
     ) -> None:
-        """Raises: ValueError when nothing would be handed over, or the windows leave no room for a continuation of at
+        """Of processed prompts as many are kept as take `prompt_bytes`, None for all; others are processed every time.
+
+        Raises: ValueError when nothing would be handed over, or the windows leave no room for a continuation of at
         least two tokens.
         """
         handed = check_prompt(prompt_tokens, first_token, windows.shape[1])
@@ -481,7 +500,18 @@ class PairEngine(ChunkedEngine):
         self._prompt_tokens = prompt_tokens
         self._handed = handed
         self._calls = capture_continuation_calls(stack, windows[:, :-1], handed)
+        self._prompt_bytes = prompt_bytes
         self._prompts: dict[range, _Prompt] = {}
+
+    def _prompt(self, chunk: range) -> _Prompt:
+        """What the prefill model leaves behind of a chunk of windows, kept or made."""
+        if chunk in self._prompts:
+            return self._prompts[chunk]
+        made = self._process_prompt(self._ids[chunk.start : chunk.stop])
+        kept = sum(prompt.nbytes for prompt in self._prompts.values())
+        if self._prompt_bytes is None or kept + made.nbytes <= self._prompt_bytes:
+            self._prompts[chunk] = made
+        return made
 
     def _process_prompt(self, chunk: Tensor) -> _Prompt:
         stack, prompt = self._stack, chunk[:, : self._handed]
@@ -518,9 +548,7 @@ class PairEngine(ChunkedEngine):
         self, candidates: Sequence[Units], chunk: range, objective: Objective
     ) -> dict[Units, list[float]]:
         ids = self._ids[chunk.start : chunk.stop]
-        if chunk not in self._prompts:
-            self._prompts[chunk] = self._process_prompt(ids)
-        prompt = self._prompts[chunk]
+        prompt = self._prompt(chunk)
         fed = self._stack.embed(ids[:, self._handed : -1], start=self._handed)
         h = self._walk(self._calls, chunk, fed, candidates, prompt.caches)
         whole = {c: torch.cat([prompt.last.to(h[c].device), h[c]], dim=1) for c in candidates}

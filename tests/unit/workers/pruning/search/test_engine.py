@@ -213,6 +213,27 @@ def test_where_decode_says_the_first_token_prefill_may_give_up_what_decode_reads
     assert loss(NOTHING, "prefill") != pytest.approx(loss(last, "prefill"), abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_prompts_beyond_what_may_be_kept_are_processed_again_to_the_same_losses(family: str) -> None:
+    stack, ids, candidates = block_stack(tiny_model(family)), random_ids(6, 12), [deleting({1}), deleting({1, 3})]
+    rounds, forwards = [], []
+    for kept in (None, 10_000, 0):
+        engine = PairEngine(
+            stack,
+            ids,
+            "kl",
+            prefill=deleting({1}),
+            prompt_tokens=6,
+            first_token="decode",
+            chunk_windows=2,
+            prompt_bytes=kept,
+        )
+        rounds.append([engine.losses(candidates) for _ in range(2)])
+        forwards.append(engine.block_forwards)
+    assert rounds[0] == rounds[1] == rounds[2]
+    assert forwards[0] < forwards[1] < forwards[2]
+
+
 def test_the_budget_bounds_how_many_windows_a_walk_carries() -> None:
     assert windows_in(10 * 2**20, streams=13, tokens=256, hidden=192, itemsize=4) == 4
     assert windows_in(1, streams=13, tokens=256, hidden=192, itemsize=4) == 1
