@@ -78,7 +78,7 @@ JOBS: Mapping[str, MeasuredJob] = {
             "prefill": {"remove_blocks": 2},
             "decode": {"remove_blocks": 2},
             "search": {"algorithm": "greedy"},
-            "distillation": {"heal_tokens": 1_024, "batch_windows": 4},
+            "distillation": {"heal_tokens": 4_096, "batch_windows": 4},
         },
     ),
     "billion": MeasuredJob(

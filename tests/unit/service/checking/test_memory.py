@@ -13,6 +13,7 @@ from pdtrim.contract.devices import Device
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult
 from pdtrim.contract.spec import JobSpec
+from service.checking import memory
 from service.checking.memory import PROCESS_BYTES, checkpoints_of, stage_memory
 from service.checking.sets import searches
 from service.checking.shape import ModelShape, shape_of
@@ -20,6 +21,8 @@ from service.checking.work import DISK_BYTES_A_SECOND, stage_work
 from service.sources import describe_model
 from tests.tiny_job import tiny_spec, write_tiny_model
 from tests.unit.service.checking.test_estimate import EIGHT_BILLION
+from workers.inputs import models
+from workers.stages import export
 
 PAIR: dict[str, Any] = {"model": "hf://a/b", "prefill": {"remove_blocks": 4}, "decode": {"remove_blocks": 6}}
 
@@ -69,6 +72,12 @@ def test_healing_takes_what_the_worker_counts_without_the_blocks_that_are_given_
     assert told.device_bytes - PROCESS_BYTES == pytest.approx(max(counted), rel=0 if trainable == "all" else 1e-3)
 
 
+def test_what_the_worker_holds_at_most_is_what_the_estimate_takes_it_for() -> None:
+    shared = ("RESIDENT_SHARE", "RESIDENT_WALK_BYTES", "STREAMED_WALK_BYTES", "ANCHOR_BYTES", "PROMPT_BYTES")
+    assert {name: getattr(memory, name) for name in shared} == {name: getattr(models, name) for name in shared}
+    assert memory.FILES_IN_MEMORY == export.SHARDS_IN_MEMORY
+
+
 def test_what_is_stored_as_it_is_computed_with_is_not_counted_twice() -> None:
     spec, halved = JobSpec.model_validate(PAIR), eight_billion()
     exact = replace(halved, item_bytes=4, file_bytes=2 * halved.file_bytes, largest_file=2 * halved.largest_file)
@@ -98,9 +107,9 @@ def test_seconds_count_every_reading_of_blocks_that_come_from_disk() -> None:
     work = stage_work(spec, shape, made, searches(spec, shape.blocks, shape))
     seconds = {}
     for device in (cpu(12), cpu(500)):
-        memory = stage_memory(spec, shape, made, device)
-        seconds[device.memory_bytes] = {stage: work[stage].on(device, memory[stage]) for stage in StageName}
-        assert {one.streamed for one in memory.values()} == {device.memory_bytes < 10**11}
+        stages = stage_memory(spec, shape, made, device)
+        seconds[device.memory_bytes] = {stage: work[stage].on(device, stages[stage]) for stage in StageName}
+        assert {one.streamed for one in stages.values()} == {device.memory_bytes < 10**11}
     little, much = seconds.values()
     once = shape.file_bytes / DISK_BYTES_A_SECOND
     for stage, times in {
