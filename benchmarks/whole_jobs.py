@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pdtrim.contract.results import Result
 from pdtrim.contract.spec import JobSpec
 from service.sources import Row, Text
 from service.storage.local import LocalStore
+from workers.inputs.models import give_back_memory
 from workers.stages import STAGES
 from workers.stages.context import Say, StageContext, StoredInput
 
@@ -43,7 +43,7 @@ class WholeJob:
     def run(self, stages: Sequence[StageName] = UP_TO_EXPORT) -> None:
         """Run stages in their order. Raises: what a stage raises."""
         for stage in stages:
-            gc.collect()  # as a worker does, of what the stage before left
+            give_back_memory()
             start = time.perf_counter()
             self.results[stage] = STAGES[stage](self._context(stage))
             self.seconds[stage] = time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
@@ -36,6 +35,7 @@ from service.settings import Settings
 from service.stopping import Check
 from service.storage import ArtifactStore, ObjectNotFound, StoreRefused, StoreUnavailable, job_prefix
 from workers.inputs.faults import PatientStore, may_pass, patient
+from workers.inputs.models import give_back_memory
 from workers.inputs.sources import data_rows, model_folder
 from workers.running.lease import Lease, StopRequested, WorkerStopping
 from workers.running.metrics import Outcome, WorkerMetrics
@@ -251,8 +251,7 @@ def _finished_before(worker: Worker, claim: Claim, check: Check) -> Finished | N
 
 def _execute(worker: Worker, claim: Claim, check: Check) -> Finished:
     assert worker.settings.scratch_dir is not None
-    # Models lie in cycles with what reads their blocks: else the last stage's would still be there beside this one's.
-    gc.collect()
+    give_back_memory()  # Else the last stage's models would still be there beside this one's.
     with attempt_folder(worker.settings.scratch_dir, claim) as workdir, ExitStack() as opened:
         context = _stage_context(worker, claim, workdir, opened, check, _progress_recorder(worker, claim))
         run = STAGES[claim.stage] if context.parent is None else TAKEN_OVER[claim.stage]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from torch import Tensor
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import CheckpointProof, ExportResult
 from service.stopping import interruptible
-from workers.inputs.models import device
+from workers.inputs.models import device, give_back_memory
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import SourceTensors, empty_model, write_checkpoint
 from workers.pruning.model.configuration import read_config
@@ -80,7 +79,7 @@ def run(context: StageContext) -> ExportResult:
             interruptible(context.check, put_back)
             shutil.rmtree(written)
         context.say(start + 0.15, f"Proving the {role} checkpoint.")
-        gc.collect()  # Models of the last proof lie in cycles with what reads their blocks.
+        give_back_memory()  # of the last proof, and of writing
         healed = Healed(plan, channels.of(role), overrides)
         difference = prove(context, role, healed, target, proof)
         files = [path for path in target.iterdir() if path.is_file()]

@@ -37,4 +37,4 @@ def write_tensors(
             if tensor.shape != torch.Size(shape):
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
             numbers = tensor.detach().to("cpu", dtype).contiguous().flatten()
-            file.write(numbers.view(torch.uint8).numpy().tobytes())
+            file.write(numbers.view(torch.uint8).numpy().data)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,18 @@ def test_what_a_containers_bound_leaves_counts_what_files_hold_as_free(tmp_path:
     assert models.container_memory(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     assert models.container_memory(tmp_path) == 400
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have their own ways")
+def test_memory_that_is_free_between_what_is_held_goes_back_to_the_machine() -> None:
+    resident = psutil.Process().memory_info
+    large = torch.ones(30 << 18)
+    del large  # From now on what takes up to its 30 MiB comes from the heap.
+    pieces, held = [], []
+    for _ in range(200):
+        pieces.append(torch.ones(1 << 18))
+        held.append(torch.ones(1 << 15))
+    before = resident().rss
+    del pieces[:]
+    models.give_back_memory()
+    assert before - resident().rss > 150 << 20
