@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alembic import command
 from alembic.config import Config
@@ -110,16 +111,31 @@ def migrate(database: Database, to: str = "head") -> None:
 
     A schema that a newer version made is left as it is: both versions run while an upgrade is rolled out, or back.
     """
-    if _is_newer(database):
+    revision = _revision(database)
+    if _is_newer(revision):
         log.warning("the database's schema is newer than this version of the service")
-        return
-    command.upgrade(_alembic_config(database), to)
+    elif to != "head" or revision != _known().head:
+        command.upgrade(_alembic_config(database), to)
 
 
 def schema_is_current(database: Database) -> bool:
     """Whether every migration of this version has been applied, be it by a newer one."""
-    head = ScriptDirectory.from_config(_alembic_config(database)).get_current_head()
-    return _revision(database) == head or _is_newer(database)
+    revision = _revision(database)
+    return revision == _known().head or _is_newer(revision)
+
+
+class _Known(NamedTuple):
+    """What this version knows of revisions: the newest, and all."""
+
+    head: str | None
+    all: frozenset[str]
+
+
+@cache
+def _known() -> _Known:
+    """Read once: every migration is a file, and health checks ask every few seconds."""
+    directory = ScriptDirectory(str(MIGRATIONS))
+    return _Known(directory.get_current_head(), frozenset(script.revision for script in directory.walk_revisions()))
 
 
 def _revision(database: Database) -> str | None:
@@ -127,7 +143,6 @@ def _revision(database: Database) -> str | None:
         return MigrationContext.configure(connection).get_current_revision()
 
 
-def _is_newer(database: Database) -> bool:
+def _is_newer(revision: str | None) -> bool:
     """Whether the schema's revision is none that this version knows."""
-    known = {script.revision for script in ScriptDirectory.from_config(_alembic_config(database)).walk_revisions()}
-    return (revision := _revision(database)) is not None and revision not in known
+    return revision is not None and revision not in _known().all
