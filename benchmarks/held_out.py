@@ -285,7 +285,8 @@ def main() -> None:
     file = args.out / "rows.jsonl"
     if not args.table:
         run(args, file)
-    print("\n".join(tables([json.loads(line) for line in file.read_text().splitlines()])))
+    if rows := [json.loads(line) for line in file.read_text().splitlines()]:
+        print("\n".join(tables(rows)))
 
 
 def run(args: argparse.Namespace, file: Path) -> None:

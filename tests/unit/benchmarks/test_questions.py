@@ -13,14 +13,19 @@ from transformers import PreTrainedTokenizerFast
 
 import workers
 from benchmarks.questions import (
+    CHOICES,
     COPIED_TOKENS,
     DIGITS,
     NAMES,
+    PASSAGE_TOKENS,
     Answers,
+    Questions,
     answered,
     copied_spans,
+    in_order,
     lookups,
     needles,
+    next_passage,
     running_text,
 )
 from workers.pruning.model.checkpoint import load_checkpoint
@@ -83,6 +88,34 @@ def test_answers_are_those_of_the_whole_model() -> None:
     losses = -logits.gather(-1, asked.windows[:, 40:, None])[..., 0].mean(dim=1)
     assert found.losses == pytest.approx(losses.tolist(), abs=1e-4)
     assert found.exact == [False] * 3
+
+
+def test_the_first_passage_to_choose_goes_on_from_the_prompt_and_the_others_do_not() -> None:
+    asked = next_passage(STREAM, 32, count=5, seed=0)
+    assert asked.windows.shape == (5 * CHOICES, 32 + PASSAGE_TOKENS)
+    goes_on = (asked.windows[:, 32] == asked.windows[:, 31] + 1).view(-1, CHOICES)
+    assert goes_on.tolist() == [[True] + [False] * (CHOICES - 1)] * 5
+
+
+def test_the_others_to_choose_from_have_two_tokens_exchanged() -> None:
+    asked = in_order(STREAM, 32, count=5, seed=0)
+    right = asked.windows[::CHOICES].repeat_interleave(CHOICES, dim=0)
+    exchanged = (asked.windows != right).sum(dim=1).view(-1, CHOICES)
+    assert exchanged.tolist() == [[0] + [2] * (CHOICES - 1)] * 5
+    assert torch.equal(asked.windows.sort().values, right.sort().values)
+
+
+def test_of_choices_the_likelier_is_taken() -> None:
+    model = load_checkpoint(REFERENCE, dtype=torch.float32, device=torch.device("cpu"))
+    one, other = torch.randint(100, 2000, (2, 1, 12), generator=torch.Generator().manual_seed(0))
+    losses = [
+        answered(model, model, range(12), Questions("one", window, 6), first_token="decode", batch=2).losses[0]
+        for window in (one, other)
+    ]
+    both = Questions("both", torch.cat([one, other, other, one]), 6, choices=2)
+    found = answered(model, model, range(12), both, first_token="decode", batch=3)
+    assert found.losses == pytest.approx([losses[0], losses[1]], abs=1e-5)
+    assert found.exact == [losses[0] < losses[1], losses[1] < losses[0]]
 
 
 def test_losses_are_compared_question_by_question() -> None:
