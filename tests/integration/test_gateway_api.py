@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -38,27 +38,45 @@ del test_a_stream_waits_for_a_database_that_is_away  # noqa: F821
 
 
 @pytest.fixture(scope="module")
-def refusing_settings(
+def module_settings(
     tmp_path_factory: pytest.TempPathFactory,
     postgres_url: str,
     migrated_database: str,
     redis_url: str,
     s3: servers.S3Server,
-) -> Iterator[Settings]:
-    with (
-        servers.postgres_database(postgres_url, template=migrated_database) as database_url,
-        pytest.MonkeyPatch.context() as monkeypatch,
-    ):
-        for name, value in s3.environment.items():
-            monkeypatch.setenv(name, value)
-        yield Settings(
-            data_dir=tmp_path_factory.mktemp("refusing"),
-            database_url=database_url,
-            broker_url=redis_url,
-            artifacts_url=f"s3://{s3.bucket}/refusing",
-            s3_endpoint_url=s3.endpoint_url,
-            reconcile_seconds=3600.0,
-        )
+) -> Callable[[str], AbstractContextManager[Settings]]:
+    """Settings for one gateway of this module, with a database and artifacts of its own, by its name."""
+
+    @contextmanager
+    def settings(name: str) -> Iterator[Settings]:
+        with (
+            servers.postgres_database(postgres_url, template=migrated_database) as database_url,
+            pytest.MonkeyPatch.context() as monkeypatch,
+        ):
+            for variable, value in s3.environment.items():
+                monkeypatch.setenv(variable, value)
+            yield Settings(
+                data_dir=tmp_path_factory.mktemp(name),
+                database_url=database_url,
+                broker_url=redis_url,
+                artifacts_url=f"s3://{s3.bucket}/{name}",
+                s3_endpoint_url=s3.endpoint_url,
+                reconcile_seconds=3600.0,
+            )
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def refusing_settings(module_settings: Callable[[str], AbstractContextManager[Settings]]) -> Iterator[Settings]:
+    with module_settings("refusing") as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def guarded_settings(module_settings: Callable[[str], AbstractContextManager[Settings]]) -> Iterator[Settings]:
+    with module_settings("guarded") as settings:
+        yield settings
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from fastapi.routing import iter_route_contexts
@@ -19,7 +19,7 @@ from service.db import keys
 from service.db.session import transaction
 from service.db.tables import now
 from service.settings import Settings
-from tests.gateway import Gateway, problem_of, serve
+from tests.gateway import Gateway, problem_of, serve, write_model
 
 OPERATOR_KEY = "operator"
 CALLS = sorted(
@@ -38,12 +38,29 @@ NOBODYS = {
 WEBHOOK = {"url": "https://hooks.example.com/", "events": ["job.created"]}
 
 
-@pytest.fixture
-def guarded(gateway_settings: Settings, model: Path) -> Iterator[Gateway]:
+@pytest.fixture(scope="module")
+def guarded(guarded_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway that asks for a key, and whose reconciler sleeps: the webhooks here lead nowhere."""
-    changes = {"api_key": SecretStr(OPERATOR_KEY), "reconcile_seconds": 3600.0}
-    with serve(gateway_settings.model_copy(update=changes), model) as running:
+    model = write_model(tmp_path_factory.mktemp("models") / "tiny")
+    changes = {
+        "allowed_sources": ["reference", "builtin:", model.parent.as_uri()],
+        "api_key": SecretStr(OPERATOR_KEY),
+        "reconcile_seconds": 3600.0,
+    }
+    with serve(guarded_settings.model_copy(update=changes), model) as running:
         yield running
+
+
+@pytest.fixture
+def ours() -> str:
+    """A project that no other test has."""
+    return f"ours-{uuid4().hex}"
+
+
+@pytest.fixture
+def theirs() -> str:
+    """Another one."""
+    return f"theirs-{uuid4().hex}"
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -102,9 +119,11 @@ def test_the_table_of_routes_is_read() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
-def test_another_projects_things_are_as_if_they_did_not_exist(guarded: Gateway, method: str, path: str) -> None:
-    owner = bearer(new_key(guarded, "ours", Scope.ADMIN))
-    stranger = bearer(new_key(guarded, "theirs", Scope.ADMIN))
+def test_another_projects_things_are_as_if_they_did_not_exist(
+    guarded: Gateway, ours: str, theirs: str, method: str, path: str
+) -> None:
+    owner = bearer(new_key(guarded, ours, Scope.ADMIN))
+    stranger = bearer(new_key(guarded, theirs, Scope.ADMIN))
     ids = owned(guarded, owner)
     seen = [f"/v1/jobs/{ids['job_id']}", f"/v1/webhooks/{ids['webhook_id']}"]
     before = [guarded.client.get(url, headers=owner).json() for url in seen]
@@ -125,12 +144,12 @@ def test_another_projects_things_are_as_if_they_did_not_exist(guarded: Gateway, 
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
-def test_a_key_opens_what_its_scope_allows(guarded: Gateway, method: str, path: str) -> None:
+def test_a_key_opens_what_its_scope_allows(guarded: Gateway, ours: str, method: str, path: str) -> None:
     needed, other = (Scope.READ, Scope.SUBMIT) if method in ("GET", "HEAD") else (Scope.SUBMIT, Scope.READ)
-    owner, body = bearer(new_key(guarded, "ours", Scope.ADMIN)), body_of(guarded, method, path)
+    owner, body = bearer(new_key(guarded, ours, Scope.ADMIN)), body_of(guarded, method, path)
 
     def ask(scope: Scope, ids: dict[str, str]) -> Any:
-        url, key = path.format(**ids), new_key(guarded, "ours", scope)
+        url, key = path.format(**ids), new_key(guarded, ours, scope)
         return guarded.client.request(
             method, url, json=body, headers=bearer(key), params=query_of(path), follow_redirects=False
         )
@@ -146,29 +165,29 @@ def test_a_key_opens_what_its_scope_allows(guarded: Gateway, method: str, path: 
     assert all(answer.status_code < 400 or answer.status_code == 409 for answer in opened)
 
 
-def test_another_projects_job_is_no_cursor(guarded: Gateway) -> None:
-    theirs = bearer(new_key(guarded, "theirs", Scope.ADMIN))
-    ids = owned(guarded, bearer(new_key(guarded, "ours", Scope.ADMIN)))
+def test_another_projects_job_is_no_cursor(guarded: Gateway, ours: str, theirs: str) -> None:
+    stranger = bearer(new_key(guarded, theirs, Scope.ADMIN))
+    ids = owned(guarded, bearer(new_key(guarded, ours, Scope.ADMIN)))
 
     for job_id in (ids["job_id"], NOBODYS["job_id"]):
-        problem_of(guarded.client.get(f"/v1/jobs?after={job_id}", headers=theirs), 422, "cursor_not_found")
+        problem_of(guarded.client.get(f"/v1/jobs?after={job_id}", headers=stranger), 422, "cursor_not_found")
 
 
-def test_an_event_stream_stops_at_the_border(guarded: Gateway) -> None:
-    ids = owned(guarded, bearer(new_key(guarded, "ours", Scope.ADMIN)))
-    headers = {**bearer(new_key(guarded, "theirs", Scope.ADMIN)), "Accept": "text/event-stream"}
+def test_an_event_stream_stops_at_the_border(guarded: Gateway, ours: str, theirs: str) -> None:
+    ids = owned(guarded, bearer(new_key(guarded, ours, Scope.ADMIN)))
+    headers = {**bearer(new_key(guarded, theirs, Scope.ADMIN)), "Accept": "text/event-stream"}
 
     problem_of(guarded.client.get(f"/v1/jobs/{ids['job_id']}/events", headers=headers), 404, "job_not_found")
 
 
-def test_projects_share_no_idempotency_keys(guarded: Gateway) -> None:
+def test_projects_share_no_idempotency_keys(guarded: Gateway, ours: str, theirs: str) -> None:
     created = [
         guarded.client.post(
             "/v1/jobs",
             json=dict(guarded.spec),
             headers={**bearer(new_key(guarded, project, Scope.SUBMIT)), "Idempotency-Key": "one"},
         )
-        for project in ("ours", "theirs", "ours")
+        for project in (ours, theirs, ours)
     ]
 
     first, second, again = (answer.json()["id"] for answer in created)
@@ -176,10 +195,10 @@ def test_projects_share_no_idempotency_keys(guarded: Gateway) -> None:
     assert first == again
 
 
-def test_what_does_not_open_is_refused_without_telling_why(guarded: Gateway) -> None:
-    good = new_key(guarded, "ours", Scope.ADMIN, days=1)
-    expired = new_key(guarded, "ours", Scope.ADMIN, days=-1)
-    revoked = new_key(guarded, "ours", Scope.ADMIN)
+def test_what_does_not_open_is_refused_without_telling_why(guarded: Gateway, ours: str) -> None:
+    good = new_key(guarded, ours, Scope.ADMIN, days=1)
+    expired = new_key(guarded, ours, Scope.ADMIN, days=-1)
+    revoked = new_key(guarded, ours, Scope.ADMIN)
     wrong = good[:-1] + ("0" if good[-1] != "0" else "1")
     with transaction(guarded.database) as session:
         keys.revoke(session, revoked.split("_")[1])
