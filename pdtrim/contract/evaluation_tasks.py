@@ -1,4 +1,5 @@
-"""Evaluation tasks that a job brings itself: multiple choice, in the terms of lm-evaluation-harness.
+"""Evaluation tasks that a job brings itself: multiple choice or answers in free text, in the terms of
+lm-evaluation-harness.
 
 The harness's own task files may import Python and render any Jinja template, which can run code. A job's may not: its
 YAML is plain data, its keys are those of `InlineTask`, and its templates know `{{column}}` and nothing else.
@@ -28,6 +29,7 @@ MAX_DOCS = 10_000
 MAX_CHARACTERS = 64_000_000
 """Of all that a model would be asked: every choice of every question, with the question before it."""
 MAX_TARGET = 10_000
+MAX_ANSWER_TOKENS = 4096
 MAX_INDEX_DIGITS = 10
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z0-9_]+)\s*\}\}")
@@ -47,13 +49,39 @@ class Question(NamedTuple):
     """Index of the right choice."""
 
 
+class OpenQuestion(NamedTuple):
+    """What a model is asked to go on from, and the answer that is right."""
+
+    text: str
+    target: str
+
+
+class GenerationSpec(SpecModel):
+    """Where an answer in free text ends."""
+
+    until: tuple[Annotated[Text, Field(min_length=1, max_length=100)], ...] = Field(
+        default=("\n\n",),
+        max_length=16,
+        description="Texts at the first of which the answer ends; they do not belong to it. The model's own end of "
+        "text ends it too.",
+        examples=[["\n"]],
+    )
+    max_gen_toks: int = Field(
+        default=256, ge=1, le=MAX_ANSWER_TOKENS, description="Tokens of an answer, at most.", examples=[32]
+    )
+
+
 class InlineTask(SpecModel):
-    """A multiple-choice task whose questions are in the job. Fields are called as in the harness's task files."""
+    """A task whose questions are in the job. Fields are called as in the harness's task files."""
 
     task: str = Field(
         min_length=1, max_length=128, pattern=f"^{NAME.pattern}$", description="Name.", examples=["arithmetic"]
     )
-    output_type: Literal["multiple_choice"] = "multiple_choice"
+    output_type: Literal["multiple_choice", "generate_until"] = Field(
+        default="multiple_choice",
+        description="`multiple_choice`: the choice that the model finds likeliest has to be the right one. "
+        "`generate_until`: the model's greedy answer has to be the right one, but for white space around it.",
+    )
     docs: Annotated[tuple[dict[Column, Cell], ...], WrittenAsItIs()] = Field(
         min_length=1, max_length=MAX_DOCS, description="The questions: rows of named columns."
     )
@@ -61,18 +89,30 @@ class InlineTask(SpecModel):
         description="What is asked: a column, or text with `{{column}}` for a column's value.",
         examples=["Question: {{question}}\nAnswer:"],
     )
-    doc_to_choice: Text | tuple[Text, ...] = Field(
-        description="The choices: a column that holds a list, or a list of texts with `{{column}}`."
+    doc_to_choice: Text | tuple[Text, ...] | None = Field(
+        default=None,
+        description="The choices, of `multiple_choice` alone: a column that holds a list, or a list of texts with "
+        "`{{column}}`.",
     )
     doc_to_target: int | Text = Field(
         description="The right choice: a number is its index from 0, a text is its text or else its index. A column, "
-        "or text with `{{column}}`."
+        "or text with `{{column}}`. Of `generate_until`, the right answer."
     )
     description: Text = Field(default="", description="Put before every question.")
     target_delimiter: Text = Field(default=" ", description="Between question and choice.")
+    generation_kwargs: GenerationSpec | None = Field(
+        default=None, description="Where the answers of `generate_until` end; of that alone."
+    )
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
+        if self.output_type == "multiple_choice":
+            if self.doc_to_choice is None:
+                raise ValueError("a `multiple_choice` task needs `doc_to_choice`")
+            if self.generation_kwargs is not None:
+                raise ValueError("`generation_kwargs` is of `generate_until` tasks; no answer is generated here")
+        elif self.doc_to_choice is not None:
+            raise ValueError("a `generate_until` task has no `doc_to_choice`: its answers are free text")
         for text in (self.description, self.target_delimiter):
             if any(mark in text for mark in TEMPLATE_MARKS):
                 raise ValueError("`description` and `target_delimiter` are plain text, not templates")
@@ -93,10 +133,20 @@ class InlineTask(SpecModel):
                 raise ValueError(f"docs[{number}]: {error}") from error
         return asked
 
+    @property
+    def generation(self) -> GenerationSpec | None:
+        """Where answers end; None of a task of choices."""
+        return None if self.output_type == "multiple_choice" else self.generation_kwargs or GenerationSpec()
+
     def questions(self) -> list[Question]:
-        """Every question as it is asked."""
+        """Every question of a task of choices, as it is asked."""
         templates = _Templates.of(self)
         return [templates.question(doc) for doc in self.docs]
+
+    def open_questions(self) -> list[OpenQuestion]:
+        """Every question of a task of free answers, as it is asked."""
+        templates = _Templates.of(self)
+        return [templates.open_question(doc) for doc in self.docs]
 
 
 class _Template:
@@ -151,8 +201,8 @@ class _Templates:
 
     description: str
     text: _Template
-    choices: str | Sequence[_Template]
-    """The column that lists them, or one template each."""
+    choices: str | Sequence[_Template] | None
+    """The column that lists them, or one template each; None where answers are free text."""
     delimiter: str
     target: int | str
     named: _Template
@@ -164,7 +214,7 @@ class _Templates:
         return cls(
             task.description,
             _Template(task.doc_to_text),
-            listed if isinstance(listed, str) else [_Template(choice) for choice in listed],
+            listed if listed is None or isinstance(listed, str) else [_Template(choice) for choice in listed],
             task.target_delimiter,
             task.doc_to_target,
             _Template(str(task.doc_to_target)),
@@ -172,13 +222,13 @@ class _Templates:
 
     def characters(self, doc: Mapping[str, Cell]) -> int:
         """How many are asked in a question. Raises: ValueError when it cannot be."""
+        if self.choices is None:
+            return self._open_characters(doc)
         choices = self._choices(doc)
         sizes = [_size(choice, doc) for choice in choices]
         if len(choices) < 2 or not all(sizes):
             raise ValueError("there must be two choices or more, none of them empty")
-        text = len(self.description) + self.text.size(doc)
-        if not text:
-            raise ValueError("the question is empty")
+        text = self._asked(doc)
         self._right(doc, choices)
         return len(choices) * (text + len(self.delimiter)) + sum(sizes)
 
@@ -188,7 +238,24 @@ class _Templates:
         text = self.description + self.text.filled(doc)
         return Question(text, [_filled(choice, doc) for choice in choices], self._right(doc, choices))
 
+    def open_question(self, doc: Mapping[str, Cell]) -> OpenQuestion:
+        """The same of a question whose answer is free text."""
+        return OpenQuestion(self.description + self.text.filled(doc), self.named.filled(doc))
+
+    def _open_characters(self, doc: Mapping[str, Cell]) -> int:
+        if not 0 < self.named.size(doc) <= MAX_TARGET:
+            raise ValueError(f"the right answer has to be a text of 1 to {MAX_TARGET} characters")
+        return self._asked(doc) + self.named.size(doc)
+
+    def _asked(self, doc: Mapping[str, Cell]) -> int:
+        """Characters before the answer. Raises: ValueError when there are none."""
+        if not (text := len(self.description) + self.text.size(doc)):
+            raise ValueError("the question is empty")
+        return text
+
     def _choices(self, doc: Mapping[str, Cell]) -> Sequence[Choice]:
+        if self.choices is None:
+            return ()
         if not isinstance(self.choices, str):
             return self.choices
         listed = doc.get(self.choices)

@@ -481,6 +481,9 @@ class ServingSpec(SpecModel):
     )
 
 
+Prompt = Annotated[str, Field(min_length=1, max_length=4_000, json_schema_extra=NO_NUL), AfterValidator(storable)]
+
+
 class EvaluationSpec(SpecModel):
     """What is measured on the exported checkpoints."""
 
@@ -493,13 +496,23 @@ class EvaluationSpec(SpecModel):
         BeforeValidator(parse_tasks, json_schema_input_type=list[str | InlineTask]),
     ] = Field(
         default=(),
-        description="Tasks of lm-evaluation-harness on which the dense model and every checkpoint are measured: names "
-        "of the harness's own, whose data comes from the hub, or tasks of the job's own, as objects or as YAML text.",
+        description="Tasks on which the dense model, every checkpoint and the pair as it is served are measured: names "
+        "of lm-evaluation-harness's own, whose data comes from the hub, or tasks of the job's own, as objects or as "
+        "YAML text.",
         examples=[["arc_easy"]],
     )
     task_limit: int | None = Field(
         default=None, ge=1, le=10**6, description="Questions of each task that are asked, the first ones; null: all."
     )
+    prompts: tuple[Prompt, ...] | None = Field(
+        default=None,
+        max_length=16,
+        description="Texts that the dense model and the pair go on from, greedily, to be read beside each other. Null: "
+        "the beginnings of two validation windows, where all models fit their worker's device whole; an empty list: "
+        "none.",
+        examples=[["def read_lines(path):\n"]],
+    )
+    sample_tokens: int = Field(default=48, ge=1, le=512, description="Tokens that they go on by, at most.")
 
 
 class PushSpec(SpecModel):

@@ -45,6 +45,10 @@ CONTROLS = Caption(
     "did, and, as a bound, if decode's set need not hold prefill's.",
 )
 SENSITIVITY = Caption("What each block is worth", "The loss that is added when this block alone is given up.")
+SAMPLES = Caption(
+    "To be read",
+    "What the dense model says after a prompt, and beside it what is said as the checkpoints are served; greedily.",
+)
 VERDICT = Caption(
     "Verdict",
     "Up to 5% more perplexity than the dense model's is called little, more than 20% much. It is measured on text that "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -26,6 +27,7 @@ from pdtrim.display.tables import (
     folded,
     frontier_tables,
     parts_table,
+    sample_tables,
     sensitivity_table,
     took,
 )
@@ -47,7 +49,11 @@ def rendered(table: Table) -> RichTable:
 
 def evaluation_report(evaluation: EvaluationResult) -> RenderableType:
     """What each checkpoint gave up, what it is worth and what it costs."""
-    return Group(*map(rendered, evaluation_tables(evaluation)))
+    parts: list[RenderableType] = [*map(rendered, evaluation_tables(evaluation))]
+    for table in sample_tables(evaluation.samples):
+        # A table's own title is no wider than the table.
+        parts += [Text(table.title), rendered(replace(table, title=""))]
+    return Group(*parts)
 
 
 def verdict_report(found: Verdict) -> RenderableType:

@@ -19,6 +19,7 @@ from pdtrim.contract.results import (
     PairFigures,
     RemovalResult,
     Removed,
+    Sample,
     SearchEffort,
     Sensitivity,
     TaskMetric,
@@ -36,6 +37,10 @@ PARTS: Mapping[Part, str] = {
     "kv_only": "all but the keys and values",
 }
 """What a kept block may give up."""
+PAIR = "pair"
+"""What answers tasks as the two halves are served."""
+PROMPT_SHOWN = 240
+"""Characters of a prompt, at most, where what follows it is shown."""
 SENSITIVITY_COLUMNS = 3
 """Blocks a line, where blocks stand beside each other."""
 ENDED_BY = {"budget": "its budget", "neighbourhood": "having no new set near the best", "time": "its time"}
@@ -189,7 +194,8 @@ def evaluation_tables(evaluation: EvaluationResult) -> list[Table]:
     """What each checkpoint gave up, what it is worth and what it costs."""
     tables = [models_table(evaluation.models), pair_table(evaluation.pair)]
     if evaluation.tasks:
-        tables.append(_tasks(evaluation.tasks, list(evaluation.models)))
+        asked = {name for by_model in evaluation.tasks.values() for name in by_model}
+        tables.append(_tasks(evaluation.tasks, [name for name in (*evaluation.models, PAIR) if name in asked]))
     return tables
 
 
@@ -246,6 +252,17 @@ def _tasks(tasks: Mapping[str, Mapping[str, TaskResult]], models: Sequence[str])
         for metric in found["dense"]
     ]
     return _figures("Tasks", ("", *models), rows)
+
+
+def sample_tables(samples: Sequence[Sample]) -> list[Table]:
+    """How models go on from each prompt, beside each other. The title has the prompt's end."""
+    tables = []
+    for sample in samples:
+        names = tuple(sample.continuations)
+        shown = sample.prompt[-PROMPT_SHOWN:]
+        title = f"{'…' if shown != sample.prompt else ''}{shown}"
+        tables.append(Table(title, names, [False] * len(names), [tuple(sample.continuations.values())]))
+    return tables
 
 
 def _metric(found: TaskMetric) -> str:

@@ -115,7 +115,8 @@ def _quality(evaluation: EvaluationResult) -> Iterator[Fact]:
             value = f"{model.perplexity.value:.2f}"
             yield Fact(f"perplexity, {role}", value, f"{beside}; dense {dense.perplexity.value:.2f}")
     for task, by_model in evaluation.tasks.items():
-        for role in ("unified", "decode"):
+        # Where the pair was asked, decode alone is not what answers.
+        for role in ["pair"] if "pair" in by_model else ["unified", "decode"]:
             for metric, measured in list(by_model.get(role, {}).items())[:1]:
                 before = by_model["dense"][metric].value
                 if measured.value is not None and before is not None:

@@ -35,6 +35,7 @@ from pdtrim.contract.errors import (
     SourceNotAllowed,
     raise_all,
 )
+from pdtrim.contract.evaluation_tasks import InlineTask
 from pdtrim.contract.spec import MAX_BLOCKS, HalfTarget, JobSpec, ModelSpec
 from pdtrim.contract.windows import least_windows
 from service.checking.targets import check_push
@@ -148,6 +149,8 @@ def check_config(spec: JobSpec, config: Mapping[str, Any]) -> None:
         _check_adapters(spec, kind)
     with _noted(found):
         _check_window(spec, config)
+    with _noted(found):
+        _check_answers(spec, config)
     raise_all(found)
 
 
@@ -224,6 +227,26 @@ def _check_window(spec: JobSpec, config: Mapping[str, Any]) -> None:
             f"{spec.calibration.window_tokens // 2} tokens, but the model reads at most {context}.",
             param="evaluation.speed_tokens",
         )
+
+
+def _check_answers(spec: JobSpec, config: Mapping[str, Any]) -> None:
+    """Whether there is room for answers at all; how long questions are, the first stage finds, by the tokenizer."""
+    context = next((config[key] for key in CONTEXT_KEYS if key in config), None)
+    if type(context) is not int:
+        return
+    asked = [
+        (task.generation.max_gen_toks, f"evaluation.tasks[{number}].generation_kwargs.max_gen_toks")
+        for number, task in enumerate(spec.evaluation.tasks)
+        if isinstance(task, InlineTask) and task.generation is not None
+    ]
+    if spec.evaluation.prompts:
+        asked.append((spec.evaluation.sample_tokens, "evaluation.sample_tokens"))
+    for tokens, param in asked:
+        if tokens > context:
+            raise InvalidRequest(
+                f"{param} is {tokens}, generated after a prompt, but the model reads at most {context} tokens.",
+                param=param,
+            )
 
 
 def num_blocks(config: Mapping[str, Any]) -> int:

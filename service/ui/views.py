@@ -19,6 +19,7 @@ from pdtrim.contract.results import (
     Halves,
     PairFigures,
     RemovalResult,
+    Sample,
     ScoringResult,
     SearchRecord,
 )
@@ -151,6 +152,7 @@ class JobPage:
     kv: Sequence[Bar]
     kv_note: str
     tables: Sequence[Table]
+    samples: Sequence[Sample]
     artifacts: Mapping[StageName, Sequence[Artifact]]
     downloads: Sequence[Download]
     commands: Sequence[Command]
@@ -275,6 +277,7 @@ def job_page(
         kv=figures.kv_bytes(pair) if pair else [],
         kv_note=_kv_note(pair) if pair else "",
         tables=evaluation_tables(evaluation) if evaluation else [],
+        samples=evaluation.samples if evaluation else [],
         artifacts={stage: mine for stage in StageName if (mine := [one for one in artifacts if one.stage == stage])},
         downloads=_downloads(job, artifacts),
         commands=_commands(job, artifacts, address),

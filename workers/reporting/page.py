@@ -34,6 +34,7 @@ def render(findings: Findings, drawings: Iterable[Drawing]) -> str:
         spec=yaml.safe_dump(findings.spec.model_dump(mode="json", exclude_unset=True), sort_keys=False),
         verdict=verdict(findings.evaluation, bounds=plan.bounds),
         told=captions.VERDICT,
+        samples=captions.SAMPLES,
         evaluation=findings.evaluation_tables(),
         search=_search_tables(plan, findings.search),
         bounds=bound_lines(plan),

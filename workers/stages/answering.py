@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results.distillation import OwnAnswers
@@ -15,6 +14,7 @@ from workers.inputs.encoding import Encoded
 from workers.inputs.models import load_tokenizer
 from workers.inputs.prompts import packed, unpacked
 from workers.inputs.windows import Stream
+from workers.inputs.wording import ends_of
 from workers.pruning.model.calibration import Frame
 from workers.pruning.repair.answering import answers
 from workers.pruning.repair.answers import marked
@@ -35,7 +35,7 @@ def answered_windows(context: StageContext, model: PreTrainedModel, windows: int
     """
     prompts = unpacked(load_file(context.input(StageName.SCORING, PROMPTS)))
     tokenizer, tokens = load_tokenizer(context.model_dir), context.spec.calibration.window_tokens
-    opening, ends = Frame.of(tokenizer).opening, _ends(model, tokenizer)
+    opening, ends = Frame.of(tokenizer).opening, ends_of(model, tokenizer)
     wanted = windows * (tokens - len(opening))
     rows: list[Encoded] = []
     made = said = number = 0
@@ -65,14 +65,6 @@ def _row(prompt: list[int], answer: list[int], ends: list[int]) -> Encoded:
     """A prompt and its answer, which counts, and an end that does not where the answer has none."""
     end = ends[:1] if not answer or answer[-1] not in ends else []
     return Encoded([*prompt, *answer, *end], [*[False] * len(prompt), *[True] * len(answer), *[False] * len(end)])
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation configuration."""
-    settings: Any = model.generation_config
-    named = None if settings is None else settings.eos_token_id
-    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return list(dict.fromkeys(end for end in found if end is not None))
 
 
 def _kept(context: StageContext, number: int) -> list[list[int]] | None:

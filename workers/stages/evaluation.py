@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import (
@@ -27,12 +27,14 @@ from pdtrim.contract.results import (
     ModelFigures,
     PairFigures,
     Plan,
+    Sample,
     SearchRecord,
     TaskResult,
 )
 from pdtrim.contract.results import Perplexity as MeasuredPerplexity
 from service.stopping import interruptible
 from workers.inputs.models import compute_dtype, device, fits_whole, load_for_walks, load_model, load_tokenizer
+from workers.inputs.wording import Wording, readable
 from workers.pruning.model.calibration import said_again
 from workers.pruning.model.checkpoint import empty_model, stored_dtype
 from workers.pruning.model.comparison import Comparison
@@ -41,6 +43,8 @@ from workers.pruning.model.measure import Perplexity, Quality, Speed, parameters
 from workers.pruning.model.pair import handed_tokens
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.streaming import parameter_bytes
+from workers.pruning.serving.asking import Asked, ModelAlone, ServedPair
+from workers.pruning.serving.handover import EVERY_TOKEN, KvTokenRule
 from workers.pruning.serving.pair_server import read_rule
 from workers.reporting.card import inherited_metadata, model_card
 from workers.reporting.figures import draw_all
@@ -56,7 +60,7 @@ from workers.stages.comparing import (
     load_all,
 )
 from workers.stages.context import StageContext
-from workers.stages.evaluation_tasks import load_tasks, measure_tasks
+from workers.stages.evaluation_tasks import continuations, load_tasks, measure_tasks
 from workers.stages.export import roles
 from workers.stages.kv_tokens import measure_rule
 from workers.stages.removal import Plans, read_plans
@@ -64,6 +68,9 @@ from workers.stages.scoring import WINDOWS, read_opening
 from workers.stages.width import HalfChannels, read_channels
 
 PAGE, FIGURES = "report.html", "figures"
+PAIR = "pair"
+SAMPLES, SAMPLE_PROMPT_TOKENS = 2, 64
+"""Where the job gives no prompts, so many validation windows are gone on from, after so many tokens at most."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,34 @@ class Subjects:
     def halves(self) -> Halves:
         return Halves(*(half if half in self.exported else "unified" for half in ("prefill", "decode")))
 
+    @property
+    def rule(self) -> KvTokenRule:
+        """Which prompt tokens decode is sent."""
+        return read_rule(self.exported[self.halves.prefill].folder)
+
+    @property
+    def served(self) -> str:
+        """What answers as the job's checkpoints are served: the pair, or one checkpoint that does the same alone."""
+        return "unified" if "unified" in self.exported and self.rule == EVERY_TOKEN else PAIR
+
     def model(self, name: str) -> PreTrainedModel:
         """One that is held, or loaded by itself in the way that it fits."""
         if self.held is not None:
             return self.held[name]
         context = self.context
         return load_for_walks(self.exported[name].decoder, context.check, memory_bytes=context.memory_bytes)
+
+    def asked(self) -> Iterator[tuple[str, Asked]]:
+        """The dense model and each checkpoint by itself, and the pair as it is served where that is another thing."""
+        for name in self.exported:
+            yield name, ModelAlone(self.model(name))
+        if self.served == PAIR:
+            of = self.halves
+            prefill = self.model(of.prefill)
+            decode = prefill if of.decode == of.prefill else self.model(of.decode)
+            layer_map = kv_layer_map(self.exported[of.prefill].plan, self.exported[of.decode].plan)
+            first_token = self.context.spec.serving.first_token
+            yield PAIR, ServedPair(prefill, decode, tuple(layer_map), first_token, self.rule)
 
     def compare(self, windows: Windows) -> Comparison:
         """All figures of quality."""
@@ -148,14 +177,17 @@ def run(context: StageContext) -> EvaluationResult:
     timed = subjects.speeds(validation)
     context.say(0.5, "Measuring perplexity.")
     compared = subjects.compare(windows)
+    pair = _measure_pair(subjects, plans, windows, compared)
+    tasks, samples = _ask(context, subjects, windows)
     report = EvaluationResult(
         way="streamed" if subjects.held is None else "resident",
         models={
             name: _describe(context, one, compared.models[name], compared.undistilled.get(name), timed.get(name))
             for name, one in subjects.exported.items()
         },
-        pair=_measure_pair(subjects, plans, windows, compared),
-        tasks=_measure_tasks(context, subjects),
+        pair=pair,
+        tasks=tasks,
+        samples=samples,
     )
     context.write_json(REPORT, report)
     context.say(0.99, "Writing the report.")
@@ -197,30 +229,52 @@ def _write_report(context: StageContext, report: EvaluationResult) -> None:
         card.write_text(model_card(pdtrim, inherited, findings.evaluation_tables()), encoding="utf-8")
 
 
-def _measure_tasks(context: StageContext, subjects: Subjects) -> dict[str, dict[str, TaskResult]]:
-    """Task → model → metrics."""
+def _ask(
+    context: StageContext, subjects: Subjects, windows: Windows
+) -> tuple[dict[str, dict[str, TaskResult]], list[Sample]]:
+    """Task → model → metrics, and texts that the dense model and what is served go on from."""
     spec = context.spec.evaluation
     tasks = interruptible(context.check, partial(load_tasks, spec.tasks))
-    if tasks is None:
-        return {}
     tokenizer = load_tokenizer(context.model_dir)
+    prompts = _prompts(context, subjects, tokenizer, windows)
     found: dict[str, dict[str, TaskResult]] = {}
-    for number, name in enumerate(subjects.exported):
-        progress = 0.85 + 0.15 * number / len(subjects.exported)
-        ask = partial(context.say, progress, f"Asking the {name} model the evaluation tasks.")
+    said: list[dict[str, str]] = [{} for _ in prompts]
+    if not tasks and not prompts:
+        return found, []
+    for number, (name, asked) in enumerate(subjects.asked()):
+        progress = 0.85 + 0.14 * number / (len(subjects.exported) + 1)
+        ask = partial(context.say, progress, f"Asking {_named(name)}.")
+        if prompts and name in ("dense", subjects.served):
+            ids, most_tokens = [ids for _, ids in prompts], spec.sample_tokens
+            going_on = partial(continuations, asked, tokenizer, ids, most_tokens=most_tokens, on_forward=ask)
+            for of_prompt, text in zip(said, interruptible(context.check, going_on), strict=True):
+                of_prompt[name] = readable(text)
         measure = partial(
-            measure_tasks,
-            subjects.model(name),
-            tokenizer,
-            tasks,
-            limit=spec.task_limit,
-            seed=context.spec.seed,
-            on_forward=ask,
+            measure_tasks, asked, tokenizer, tasks, limit=spec.task_limit, seed=context.spec.seed, on_forward=ask
         )
         # Before the first question and after the last the harness asks nobody.
         for task, result in interruptible(context.check, measure).items():
             found.setdefault(task, {})[name] = result
-    return found
+    return found, [
+        Sample(prompt=readable(text), continuations=by_model) for (text, _), by_model in zip(prompts, said, strict=True)
+    ]
+
+
+def _named(name: str) -> str:
+    return "the pair as it is served" if name == PAIR else f"the {name} model"
+
+
+def _prompts(
+    context: StageContext, subjects: Subjects, tokenizer: PreTrainedTokenizerBase, windows: Windows
+) -> list[tuple[str, list[int]]]:
+    """What is gone on from, as text and tokens: what the job gives, or the beginnings of validation windows."""
+    given = context.spec.evaluation.prompts
+    if given is not None:
+        return [(text, Wording.of(tokenizer).prompt(text)) for text in given]
+    if subjects.held is None:
+        return []
+    begun = windows.text[:SAMPLES, : min(windows.prompt_tokens, SAMPLE_PROMPT_TOKENS)]
+    return [(str(tokenizer.decode(ids, skip_special_tokens=True)), ids.tolist()) for ids in begun]
 
 
 def _describe(
@@ -254,7 +308,7 @@ def _measure_pair(subjects: Subjects, plans: Plans, windows: Windows, compared: 
     if context.spec.kv_tokens is not None:
         kv_tokens = measure_rule(
             context.spec.kv_tokens,
-            read_rule(subjects.exported[halves.prefill].folder),
+            subjects.rule,
             read_config(context.model_dir),
             (subjects.model(halves.prefill), subjects.model(halves.decode)),
             layer_map,

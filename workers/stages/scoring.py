@@ -29,12 +29,12 @@ from workers.inputs.windows import Windows, check_tokens, token_windows
 from workers.pruning.model.blocks import UnsupportedArchitecture, block_stack, try_out
 from workers.pruning.model.building import ImpossibleModel
 from workers.pruning.model.calibration import Frame
-from workers.pruning.model.checkpoint import BrokenCheckpoint, check_complete
+from workers.pruning.model.checkpoint import BrokenCheckpoint, check_complete, empty_model
 from workers.pruning.model.parts import prove_parts
 from workers.pruning.model.proof import is_whole
 from workers.pruning.search.scores import block_scores
 from workers.stages.context import StageContext
-from workers.stages.evaluation_tasks import check_tasks, load_tasks
+from workers.stages.evaluation_tasks import Tasks, check_asked, load_tasks
 from workers.stages.precision import choose_precision, scoring_dtype
 from workers.stages.proving import prove_architecture, prove_continuation, prove_decoder, prove_halves
 from workers.stages.width import choose_channels
@@ -57,8 +57,9 @@ def run(context: StageContext) -> ScoringResult:
     context.say(0.0, "Loading the evaluation tasks.")
     # What they lack should show now, not after hours of work.
     tasks = interruptible(context.check, partial(load_tasks, context.spec.evaluation.tasks))
-    context.say(0.05, "Cutting the text into windows.")
     tokenizer = load_tokenizer(context.model_dir)
+    _check_asked(context, tasks, tokenizer)
+    context.say(0.05, "Cutting the text into windows.")
     windows = interruptible(context.check, partial(_windows, context, tokenizer))
     save_file(windows.tensors, context.out / WINDOWS)
     if context.spec.distillation.data == "self":
@@ -85,9 +86,6 @@ def run(context: StageContext) -> ScoringResult:
         if context.composite is not None and is_whole(stack.model):
             prove_decoder(stack, load_vision_language(context.source_dir, context.check))
         prove_parts(stack, context.spec.prefill.possible_parts | context.spec.decode.possible_parts)
-    if tasks is not None:
-        limit, seed = context.spec.evaluation.task_limit, context.spec.seed
-        interruptible(context.check, partial(check_tasks, tasks, stack.model, tokenizer, limit=limit, seed=seed))
     context.say(0.45, "Scoring blocks.")
     num_blocks = len(stack.blocks)
     check_blocks(context.spec, num_blocks)
@@ -113,6 +111,14 @@ def run(context: StageContext) -> ScoringResult:
         warnings=windows.warnings,
         precision=precision,
     )
+
+
+def _check_asked(context: StageContext, tasks: Tasks, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Hold what evaluation will ask of the model against it. Raises: as `check_asked`."""
+    with _blamed_on_the_model(context):
+        model = empty_model(context.model_dir, context.check)
+    checking = partial(check_asked, context.spec.evaluation, tasks, model, tokenizer, seed=context.spec.seed)
+    interruptible(context.check, checking)
 
 
 def read_opening(context: StageContext) -> list[str]:

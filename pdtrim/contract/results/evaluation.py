@@ -142,6 +142,15 @@ TaskResult = dict[str, TaskMetric]
 """By the metric's name."""
 
 
+class Sample(Result):
+    """A prompt, and how models go on from it, greedily. Control characters are replaced by `�`."""
+
+    prompt: str
+    continuations: dict[str, str] = Field(
+        description="By `dense` and by `pair`, or by `unified` where one checkpoint serves both halves."
+    )
+
+
 class EvaluationResult(Result):
     """What the evaluation stage found; also the content of `report.json`."""
 
@@ -156,5 +165,10 @@ class EvaluationResult(Result):
     )
     pair: PairFigures
     tasks: dict[str, dict[str, TaskResult]] = Field(
-        default_factory=dict, description="Task → model → metric, where the job names tasks."
+        default_factory=dict,
+        description="Task → model → metric, where the job names tasks. The model is one of `models`, or `pair`: the "
+        "two halves as they are served, where they are two checkpoints or a token rule lies between them.",
+    )
+    samples: list[Sample] = Field(
+        default_factory=list, description="Texts to read: none in jobs of versions that made none."
     )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pdtrim.contract.errors import SourceNotAllowed
-from pdtrim.contract.evaluation_tasks import InlineTask
-from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.errors import InvalidRequest, SourceNotAllowed
+from pdtrim.contract.evaluation_tasks import GenerationSpec, InlineTask
+from pdtrim.contract.spec import EvaluationSpec, JobSpec
 from pdtrim.contract.yaml_text import MAX_CHARACTERS, plain_data
 from service.checking import preflight
 from service.settings import Settings
@@ -94,6 +94,66 @@ def test_questions_are_filled_from_their_columns() -> None:
         ("Sums.\nQ: 1 + 1 =", ["0", "no"], 1),
         ("Sums.\nQ: 1 + 2 =", ["3", "no"], 1),
     ]
+
+
+OPEN_TASK: dict[str, Any] = {
+    "task": "answers",
+    "output_type": "generate_until",
+    "docs": [{"question": "1 + 1 =", "answer": 2}, {"question": "2 + 2 =", "answer": "four"}],
+    "doc_to_text": "Q: {{question}}",
+    "doc_to_target": "{{answer}}!",
+    "description": "Sums.\n",
+}
+
+
+def test_free_answers_are_filled_from_their_columns_and_end_where_the_task_says() -> None:
+    task = inline(OPEN_TASK)
+    assert [tuple(question) for question in task.open_questions()] == [
+        ("Sums.\nQ: 1 + 1 =", "2!"),
+        ("Sums.\nQ: 2 + 2 =", "four!"),
+    ]
+    assert task.characters == sum(len(text) + len(target) for text, target in task.open_questions())
+    assert task.generation == GenerationSpec(until=("\n\n",), max_gen_toks=256)
+    ending = inline({**OPEN_TASK, "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}})
+    assert ending.generation == GenerationSpec(until=("\n",), max_gen_toks=8)
+    assert inline(TASK).generation is None
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "reason"),
+    [
+        ({"doc_to_text": "{{absent}}"}, "", "docs[0]: there is no column 'absent'"),
+        ({"doc_to_target": "{{absent}}"}, "", "docs[0]: there is no column 'absent'"),
+        ({"doc_to_target": ""}, "", "docs[0]: the right answer has to be a text"),
+        ({"doc_to_target": "x" * 10_001}, "", "docs[0]: the right answer has to be a text"),
+        ({"doc_to_text": "", "description": ""}, "", "docs[0]: the question is empty"),
+        ({"generation_kwargs": {"until": [""]}}, ".generation_kwargs", "at least 1 "),
+        ({"generation_kwargs": {"max_gen_toks": 5_000}}, ".generation_kwargs", "less than or equal to 4096"),
+        ({"generation_kwargs": {"do_sample": True}}, ".generation_kwargs", "Extra inputs are not permitted"),
+    ],
+)
+def test_a_free_answer_that_cannot_be_asked_for_is_refused(change: dict[str, Any], field: str, reason: str) -> None:
+    param, message = refusal({**OPEN_TASK, **change})
+    assert param == f"evaluation.tasks[0]{field}"
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "param"),
+    [
+        (
+            {"tasks": [TASK, {**OPEN_TASK, "generation_kwargs": {"max_gen_toks": 513}}]},
+            "evaluation.tasks[1].generation_kwargs.max_gen_toks",
+        ),
+        ({"prompts": ["a"], "sample_tokens": 300}, "evaluation.sample_tokens"),
+    ],
+)
+def test_answers_that_no_context_holds_are_refused_when_the_job_is_made(evaluation: dict[str, Any], param: str) -> None:
+    made = spec().model_copy(update={"evaluation": EvaluationSpec.model_validate(evaluation)})
+    config = {**preflight.check(spec(), Settings()).config, "max_position_embeddings": 280}
+    with pytest.raises(InvalidRequest, match="generated after a prompt, but the model reads at most 280") as refused:
+        preflight.check_config(made, config)
+    assert refused.value.param == param
 
 
 def test_a_value_that_looks_like_a_template_is_text() -> None:
@@ -228,7 +288,10 @@ def test_characters_are_those_of_the_questions(task: dict[str, Any]) -> None:
         ({"process_docs": "utils.process"}, ".process_docs", "Extra inputs are not permitted"),
         ({"dataset_path": "json"}, ".dataset_path", "Extra inputs are not permitted"),
         ({"include": "/etc/passwd"}, ".include", "Extra inputs are not permitted"),
-        ({"output_type": "generate_until"}, ".output_type", "multiple_choice"),
+        ({"output_type": "loglikelihood"}, ".output_type", "multiple_choice"),
+        ({"output_type": "generate_until"}, "", "its answers are free text"),
+        ({"doc_to_choice": None}, "", "needs `doc_to_choice`"),
+        ({"generation_kwargs": {"until": ["x"]}}, "", "no answer is generated here"),
         ({"doc_to_text": "{{question.__class__}}"}, "", "templates know {{column}} alone"),
         ({"doc_to_text": "{% for a in b %}"}, "", "templates know {{column}} alone"),
         ({"doc_to_text": "{{question|upper}}"}, "", "templates know {{column}} alone"),

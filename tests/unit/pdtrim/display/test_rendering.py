@@ -146,6 +146,31 @@ def test_tasks_are_shown_with_their_standard_errors() -> None:
     assert "sums f1 0.500 none" in lines
 
 
+def test_the_pair_that_was_asked_stands_beside_its_halves() -> None:
+    tasks = {
+        "sums": {
+            name: {"acc": {"value": value, "stderr": None}}
+            for name, value in (("dense", 0.75), ("decode", 0.5), ("pair", 0.625))
+        }
+    }
+    page = StringIO()
+    models = {"dense": DENSE, "decode": DECODE}
+    Console(width=80, file=page).print(evaluation_report(evaluation(models=models, tasks=tasks)))
+    assert "sums acc 0.750 0.500 0.625" in [" ".join(line.split()) for line in page.getvalue().splitlines()]
+
+
+def test_samples_stand_beside_each_other_below_the_end_of_their_prompt() -> None:
+    prompt = "x = 1\n" * 60 + "def f(x):"
+    sample = {"prompt": prompt, "continuations": {"dense": " return x\n", "pair": " pass [bold]"}}
+    page = StringIO()
+    Console(width=80, file=page).print(evaluation_report(evaluation(samples=[sample])))
+    lines = [line.rstrip() for line in page.getvalue().splitlines()]
+    assert lines.count("x = 1") == 38
+    assert lines.index("…") < lines.index("def f(x):") < len(lines)
+    assert "dense pair" in [" ".join(line.split()) for line in lines]
+    assert "return x pass [bold]" in [" ".join(line.split()) for line in lines]
+
+
 def test_speeds_are_shown_with_their_spread_and_a_single_repeat_as_such() -> None:
     def repeated(model: ModelFigures, repeats: int) -> ModelFigures:
         ms = model.time_to_first_token_ms

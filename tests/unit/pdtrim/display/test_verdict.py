@@ -100,3 +100,12 @@ def test_healing_that_did_no_good_is_said() -> None:
     healing = {"enabled": True, "decode": {"before": 1.0, "after": 1.5, "steps": 8, "kept": "undistilled"}}
     found = verdict(evaluation(), healing=DistillationResult.model_validate(healing))
     assert "held-out loss 1.0000 → 1.5000" in named(found.costs, "healing, decode").beside
+
+
+def test_a_task_is_led_by_what_answers_as_the_checkpoints_are_served() -> None:
+    metric = {name: {"acc": {"value": value, "stderr": 0.01}} for name, value in (("dense", 0.75), ("decode", 0.5))}
+    alone = verdict(evaluation(tasks={"sums": metric}))
+    assert named(alone.costs, "sums acc").value == "0.500"
+    pair = {"pair": {"acc": {"value": 0.625, "stderr": 0.01}}}
+    served = named(verdict(evaluation(tasks={"sums": metric | pair})).costs, "sums acc")
+    assert (served.value, served.beside) == ("0.625", "pair; dense 0.750")

@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -591,13 +590,12 @@ TASK = {
 }
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
-@pytest.mark.parametrize(("prefill_removes", "roles"), [(1, {"prefill", "decode"}), (2, {"unified"})])
-def test_tasks_of_the_job_are_asked_of_the_dense_model_and_of_every_checkpoint(
+@pytest.mark.parametrize(("prefill_removes", "roles"), [(1, {"prefill", "decode", "pair"}), (2, {"unified"})])
+def test_tasks_and_prompts_of_the_job_are_asked_of_the_dense_model_and_of_what_is_served(
     prefill_removes: int, roles: set[str], worker: Worker, model: Path
 ) -> None:
     spec = tiny_spec(model, prefill={"remove_blocks": prefill_removes}, distillation={"enabled": False})
-    spec["evaluation"]["tasks"] = [TASK]
+    spec["evaluation"] |= {"tasks": [TASK], "prompts": ["def f(x):\n", "\x1bimport"], "sample_tokens": 4}
     job_id = create(worker, spec)
     run_through(worker, job_id)
     report = stage_row(worker, job_id, StageName.EVALUATION).metrics
@@ -607,6 +605,9 @@ def test_tasks_of_the_job_are_asked_of_the_dense_model_and_of_every_checkpoint(
     for found in report["tasks"]["sums"].values():
         assert 0 <= found["acc"]["value"] <= 1
         assert found["acc"]["stderr"] is not None
+    served = "pair" if "pair" in roles else "unified"
+    assert [one["prompt"] for one in report["samples"]] == ["def f(x):\n", "\ufffdimport"]
+    assert all(one["continuations"].keys() == {"dense", served} for one in report["samples"])
 
 
 def test_tasks_that_a_worker_cannot_run_fail_the_job_in_its_first_stage(
@@ -614,11 +615,11 @@ def test_tasks_that_a_worker_cannot_run_fail_the_job_in_its_first_stage(
 ) -> None:
     monkeypatch.setattr("workers.stages.evaluation_tasks.find_spec", lambda name: None)
     spec = tiny_spec(model)
-    spec["evaluation"]["tasks"] = [TASK]
+    spec["evaluation"]["tasks"] = [TASK, "arc_easy"]
     job_id = create(worker, spec)
     run_stage(worker, job_id, StageName.SCORING)
     error = job_error(worker, job_id)
-    assert (error["code"], error["param"]) == ("extra_not_installed", "evaluation.tasks")
+    assert (error["code"], error["param"]) == ("extra_not_installed", "evaluation.tasks[1]")
     assert "pip install 'pdtrim[eval]'" in error["message"]
 
 
