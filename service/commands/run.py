@@ -24,6 +24,7 @@ from pdtrim.command.connection import USAGE, console, fail
 from pdtrim.command.jobs import fetch, follow
 from pdtrim.contract.jobs import JobStatus
 from pdtrim.display.jobs import job_page
+from service.commands.demo_job import DEMO_SPEC
 from service.commands.embedded import Embedded, EmbeddedFailure, worker_name
 from service.db.session import connect
 from service.db.session import migrate as migrate_database
@@ -32,18 +33,6 @@ from service.queue import BROKER_ERRORS, broker_queue, celery_app
 from service.settings import Settings
 
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="PDTRIM_DATA_DIR", help="Folder that keeps everything.")]
-DEMO_SPEC = {
-    "model": "reference",
-    "prefill": {"kv_only_blocks": 3},
-    "decode": {"remove_blocks": 2},
-    "calibration": {"windows": 16, "window_tokens": 128},
-    "search": {"evaluations": 60},
-    "distillation": {"heal_tokens": 20_480, "threshold": 0.965},
-    "evaluation": {"speed_tokens": 32},
-    "metadata": {"made-by": "pdtrim demo"},
-}
-
-
 WORKER_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "peft")
 PING_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005
@@ -275,7 +264,10 @@ def demo(data_dir: DataDir = Path("pdtrim-data")) -> None:
 
 def _demo_job(service: Embedded, client: Client, folder: Path) -> None:
     job = client.create(DEMO_SPEC)
-    console.print(f"Submitted {job.id}: prefill gives up 2 of 12 blocks, decode 4.\n", highlight=False)
+    console.print(
+        f"Submitted {job.id}: prefill keeps of 3 blocks only what makes keys and values, decode is without 2.\n",
+        highlight=False,
+    )
     job = follow(client, job.id)
     console.print(job_page(job))
     if job.status != JobStatus.SUCCEEDED:

