@@ -54,5 +54,6 @@ repair/     making up for what went
 serving/    a pair at work
   handover          what prefill sends for one request, as bytes
   pair_server       both halves, in one process or over a socket
+  asking            a model, or a pair as it is served, is asked: how likely answers are, and what it says
   kv_tokens         which prompt tokens' keys and values decode needs
 """

@@ -87,8 +87,8 @@ class _Reader:
         self._body = block_stack(model).body
         self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         longest = max(prompt_tokens)
-        padding = torch.tensor([longest - tokens for tokens in prompt_tokens], device=self.device)
-        self._seen = (torch.arange(longest, device=self.device) >= padding[:, None]).long()  # (batch, time)
+        padding = torch.tensor([longest - tokens for tokens in prompt_tokens])
+        self._seen = (torch.arange(longest) >= padding[:, None]).long()  # (batch, time)
         self._padded = bool(padding.any())
         self._read = 0
 
@@ -96,12 +96,12 @@ class _Reader:
         """Logits (batch, vocabulary) after tokens `ids` (batch, time)."""
         known: dict[str, Any] = {}
         if (more := self._read + ids.shape[1] - self._seen.shape[1]) > 0:
-            self._seen = torch.cat([self._seen, self._seen.new_ones(len(ids), more)], dim=1)
+            self._seen = torch.cat([self._seen, torch.ones(len(ids), more, dtype=torch.long)], dim=1)
         if self._padded:
-            known["attention_mask"] = self._seen
+            known["attention_mask"] = self._seen.to(self.device)
             if self._takes_positions:
                 positions = (self._seen.cumsum(1) - 1).clamp(min=0)
-                known["position_ids"] = positions[:, self._read :]
+                known["position_ids"] = positions[:, self._read :].to(self.device)
         read = self._body(input_ids=ids, past_key_values=self._cache, use_cache=True, **known)
         self._read += ids.shape[1]
         return head(self._model, read.last_hidden_state[:, -1])
@@ -208,7 +208,10 @@ def _padded(rows: Sequence[Tokens], device: torch.device) -> Tensor:
 
 def _of_rows(sent: Handover, rows: Sequence[int]) -> Handover:
     """What was sent of a batch's rows, each as often as it is named."""
-    layers = tuple(LayerKV(one.source, one.ranges, one.keys[rows], one.values[rows]) for one in sent.layers)
+    layers = tuple(
+        LayerKV(one.source, one.ranges, *(torch.stack([of[row] for row in rows]) for of in (one.keys, one.values)))
+        for one in sent.layers
+    )
     return Handover(sent.handed_tokens, tuple(sent.next_tokens[row] for row in rows), sent.first_token, layers)
 
 

@@ -89,7 +89,11 @@ class ContinuedKV:
         """Add new keys and values and return all, as a transformers cache does; then drop what has left the window."""
         _, self.positions = self.incoming(keys.shape[-2])
         self.next += keys.shape[-2]
-        every = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+        # Of a model on several devices, the block's own.
+        every = (
+            torch.cat([self.keys.to(keys.device), keys], dim=-2),
+            torch.cat([self.values.to(values.device), values], dim=-2),
+        )
         self.keys, self.values = every
         self._leave_window()
         return every

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from tests.unit.workers.pruning.devices import FIRST, SECOND, accelerators
 from tests.unit.workers.pruning.models import FAMILIES, OTHERS, continued, continued_by_pair, random_ids, tiny_model
 from workers.pruning.model.blocks import drop_blocks
 from workers.pruning.model.pair import FirstToken, pair_logits
@@ -138,3 +141,25 @@ def test_an_empty_answer_is_certain() -> None:
     prompt = random_ids(1, 6)[0].tolist()
     for asked in (ModelAlone(tiny_model("llama")), tiny_pair("llama", "decode"), tiny_pair("llama", "prefill")):
         assert asked.likelihoods([(prompt, [])]) == [Likelihood(0.0, True)]
+
+
+def test_models_whose_blocks_lie_on_two_devices_are_asked_as_on_one() -> None:
+    asked, prompts = questions()[4:6], [prompt for prompt, _ in questions()[4:10:4]]
+
+    def found(model: PreTrainedModel) -> list[object]:
+        pair = ServedPair(model, model, tuple(range(5)), "decode")
+        return [
+            (one.likelihoods(asked), one.answers(prompts, most_tokens=2, ended=lambda answer: False))
+            for one in (ModelAlone(model), pair)
+        ]
+
+    def on(*devices: torch.device) -> PreTrainedModel:
+        model = tiny_model("llama")
+        places = {name: devices[0] for name, _ in model.model.named_children() if name != "layers"}
+        layers = {f"layers.{block}": devices[block > 1] for block in range(5)}
+        placed = {f"model.{name}": device for name, device in (places | layers).items()} | {"lm_head": devices[0]}
+        skipped = model._skip_keys_device_placement
+        return dispatch_model(model, placed, main_device=FIRST, skip_keys=skipped, force_hooks=True)
+
+    with accelerators():
+        assert found(on(FIRST, SECOND)) == found(on(FIRST, FIRST))
