@@ -15,7 +15,7 @@ from pdtrim.contract.results import BlockScores, ModelFigures, SearchRecord
 from pdtrim.contract.spec import JobSpec
 from tests.found import evaluation, model_figures, pair_figures, plan, token_rule_figures
 from workers.reporting.card import inherited_metadata, model_card
-from workers.reporting.figures import DARK, INK, PLOTS, Palette, draw_all
+from workers.reporting.figures import DARK, INK, PLOTS, Drawing, Palette, draw_all
 from workers.reporting.findings import Findings
 from workers.reporting.page import render
 
@@ -41,7 +41,7 @@ def measured(blocks: int, perplexity: float, **changes: Any) -> ModelFigures:
     return model_figures(**figures | changes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def findings() -> Findings:
     """A deep model that prefill leaves as it is, so that nothing was searched for it, and that has what few jobs ask
     for."""
@@ -89,6 +89,12 @@ def findings() -> Findings:
     )
 
 
+@pytest.fixture(scope="module")
+def drawings(findings: Findings) -> list[Drawing]:
+    """Drawn once: it takes seconds."""
+    return list(draw_all(findings))
+
+
 class Reader(HTMLParser):
     """What is on a page: its text, what it names elsewhere, its images' descriptions; elements that are not closed."""
 
@@ -115,8 +121,9 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def test_the_report_holds_every_figure_and_number_and_asks_for_nothing_else(findings: Findings) -> None:
-    drawings = list(draw_all(findings))
+def test_the_report_holds_every_figure_and_number_and_asks_for_nothing_else(
+    findings: Findings, drawings: list[Drawing]
+) -> None:
     page = Reader(render(findings, drawings))
 
     assert page.open == []
@@ -213,11 +220,11 @@ def test_a_card_says_which_runtime_leaves_out_what_blocks_give_up() -> None:
     assert "vLLM with `pdtrim-vllm`" in card
 
 
-def test_a_card_and_the_report_say_what_prompts_begin_with(findings: Findings) -> None:
-    assert "begins a text" not in model_card(PDTRIM, {}) + render(findings, draw_all(findings))
+def test_a_card_and_the_report_say_what_prompts_begin_with(findings: Findings, drawings: list[Drawing]) -> None:
+    assert "begins a text" not in model_card(PDTRIM, {}) + render(findings, drawings)
     assert "begins a text with `<bos>`" in model_card({**PDTRIM, "opening": ["<bos>"]}, {})
     scores = findings.scores.model_copy(update={"opening": ["<bos>"]})
-    page = Reader(render(replace(findings, scores=scores), draw_all(findings)))
+    page = Reader(render(replace(findings, scores=scores), drawings))
     assert "Every window begins with <bos>, as the model's tokenizer begins a text." in page.text
 
 

@@ -83,9 +83,9 @@ def streamed(
         cut = Cut(channels=job.channels)
         narrowed, again = load_streamed(job.dense, dtype=torch.float32, device=CPU, room=room, cut=cut, beside=dense)
         readers.append(again)
-    halves = []
+    halves, blocks = [], block_stack(tiny_model_like(job))
     for folder, plan in zip((job.prefill, job.decode), job.plans, strict=True):
-        changed = set(job.overrides.files) | zeroed_tensors(block_stack(tiny_model_like(job)), plan.parts)
+        changed = set(job.overrides.files) | zeroed_tensors(blocks, plan.parts)
         alike = reader.alike(plan.kept, changed) if job.channels is None else {}
         model, own = load_streamed(folder, dtype=torch.float32, device=CPU, room=room, alike=alike, beside=dense)
         readers.append(own)
@@ -138,6 +138,7 @@ def assert_as_resident(job: Made, found: Comparison, first_token: FirstToken) ->
         assert found.cached[name] == [cache_bytes(model, n, torch.bfloat16) for n in (16, 7)]
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     ("family", "first_token"),
     [*((family, "decode") for family in FAMILIES + OTHERS), ("llama", "prefill"), ("qwen2-mixed", "prefill")],

@@ -24,6 +24,7 @@ def stored(model: PreTrainedModel) -> list[str]:
     return list(model.state_dict())
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("model_type", ["llama", "llama4_text", "deepseek_v3", "smollm3", "lfm2_moe", "nemotron_h"])
 def test_what_can_be_described_proves_itself(model_type: str) -> None:
     model = tiny_model(tiny_config(model_type))

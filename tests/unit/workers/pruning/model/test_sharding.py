@@ -78,6 +78,7 @@ def test_simulated_accelerators_refuse_to_mix_as_real_ones_do() -> None:
     assert (one + other.to(FIRST)).tolist() == [2.0, 2.0]
 
 
+@pytest.mark.training
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt-projected"])
 def test_blocks_on_two_devices_give_what_they_give_on_one_bit_for_bit(family: str, tmp_path: Path) -> None:
