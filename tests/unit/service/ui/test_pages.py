@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 
 from pdtrim.contract.access import Scope
 from pdtrim.contract.jobs import ErrorInfo, StageName
-from pdtrim.contract.results import DistillationResult, Result
+from pdtrim.contract.results import DistillationResult, Result, Sample
 from service.api.sessions import Session, Sessions
 from service.db import keys, stages
 from service.db.session import transaction
@@ -275,6 +275,19 @@ def test_a_finished_job_begins_with_what_it_saves_and_costs(unlocked: Gateway) -
     page = browser.get(f"/ui/jobs/{job}").text
     assert page.index("Much quality was lost") < page.index("next token, decode") < page.index('id="progress"')
     assert "+22.1%" in browser.get("/ui/jobs").text
+
+
+def test_what_the_dense_model_and_the_pair_say_stands_beside_each_other(unlocked: Gateway) -> None:
+    job, browser = unlocked.create(), Browser(unlocked)
+    sample = Sample(prompt="def f(x):", continuations={"dense": "\n    return <b>x", "pair": " pass"})
+    for stage in StageName:
+        samples = {"samples": [sample]} if stage == StageName.EVALUATION else {}
+        play(unlocked, job, stage, RESULTS[stage].model_copy(update=samples))
+    page = browser.get(f"/ui/jobs/{job}").text
+    assert "<h3>To be read</h3>" in page
+    # A parser drops a line break right behind the tag.
+    assert "<pre>\n\n    return &lt;b&gt;x</pre>" in page
+    assert page.index("def f(x):") < page.index("<dt>dense</dt>") < page.index("<dt>pair</dt>") < page.index(" pass")
 
 
 def test_a_waiting_job_says_how_many_go_first_and_a_running_one_where(unlocked: Gateway) -> None:

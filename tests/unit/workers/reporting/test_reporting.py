@@ -75,7 +75,9 @@ def findings() -> Findings:
     search = {**search, "budgets": [{**budget, "sets": 12, "walks": [walk]}]}
     models = {"decode": measured(66, 14.0), "dense": measured(70, 12.0, undistilled_perplexity=None),
               "prefill": measured(70, 12.0, undistilled_perplexity=None)}  # fmt: skip
-    tasks = {"sums": {name: {"acc": {"value": 0.625, "stderr": 0.01}} for name in models}}
+    tasks = {"sums": {name: {"acc": {"value": 0.625, "stderr": 0.01}} for name in (*models, "pair")}}
+    tasks["sums"]["pair"]["acc"]["value"] = 0.5
+    sample = {"prompt": "def f(x):", "continuations": {"dense": "\n    return <b>x", "pair": " pass"}}
     spec = {"model": "hf://acme/big", "prefill": {"remove_blocks": 0}, "decode": {"remove_blocks": 4}}
     return Findings(
         job_id="job_1",
@@ -84,7 +86,9 @@ def findings() -> Findings:
         scores=BlockScores(cosine=[1.0, -0.1, *[0.9] * (BLOCKS - 2)], merge_errors=[]),
         plan=chosen,
         search=SearchRecord.model_validate(search),
-        evaluation=evaluation(models=models, pair=pair_figures(kv_tokens=token_rule_figures()), tasks=tasks),
+        evaluation=evaluation(
+            models=models, pair=pair_figures(kv_tokens=token_rule_figures()), tasks=tasks, samples=[sample]
+        ),
         versions={"torch": "2"},
     )
 
@@ -133,6 +137,8 @@ def test_the_report_holds_every_figure_and_number_and_asks_for_nothing_else(
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.named)
     for number in ("12.00 ± 0.25", "14.00 ± 0.25", "15.00 ± 0.25", "0.7500", "1 KiB (4.00× less)", "0.625 ± 0.010"):
         assert number in page.text
+    assert "0.500 ± 0.010" in page.text
+    assert all(text in page.text for text in ("def f(x):", "\n    return <b>x", " pass"))
     assert "Budget of decode: 80.0% of 1,000 weight bytes left, asked for 75.0%; no set found keeps it" in page.text
     assert "Perplexity without what decode gives up: +20.0% (bound +10.0%, not kept by any set)" in page.text
     assert "decode gives up 3, 5, 8, 40 of 70 blocks" in " ".join(page.described)
