@@ -261,8 +261,8 @@ def compare(
     for start in range(0, len(windows), asked.windows_at_once):
         chunk = slice(start, start + asked.windows_at_once)
 
-        def say_here(done: float, start: int = start) -> None:
-            say((start + done * asked.windows_at_once) / len(windows))
+        def say_here(done: float, start: int = start, count: int = len(windows[chunk])) -> None:
+            say((start + done * count) / len(windows))
 
         probes = [probe for of_model in cached.values() for probe in of_model] if start == 0 else []
         for key, values in _on_chunk(compared, windows[chunk], copying[chunk], asked, probes, say_here).items():

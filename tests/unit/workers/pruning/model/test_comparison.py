@@ -73,7 +73,7 @@ def made(
 
 
 def streamed(
-    job: Made, first_token: FirstToken, windows_at_once: int
+    job: Made, first_token: FirstToken, windows_at_once: int, said: list[float] | None = None
 ) -> tuple[Comparison, BlockRoom, list[BlockReader]]:
     room = BlockRoom(torch.float32, CPU)
     dense, reader = load_streamed(job.dense, dtype=torch.float32, device=CPU, room=room)
@@ -103,6 +103,7 @@ def streamed(
         WINDOWS,
         COPYING,
         Asked(PROMPT, first_token, (16, 7), torch.bfloat16, batch=2, windows_at_once=windows_at_once),
+        say=([] if said is None else said).append,
     )
     return found, room, readers
 
@@ -176,3 +177,12 @@ def test_what_two_models_have_alike_is_read_once(tmp_path: Path) -> None:
     assert room.blocks_read <= 5 + 2 + 1
     assert (prefill.blocks_read, decode.blocks_read) == (1, 1)
     assert dense.blocks_read <= 6
+
+
+@pytest.mark.parametrize("windows_at_once", [2, 50])
+def test_progress_goes_up_to_the_end_and_not_beyond(windows_at_once: int, tmp_path: Path) -> None:
+    said: list[float] = []
+    streamed(made(tmp_path, "llama"), "decode", windows_at_once, said)
+    assert said == sorted(said)
+    assert said[0] == 0
+    assert 0.8 <= said[-1] < 1
