@@ -64,7 +64,6 @@ def sets_of(removal: Mapping[str, Any]) -> dict[str, int]:
         "prefill": _compared(effort["prefill"]),
         "decode": _compared(effort["decode"]),
         "parts": parts + budgets,
-        "control": _compared(effort["control"]),
     }
 
 

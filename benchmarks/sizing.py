@@ -133,7 +133,7 @@ def work_table() -> str:
         spec = job(found.blocks)
         of_job = searches(spec, found.blocks, found)
         work = stage_work(spec, found, checkpoints_of(spec, found), of_job)
-        sets = sum(one.most for one in (of_job.prefill, of_job.decode, of_job.parts, of_job.control))
+        sets = sum(one.most for one in (of_job.prefill, of_job.decode, of_job.parts))
         flops = [work[stage].flops for stage in (StageName.REMOVAL, StageName.DISTILLATION, StageName.EVALUATION)]
         said = " | ".join(f"{one:.2e}" for one in flops)
         stored = store_bytes(spec, found).kept / GB

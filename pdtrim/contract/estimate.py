@@ -41,7 +41,6 @@ class SearchEstimate(AnswerModel):
     prefill: int
     decode: int
     parts: int = Field(default=0, description="For parts of kept blocks, both halves together.")
-    control: int = Field(description="For the control without nesting.")
     ranges: dict[str, SetRange] = Field(
         default_factory=dict,
         description="Of each search by its name. Annealing compares fewer than `most` where it has asked for every "

@@ -281,8 +281,8 @@ class SearchSpec(SpecModel):
         default=None,
         ge=1,
         le=100_000,
-        description="Sets that annealing may evaluate besides greedy's, for each of prefill, decode and the control "
-        f"without nesting. By default {SETS_A_BLOCK} for every block of the model.",
+        description="Sets that annealing may evaluate besides greedy's, for each of prefill and decode. "
+        f"By default {SETS_A_BLOCK} for every block of the model.",
     )
     racing: bool = Field(
         default=True,
@@ -294,9 +294,8 @@ class SearchSpec(SpecModel):
         default=None,
         gt=0.0,
         le=1e7,
-        description="Seconds after which annealing stops with the best sets so far, for each of prefill, decode and "
-        "the control without nesting; greedy's steps are taken in any case. The plan then depends on the machine, not "
-        "on the seed alone.",
+        description="Seconds after which annealing stops with the best sets so far, for each of prefill and "
+        "decode; greedy's steps are taken in any case. The plan then depends on the machine, not on the seed alone.",
     )
     protect: BlockList = Field(
         default=(), description="Blocks that neither prefill nor decode may give up.", examples=[[0, 31]]

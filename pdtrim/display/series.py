@@ -39,7 +39,7 @@ class Control:
 
 
 def controls(removal: Removed) -> list[Control]:
-    """The pair, then its controls. A job that was cut from another searched none without nesting."""
+    """The pair, then its controls. Jobs of earlier versions searched one without nesting."""
     prefill, decode = removal.prefill.removed, removal.decode.removed
     losses, parts = removal.losses, removal.prefill.parts or removal.decode.parts
     measured = losses.controls

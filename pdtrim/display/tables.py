@@ -318,7 +318,7 @@ def estimate_facts(estimate: Estimate) -> dict[str, str]:
     counts = ", ".join(f"{name} {_sets(estimate, name, most)}" for name, most in named)
     return {
         **({"Revision": estimate.model_revision} if estimate.model_revision else {}),
-        "Sets to evaluate": f"{counts}{parts}, control {_sets(estimate, 'control', sets.control)}",
+        "Sets to evaluate": f"{counts}{parts}",
         "Scratch disk": _known(estimate.disk_bytes),
         "Artifact store": _known(estimate.store_bytes),
         **({"Queue": estimate.queue} if estimate.queue else {}),

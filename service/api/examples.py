@@ -196,12 +196,10 @@ ESTIMATE: dict[str, Any] = {
         "prefill": 79,
         "decode": 56,
         "parts": 0,
-        "control": 115,
         "ranges": {
             "prefill": {"least": 34, "most": 79},
             "decode": {"least": 28, "most": 56},
             "parts": {"least": 0, "most": 0},
-            "control": {"least": 94, "most": 115},
         },
     },
     "memory_bytes": {"search": 878_791_808, "distillation": 1_259_499_776},

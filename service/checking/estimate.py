@@ -101,7 +101,7 @@ def _checkpoint(role: Role, kept: int, shape: ModelShape | None, made: Checkpoin
 
 
 def _evaluations(found: Searches) -> SearchEstimate:
-    by_name = {"prefill": found.prefill, "decode": found.decode, "parts": found.parts, "control": found.control}
+    by_name = {"prefill": found.prefill, "decode": found.decode, "parts": found.parts}
     return SearchEstimate(
         **{name: sets.most for name, sets in by_name.items()},
         ranges={name: SetRange(least=sets.least, most=sets.most) for name, sets in by_name.items()},

@@ -46,7 +46,6 @@ class Searches:
     decode: Sets
     parts: Sets
     """For parts of kept blocks and for budgets, both halves together."""
-    control: Sets
 
 
 def searches(spec: JobSpec, blocks: int, shape: ModelShape | None) -> Searches:
@@ -54,11 +53,6 @@ def searches(spec: JobSpec, blocks: int, shape: ModelShape | None) -> Searches:
     prefill, decode = limits(spec, blocks)
     forced, algorithm = len(spec.search.force), spec.search.algorithm
     bounds = [half.max_perplexity_increase is not None for half in (spec.prefill, spec.decode)]
-    control = NONE
-    if prefill != forced or bounds[0]:
-        # The pair's own set is known already.
-        alone = _search(spec, blocks, forced, decode, "annealing" if algorithm == "exhaustive" else algorithm)
-        control = Sets(0 if bounds[0] else max(0, alone.least - 1), alone.most, alone.greedy)
     return Searches(
         prefill=_bounded(_search(spec, blocks, forced, prefill, algorithm), bounds[0]),
         decode=_bounded(_search(spec, blocks, prefill, decode, algorithm), any(bounds)),
@@ -66,7 +60,6 @@ def searches(spec: JobSpec, blocks: int, shape: ModelShape | None) -> Searches:
         + _parts(spec, blocks, decode, spec.decode)
         + _for_budget(spec, blocks, prefill, decode, spec.prefill, shape)
         + _for_budget(spec, blocks, prefill, decode, spec.decode, shape),
-        control=control,
     )
 
 

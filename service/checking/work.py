@@ -182,7 +182,6 @@ class _Counting:
                 if parts
                 else Work()
             )
-            + self._walks(searches.control, removed[1], of_pair=True)
             + self._walks(alone, 0, of_pair=False)
             + self._walks(alone, 0, of_pair=True)
             # Of the controls and by kind of window: prompts anew, of one set each.
@@ -209,7 +208,7 @@ class _Counting:
         # A round of greedy's tries sets together, others one after the other.
         rounds = (greedy / max(1, self.shape.blocks - removed / 2)) * 0.75 + (count - greedy) * 0.67
         read = self._streamed(math.ceil(rounds) + (2 if of_pair else 1), windows, self.shape.blocks + 1)
-        return walked + once + read + self._head(evaluated * windows * fed)
+        return walked + once + read + self._head(evaluated * windows * (tokens // 2))
 
     def healing(self, checkpoints: Sequence[Checkpoint]) -> Work:
         asked = self.spec.distillation

@@ -50,7 +50,7 @@ def cut(context: StageContext) -> RemovalResult:
     chosen = searcher.budgets(of_parts.prefill, of_parts.decode, (0.4, 0.7))
     pair_loss = next(loss for loss in (chosen.loss, of_parts.loss, losses[1]) if loss is not None)
     context.say(0.7, "Measuring the controls.")
-    controls = searcher.simple_controls(prefill, decode)
+    controls = searcher.controls(prefill, decode)
     by_kind = searcher.by_kind_of_window(chosen.prefill, chosen.decode)
     measured = Measured(
         losses=Losses(

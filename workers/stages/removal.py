@@ -93,14 +93,14 @@ def run(context: StageContext) -> RemovalResult:
     stack, windows = load(context)
     searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
 
-    for_prefill = searcher.prefill((0.0, 0.3))
-    for_decode = searcher.decode(for_prefill.units, (0.3, 0.5))
-    of_parts = searcher.parts(for_prefill.units, for_decode.units, (0.5, 0.7))
-    chosen = searcher.budgets(of_parts.prefill, of_parts.decode, (0.5, 0.7))
+    for_prefill = searcher.prefill((0.0, 0.4))
+    for_decode = searcher.decode(for_prefill.units, (0.4, 0.65))
+    of_parts = searcher.parts(for_prefill.units, for_decode.units, (0.65, 0.9))
+    chosen = searcher.budgets(of_parts.prefill, of_parts.decode, (0.65, 0.9))
     pair_loss = next(loss for loss in (chosen.loss, of_parts.loss, for_decode.chosen.loss) if loss is not None)
-    sensitivity = searcher.sensitivity((0.7, 0.75))
+    sensitivity = searcher.sensitivity((0.9, 1.0))
     by_kind = searcher.by_kind_of_window(chosen.prefill, chosen.decode)
-    controls = searcher.controls(for_prefill.units, for_decode.chosen, (0.75, 1.0))
+    controls = searcher.controls(for_prefill.units, for_decode.units)
 
     found = write_plan(
         context,
@@ -131,11 +131,7 @@ def run(context: StageContext) -> RemovalResult:
         **dict(found),
         parts=of_parts.searches,
         budgets=chosen.searches,
-        effort=SearchEfforts(
-            prefill=searcher.efforts["prefill"],
-            decode=searcher.efforts["decode"],
-            control=searcher.efforts.get("control"),
-        ),
+        effort=SearchEfforts(prefill=searcher.efforts["prefill"], decode=searcher.efforts["decode"]),
     )
 
 

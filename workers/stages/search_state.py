@@ -19,8 +19,8 @@ STATE = "search-state.json"
 VERSION = 5
 """Of the state's form. What another version left is not read: the search measures again."""
 SAVE_INTERVAL_S = 10.0
-SearchName = Literal["prefill", "decode", "control"] | tuple[Half, Part]
-"""The searches of a stage: for the blocks of each half, for the control without nesting, for the parts of a half."""
+SearchName = Literal["prefill", "decode"] | tuple[Half, Part]
+"""The searches of a stage: for the blocks of each half, and for the parts of a half."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import interleaved, said_again
 from workers.pruning.model.costs import costs_of
 from workers.pruning.model.plan import Part
-from workers.pruning.model.units import NOTHING, Kind, Unit, Units, blocks_of, deleting, kept_for_cache, parts_of
+from workers.pruning.model.units import NOTHING, Kind, Unit, Units, blocks_of, deleting, parts_of
 from workers.pruning.search.budget import within_budget
 from workers.pruning.search.engine import LossEngine, PairEngine, WholeEngine
 from workers.pruning.search.memo import MeasuredSet, Memo
@@ -46,7 +46,6 @@ ProgressRange = tuple[float, float]
 SOUGHT: Mapping[SearchName, str] = {
     "prefill": "which blocks prefill gives up",
     "decode": "which blocks decode gives up",
-    "control": "which blocks decode gives up without nesting",
     ("decode", "attention"): "which attentions decode gives up",
     ("decode", "mlp"): "which MLPs decode gives up",
     ("prefill", "kv_only"): "which blocks prefill keeps for their keys and values alone",
@@ -292,21 +291,8 @@ class Searcher:
         memo.measuring = tell
         return memo(sets)
 
-    def controls(self, prefill: Units, decode: MeasuredSet, progress_range: ProgressRange) -> Controls:
-        """Losses on continuations to hold the nested pair's against.
-
-        `decode_set_in_both`: prefill gives up what decode does; `decode_only`: it gives up nothing; `non_nested`: it
-        gives up `prefill`, but projects keys and values for every block, so that decode gives up any blocks (of the
-        count in `decode`, whose set is among those tried: this loss is never higher).
-        """
-        self._context.say(progress_range[0], "Measuring the controls.")
-        free = self._non_nested(prefill, decode, progress_range)
-        simple = self.simple_controls(prefill, decode.units)
-        removed = sorted(free.blocks)
-        return simple.model_copy(update={"non_nested": free.loss, "non_nested_removed": removed})
-
-    def simple_controls(self, prefill: Units, decode: Units) -> Controls:
-        """Of the controls, those that take no search."""
+    def controls(self, prefill: Units, decode: Units) -> Controls:
+        """Losses on continuations to hold the pair's against: `decode` given up by both halves, and by decode alone."""
         in_both = self._memo(self._phase(decode), self._pair(decode))([decode])
         alone = self._memo(self._phase(NOTHING), self._pair(NOTHING))([decode])
         return Controls(decode_set_in_both=in_both[decode], decode_only=alone[decode])
@@ -330,19 +316,6 @@ class Searcher:
         of_prefill = self._memo(self._phase(), self._engine())([prefill])[prefill]
         of_pair = self._memo(self._phase(prefill), self._pair(prefill))([decode])[decode]
         return of_prefill, of_pair
-
-    def _non_nested(self, prefill: Units, decode: MeasuredSet, progress_range: ProgressRange) -> MeasuredSet:
-        if prefill == self._forced:
-            return decode  # Nesting asked for nothing.
-        projecting = kept_for_cache(blocks_of(prefill))
-        memo = self._memo(self._phase(projecting), self._pair(projecting))
-        memo([decode.units])
-        algorithm = self._spec.search.algorithm
-        # Without nesting there are far more sets; exhaustive search is affordable only where it was asked for.
-        algorithm = "annealing" if algorithm == "exhaustive" else algorithm
-        count = len(decode.units)
-        result = self._search("control", memo, self._forced, count, progress_range, algorithm=algorithm)
-        return result.frontier[count]
 
     def _half(
         self,

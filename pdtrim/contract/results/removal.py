@@ -31,8 +31,7 @@ class Controls(Result):
     decode_only: float = Field(description="Where prefill gives up nothing.")
     non_nested: float | None = Field(
         default=None,
-        description="Where decode need not give up what prefill does. Null where the job was cut from another, which "
-        "searches nothing.",
+        description="Where decode need not give up what prefill does. Jobs of earlier versions searched this.",
     )
     non_nested_removed: list[int] | None = Field(default=None, description="What decode gives up then.")
 
@@ -155,7 +154,7 @@ class SearchEfforts(Halves[SearchEffort]):
     """What each search of the stage took."""
 
     control: SearchEffort | None = Field(
-        default=None, description="Of the control without nesting; null where prefill gives up nothing of its own."
+        default=None, description="Of the control without nesting, which jobs of earlier versions searched."
     )
 
 

@@ -104,6 +104,8 @@ def prompt_attention(
     is missing to a sum of 1 over a layer went to the tokens that decode runs.
     """
     stack = block_stack(decode)
+    # Blocks of a class that none has entered yet are run once to see what they give, which may not be measured.
+    stack.embed(windows[:1, :1])
     handed = handed_tokens(prompt_tokens, first_token)
     total = torch.zeros(len(layer_map), handed, dtype=torch.float64)
     for ids in windows.split(batch):

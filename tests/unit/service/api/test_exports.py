@@ -113,8 +113,6 @@ def test_an_estimate_says_what_a_job_would_make_and_queues_nothing(gateway: Gate
     assert found["dense"]["kv_bytes_per_token"] == 12 * 2 * 2 * 32 * 2
     # Greedy from none to two of twelve, then annealing's own: there are fewer pairs than its budget.
     assert found["evaluations"]["prefill"] == 1 + 12 + 66
-    # The control goes from none to four.
-    assert found["evaluations"]["control"] == 1 + 12 + 11 + 10 + 9 + 6 * 12
     assert found["earlier"] is None
     assert [warning["param"] for warning in found["warnings"]] == ["prefill.remove_blocks"]
 
