@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pdtrim.client import Client
-from pdtrim.contract.jobs import Job, JobStatus, StageName
+from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import EvaluationResult
 from service.commands.demo_job import BRACKETS, GETTERS
 from tests.processes import pdtrim_up
 
-NAMES = ("count", "path", "name", "index", "value", "size", "text", "key", "data", "node", "offset", "width", "label")
 NAMED = "arc_easy"
 """A task of lm-evaluation-harness, whose data set lies in the folder that the worker runs in."""
 ARC = [
@@ -79,17 +78,15 @@ class Pair:
         return max(range(len(choices)), key=lambda place: self.likelihood(text, delimiter + choices[place]))
 
 
-def finished(client: Client, spec: dict[str, Any], to: Path) -> tuple[Job, EvaluationResult]:
-    """The job's result, its checkpoints in a folder."""
-    job_id = client.create(spec).id
-    job = client.wait(job_id, timeout=240)
-    assert job.status == JobStatus.SUCCEEDED, job.error
-    for artifact in client.artifacts(job_id):
+def finished(client: Client, spec: dict[str, Any], to: Path) -> EvaluationResult:
+    """What the job's evaluation found, its checkpoints in a folder."""
+    job = client.wait(client.create(spec).id)
+    for artifact in client.artifacts(job.id):
         if artifact.stage == StageName.EXPORT:
-            client.download(job_id, artifact, to / artifact.name)
+            client.download(job.id, artifact, to / artifact.name)
     found = job.result(EvaluationResult)
     assert found is not None
-    return job, found
+    return found
 
 
 @pytest.mark.parametrize("first_token", ["decode", "prefill"])
@@ -124,7 +121,7 @@ def test_a_pair_answers_as_a_loop_written_with_transformers_alone(
     environment |= {"PDTRIM_ALLOWED_SOURCES": '["reference", "builtin:", "hf://"]', "HF_HUB_OFFLINE": "1"}
 
     with pdtrim_up(environment, tmp_path) as url, Client(url) as client:
-        _, found = finished(client, spec, tmp_path / "job")
+        found = finished(client, spec, tmp_path / "job")
 
     pair = Pair(tmp_path / "job")
     assert pair.first_token == first_token
