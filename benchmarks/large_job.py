@@ -114,18 +114,18 @@ def main() -> None:
                     at_work = [stage.name for stage in job.stages if stage.status == StageStatus.RUNNING]
                     for stage in at_work:
                         peaks[stage] = max(peaks.get(stage, 0), most)
-        if job.status != JobStatus.SUCCEEDED:
-            raise SystemExit(f"{job.status}: {job.error}\n{log.read_text()[-4000:]}")
+        said = log.read_text()
 
     print(
         f"Source: {size / 1e9:.2f} GB in 5 shards; a worker may take {args.gigabytes} GB. torch {torch.__version__}\n"
     )
     print("| stage | seconds | peak resident MB | way |\n|---|---|---|---|")
     for done in job.stages:
-        assert done.started_at is not None
-        assert done.finished_at is not None
-        seconds = (done.finished_at - done.started_at).total_seconds()
-        print(f"| {done.name} | {seconds:.0f} | {peaks[done.name] / 1e6:.0f} | {way(done.metrics)} |")
+        if done.started_at is not None and done.finished_at is not None:
+            seconds = (done.finished_at - done.started_at).total_seconds()
+            print(f"| {done.name} | {seconds:.0f} | {peaks.get(done.name, 0) / 1e6:.0f} | {way(done.metrics)} |")
+    if job.status != JobStatus.SUCCEEDED:
+        raise SystemExit(f"{job.status}: {job.error}\n{said[-4000:]}")
     found = job.result(EvaluationResult)
     assert found is not None
     print()
