@@ -38,7 +38,10 @@ DEMO_SPEC: dict[str, Any] = {
     "evaluation": {
         "speed_tokens": 32,
         "tasks": [BRACKETS, GETTERS],
-        "prompts": ["def read_lines(path):\n", "class Stack:\n    def push(self, item):\n"],
+        "prompts": [
+            "import os\n\ndef read_lines(path):\n    with open(path",
+            "for name in sorted(os.listdir(path)):\n    if name.endswith(",
+        ],
         "sample_tokens": 24,
     },
     "metadata": {"made-by": "pdtrim demo"},
