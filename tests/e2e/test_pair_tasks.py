@@ -20,7 +20,7 @@ from tests.processes import pdtrim_up
 
 NAMED = "arc_easy"
 """A task of lm-evaluation-harness, whose data set lies in the folder that the worker runs in."""
-ARC = [
+ARC: list[dict[str, Any]] = [
     {
         "id": str(number),
         "question": f"{code}, of which the last bracket is closed by",
@@ -46,14 +46,14 @@ class Pair:
         """For each token of the answer, and for the one after it."""
         by_decode = self.first_token == "decode"
         read, cache = (prompt[:-1] if by_decode else prompt), DynamicCache(config=self.prefill.config)
-        first = self.prefill(input_ids=torch.tensor([read]), past_key_values=cache).logits[0, -1:]
+        first: Tensor = self.prefill(input_ids=torch.tensor([read]), past_key_values=cache).logits[0, -1:]
         handed = DynamicCache(config=self.decode.config)
         for layer, source in enumerate(self.layer_map):
             handed.update(cache.layers[source].keys, cache.layers[source].values, layer)
         ids = [*prompt[-1:], *answer] if by_decode else answer
         if not ids:
             return first
-        others = self.decode(input_ids=torch.tensor([ids]), past_key_values=handed).logits[0]
+        others: Tensor = self.decode(input_ids=torch.tensor([ids]), past_key_values=handed).logits[0]
         return others if by_decode else torch.cat([first, others])
 
     def likelihood(self, text: str, answer: str) -> float:
@@ -65,10 +65,11 @@ class Pair:
 
     def answer(self, text: str, until: list[str], most_tokens: int) -> str:
         """What follows the text."""
-        prompt, said = self.tokenizer(text)["input_ids"], []
+        prompt: list[int] = self.tokenizer(text)["input_ids"]
+        said: list[int] = []
         while len(said) < most_tokens and (not said or said[-1] != self.tokenizer.eos_token_id):
             said.append(int(self.logits(prompt, said)[-1].argmax()))
-        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(said, skip_special_tokens=True))
         for stop in until:
             text = text.split(stop)[0]
         return text.strip()
