@@ -19,7 +19,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from workers.pruning.model.calibration import (
 )
 from workers.pruning.model.measure import token_losses
 from workers.pruning.model.parts import block_part, pruned
-from workers.pruning.model.plan import BlockPlan
+from workers.pruning.model.plan import BlockPlan, Blocks
 from workers.pruning.model.units import NOTHING, Unit, Units, blocks_of, deleting
 from workers.pruning.repair.distill import heal, load_tensors, trainable
 from workers.pruning.repair.fold import (
@@ -53,6 +53,7 @@ from workers.pruning.repair.fold import (
     fold,
     ridge_change,
     scale_of,
+    wanted_states,
 )
 from workers.pruning.repair.training import Journal, TrainingSettings
 from workers.pruning.search.engine import WholeEngine
@@ -187,7 +188,7 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def made(bench: Bench, plan: BlockPlan, name: str, windows: Tensor) -> tuple[dict[str, Tensor], float]:
+def folded(bench: Bench, plan: BlockPlan, name: str, windows: Tensor) -> tuple[dict[str, Tensor], float]:
     """The tensors that a variant changes, and the seconds it took."""
     bench.synchronise()
     started = time.perf_counter()
@@ -195,18 +196,9 @@ def made(bench: Bench, plan: BlockPlan, name: str, windows: Tensor) -> tuple[dic
         tensors = magnitude(bench.model, plan, windows[: 8 * bench.batch])
     else:
         kind, stack = variant(name), block_stack(bench.model)
-        tensors = dict(
-            fold(
-                stack,
-                stack,
-                plan,
-                windows,
-                chunk_windows=bench.batch,
-                change_of=kind.change_of,
-                weighing=kind.weighing,
-                held_on=bench.device,
-            ).tensors
-        )
+        wanted = wanted_states(stack, plan, windows, chunk_windows=bench.batch, held_on=bench.device)
+        made = fold(stack, plan, wanted, change_of=kind.change_of, weighing=kind.weighing)
+        tensors = dict(made.tensors)
     bench.synchronise()
     return tensors, time.perf_counter() - started
 
@@ -261,6 +253,7 @@ class Rows:
     bench: Bench
     out: Path
     dense: Losses
+    _without: dict[Blocks, Losses] = field(default_factory=dict, init=False)
 
     def plan(self, removed: Sequence[int]) -> BlockPlan:
         """That removes these whole blocks."""
@@ -271,8 +264,9 @@ class Rows:
     ) -> Row:
         """Fold and measure; `nothing` as a name folds nothing."""
         bench, plan = self.bench, self.plan(removed)
-        without = bench.losses(pruned(bench.model, plan))
-        tensors, seconds = ({}, 0.0) if name == "nothing" else made(bench, plan, name, bench.windows(tokens, seed))
+        without = self._without.get(plan.removed) or bench.losses(pruned(bench.model, plan))
+        self._without[plan.removed] = without
+        tensors, seconds = ({}, 0.0) if name == "nothing" else folded(bench, plan, name, bench.windows(tokens, seed))
         model = healed(bench, plan, tensors) if heals else pruned(bench.with_tensors(tensors), plan)
         found = bench.losses(model)
         healed_on = bench.heal_tokens if heals else 0
@@ -345,7 +339,7 @@ def search_folded(rows: Rows, engine: WholeEngine, last: int, tried: int, tokens
         found: dict[Units, float] = {}
         for units in sorted(candidates, key=lambda units: losses[units])[:tried]:
             plan = rows.plan(sorted(blocks_of(units)))
-            tensors, _ = made(bench, plan, name, windows)
+            tensors, _ = folded(bench, plan, name, windows)
             student = pruned(bench.with_tensors(tensors), plan)
             found[units] = bench._loss(student, bench.calibration, 1)
         chosen = min(found, key=lambda units: found[units])

@@ -242,55 +242,85 @@ def _hooked(module: nn.Module, replaced: Callable[[Tensor], Tensor]) -> Iterator
         handle.remove()
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The dense model's hidden states behind the cuts of a half."""
+
+    chunks: Sequence[Tensor]
+    """Token ids (batch, time) of some windows each."""
+    behind: Mapping[int, Sequence[Tensor]]
+    """By the last block of a cut, what it gives for each chunk (batch, time, hidden)."""
+    held_on: torch.device
+
+
 @torch.no_grad()
-def fold(
+def wanted_states(
     dense: BlockStack,
-    own: BlockStack,
     plan: BlockPlan,
     windows: Tensor,
     *,
     chunk_windows: int,
+    held_on: torch.device = HOST,
+    check: Callable[[], None] = lambda: None,
+) -> Wanted:
+    """What `fold` needs of the dense model, on windows (windows, time), in one walk over its blocks.
+
+    Besides the states that are returned, those of one more block are held. `check`, which may raise, is called before
+    every block.
+    """
+    calls, chunks = capture_calls(dense, windows), windows.split(chunk_windows)
+    lasts = {cut.last for cut in cuts_of(plan)}
+    states = [dense.embed(ids).to(held_on) for ids in chunks]
+    behind: dict[int, Sequence[Tensor]] = {}
+    for block in range(max(lasts, default=-1) + 1):
+        check()
+        states = [calls.run(dense, block, h.to(dense.device)).to(held_on) for h in states]
+        if block in lasts:
+            behind[block] = states
+    return Wanted(chunks, behind, held_on)
+
+
+@torch.no_grad()
+def fold(
+    own: BlockStack,
+    plan: BlockPlan,
+    wanted: Wanted,
+    *,
     change_of: ChangeOf = crossed_change,
     weighing: Weighing | None = None,
-    held_on: torch.device = HOST,
     check: Callable[[], None] = lambda: None,
 ) -> Fold:
     """Fold every cut of a half that gives up what `plan` says, from the lowest to the highest.
 
-    `own` are all blocks of the half before it gives them up, its weights those of `dense` unless it has others. One
-    walk from bottom to top over windows (windows, time): the states that a fold is made from are those of the half with
-    all folds below. Neither model is changed. Three hidden states of all windows are held, on the host unless told
-    otherwise; a cut's sums take 4 · hidden² numbers of float64. `check`, which may raise, is called before every block.
+    `own` are all blocks of the half before it gives them up. One walk from bottom to top: the states that a fold is
+    made from are those of the half with all folds below. It is not changed. Two hidden states of all windows are held
+    beside those that are wanted; a cut's sums take 4 · hidden² numbers of float64. `check`, which may raise, is called
+    before every block.
     """
     found, left_out = _taken(own, plan)
-    calls = capture_calls(dense, windows), capture_calls(own, windows)
-    chunks = windows.split(chunk_windows)
-    wanted = [dense.embed(ids).to(held_on) for ids in chunks]
-    states = [own.embed(ids).to(held_on) for ids in chunks]
+    calls, held_on = capture_calls(own, wanted.chunks[0]), wanted.held_on
+    states = [own.embed(ids).to(held_on) for ids in wanted.chunks]
     tensors: dict[str, Tensor] = {}
     errors: list[CutError] = []
-    ends = {cut.last: cut for cut in found}
-    begins = {into.block: into for into in found.values()}
-    given: list[Tensor] = []
+    taking = {into.block: (cut, into) for cut, into in found.items()}
     passed = {block for cut in cuts_of(plan) for block in range(cut.first, cut.last + 1)}
-    for block in range(max(ends, default=-1) + 1):
+    for block in range(max(taking, default=-1) + 1):
         check()
-        wanted = [calls[0].run(dense, block, h.to(dense.device)).to(held_on) for h in wanted]
-        if block in begins:
-            states, given = _run_apart(own, calls[1], begins[block], plan, states)
-        elif block not in passed:
-            states = [_run(own, calls[1], block, plan, h).to(held_on) for h in states]
-        if block in ends:
-            into = found[ends[block]]
-            halves = _moments(states, given, wanted, own.device, weighing)
-            change = change_of(*halves)
-            both = halves[0] + halves[1]
-            nothing = torch.zeros_like(change)
-            errors.append(CutError(ends[block], before=both.error(nothing), after=both.error(change)))
-            tensors |= folded(into, change)
-            states = [
-                (h.double() + m.double() @ change.T.to(held_on)).to(h.dtype) for h, m in zip(states, given, strict=True)
-            ]
+        if block in passed:
+            continue
+        if block not in taking:
+            states = [_run(own, calls, block, plan, h).to(held_on) for h in states]
+            continue
+        cut, into = taking[block]
+        states, given = _run_apart(own, calls, into, plan, states)
+        halves = _moments(states, given, wanted.behind[cut.last], own.device, weighing)
+        change = change_of(*halves)
+        both = halves[0] + halves[1]
+        errors.append(CutError(cut, before=both.error(torch.zeros_like(change)), after=both.error(change)))
+        tensors |= folded(into, change)
+        states = [
+            (h.double() + m.double() @ change.T.to(held_on)).to(h.dtype) for h, m in zip(states, given, strict=True)
+        ]
     return Fold(tensors, errors, left_out)
 
 

@@ -13,7 +13,7 @@ from workers.pruning.model.measure import perplexity
 from workers.pruning.model.parts import Half, block_part, pruned
 from workers.pruning.model.plan import BlockPlan
 from workers.pruning.repair.distill import load_tensors
-from workers.pruning.repair.fold import Cut, Fold, Moments, cuts_of, fold, foldable, ridge_change
+from workers.pruning.repair.fold import Cut, Fold, Moments, cuts_of, fold, foldable, ridge_change, wanted_states
 
 SPAN = BlockPlan(5, frozenset({2, 3}))
 
@@ -26,7 +26,8 @@ def folded_model(model: PreTrainedModel, plan: BlockPlan, made: Fold) -> PreTrai
 
 def folding(model: PreTrainedModel, plan: BlockPlan, windows: Tensor) -> Fold:
     stack = block_stack(model)
-    return fold(stack, stack, plan, windows, chunk_windows=3, change_of=lambda *halves: exact(halves))
+    wanted = wanted_states(stack, plan, windows, chunk_windows=3)
+    return fold(stack, plan, wanted, change_of=lambda *halves: exact(halves))
 
 
 def exact(halves: tuple[Moments, Moments]) -> Tensor:
@@ -90,7 +91,7 @@ def test_several_cuts_bring_a_trained_model_back_towards_the_dense_one() -> None
     model, plan = reference_model(), BlockPlan(12, frozenset({2, 4, 5, 9}))
     windows, unseen = reference_windows("calibration", 24, 128), reference_windows("validation", 8, 128)
     stack = block_stack(model)
-    made = fold(stack, stack, plan, windows, chunk_windows=8)
+    made = fold(stack, plan, wanted_states(stack, plan, windows, chunk_windows=8))
     assert [error.cut for error in made.errors] == [Cut(2, 2), Cut(4, 5), Cut(9, 9)]
     assert all(error.after < error.before for error in made.errors)
     before = perplexity(pruned(model, plan), unseen, batch=8).value
@@ -111,6 +112,6 @@ def test_a_cut_that_nothing_can_take_says_why(family: str, plan: BlockPlan, reas
     stack = block_stack(tiny_model(family))
     (cut,) = cuts_of(plan)
     assert reason in str(foldable(stack, plan, cut))
-    made = fold(stack, stack, plan, random_ids(4, 8), chunk_windows=2)
+    made = fold(stack, plan, wanted_states(stack, plan, random_ids(4, 8), chunk_windows=2))
     assert not made.tensors
     assert [one.cut for one in made.left_out] == [cut]
