@@ -373,6 +373,12 @@ class DistillationSpec(SpecModel):
     heal_tokens: int = Field(
         default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."
     )
+    fold: bool = Field(
+        default=True,
+        description="Whether linear maps, fitted to the dense model's hidden states without training, are multiplied "
+        "into the MLPs before removed blocks, where that lowers the held-out loss. Healing starts from there; with "
+        "`heal_tokens: 0` it is all the repair there is.",
+    )
     trainable: Literal["all", "distilled", "lora"] = Field(
         default="all",
         description="What healing trains: every kept block, only those that absorbed another, or low-rank adapters of "

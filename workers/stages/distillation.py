@@ -14,15 +14,24 @@ from transformers import PreTrainedModel
 
 from pdtrim.contract.healing_memory import HealingSize, healing_devices, healing_way, keeps_targets
 from pdtrim.contract.jobs import StageName
-from pdtrim.contract.results import DistillationResult, Half, Healing, OwnAnswers
+from pdtrim.contract.results import DistillationResult, Folding, Half, Healing, OwnAnswers
 from pdtrim.contract.windows import Split
-from workers.inputs.models import accelerators, device, free_memory_bytes, load_for_walks, load_model, tensor_float_32
+from workers.inputs.models import (
+    accelerators,
+    device,
+    fits_whole,
+    free_memory_bytes,
+    load_for_walks,
+    load_model,
+    tensor_float_32,
+)
 from workers.inputs.windows import ANSWERS
 from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.parts import idle_tensors, pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.sharing import share
+from workers.pruning.model.streaming import parameter_bytes
 from workers.pruning.model.width import Channels, change_width
 from workers.pruning.repair.answers import marked
 from workers.pruning.repair.distill import (
@@ -36,11 +45,26 @@ from workers.pruning.repair.distill import (
     train_on,
     trainable,
 )
+from workers.pruning.repair.fold import cuts_of
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.targets import token_bytes
 from workers.stages.answering import answered_windows
 from workers.stages.context import StageContext
+from workers.stages.folding import (
+    LEAST_WINDOWS,
+    ON_SEVERAL,
+    STREAMED,
+    TOO_LARGE,
+    TOO_LITTLE,
+    HalfFold,
+    fold_windows,
+    folded_half,
+    judged,
+    none_folded,
+    not_folded,
+    wanted_of,
+)
 from workers.stages.halves import (
     DECODE,
     PREFILL,
@@ -73,6 +97,8 @@ class Work:
     plans: Plans
     channels: HalfChannels
     data: TrainingWindows
+    to_fold: Tensor
+    """Token ids (windows, tokens) that folds are made from."""
     dtype: torch.dtype
     """Of the dense model."""
     free_bytes: int
@@ -101,6 +127,7 @@ class HealedHalf:
     trained: Tensors = field(default_factory=dict)
     """What differs from the dense model, in the stored dtype, on the host."""
     found: Healing | None = None
+    folding: Folding | None = None
 
 
 @tensor_float_32()
@@ -108,24 +135,27 @@ def run(context: StageContext) -> DistillationResult:
     """Writes the trained tensors of each serving stage, called as in the dense model, in its stored dtype."""
     spec = context.spec.distillation
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
-    if not spec.enabled or not steps(spec, windows["train"].shape[1]):
-        for name in (PREFILL, DECODE):
-            save_file({}, context.out / name)
-        return DistillationResult(enabled=spec.enabled)
-    if (devices := healing_devices(spec, len(accelerators()))) > 1:
+    trains = bool(steps(spec, windows["train"].shape[1]))
+    if not spec.enabled or not (trains or spec.fold):
+        return _nothing(context, DistillationResult(enabled=spec.enabled))
+    if trains and (devices := healing_devices(spec, len(accelerators()))) > 1:
         return _heal_on_several(context, devices, windows)
     free_bytes = free_memory_bytes(device(), context.memory_bytes)
     plans, channels = read_plans(context), read_channels(context)
     dtype = read_precision(context)
+    if not trains and not fits_whole(2 * parameter_bytes(context.model_dir, dtype, context.check), free_bytes):
+        return _nothing(context, DistillationResult(enabled=True, folds=none_folded(plans, TOO_LARGE)))
     sizes = _sizes(context, plans, channels, windows["train"], number_bytes=dtype.itemsize)
-    if has_to_be_streamed(context, [_least(plans, both) for both in sizes.values()], free_bytes):
+    if trains and has_to_be_streamed(context, [_least(plans, both) for both in sizes.values()], free_bytes):
         with saving(context) as saver:
             answered = partial(training_windows, context, windows)
-            return heal_streamed(context, plans, channels, answered, free_bytes, saver)
+            healed = heal_streamed(context, plans, channels, answered, free_bytes, saver)
+            return _without_folds(context, healed, STREAMED)
     dense = partial(load_model, context.model_dir, context.check, dtype=dtype)
-    data, answers = training_windows(context, windows, dense)
+    data, answers = training_windows(context, windows, dense) if trains else (_held_out_alone(windows), None)
     with saving(context) as saver, ExitStack() as opened:
-        compared = decided(context, lambda: _kept_of(context, plans, channels, sizes, data, free_bytes))
+        kept_of = partial(_kept_of, context, plans, channels, sizes, data, free_bytes)
+        compared = decided(context, kept_of) if trains else None
         teacher: Teacher
         if compared is None:
             teacher, size = dense(), 0
@@ -134,19 +164,47 @@ def run(context: StageContext) -> DistillationResult:
             teacher = opened.enter_context(kept_targets(context, data.all, compared, hidden, dtype, saver))
             size = token_bytes(compared, hidden) * data.all.numel()
         taken = {half: both.beside if compared is None else both.ahead for half, both in sizes.items()}
-        work = Work(context, plans, channels, data, dtype, free_bytes, taken, teacher, size, saver)
+        to_fold = fold_windows(data.training, windows["calibration"], len(data.held_out))
+        work = Work(context, plans, channels, data, to_fold, dtype, free_bytes, taken, teacher, size, saver)
         prefill = _heal_prefill(work)
         context.write_tensors(context.out / PREFILL, prefill.trained)
         decode = prefill if plans.unified else _heal_decode(work, prefill)
         context.write_tensors(context.out / DECODE, decode.trained)
-    return DistillationResult(enabled=True, prefill=prefill.found, decode=decode.found, answers=answers)
+    folds: dict[Half, Folding | None] = {"prefill": prefill.folding, "decode": decode.folding}
+    return DistillationResult(
+        enabled=True,
+        prefill=prefill.found,
+        decode=decode.found,
+        folds={half: found for half, found in folds.items() if found is not None},
+        answers=answers,
+    )
+
+
+def _nothing(context: StageContext, result: DistillationResult) -> DistillationResult:
+    """Leave both halves as they are."""
+    for name in (PREFILL, DECODE):
+        save_file({}, context.out / name)
+    return result
+
+
+def _without_folds(context: StageContext, result: DistillationResult, reason: str) -> DistillationResult:
+    """Say why nothing was folded, where that was asked for."""
+    folds = none_folded(read_plans(context), reason) if context.spec.distillation.fold else {}
+    return result.model_copy(update={"folds": folds})
+
+
+def _held_out_alone(windows: Tensors) -> TrainingWindows:
+    """Where nothing is trained: no more than half of the calibration windows, the rest being what folds are made of."""
+    calibration = _of_use(windows, "calibration")
+    return TrainingWindows(calibration[:0], calibration[: min(HELD_OUT_WINDOWS, len(calibration) // 2)])
 
 
 def _heal_on_several(context: StageContext, devices: int, windows: Tensors) -> DistillationResult:
     """By processes of their own; what the dense model has to answer, this one has it answer before."""
     dense = partial(load_for_walks, context.model_dir, context.check, dtype=read_precision(context))
     data, answers = training_windows(context, windows, dense)
-    return heal_on(devices, context, data).model_copy(update={"answers": answers})
+    healed = heal_on(devices, context, data).model_copy(update={"answers": answers})
+    return _without_folds(context, healed, ON_SEVERAL)
 
 
 def training_windows(
@@ -336,39 +394,49 @@ def _heal(
     frozen: Callable[[BlockStack], set[str]],
     learning: Callable[[PreTrainedModel], Learning],
 ) -> HealedHalf:
-    """Heal a half, in the way that fits, from what it inherits of the other beside the dense model's weights.
+    """Heal a half, in the way that fits, from what it inherits of the other beside the dense model's weights, and from
+    what can be folded into these.
 
     Its result has the held-out loss of the weights given and of those trained. Where training did no better, the
     weights given are put back.
     """
     context, data, spec = work.context, work.data, work.context.spec.distillation
     blocks = trained_blocks(spec, plan)
-    gave_up = _gives_up(plan, channels)
+    trains = _gives_up(plan, channels) and len(data.training) > 0
     size = work.sizes[half]
     resume = kept_state(context, half)
     way = kept_way(resume, spec) if resume else healing_way(size, asked_way(spec), work.free_bytes)
 
     # The student: its own are what is trained and what it inherits.
-    dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if gave_up else work.dtype)
+    dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if trains else work.dtype)
     start = inherits(dense)
+    folds = _folding_of(work, half, plan, dense, progress_range[0])
     weights = narrowed(dense, channels)
     del dense
     stack = block_stack(weights)
     healed: dict[str, nn.Parameter] = {}
-    if gave_up:
+    if trains:
         still = frozen(stack) | idle_tensors(stack, plan.parts)
         healed = _healed_weights(context, weights, blocks, still)
-    _share(weights, work.teacher, beside, own={*healed, *start})
     load_tensors(weights, start)
+    fold = folds(stack)
+    own = {*healed, *start, *fold.tensors}
+    _share(weights, work.teacher, beside, own=own)
     for block in plan.removed:
         stack.blocks[block].to_empty(device="meta")  # which nobody runs
-    if not healed:
-        return HealedHalf(weights.requires_grad_(False), start)
+    if not healed and not fold.tensors:
+        return HealedHalf(weights.requires_grad_(False), start, folding=fold.found)
     student = pruned(weights, plan)
 
     settings = training_settings(context, way, data.training.shape[1])
     learned = learning(student)
     named = dict(weights.named_parameters())
+    folding = fold.found
+    if fold.tensors:
+        folding = judged(fold, named, lambda: mean_loss(learned.loss, data.held_out, settings.held_out_batch))
+        start = start | (dict(fold.tensors) if folding.kept == "folded" else {})
+    if not healed:
+        return HealedHalf(weights.requires_grad_(False), start, folding=folding)
     given = {name: named[name].detach().to("cpu", copy=True) for name in healed}
     context.say(progress_range[0], f"Measuring the {half} model before it is healed.", half=half)
     before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
@@ -388,10 +456,24 @@ def _heal(
 
     if DTYPES[way.precision].itemsize > work.dtype.itemsize:
         nn.Module.to(weights, work.dtype)
-        _share(weights, work.teacher, beside, own={*healed, *start})
+        _share(weights, work.teacher, beside, own=own)
     how = recorded(size, way, target_bytes=work.target_bytes)
     found = Healing(before=before, after=after, steps=taken, kept=kept, how=how)
-    return HealedHalf(weights, start | trained, found)
+    return HealedHalf(weights, start | trained, found, folding)
+
+
+def _folding_of(
+    work: Work, half: Half, plan: BlockPlan, dense: PreTrainedModel, progress: float
+) -> Callable[[BlockStack], HalfFold]:
+    """What folds all blocks of a half, after the dense model's own are no longer there."""
+    context = work.context
+    if not context.spec.distillation.fold or not cuts_of(plan):
+        return lambda own: HalfFold({}, None)
+    if len(work.to_fold) < LEAST_WINDOWS:
+        return lambda own: not_folded(plan, TOO_LITTLE)
+    context.say(progress, f"Folding what the {half} model gives up into what stays.", half=half)
+    wanted = wanted_of(context, block_stack(dense), plan, work.to_fold)
+    return lambda own: folded_half(context, own, plan, wanted, stored_dtype(context.model_dir))
 
 
 def _share(weights: PreTrainedModel, teacher: Teacher, beside: HealedHalf | None, *, own: Collection[str]) -> None:

@@ -7,7 +7,15 @@ unknown here are ignored.
 from __future__ import annotations
 
 from pdtrim.contract.results.base import Half, Halves, Result, Way
-from pdtrim.contract.results.distillation import DistillationResult, FittedMerge, Healing, OwnAnswers
+from pdtrim.contract.results.distillation import (
+    DistillationResult,
+    FittedMerge,
+    FoldedCut,
+    Folding,
+    Healing,
+    OwnAnswers,
+    UnfoldedCut,
+)
 from pdtrim.contract.results.evaluation import (
     REPORT,
     CopyingLosses,
@@ -78,6 +86,8 @@ __all__ = [
     "FirstTokenLoss",
     "FirstTokenLosses",
     "FittedMerge",
+    "FoldedCut",
+    "Folding",
     "FrontierSet",
     "Frontiers",
     "Half",
@@ -111,6 +121,7 @@ __all__ = [
     "TaskResult",
     "TokenRule",
     "TokenRuleFigures",
+    "UnfoldedCut",
     "Way",
     "WindowCounts",
 ]

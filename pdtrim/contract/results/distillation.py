@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pdtrim.contract.results.base import Result, Way
+from pdtrim.contract.results.base import Half, Result, Way
 
 Kept = Literal["distilled", "undistilled"]
 
@@ -52,6 +52,37 @@ class Healing(Result):
     how: HowHealed | None = Field(default=None, description="Null for jobs of versions that healed in one way.")
 
 
+class FoldedCut(Result):
+    """A run of blocks that hidden states pass unchanged, and what the fold before it makes up for.
+
+    Errors are the squared distance of the hidden states behind it from the dense model's, as a share of these.
+    """
+
+    first: int
+    last: int
+    error_before: float
+    error_after: float
+
+
+class UnfoldedCut(Result):
+    """A run of blocks that hidden states pass unchanged, and why no fold makes up for it."""
+
+    first: int
+    last: int
+    reason: str
+
+
+class Folding(Result):
+    """What a half's cuts came to without training: linear maps, folded into the MLPs before them."""
+
+    kept: Literal["folded", "unfolded"] = Field(description="By the held-out loss, where there was anything to fold.")
+    before: float | None = Field(default=None, description="The held-out loss without, null where nothing was folded.")
+    after: float | None = Field(default=None, description="The same with all folds; healing goes on from the lower.")
+    tokens: int = Field(default=0, description="That the maps were fitted on.")
+    cuts: list[FoldedCut] = Field(default_factory=list)
+    left_out: list[UnfoldedCut] = Field(default_factory=list)
+
+
 class OwnAnswers(Result):
     """What healing trained on where that is what the dense model says itself."""
 
@@ -69,6 +100,7 @@ class DistillationResult(Result):
     )
     prefill: Healing | None = Field(default=None, description="Null where there was nothing to train.")
     decode: Healing | None = None
+    folds: dict[Half, Folding] = Field(default_factory=dict, description="Of each half that has cuts, if asked for.")
     answers: OwnAnswers | None = Field(default=None, description="Null where healing trained on the data as given.")
 
     @property

@@ -1,0 +1,83 @@
+"""The distillation stage: what it folds into the weights before it trains, or instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pdtrim.contract.results import DistillationResult
+from tests.unit.workers.stages.test_distillation import REMOVED, left, ready
+from workers.pruning.repair.fold import fold
+from workers.stages import distillation, folding, halves
+from workers.stages.context import StageContext
+
+pytestmark = pytest.mark.training
+
+LINEAR = ("down_proj.weight",)
+MANY = {"windows": 40, "window_tokens": 32}
+
+
+def ran(folder: Path, **changes: Any) -> tuple[StageContext, DistillationResult]:
+    surroundings = ready(folder, **changes)
+    return surroundings, distillation.run(surroundings)
+
+
+def test_without_training_folded_weights_are_kept_where_they_help(tmp_path: Path) -> None:
+    surroundings, found = ran(tmp_path, **REMOVED, calibration=MANY, distillation={"heal_tokens": 0})
+    assert found.prefill is found.decode is None
+    for folded, name in ((found.folds["prefill"], halves.PREFILL), (found.folds["decode"], halves.DECODE)):
+        assert folded.before is not None
+        assert folded.after is not None
+        kept = load_file(surroundings.out / name)
+        assert (folded.kept == "folded") == (folded.after < folded.before)
+        assert all(tensor.endswith(LINEAR) for tensor in kept)
+    assert found.folds["prefill"].kept == "folded"
+    assert load_file(surroundings.out / halves.PREFILL)
+
+
+def test_folded_weights_that_do_harm_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harmful(*given: Any, **named: Any) -> Any:
+        made = fold(*given, **named)
+        return type(made)({name: -9 * tensor for name, tensor in made.tensors.items()}, made.errors, made.left_out)
+
+    monkeypatch.setattr(folding, "fold", harmful)
+    surroundings, found = ran(tmp_path, **REMOVED, calibration=MANY, distillation={"heal_tokens": 0})
+    assert found.folds["prefill"].kept == found.folds["decode"].kept == "unfolded"
+    assert left(surroundings) == {}
+
+
+def test_healing_starts_from_the_folded_weights(tmp_path: Path) -> None:
+    _, plain = ran(tmp_path / "plain", **REMOVED, distillation={"fold": False})
+    _, found = ran(tmp_path / "folded", **REMOVED)
+    assert plain.folds == {}
+    assert plain.prefill is not None
+    assert found.prefill is not None
+    assert found.folds["prefill"].kept == "folded"
+    assert found.folds["prefill"].before == pytest.approx(plain.prefill.before)
+    assert found.folds["prefill"].after == pytest.approx(found.prefill.before)
+
+
+def test_training_in_vain_leaves_the_folded_weights(tmp_path: Path) -> None:
+    surroundings, found = ran(tmp_path, **REMOVED, distillation={"learning_rate": 1.0})
+    assert found.prefill is not None
+    assert found.prefill.kept == "undistilled"
+    assert found.folds["prefill"].kept == "folded"
+    folded = load_file(surroundings.out / halves.PREFILL)
+    assert folded
+    assert all(name.endswith(LINEAR) for name in folded)
+
+
+def test_a_model_pruned_by_others_keeps_its_weights_when_nothing_is_repaired(tmp_path: Path) -> None:
+    surroundings, found = ran(tmp_path, **REMOVED, distillation={"enabled": False})
+    assert found.folds == {}
+    assert left(surroundings) == {}
+
+
+def test_windows_to_fold_on_leave_out_those_that_judge() -> None:
+    training, calibration = torch.arange(6).view(3, 2), torch.arange(100, 120).view(10, 2)
+    windows = folding.fold_windows(training, calibration, 8)
+    assert windows.tolist() == [[0, 1], [2, 3], [4, 5], [116, 117], [118, 119]]

@@ -1,0 +1,111 @@
+"""Folds of a half: what its cuts did, as far as a linear map can, multiplied into the MLPs before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim.contract.results import FoldedCut, Folding, Half, UnfoldedCut
+from workers.inputs.models import RESIDENT_WALK_BYTES
+from workers.pruning.model.blocks import BlockStack
+from workers.pruning.model.plan import BlockPlan
+from workers.pruning.repair.answers import unmarked
+from workers.pruning.repair.fold import Fold, Unfolded, Wanted, by_size, cuts_of, fold, wanted_states
+from workers.pruning.search.engine import windows_in
+from workers.stages.context import StageContext
+from workers.stages.removal import Plans
+
+FOLD_TOKENS = 32_768
+"""That maps are fitted on at most."""
+LEAST_WINDOWS = 2
+"""Without which nothing is fitted: each half of them is held out once."""
+ON_SEVERAL = "healing on several devices starts from the weights as they are"
+STREAMED = "healing with blocks read from disk starts from the weights as they are"
+TOO_LITTLE = "there are too few windows to fit a map on"
+TOO_LARGE = "the dense model and this half do not fit the worker's memory together"
+
+
+@dataclass(frozen=True)
+class HalfFold:
+    """What could be folded of a half, before it is known whether that helps."""
+
+    tensors: Mapping[str, Tensor]
+    """Called as in the dense model, in the stored dtype, on the host."""
+    found: Folding | None
+    """None where none was asked for, or there are no cuts."""
+
+
+def fold_windows(training: Tensor, calibration: Tensor, held_out: int) -> Tensor:
+    """Token ids (windows, tokens) to fit maps on: of training, and of calibration what is not held out."""
+    windows = torch.cat([training, calibration[held_out:].to(training.device)])
+    return unmarked(windows)[0][: max(LEAST_WINDOWS, FOLD_TOKENS // windows.shape[1])]
+
+
+def wanted_of(context: StageContext, dense: BlockStack, plan: BlockPlan, windows: Tensor) -> Wanted:
+    """What the maps of a half are fitted to, of the dense model on windows (windows, tokens)."""
+    chunk = windows_in(
+        RESIDENT_WALK_BYTES,
+        streams=2,
+        tokens=windows.shape[1],
+        hidden=dense.model.config.hidden_size,
+        itemsize=dense.model.dtype.itemsize,
+    )
+    return wanted_states(dense, plan, windows, chunk_windows=chunk, check=context.check)
+
+
+def folded_half(
+    context: StageContext, own: BlockStack, plan: BlockPlan, wanted: Wanted, dtype: torch.dtype
+) -> HalfFold:
+    """Fit the maps of a half, `own` being all its blocks. Nothing is changed."""
+    made = fold(own, plan, wanted, weighing=by_size, check=context.check)
+    found = _found(made, sum(ids.numel() for ids in wanted.chunks))
+    return HalfFold({name: tensor.to(dtype) for name, tensor in made.tensors.items()}, found)
+
+
+def _found(made: Fold, tokens: int) -> Folding:
+    cuts = [
+        FoldedCut(first=one.cut.first, last=one.cut.last, error_before=one.before, error_after=one.after)
+        for one in made.errors
+    ]
+    return Folding(kept="unfolded", tokens=tokens if cuts else 0, cuts=cuts, left_out=_reasons(made.left_out))
+
+
+def _reasons(left_out: Sequence[Unfolded]) -> list[UnfoldedCut]:
+    return [UnfoldedCut(first=one.cut.first, last=one.cut.last, reason=one.reason) for one in left_out]
+
+
+def not_folded(plan: BlockPlan, reason: str) -> HalfFold:
+    """All cuts of a half left out for one reason."""
+    return HalfFold({}, _left_out(plan, reason))
+
+
+def _left_out(plan: BlockPlan, reason: str) -> Folding:
+    return Folding(kept="unfolded", left_out=_reasons([Unfolded(cut, reason) for cut in cuts_of(plan)]))
+
+
+def none_folded(plans: Plans, reason: str) -> dict[Half, Folding]:
+    """The same of both halves."""
+    halves: dict[Half, BlockPlan] = {"prefill": plans.prefill, "decode": plans.decode}
+    return {half: _left_out(plan, reason) for half, plan in halves.items() if cuts_of(plan)}
+
+
+def judged(made: HalfFold, named: Mapping[str, nn.Parameter], loss: Callable[[], float]) -> Folding:
+    """Put folded tensors into the parameters of those names, and leave them where the held-out loss is lower for it."""
+    assert made.found is not None
+    own = {name: named[name].detach().clone() for name in made.tensors}
+    before = loss()
+    _put(named, made.tensors)
+    after = loss()
+    if not after < before:
+        _put(named, own)
+    kept = "folded" if after < before else "unfolded"
+    return made.found.model_copy(update={"before": before, "after": after, "kept": kept})
+
+
+@torch.no_grad()
+def _put(named: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        named[name].copy_(tensor)
