@@ -209,7 +209,7 @@ def healed(bench: Bench, plan: BlockPlan, tensors: Mapping[str, Tensor]) -> PreT
     load_tensors(weights, tensors)
     student = pruned(weights, plan)
     windows = bench.windows(bench.heal_tokens, seed=1)
-    batch = 4
+    batch = 8
     heal(
         student,
         bench.model,
@@ -414,8 +414,8 @@ def work(args: argparse.Namespace, rows: Rows) -> Iterator[Callable[[], Any]]:
                 if tokens != middle or name not in args.variants:
                     yield partial(rows.add, kind, removed, name, tokens)
     if args.heal_tokens:
-        for (kind, _), removed in chosen.items():
-            for name in ("nothing", *args.before_healing):
+        for (kind, count), removed in chosen.items():
+            for name in ("nothing", *args.before_healing) if (kind, count) in healed_sets(args) else ():
                 yield partial(rows.add, kind, removed, name, middle, heals=True)
     if args.search_folded:
         search = search_folded(
@@ -426,6 +426,11 @@ def work(args: argparse.Namespace, rows: Rows) -> Iterator[Callable[[], Any]]:
                 yield partial(rows.add, "greedy after folds", sorted(blocks_of(units)), args.search_by, middle)
             else:
                 yield lambda: None
+
+
+def healed_sets(args: argparse.Namespace) -> set[tuple[str, int]]:
+    """The sets that are healed, by where they are from and count."""
+    return {("greedy", count) for count in args.heal_counts}
 
 
 def main() -> None:
@@ -447,6 +452,7 @@ def main() -> None:
     parser.add_argument("--by-tokens", nargs="*", default=["full", "sized full"], metavar="NAME")
     parser.add_argument("--before-healing", nargs="*", default=["sized full"], metavar="NAME")
     parser.add_argument("--heal-tokens", type=int, default=0)
+    parser.add_argument("--heal-counts", type=int, nargs="*", default=[6], help="how many of greedy's blocks are gone")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--search-folded", type=int, default=0, metavar="K", help="compare the K best after a fold")
     parser.add_argument("--search-by", default="sized full", metavar="NAME")
