@@ -54,12 +54,12 @@ from workers.stages.context import StageContext
 from workers.stages.folding import (
     LEAST_WINDOWS,
     ON_SEVERAL,
-    STREAMED,
     TOO_LARGE,
     TOO_LITTLE,
     HalfFold,
     fold_windows,
     folded_half,
+    folds_of,
     judged,
     none_folded,
     not_folded,
@@ -149,8 +149,7 @@ def run(context: StageContext) -> DistillationResult:
     if trains and has_to_be_streamed(context, [_least(plans, both) for both in sizes.values()], free_bytes):
         with saving(context) as saver:
             answered = partial(training_windows, context, windows)
-            healed = heal_streamed(context, plans, channels, answered, free_bytes, saver)
-            return _without_folds(context, healed, STREAMED)
+            return heal_streamed(context, plans, channels, answered, windows["calibration"], free_bytes, saver)
     dense = partial(load_model, context.model_dir, context.check, dtype=dtype)
     data, answers = training_windows(context, windows, dense) if trains else (_held_out_alone(windows), None)
     with saving(context) as saver, ExitStack() as opened:
@@ -170,12 +169,11 @@ def run(context: StageContext) -> DistillationResult:
         context.write_tensors(context.out / PREFILL, prefill.trained)
         decode = prefill if plans.unified else _heal_decode(work, prefill)
         context.write_tensors(context.out / DECODE, decode.trained)
-    folds: dict[Half, Folding | None] = {"prefill": prefill.folding, "decode": decode.folding}
     return DistillationResult(
         enabled=True,
         prefill=prefill.found,
         decode=decode.found,
-        folds={half: found for half, found in folds.items() if found is not None},
+        folds=folds_of(prefill.folding, decode.folding),
         answers=answers,
     )
 
@@ -185,12 +183,6 @@ def _nothing(context: StageContext, result: DistillationResult) -> DistillationR
     for name in (PREFILL, DECODE):
         save_file({}, context.out / name)
     return result
-
-
-def _without_folds(context: StageContext, result: DistillationResult, reason: str) -> DistillationResult:
-    """Say why nothing was folded, where that was asked for."""
-    folds = none_folded(read_plans(context), reason) if context.spec.distillation.fold else {}
-    return result.model_copy(update={"folds": folds})
 
 
 def _held_out_alone(windows: Tensors) -> TrainingWindows:
@@ -203,8 +195,8 @@ def _heal_on_several(context: StageContext, devices: int, windows: Tensors) -> D
     """By processes of their own; what the dense model has to answer, this one has it answer before."""
     dense = partial(load_for_walks, context.model_dir, context.check, dtype=read_precision(context))
     data, answers = training_windows(context, windows, dense)
-    healed = heal_on(devices, context, data).model_copy(update={"answers": answers})
-    return _without_folds(context, healed, ON_SEVERAL)
+    folds = none_folded(read_plans(context), ON_SEVERAL) if context.spec.distillation.fold else {}
+    return heal_on(devices, context, data).model_copy(update={"answers": answers, "folds": folds})
 
 
 def training_windows(
@@ -432,9 +424,16 @@ def _heal(
     learned = learning(student)
     named = dict(weights.named_parameters())
     folding = fold.found
-    if fold.tensors:
-        folding = judged(fold, named, lambda: mean_loss(learned.loss, data.held_out, settings.held_out_batch))
-        start = start | (dict(fold.tensors) if folding.kept == "folded" else {})
+    if fold.found is not None and fold.tensors:
+        without = {name: named[name].detach().clone() for name in fold.tensors}
+        unfolded = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
+        load_tensors(weights, fold.tensors)
+        folded = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
+        folding = judged(fold.found, unfolded, folded)
+        if folding.kept == "folded":
+            start = start | dict(fold.tensors)
+        else:
+            load_tensors(weights, without)
     if not healed:
         return HealedHalf(weights.requires_grad_(False), start, folding=folding)
     given = {name: named[name].detach().to("cpu", copy=True) for name in healed}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdtrim.contract.results import FoldedCut, Folding, Half, UnfoldedCut
 from workers.inputs.models import RESIDENT_WALK_BYTES
@@ -23,7 +23,6 @@ FOLD_TOKENS = 32_768
 LEAST_WINDOWS = 2
 """Without which nothing is fitted: each half of them is held out once."""
 ON_SEVERAL = "healing on several devices starts from the weights as they are"
-STREAMED = "healing with blocks read from disk starts from the weights as they are"
 TOO_LITTLE = "there are too few windows to fit a map on"
 TOO_LARGE = "the dense model and this half do not fit the worker's memory together"
 
@@ -92,20 +91,13 @@ def none_folded(plans: Plans, reason: str) -> dict[Half, Folding]:
     return {half: _left_out(plan, reason) for half, plan in halves.items() if cuts_of(plan)}
 
 
-def judged(made: HalfFold, named: Mapping[str, nn.Parameter], loss: Callable[[], float]) -> Folding:
-    """Put folded tensors into the parameters of those names, and leave them where the held-out loss is lower for it."""
-    assert made.found is not None
-    own = {name: named[name].detach().clone() for name in made.tensors}
-    before = loss()
-    _put(named, made.tensors)
-    after = loss()
-    if not after < before:
-        _put(named, own)
+def judged(made: Folding, before: float, after: float) -> Folding:
+    """Which weights are kept, by their held-out loss without and with the folds."""
     kept = "folded" if after < before else "unfolded"
-    return made.found.model_copy(update={"before": before, "after": after, "kept": kept})
+    return made.model_copy(update={"before": before, "after": after, "kept": kept})
 
 
-@torch.no_grad()
-def _put(named: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        named[name].copy_(tensor)
+def folds_of(prefill: Folding | None, decode: Folding | None) -> dict[Half, Folding]:
+    """As a result has them."""
+    halves: dict[Half, Folding | None] = {"prefill": prefill, "decode": decode}
+    return {half: found for half, found in halves.items() if found is not None}

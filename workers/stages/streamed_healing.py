@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pdtrim.contract.healing_memory import USABLE, HealingSize, HealingWay, healing_way, needed_bytes
-from pdtrim.contract.results import DistillationResult, Half, Healing, OwnAnswers
+from pdtrim.contract.results import DistillationResult, Folding, Half, Healing, OwnAnswers
 from workers.inputs.models import device, load_streamed_model
 from workers.pruning.model.blocks import block_stack, capture_calls
 from workers.pruning.model.checkpoint import SourceTensors, check_complete, empty_model, stored_dtype
@@ -37,10 +38,21 @@ from workers.pruning.repair.distill import (
     sequence_loss,
     train_on,
 )
+from workers.pruning.repair.fold import cuts_of
 from workers.pruning.repair.lora import apart_adapters, linear_weights
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.training import TrainingSettings
 from workers.stages.context import StageContext
+from workers.stages.folding import (
+    LEAST_WINDOWS,
+    TOO_LITTLE,
+    fold_windows,
+    folded_half,
+    folds_of,
+    judged,
+    not_folded,
+    wanted_of,
+)
 from workers.stages.halves import (
     DECODE,
     PREFILL,
@@ -72,6 +84,8 @@ class Work:
     plans: Plans
     channels: HalfChannels
     data: TrainingWindows
+    to_fold: Tensor
+    """Token ids (windows, tokens) that folds are made from."""
     free_bytes: int
     """On the device, before anything was there."""
     saver: Saver
@@ -112,6 +126,14 @@ def _blocks(models: Sequence[PreTrainedModel]) -> int:
     return sum(len(block_stack(model).blocks) for model in models)
 
 
+@dataclass(frozen=True)
+class HealedHalf:
+    """What healing a half comes to, None where there was nothing to do."""
+
+    found: Healing | None = None
+    folding: Folding | None = None
+
+
 def has_to_be_streamed(context: StageContext, sizes: Sequence[HealingSize], free_bytes: int) -> bool:
     """Whether a half that is healed by adapters fits in no other way, and can be healed in this one."""
     spec = context.spec.distillation
@@ -126,17 +148,20 @@ def heal_streamed(
     plans: Plans,
     channels: HalfChannels,
     training_windows: Callable[[Callable[[], PreTrainedModel]], tuple[TrainingWindows, OwnAnswers | None]],
+    calibration: Tensor,
     free_bytes: int,
     saver: Saver,
 ) -> DistillationResult:
     """Heals both halves and writes their files, as the stage does otherwise.
 
-    `training_windows` says what they are healed on, given the dense model.
+    `training_windows` says what they are healed on, given the dense model; `calibration` (windows, tokens) is folded on
+    as well.
     """
     room = BlockRoom(read_precision(context), device())
     teacher, reader = load_streamed_model(context.model_dir, context.check, dtype=room.dtype, room=room)
     data, answers = training_windows(lambda: teacher)
-    work = Work(context, plans, channels, data, free_bytes, saver, room, teacher, reader)
+    to_fold = fold_windows(data.training, calibration, len(data.held_out))
+    work = Work(context, plans, channels, data, to_fold, free_bytes, saver, room, teacher, reader)
     prefill = _heal(
         work,
         "prefill",
@@ -150,7 +175,7 @@ def heal_streamed(
     )
     if plans.unified:
         shutil.copyfile(context.out / PREFILL, context.out / DECODE)
-        return DistillationResult(enabled=True, prefill=prefill, decode=prefill, answers=answers)
+        return _result(prefill, prefill, answers)
     healed = SourceTensors.in_file(context.out / PREFILL)
     decode = _heal(
         work,
@@ -163,7 +188,17 @@ def heal_streamed(
         progress_range=(0.5, 1.0),
         out=context.out / DECODE,
     )
-    return DistillationResult(enabled=True, prefill=prefill, decode=decode, answers=answers)
+    return _result(prefill, decode, answers)
+
+
+def _result(prefill: HealedHalf, decode: HealedHalf, answers: OwnAnswers | None) -> DistillationResult:
+    return DistillationResult(
+        enabled=True,
+        prefill=prefill.found,
+        decode=decode.found,
+        folds=folds_of(prefill.folding, decode.folding),
+        answers=answers,
+    )
 
 
 def _learning_prefill(work: Work, student: PreTrainedModel) -> Learning:
@@ -254,14 +289,15 @@ def _heal(
     learning: Callable[[PreTrainedModel], Learning],
     progress_range: tuple[float, float],
     out: Path,
-) -> Healing | None:
-    """Heal a half from what it inherits, `start`, and write what differs from the dense model to `out`."""
+) -> HealedHalf:
+    """Heal a half from what it inherits, `start`, and what can be folded into that, and write what differs from the
+    dense model to `out`.
+    """
     context, data, spec = work.context, work.data, work.context.spec.distillation
     shapes, dtype = _shapes(work, channels), stored_dtype(context.model_dir)
-    inherited = {name: shapes[name] for name in start.files}
     if not (plan.removed or plan.parts or channels is not None):
-        write_tensors(out, inherited, dtype, start.read)
-        return None
+        write_tensors(out, {name: shapes[name] for name in start.files}, dtype, start.read)
+        return HealedHalf()
     blocks = trained_blocks(spec, plan)
     weights = narrowed(empty_model(context.model_dir, context.check), channels)
     still = frozen | idle_tensors(block_stack(weights), plan.parts)
@@ -270,6 +306,11 @@ def _heal(
     way = kept_way(resume, spec) if resume else _way(work, size)
     settings = training_settings(context, way, data.training.shape[1])
 
+    def held_out_loss(student: PreTrainedModel) -> float:
+        return mean_loss(learning(student).loss, data.held_out, settings.held_out_batch)
+
+    start, folding = _with_folds(work, half, plan, channels, start, held_out_loss)
+    inherited = {name: shapes[name] for name in start.files}
     student, reader = work.model(Cut(plan, channels, start))
     own = {reader.weights.in_source(name): name for name, _ in student.named_parameters()}
     learned = learning(student)
@@ -299,7 +340,7 @@ def _heal(
         write_tensors(path, every, dtype, healed)
 
     rounded, _ = work.model(Cut(plan, channels, SourceTensors.in_file(path)))
-    after = mean_loss(learning(rounded).loss, data.held_out, settings.held_out_batch)
+    after = held_out_loss(rounded)
     kept = verdict(trained.before, after)
     if kept == "distilled":
         path.rename(out)
@@ -307,7 +348,35 @@ def _heal(
         path.unlink()
         write_tensors(out, inherited, dtype, start.read)
     how = recorded(size, way, target_bytes=0).model_copy(update={"way": "streamed"})
-    return Healing(before=trained.before, after=after, steps=trained.steps, kept=kept, how=how)
+    found = Healing(before=trained.before, after=after, steps=trained.steps, kept=kept, how=how)
+    return HealedHalf(found, folding)
+
+
+def _with_folds(
+    work: Work,
+    half: Half,
+    plan: BlockPlan,
+    channels: Channels | None,
+    start: SourceTensors,
+    held_out_loss: Callable[[PreTrainedModel], float],
+) -> tuple[SourceTensors, Folding | None]:
+    """What a half goes on from: what it was given, with what can be folded into that where it helps."""
+    context = work.context
+    if not context.spec.distillation.fold or not cuts_of(plan):
+        return start, None
+    if len(work.to_fold) < LEAST_WINDOWS:
+        return start, not_folded(plan, TOO_LITTLE).found
+    wanted = wanted_of(context, block_stack(work.teacher), plan, work.to_fold)
+    whole, _ = work.model(Cut(channels=channels, overrides=start))
+    made = folded_half(context, block_stack(whole), plan, wanted, stored_dtype(context.model_dir))
+    if made.found is None or not made.tensors:
+        return start, made.found
+    path = context.workdir / f"folded-{half}.safetensors"
+    save_file(dict(made.tensors), path)
+    with_folds = SourceTensors({**start.files, **SourceTensors.in_file(path).files})
+    before, after = (held_out_loss(work.model(Cut(plan, channels, one))[0]) for one in (start, with_folds))
+    folding = judged(made.found, before, after)
+    return with_folds if folding.kept == "folded" else start, folding
 
 
 def _size(work: Work, plan: BlockPlan, channels: Channels | None, blocks: list[int]) -> HealingSize:
