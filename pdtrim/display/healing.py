@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pdtrim.contract.jobs import Event
-from pdtrim.contract.results import DistillationResult, Half, Healing
+from pdtrim.contract.results import DistillationResult, Folding, Half, Healing
+from pdtrim.display.folding import folding_line
 from pdtrim.display.tables import Table
 
 TABLE_ROWS = 20
@@ -25,6 +26,8 @@ class HealingCurve:
     held_out: Sequence[tuple[int, float]]
     found: Healing | None
     """What came of it, when it has ended."""
+    folding: Folding | None = None
+    """What it started from, when it has ended."""
 
 
 def healing_curves(told: Iterable[Event], result: DistillationResult | None) -> list[HealingCurve]:
@@ -40,15 +43,21 @@ def healing_curves(told: Iterable[Event], result: DistillationResult | None) -> 
                     if isinstance(value := rest.get(name), int | float):
                         kept[half][step] = float(value)
     ended = {} if result is None else {"prefill": result.prefill, "decode": result.decode}
+    folds = {} if result is None else result.folds
     return [
-        _curve(half, steps[half], batches[half], held_out[half], ended.get(half))
+        _curve(half, steps[half], batches[half], held_out[half], ended.get(half), folds.get(half))
         for half in HALVES
         if len(batches[half]) > 1
     ]
 
 
 def _curve(
-    half: Half, steps: int, batches: dict[int, float], held_out: dict[int, float], found: Healing | None
+    half: Half,
+    steps: int,
+    batches: dict[int, float],
+    held_out: dict[int, float],
+    found: Healing | None,
+    folding: Folding | None,
 ) -> HealingCurve:
     ends = {} if found is None else {0: found.before, found.steps: found.after}
     return HealingCurve(
@@ -57,6 +66,7 @@ def _curve(
         sorted(batches.items()),
         _turns(sorted((held_out | ends).items())),
         found,
+        folding,
     )
 
 
@@ -72,7 +82,8 @@ def healing_line(curve: HealingCurve) -> str:
     if found is None:
         return f"Step {curve.batches[-1][0]} of {curve.steps}."
     kept = "distilled weights are kept" if found.kept == "distilled" else "in vain, undistilled weights are kept"
-    return f"Held-out loss {found.before:.4f} → {found.after:.4f} in {found.steps} steps: {kept}."
+    healed = f"Held-out loss {found.before:.4f} → {found.after:.4f} in {found.steps} steps: {kept}."
+    return healed if curve.folding is None else f"{folding_line(curve.folding)} {healed}".strip()
 
 
 def healing_table(curve: HealingCurve) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 
 from rich.console import Group, RenderableType
@@ -16,6 +16,8 @@ from pdtrim.contract.results import (
     DistillationResult,
     EvaluationResult,
     ExportResult,
+    Folding,
+    Half,
     HalfPlan,
     Healing,
     RemovalResult,
@@ -132,18 +134,27 @@ def _figures(stage: AnyStage) -> str:
     if isinstance(found, RemovalResult):
         return f"prefill gives up {_removed(found.prefill)}; decode gives up {_removed(found.decode)}"
     if isinstance(found, DistillationResult):
-        halves = (("prefill", found.prefill), ("decode", found.decode))
-        healed = (f"{half} {_healed(healing)}" for half, healing in halves if healing is not None)
-        return "; ".join(healed) or "not asked for"
+        halves: tuple[tuple[Half, Healing | None], ...] = (("prefill", found.prefill), ("decode", found.decode))
+        said = ((half, [*_folded(found.folds.get(half)), *_healed(healing)]) for half, healing in halves)
+        return "; ".join(f"{half} {', '.join(parts)}" for half, parts in said if parts) or "not asked for"
     if isinstance(found, ExportResult):
         return "; ".join(f"{role} {size(proof.bytes)}" for role, proof in found.checkpoints.items())
     return ""
 
 
-def _healed(found: Healing) -> str:
-    if found.kept == "undistilled":
-        return f"kept undistilled (loss {found.before:.3f}, distilled {found.after:.3f})"
-    return f"loss {found.before:.3f} → {found.after:.3f}"
+def _folded(found: Folding | None) -> Iterator[str]:
+    if found is not None and found.before is not None and found.after is not None:
+        if found.kept == "folded":
+            yield f"folded (loss {found.before:.3f} → {found.after:.3f})"
+        else:
+            yield f"kept unfolded (loss {found.before:.3f}, folded {found.after:.3f})"
+
+
+def _healed(found: Healing | None) -> Iterator[str]:
+    if found is not None and found.kept == "undistilled":
+        yield f"kept undistilled (loss {found.before:.3f}, distilled {found.after:.3f})"
+    elif found is not None:
+        yield f"loss {found.before:.3f} → {found.after:.3f}"
 
 
 def _removed(plan: HalfPlan) -> str:

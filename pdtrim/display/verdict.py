@@ -74,7 +74,7 @@ def verdict(
     place = "above" if rise >= 0 else "below"
     sentence = f"{HEADLINES[mark]}: the pair's perplexity is {abs(rise):.1%} {place} the dense model's."
     said = f"{sentence} {ADVICE}" if mark == "bad" else sentence
-    return Verdict(mark, said, list(_saved(evaluation)), [*costs, *_undone(healing)])
+    return Verdict(mark, said, list(_saved(evaluation)), [*costs, *_folded(healing), *_undone(healing)])
 
 
 def served_loss(pair: PairFigures) -> float:
@@ -128,6 +128,13 @@ def _unkept(bounds: Bounds) -> Iterator[Fact]:
         if bound is not None and not bound.met:
             beside = f"asked for {increase(bound.max_perplexity_increase)} at most, before healing"
             yield Fact(f"bound not kept, {half}", increase(bound.perplexity_increase), beside, "bad")
+
+
+def _folded(healing: DistillationResult | None) -> Iterator[Fact]:
+    for half, found in ({} if healing is None else healing.folds).items():
+        if found.before is not None and found.after is not None:
+            beside = "held-out loss, without training" + ("" if found.kept == "folded" else "; not kept")
+            yield Fact(f"folds, {half}", f"{found.before:.4f} → {found.after:.4f}", beside)
 
 
 def _undone(healing: DistillationResult | None) -> Iterator[Fact]:

@@ -70,3 +70,15 @@ def test_an_event_says_its_numbers_by_name() -> None:
     ]
     assert numbers(told(attempt=2, worker="gpu-1", metrics={"a": 1})) == [("attempt", "2"), ("worker", "gpu-1")]
     assert numbers(told(removed=[2, 8])) == [("without", "2, 8")]
+
+
+def test_a_curve_that_began_with_folds_says_what_these_brought() -> None:
+    left_out = {"first": 0, "last": 1, "reason": "no block stands before it"}
+    fold = {"before": 3.0, "after": 2.5, "kept": "folded", "left_out": [left_out]}
+    healed = {"before": 2.5, "after": 1.5, "steps": 20, "kept": "distilled"}
+    found = DistillationResult.model_validate({"enabled": True, "prefill": healed, "folds": {"prefill": fold}})
+    (curve,) = healing_curves([step("prefill", 5, 3.0, 2.5), step("prefill", 10, 2.0, 2.0)], found)
+    assert healing_line(curve) == (
+        "Held-out loss 3.0000 → 2.5000 by folds alone: folded weights are kept. Nothing is folded for blocks 0 to 1: "
+        "no block stands before it. Held-out loss 2.5000 → 1.5000 in 20 steps: distilled weights are kept."
+    )

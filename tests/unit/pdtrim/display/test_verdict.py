@@ -96,6 +96,15 @@ def test_a_bound_that_no_set_keeps_is_bad_whatever_healing_made_of_it() -> None:
     assert named(found.costs, "bound not kept, decode").value == "+20.0%"
 
 
+def test_what_folds_brought_is_said() -> None:
+    fold = {"before": 1.5, "after": 1.25, "kept": "folded"}
+    kept, none = ({"enabled": True, "folds": {"prefill": one}} for one in (fold, {"kept": "unfolded"}))
+    found = verdict(evaluation(), healing=DistillationResult.model_validate(kept))
+    assert named(found.costs, "folds, prefill").value == "1.5000 → 1.2500"
+    found = verdict(evaluation(), healing=DistillationResult.model_validate(none))
+    assert "folds, prefill" not in [cost.name for cost in found.costs]
+
+
 def test_healing_that_did_no_good_is_said() -> None:
     healing = {"enabled": True, "decode": {"before": 1.0, "after": 1.5, "steps": 8, "kept": "undistilled"}}
     found = verdict(evaluation(), healing=DistillationResult.model_validate(healing))

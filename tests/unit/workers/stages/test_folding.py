@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from pdtrim.contract.results import DistillationResult
+from benchmarks.whole_jobs import UP_TO_EXPORT, WholeJob
+from pdtrim.contract.jobs import StageName
+from pdtrim.contract.results import PLAN, DistillationResult, Plan
+from pdtrim.contract.spec import JobSpec
+from tests.tiny_job import tiny_spec, write_tiny_model
 from tests.unit.workers.stages.test_distillation import REMOVED, left, ready
+from workers.pruning.model.parts import pruned
+from workers.pruning.model.plan import BlockPlan
+from workers.pruning.repair.distill import load_tensors
 from workers.pruning.repair.fold import fold
 from workers.stages import distillation, folding, halves
 from workers.stages.context import StageContext
+from workers.stages.removal import Plans, block_plan
 
 pytestmark = pytest.mark.training
 
@@ -75,6 +84,36 @@ def test_a_model_pruned_by_others_keeps_its_weights_when_nothing_is_repaired(tmp
     surroundings, found = ran(tmp_path, **REMOVED, distillation={"enabled": False})
     assert found.folds == {}
     assert left(surroundings) == {}
+
+
+def test_plain_transformers_computes_the_folded_model_from_its_checkpoint(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    changes: dict[str, Any] = {"calibration": MANY, "distillation": {"heal_tokens": 0}, **REMOVED}
+    spec = JobSpec.model_validate(tiny_spec(model, **changes))
+    job = WholeJob(spec, model, [spec.data.text or ""], tmp_path / "job")
+    job.run(UP_TO_EXPORT)
+    plan = Plan.model_validate_json((job.artifacts(StageName.REMOVAL) / PLAN).read_bytes())
+    ids = torch.arange(1, 41).view(2, 20)
+    for half, name in ((plan.prefill, "prefill"), (plan.decode, "decode")):
+        weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        folded = load_file(job.artifacts(StageName.DISTILLATION) / f"{name}.safetensors")
+        assert folded
+        plain = AutoModelForCausalLM.from_pretrained(job.artifacts(StageName.EXPORT) / name, dtype=torch.float32)
+        unfolded = pruned(weights, block_plan(half))(input_ids=ids).logits.detach()
+        load_tensors(weights, folded)
+        with torch.no_grad():
+            expected = pruned(weights, block_plan(half))(input_ids=ids).logits
+            found = plain(input_ids=ids).logits
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (found - unfolded).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_healing_on_several_devices_says_that_it_folds_nothing() -> None:
+    one, more = BlockPlan(5, frozenset({2})), BlockPlan(5, frozenset({2, 3}))
+    found = folding.none_folded(Plans(one, more), folding.ON_SEVERAL)
+    assert [(cut.first, cut.last) for cut in found["decode"].left_out] == [(2, 3)]
+    assert found["prefill"].left_out[0].reason == folding.ON_SEVERAL
+    assert folding.none_folded(Plans(BlockPlan(5), one), folding.ON_SEVERAL).keys() == {"decode"}
 
 
 def test_windows_to_fold_on_leave_out_those_that_judge() -> None:
