@@ -49,8 +49,8 @@ from workers.pruning.repair.fold import (
     Weighing,
     by_size,
     crossed_change,
-    cuts_of,
     fold,
+    gaps_of,
     ridge_change,
     scale_of,
     wanted_states,
@@ -111,7 +111,7 @@ def magnitude(model: PreTrainedModel, plan: BlockPlan, windows: Tensor) -> dict[
     """Tensors by which the hidden state behind each cut is as large as the dense model's, relative to what is added."""
     dense, own = block_stack(model), block_stack(copy.deepcopy(model))
     calls = capture_calls(dense, windows)
-    ends = {cut.last for cut in cuts_of(plan) if cut.first}
+    ends = {gap.last for gap in gaps_of(plan) if gap.first}
     wanted, states, scale = dense.embed(windows), own.embed(windows), 1.0
     changed: dict[str, Tensor] = {}
     for number in range(len(dense.blocks)):

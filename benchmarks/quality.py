@@ -60,7 +60,7 @@ from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
 from workers.pruning.repair.distill import load_tensors
-from workers.pruning.repair.fold import by_size, fold
+from workers.pruning.repair.fold import by_size, fold, wanted_states
 from workers.reference_model.train import corpus_files
 from workers.stages.precision import DTYPES
 from workers.stages.removal import block_plan, half_plan
@@ -315,7 +315,8 @@ def choose(job: WholeJob, method: str, amount: float, given: Subject) -> None:
 def _folded(model: PreTrainedModel, half: BlockPlan, windows: Tensor, batch: int) -> PreTrainedModel:
     """A half whose removed blocks are folded into those before, by windows (windows, tokens)."""
     stack = block_stack(model)
-    tensors = fold(stack, stack, half, windows, chunk_windows=batch, weighing=by_size, held_on=device()).tensors
+    wanted = wanted_states(stack, half, windows, chunk_windows=batch, held_on=device())
+    tensors = fold(stack, half, wanted, weighing=by_size).tensors
     kept = {id(parameter): parameter for name, parameter in model.named_parameters() if name not in tensors}
     changed: PreTrainedModel = deepcopy(model, kept)
     load_tensors(changed, tensors)

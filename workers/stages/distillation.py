@@ -33,7 +33,7 @@ from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.sharing import share
 from workers.pruning.model.streaming import parameter_bytes
 from workers.pruning.model.width import Channels, change_width
-from workers.pruning.repair.answers import marked
+from workers.pruning.repair.answers import marked, unmarked
 from workers.pruning.repair.distill import (
     Loss,
     Teacher,
@@ -45,7 +45,7 @@ from workers.pruning.repair.distill import (
     train_on,
     trainable,
 )
-from workers.pruning.repair.fold import cuts_of
+from workers.pruning.repair.fold import gaps_of
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.targets import token_bytes
@@ -57,6 +57,7 @@ from workers.stages.folding import (
     TOO_LARGE,
     TOO_LITTLE,
     HalfFold,
+    copied,
     fold_windows,
     folded_half,
     folds_of,
@@ -151,7 +152,7 @@ def run(context: StageContext) -> DistillationResult:
             answered = partial(training_windows, context, windows)
             return heal_streamed(context, plans, channels, answered, windows["calibration"], free_bytes, saver)
     dense = partial(load_model, context.model_dir, context.check, dtype=dtype)
-    data, answers = training_windows(context, windows, dense) if trains else (_held_out_alone(windows), None)
+    data, answers = training_windows(context, windows, dense) if trains else (_held_out_alone(context, windows), None)
     with saving(context) as saver, ExitStack() as opened:
         kept_of = partial(_kept_of, context, plans, channels, sizes, data, free_bytes)
         compared = decided(context, kept_of) if trains else None
@@ -185,10 +186,16 @@ def _nothing(context: StageContext, result: DistillationResult) -> DistillationR
     return result
 
 
-def _held_out_alone(windows: Tensors) -> TrainingWindows:
+def _held_out_alone(context: StageContext, windows: Tensors) -> TrainingWindows:
     """Where nothing is trained: no more than half of the calibration windows, the rest being what folds are made of."""
     calibration = _of_use(windows, "calibration")
-    return TrainingWindows(calibration[:0], calibration[: min(HELD_OUT_WINDOWS, len(calibration) // 2)])
+    return _judged_by(context, calibration[:0], calibration[: min(HELD_OUT_WINDOWS, len(calibration) // 2)])
+
+
+def _judged_by(context: StageContext, training: Tensor, held_out: Tensor) -> TrainingWindows:
+    """With copies for what folds."""
+    again = copied(context, unmarked(held_out)[0]) if context.spec.distillation.fold else held_out[:0]
+    return TrainingWindows(training, held_out, again)
 
 
 def _heal_on_several(context: StageContext, devices: int, windows: Tensors) -> DistillationResult:
@@ -205,12 +212,12 @@ def training_windows(
     """Those of the data, or of the dense model's answers to its prompts, of which the first are held out."""
     if context.spec.distillation.data == "given":
         held_out = _of_use(windows, "calibration")[:HELD_OUT_WINDOWS]
-        return TrainingWindows(_of_use(windows, "train"), held_out), None
+        return _judged_by(context, _of_use(windows, "train"), held_out), None
     spec, tokens = context.spec.distillation, windows["train"].shape[1]
     count = HELD_OUT_WINDOWS + max(spec.batch_windows, spec.heal_tokens // tokens)
     made, found = answered_windows(context, dense(), count)
     made = made.to(device())
-    return TrainingWindows(made[HELD_OUT_WINDOWS:], made[:HELD_OUT_WINDOWS]), found
+    return _judged_by(context, made[HELD_OUT_WINDOWS:], made[:HELD_OUT_WINDOWS]), found
 
 
 def _of_use(windows: Tensors, split: Split) -> Tensor:
@@ -426,9 +433,9 @@ def _heal(
     folding = fold.found
     if fold.found is not None and fold.tensors:
         without = {name: named[name].detach().clone() for name in fold.tensors}
-        unfolded = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
+        unfolded = mean_loss(learned.loss, data.judging, settings.held_out_batch)
         load_tensors(weights, fold.tensors)
-        folded = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
+        folded = mean_loss(learned.loss, data.judging, settings.held_out_batch)
         folding = judged(fold.found, unfolded, folded)
         if folding.kept == "folded":
             start = start | dict(fold.tensors)
@@ -466,7 +473,7 @@ def _folding_of(
 ) -> Callable[[BlockStack], HalfFold]:
     """What folds all blocks of a half, after the dense model's own are no longer there."""
     context = work.context
-    if not context.spec.distillation.fold or not cuts_of(plan):
+    if not context.spec.distillation.fold or not gaps_of(plan):
         return lambda own: HalfFold({}, None)
     if len(work.to_fold) < LEAST_WINDOWS:
         return lambda own: not_folded(plan, TOO_LITTLE)

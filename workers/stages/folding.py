@@ -1,4 +1,4 @@
-"""Folds of a half: what its cuts did, as far as a linear map can, multiplied into the MLPs before them."""
+"""Folds of a half: what its gaps did, as far as a linear map can, multiplied into the MLPs before them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim.contract.results import FoldedCut, Folding, Half, UnfoldedCut
+from pdtrim.contract.results import FoldedGap, Folding, Half, UnfoldedGap
 from workers.inputs.models import RESIDENT_WALK_BYTES
 from workers.pruning.model.blocks import BlockStack
+from workers.pruning.model.calibration import said_again
 from workers.pruning.model.plan import BlockPlan
 from workers.pruning.repair.answers import unmarked
-from workers.pruning.repair.fold import Fold, Unfolded, Wanted, by_size, cuts_of, fold, wanted_states
+from workers.pruning.repair.fold import Fold, Unfolded, Wanted, by_size, fold, gaps_of, wanted_states
 from workers.pruning.search.engine import windows_in
 from workers.stages.context import StageContext
 from workers.stages.removal import Plans
+from workers.stages.scoring import read_opening
 
 FOLD_TOKENS = 32_768
 """That maps are fitted on at most."""
@@ -34,13 +36,19 @@ class HalfFold:
     tensors: Mapping[str, Tensor]
     """Called as in the dense model, in the stored dtype, on the host."""
     found: Folding | None
-    """None where none was asked for, or there are no cuts."""
+    """None where none was asked for, or there are no gaps."""
 
 
 def fold_windows(training: Tensor, calibration: Tensor, held_out: int) -> Tensor:
     """Token ids (windows, tokens) to fit maps on: of training, and of calibration what is not held out."""
     windows = torch.cat([training, calibration[held_out:].to(training.device)])
     return unmarked(windows)[0][: max(LEAST_WINDOWS, FOLD_TOKENS // windows.shape[1])]
+
+
+def copied(context: StageContext, windows: Tensor) -> Tensor:
+    """As many of the windows (windows, tokens) as the search has of its own, with their prompt said again."""
+    some = windows[: round(context.spec.calibration.copying * len(windows))]
+    return said_again(some.cpu(), windows.shape[1] // 2, opening=len(read_opening(context))).to(windows)
 
 
 def wanted_of(context: StageContext, dense: BlockStack, plan: BlockPlan, windows: Tensor) -> Wanted:
@@ -65,30 +73,30 @@ def folded_half(
 
 
 def _found(made: Fold, tokens: int) -> Folding:
-    cuts = [
-        FoldedCut(first=one.cut.first, last=one.cut.last, error_before=one.before, error_after=one.after)
+    gaps = [
+        FoldedGap(first=one.gap.first, last=one.gap.last, error_before=one.before, error_after=one.after)
         for one in made.errors
     ]
-    return Folding(kept="unfolded", tokens=tokens if cuts else 0, cuts=cuts, left_out=_reasons(made.left_out))
+    return Folding(kept="unfolded", tokens=tokens if gaps else 0, gaps=gaps, left_out=_reasons(made.left_out))
 
 
-def _reasons(left_out: Sequence[Unfolded]) -> list[UnfoldedCut]:
-    return [UnfoldedCut(first=one.cut.first, last=one.cut.last, reason=one.reason) for one in left_out]
+def _reasons(left_out: Sequence[Unfolded]) -> list[UnfoldedGap]:
+    return [UnfoldedGap(first=one.gap.first, last=one.gap.last, reason=one.reason) for one in left_out]
 
 
 def not_folded(plan: BlockPlan, reason: str) -> HalfFold:
-    """All cuts of a half left out for one reason."""
+    """All gaps of a half left out for one reason."""
     return HalfFold({}, _left_out(plan, reason))
 
 
 def _left_out(plan: BlockPlan, reason: str) -> Folding:
-    return Folding(kept="unfolded", left_out=_reasons([Unfolded(cut, reason) for cut in cuts_of(plan)]))
+    return Folding(kept="unfolded", left_out=_reasons([Unfolded(gap, reason) for gap in gaps_of(plan)]))
 
 
 def none_folded(plans: Plans, reason: str) -> dict[Half, Folding]:
     """The same of both halves."""
     halves: dict[Half, BlockPlan] = {"prefill": plans.prefill, "decode": plans.decode}
-    return {half: _left_out(plan, reason) for half, plan in halves.items() if cuts_of(plan)}
+    return {half: _left_out(plan, reason) for half, plan in halves.items() if gaps_of(plan)}
 
 
 def judged(made: Folding, before: float, after: float) -> Folding:

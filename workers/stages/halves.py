@@ -23,15 +23,22 @@ class TrainingWindows:
 
     training: Tensor
     held_out: Tensor
+    copied: Tensor
+    """Of some of those held out the prompt, said again: folds are judged on both."""
 
     @property
     def prompt_tokens(self) -> int:
         return self.training.shape[1] // 2
 
     @property
+    def judging(self) -> Tensor:
+        """Those on which folds are judged."""
+        return torch.cat([self.held_out, self.copied])
+
+    @property
     def all(self) -> Tensor:
         """Those of training, then those held out."""
-        return torch.cat([self.training, self.held_out])
+        return torch.cat([self.training, self.judging])
 
 
 def block_of(name: str) -> int:

@@ -187,7 +187,8 @@ def _windows(context: StageContext, folder: HealingFolder, dense: DenseTensors) 
     """As the stage has left them; by hand, those of the data. Raises: ValueError where the dense model is to answer."""
     if folder.windows.exists():
         found = load_file(folder.windows)
-        return TrainingWindows(found["training"].to(device()), found["held_out"].to(device()))
+        training, held_out = (found[name].to(device()) for name in ("training", "held_out"))
+        return TrainingWindows(training, held_out, held_out[:0])
     if context.spec.distillation.data != "given":
         raise ValueError(
             "a worker has the dense model answer before it heals; by hand, heal on `distillation.data: given`"

@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from workers.pruning.repair.distill import (
     sequence_loss,
     train_on,
 )
-from workers.pruning.repair.fold import cuts_of
+from workers.pruning.repair.fold import gaps_of
 from workers.pruning.repair.lora import apart_adapters, linear_weights
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.training import TrainingSettings
@@ -306,10 +307,10 @@ def _heal(
     way = kept_way(resume, spec) if resume else _way(work, size)
     settings = training_settings(context, way, data.training.shape[1])
 
-    def held_out_loss(student: PreTrainedModel) -> float:
-        return mean_loss(learning(student).loss, data.held_out, settings.held_out_batch)
+    def loss_on(windows: Tensor, student: PreTrainedModel) -> float:
+        return mean_loss(learning(student).loss, windows, settings.held_out_batch)
 
-    start, folding = _with_folds(work, half, plan, channels, start, held_out_loss)
+    start, folding = _with_folds(work, half, plan, channels, start, partial(loss_on, data.judging))
     inherited = {name: shapes[name] for name in start.files}
     student, reader = work.model(Cut(plan, channels, start))
     own = {reader.weights.in_source(name): name for name, _ in student.named_parameters()}
@@ -340,7 +341,7 @@ def _heal(
         write_tensors(path, every, dtype, healed)
 
     rounded, _ = work.model(Cut(plan, channels, SourceTensors.in_file(path)))
-    after = held_out_loss(rounded)
+    after = loss_on(data.held_out, rounded)
     kept = verdict(trained.before, after)
     if kept == "distilled":
         path.rename(out)
@@ -358,14 +359,15 @@ def _with_folds(
     plan: BlockPlan,
     channels: Channels | None,
     start: SourceTensors,
-    held_out_loss: Callable[[PreTrainedModel], float],
+    loss: Callable[[PreTrainedModel], float],
 ) -> tuple[SourceTensors, Folding | None]:
     """What a half goes on from: what it was given, with what can be folded into that where it helps."""
     context = work.context
-    if not context.spec.distillation.fold or not cuts_of(plan):
+    if not context.spec.distillation.fold or not gaps_of(plan):
         return start, None
     if len(work.to_fold) < LEAST_WINDOWS:
         return start, not_folded(plan, TOO_LITTLE).found
+    work.room.hears = lambda: None  # of the half before
     wanted = wanted_of(context, block_stack(work.teacher), plan, work.to_fold)
     whole, _ = work.model(Cut(channels=channels, overrides=start))
     made = folded_half(context, block_stack(whole), plan, wanted, stored_dtype(context.model_dir))
@@ -374,7 +376,7 @@ def _with_folds(
     path = context.workdir / f"folded-{half}.safetensors"
     save_file(dict(made.tensors), path)
     with_folds = SourceTensors({**start.files, **SourceTensors.in_file(path).files})
-    before, after = (held_out_loss(work.model(Cut(plan, channels, one))[0]) for one in (start, with_folds))
+    before, after = (loss(work.model(Cut(plan, channels, one))[0]) for one in (start, with_folds))
     folding = judged(made.found, before, after)
     return with_folds if folding.kept == "folded" else start, folding
 

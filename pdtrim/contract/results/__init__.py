@@ -10,11 +10,11 @@ from pdtrim.contract.results.base import Half, Halves, Result, Way
 from pdtrim.contract.results.distillation import (
     DistillationResult,
     FittedMerge,
-    FoldedCut,
+    FoldedGap,
     Folding,
     Healing,
     OwnAnswers,
-    UnfoldedCut,
+    UnfoldedGap,
 )
 from pdtrim.contract.results.evaluation import (
     REPORT,
@@ -86,7 +86,7 @@ __all__ = [
     "FirstTokenLoss",
     "FirstTokenLosses",
     "FittedMerge",
-    "FoldedCut",
+    "FoldedGap",
     "Folding",
     "FrontierSet",
     "Frontiers",
@@ -121,7 +121,7 @@ __all__ = [
     "TaskResult",
     "TokenRule",
     "TokenRuleFigures",
-    "UnfoldedCut",
+    "UnfoldedGap",
     "Way",
     "WindowCounts",
 ]

@@ -52,7 +52,7 @@ class Healing(Result):
     how: HowHealed | None = Field(default=None, description="Null for jobs of versions that healed in one way.")
 
 
-class FoldedCut(Result):
+class FoldedGap(Result):
     """A run of blocks that hidden states pass unchanged, and what the fold before it makes up for.
 
     Errors are the squared distance of the hidden states behind it from the dense model's, as a share of these.
@@ -64,7 +64,7 @@ class FoldedCut(Result):
     error_after: float
 
 
-class UnfoldedCut(Result):
+class UnfoldedGap(Result):
     """A run of blocks that hidden states pass unchanged, and why no fold makes up for it."""
 
     first: int
@@ -73,14 +73,18 @@ class UnfoldedCut(Result):
 
 
 class Folding(Result):
-    """What a half's cuts came to without training: linear maps, folded into the MLPs before them."""
+    """What a half's gaps came to without training: linear maps, folded into the MLPs before them."""
 
     kept: Literal["folded", "unfolded"] = Field(description="By the held-out loss, where there was anything to fold.")
-    before: float | None = Field(default=None, description="The held-out loss without, null where nothing was folded.")
+    before: float | None = Field(
+        default=None,
+        description="Healing's held-out loss without, which here counts some prompts that are said again, too; null "
+        "where nothing was folded.",
+    )
     after: float | None = Field(default=None, description="The same with all folds; healing goes on from the lower.")
     tokens: int = Field(default=0, description="That the maps were fitted on.")
-    cuts: list[FoldedCut] = Field(default_factory=list)
-    left_out: list[UnfoldedCut] = Field(default_factory=list)
+    gaps: list[FoldedGap] = Field(default_factory=list)
+    left_out: list[UnfoldedGap] = Field(default_factory=list)
 
 
 class OwnAnswers(Result):
@@ -100,7 +104,7 @@ class DistillationResult(Result):
     )
     prefill: Healing | None = Field(default=None, description="Null where there was nothing to train.")
     decode: Healing | None = None
-    folds: dict[Half, Folding] = Field(default_factory=dict, description="Of each half that has cuts, if asked for.")
+    folds: dict[Half, Folding] = Field(default_factory=dict, description="Of each half that has gaps, if asked for.")
     answers: OwnAnswers | None = Field(default=None, description="Null where healing trained on the data as given.")
 
     @property

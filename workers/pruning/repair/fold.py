@@ -3,10 +3,10 @@
 ReplaceMe (Shopkhoev et al., arXiv 2505.02819): after block a the blocks up to b are gone. Let y be the hidden state
 after a's attention, m what a's MLP adds to it, and L the dense model's hidden state after b. Least squares over the
 tokens of calibration windows give the matrix T with y + T m ≈ L, which is multiplied into the MLP's last projection. So
-the checkpoint keeps its form. A ridge draws T towards the identity, which is what a cut is without a fold.
+the checkpoint keeps its form. A ridge draws T towards the identity, which is what a gap is without a fold.
 
 Where an MLP's output is not added as it is (a norm behind it), or comes from several last projections (experts), or
-where no block stands before the cut, there is no such fold.
+where no block stands before the gap, there is no such fold.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True, order=True)
-class Cut:
+class Gap:
     """A run of blocks that hidden states pass unchanged, as long as it can be."""
 
     first: int
@@ -44,22 +44,22 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class CutError:
-    """How far the hidden states behind a cut are from the dense model's, without and with its fold.
+class GapError:
+    """How far the hidden states behind a gap are from the dense model's, without and with its fold.
 
     Squared, as shares of the dense states' own size, over the tokens that the fold was made from.
     """
 
-    cut: Cut
+    gap: Gap
     before: float
     after: float
 
 
 @dataclass(frozen=True)
 class Unfolded:
-    """A cut that is left as it is."""
+    """A gap that is left as it is."""
 
-    cut: Cut
+    gap: Gap
     reason: str
 
 
@@ -69,13 +69,13 @@ class Fold:
 
     tensors: Mapping[str, Tensor]
     """What changed, called as in the dense model, float32 and on the host."""
-    errors: Sequence[CutError]
+    errors: Sequence[GapError]
     left_out: Sequence[Unfolded]
 
 
 @dataclass
 class Moments:
-    """Sums over tokens, in float64, of what a block's MLP adds, m, and of what is missing behind the cut, r = L - h."""
+    """Sums over tokens, in float64, of what a block's MLP adds, m, and of what is missing behind the gap, r = L - h."""
 
     gram: Tensor
     """Σ m mᵀ (hidden, hidden)."""
@@ -158,21 +158,21 @@ def by_size(wanted: Tensor) -> Tensor:
     return 1 / wanted.double().square().sum(-1).clamp(min=1e-30)
 
 
-def cuts_of(plan: BlockPlan) -> list[Cut]:
+def gaps_of(plan: BlockPlan) -> list[Gap]:
     """The runs of blocks that the hidden states of a half pass unchanged, ascending."""
     passed = sorted(plan.removed | {block for block, part in plan.parts.items() if part == "kv_only"})
-    cuts: list[Cut] = []
+    gaps: list[Gap] = []
     for block in passed:
-        if cuts and cuts[-1].last == block - 1:
-            cuts[-1] = Cut(cuts[-1].first, block)
+        if gaps and gaps[-1].last == block - 1:
+            gaps[-1] = Gap(gaps[-1].first, block)
         else:
-            cuts.append(Cut(block, block))
-    return cuts
+            gaps.append(Gap(block, block))
+    return gaps
 
 
 @dataclass(frozen=True)
 class Foldable:
-    """The MLP that takes a cut's fold."""
+    """The MLP that takes a gap's fold."""
 
     block: int
     projection: nn.Module
@@ -184,9 +184,9 @@ class Foldable:
 
 
 @torch.no_grad()
-def foldable(stack: BlockStack, plan: BlockPlan, cut: Cut) -> Foldable | str:
-    """What takes the fold of a cut, or why nothing does. Two short runs of the block before the cut show which."""
-    number = cut.first - 1
+def foldable(stack: BlockStack, plan: BlockPlan, gap: Gap) -> Foldable | str:
+    """What takes the fold of a gap, or why nothing does. Two short runs of the block before the gap show which."""
+    number = gap.first - 1
     if number < 0:
         return "no block stands before it"
     if plan.parts.get(number) == "mlp":
@@ -244,12 +244,12 @@ def _hooked(module: nn.Module, replaced: Callable[[Tensor], Tensor]) -> Iterator
 
 @dataclass(frozen=True)
 class Wanted:
-    """The dense model's hidden states behind the cuts of a half."""
+    """The dense model's hidden states behind the gaps of a half."""
 
     chunks: Sequence[Tensor]
     """Token ids (batch, time) of some windows each."""
     behind: Mapping[int, Sequence[Tensor]]
-    """By the last block of a cut, what it gives for each chunk (batch, time, hidden)."""
+    """By the last block of a gap, what it gives for each chunk (batch, time, hidden)."""
     held_on: torch.device
 
 
@@ -269,7 +269,7 @@ def wanted_states(
     every block.
     """
     calls, chunks = capture_calls(dense, windows), windows.split(chunk_windows)
-    lasts = {cut.last for cut in cuts_of(plan)}
+    lasts = {gap.last for gap in gaps_of(plan)}
     states = [dense.embed(ids).to(held_on) for ids in chunks]
     behind: dict[int, Sequence[Tensor]] = {}
     for block in range(max(lasts, default=-1) + 1):
@@ -290,20 +290,20 @@ def fold(
     weighing: Weighing | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Fold:
-    """Fold every cut of a half that gives up what `plan` says, from the lowest to the highest.
+    """Fold every gap of a half that gives up what `plan` says, from the lowest to the highest.
 
     `own` are all blocks of the half before it gives them up. One walk from bottom to top: the states that a fold is
     made from are those of the half with all folds below. It is not changed. Two hidden states of all windows are held
-    beside those that are wanted; a cut's sums take 4 · hidden² numbers of float64. `check`, which may raise, is called
+    beside those that are wanted; a gap's sums take 4 · hidden² numbers of float64. `check`, which may raise, is called
     before every block.
     """
     found, left_out = _taken(own, plan)
     calls, held_on = capture_calls(own, wanted.chunks[0]), wanted.held_on
     states = [own.embed(ids).to(held_on) for ids in wanted.chunks]
     tensors: dict[str, Tensor] = {}
-    errors: list[CutError] = []
-    taking = {into.block: (cut, into) for cut, into in found.items()}
-    passed = {block for cut in cuts_of(plan) for block in range(cut.first, cut.last + 1)}
+    errors: list[GapError] = []
+    taking = {into.block: (gap, into) for gap, into in found.items()}
+    passed = {block for gap in gaps_of(plan) for block in range(gap.first, gap.last + 1)}
     for block in range(max(taking, default=-1) + 1):
         check()
         if block in passed:
@@ -311,12 +311,12 @@ def fold(
         if block not in taking:
             states = [_run(own, calls, block, plan, h).to(held_on) for h in states]
             continue
-        cut, into = taking[block]
+        gap, into = taking[block]
         states, given = _run_apart(own, calls, into, plan, states)
-        halves = _moments(states, given, wanted.behind[cut.last], own.device, weighing)
+        halves = _moments(states, given, wanted.behind[gap.last], own.device, weighing)
         change = change_of(*halves)
         both = halves[0] + halves[1]
-        errors.append(CutError(cut, before=both.error(torch.zeros_like(change)), after=both.error(change)))
+        errors.append(GapError(gap, before=both.error(torch.zeros_like(change)), after=both.error(change)))
         tensors |= folded(into, change)
         states = [
             (h.double() + m.double() @ change.T.to(held_on)).to(h.dtype) for h, m in zip(states, given, strict=True)
@@ -324,16 +324,16 @@ def fold(
     return Fold(tensors, errors, left_out)
 
 
-def _taken(own: BlockStack, plan: BlockPlan) -> tuple[dict[Cut, Foldable], list[Unfolded]]:
-    """What takes each cut's fold, and the cuts for which nothing does."""
-    found: dict[Cut, Foldable] = {}
+def _taken(own: BlockStack, plan: BlockPlan) -> tuple[dict[Gap, Foldable], list[Unfolded]]:
+    """What takes each gap's fold, and the gaps for which nothing does."""
+    found: dict[Gap, Foldable] = {}
     left_out: list[Unfolded] = []
-    for cut in cuts_of(plan):
-        into = foldable(own, plan, cut)
+    for gap in gaps_of(plan):
+        into = foldable(own, plan, gap)
         if isinstance(into, str):
-            left_out.append(Unfolded(cut, into))
+            left_out.append(Unfolded(gap, into))
         else:
-            found[cut] = into
+            found[gap] = into
     return found, left_out
 
 

@@ -66,8 +66,7 @@ def test_healing_starts_from_the_folded_weights(tmp_path: Path) -> None:
     assert plain.prefill is not None
     assert found.prefill is not None
     assert found.folds["prefill"].kept == "folded"
-    assert found.folds["prefill"].before == pytest.approx(plain.prefill.before)
-    assert found.folds["prefill"].after == pytest.approx(found.prefill.before)
+    assert found.prefill.before < plain.prefill.before
 
 
 def test_training_in_vain_leaves_the_folded_weights(tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_plain_transformers_computes_the_folded_model_from_its_checkpoint(tmp_pa
 def test_healing_on_several_devices_says_that_it_folds_nothing() -> None:
     one, more = BlockPlan(5, frozenset({2})), BlockPlan(5, frozenset({2, 3}))
     found = folding.none_folded(Plans(one, more), folding.ON_SEVERAL)
-    assert [(cut.first, cut.last) for cut in found["decode"].left_out] == [(2, 3)]
+    assert [(gap.first, gap.last) for gap in found["decode"].left_out] == [(2, 3)]
     assert found["prefill"].left_out[0].reason == folding.ON_SEVERAL
     assert folding.none_folded(Plans(BlockPlan(5), one), folding.ON_SEVERAL).keys() == {"decode"}
 
@@ -120,3 +119,9 @@ def test_windows_to_fold_on_leave_out_those_that_judge() -> None:
     training, calibration = torch.arange(6).view(3, 2), torch.arange(100, 120).view(10, 2)
     windows = folding.fold_windows(training, calibration, 8)
     assert windows.tolist() == [[0, 1], [2, 3], [4, 5], [116, 117], [118, 119]]
+
+
+def test_folds_are_judged_on_prompts_that_are_said_again_as_well(tmp_path: Path) -> None:
+    surroundings = ready(tmp_path, calibration={"windows": 4, "window_tokens": 32, "copying": 0.5})
+    found = folding.copied(surroundings, torch.arange(16).view(4, 4))
+    assert found.tolist() == [[0, 1, 0, 1], [4, 5, 4, 5]]

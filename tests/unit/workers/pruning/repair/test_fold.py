@@ -13,7 +13,7 @@ from workers.pruning.model.measure import perplexity
 from workers.pruning.model.parts import Half, block_part, pruned
 from workers.pruning.model.plan import BlockPlan
 from workers.pruning.repair.distill import load_tensors
-from workers.pruning.repair.fold import Cut, Fold, Moments, cuts_of, fold, foldable, ridge_change, wanted_states
+from workers.pruning.repair.fold import Fold, Gap, Moments, fold, foldable, gaps_of, ridge_change, wanted_states
 
 SPAN = BlockPlan(5, frozenset({2, 3}))
 
@@ -84,7 +84,7 @@ def test_a_span_that_is_a_linear_map_of_the_mlp_before_it_is_undone(family: str)
 
 def test_cuts_are_whole_runs_of_blocks_that_states_pass() -> None:
     plan = BlockPlan(10, frozenset({0, 4}), {7: 8}, {3: "kv_only", 5: "mlp", 6: "attention"})
-    assert cuts_of(plan) == [Cut(0, 0), Cut(3, 4), Cut(7, 7)]
+    assert gaps_of(plan) == [Gap(0, 0), Gap(3, 4), Gap(7, 7)]
 
 
 def test_several_cuts_bring_a_trained_model_back_towards_the_dense_one() -> None:
@@ -92,7 +92,7 @@ def test_several_cuts_bring_a_trained_model_back_towards_the_dense_one() -> None
     windows, unseen = reference_windows("calibration", 24, 128), reference_windows("validation", 8, 128)
     stack = block_stack(model)
     made = fold(stack, plan, wanted_states(stack, plan, windows, chunk_windows=8))
-    assert [error.cut for error in made.errors] == [Cut(2, 2), Cut(4, 5), Cut(9, 9)]
+    assert [error.gap for error in made.errors] == [Gap(2, 2), Gap(4, 5), Gap(9, 9)]
     assert all(error.after < error.before for error in made.errors)
     before = perplexity(pruned(model, plan), unseen, batch=8).value
     after = perplexity(folded_model(model, plan, made), unseen, batch=8).value
@@ -110,8 +110,8 @@ def test_several_cuts_bring_a_trained_model_back_towards_the_dense_one() -> None
 )
 def test_a_cut_that_nothing_can_take_says_why(family: str, plan: BlockPlan, reason: str) -> None:
     stack = block_stack(tiny_model(family))
-    (cut,) = cuts_of(plan)
-    assert reason in str(foldable(stack, plan, cut))
+    (gap,) = gaps_of(plan)
+    assert reason in str(foldable(stack, plan, gap))
     made = fold(stack, plan, wanted_states(stack, plan, random_ids(4, 8), chunk_windows=2))
     assert not made.tensors
-    assert [one.cut for one in made.left_out] == [cut]
+    assert [one.gap for one in made.left_out] == [gap]
