@@ -373,11 +373,11 @@ class DistillationSpec(SpecModel):
     heal_tokens: int = Field(
         default=131_072, ge=0, le=10**12, description="Training tokens for healing, for each of prefill and decode."
     )
-    fold: bool = Field(
-        default=True,
+    fold: bool | None = Field(
+        default=None,
         description="Whether linear maps, fitted to the dense model's hidden states without training, are multiplied "
-        "into the MLPs before removed blocks, where that lowers the held-out loss. Healing starts from there; with "
-        "`heal_tokens: 0` it is all the repair there is.",
+        "into the MLPs before removed blocks, where that lowers the held-out loss. Healing then starts from there. "
+        "Null for where nothing is trained, as with `heal_tokens: 0`.",
     )
     trainable: Literal["all", "distilled", "lora"] = Field(
         default="all",

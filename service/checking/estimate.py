@@ -231,7 +231,7 @@ def _warnings(
         )
     if not heals(spec):
         yield EstimateWarning(
-            message="Nothing is healed: the checkpoints have the pruned weights as they are. "
+            message="Nothing is trained: at most, what goes is folded into the weights that stay. "
             f"`distillation.heal_tokens` of a training batch, {batch_tokens(spec):,}, or more heals them."
             if spec.distillation.enabled
             else "Nothing is healed: the checkpoints have the pruned weights as they are.",

@@ -60,6 +60,7 @@ from workers.stages.folding import (
     copied,
     fold_windows,
     folded_half,
+    folds,
     folds_of,
     judged,
     none_folded,
@@ -137,7 +138,7 @@ def run(context: StageContext) -> DistillationResult:
     spec = context.spec.distillation
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     trains = bool(steps(spec, windows["train"].shape[1]))
-    if not spec.enabled or not (trains or spec.fold):
+    if not spec.enabled or not (trains or folds(spec, windows["train"].shape[1])):
         return _nothing(context, DistillationResult(enabled=spec.enabled))
     if trains and (devices := healing_devices(spec, len(accelerators()))) > 1:
         return _heal_on_several(context, devices, windows)
@@ -194,7 +195,8 @@ def _held_out_alone(context: StageContext, windows: Tensors) -> TrainingWindows:
 
 def _judged_by(context: StageContext, training: Tensor, held_out: Tensor) -> TrainingWindows:
     """With copies for what folds."""
-    again = copied(context, unmarked(held_out)[0]) if context.spec.distillation.fold else held_out[:0]
+    spec = context.spec.distillation
+    again = copied(context, unmarked(held_out)[0]) if folds(spec, held_out.shape[1]) else held_out[:0]
     return TrainingWindows(training, held_out, again)
 
 
@@ -202,8 +204,8 @@ def _heal_on_several(context: StageContext, devices: int, windows: Tensors) -> D
     """By processes of their own; what the dense model has to answer, this one has it answer before."""
     dense = partial(load_for_walks, context.model_dir, context.check, dtype=read_precision(context))
     data, answers = training_windows(context, windows, dense)
-    folds = none_folded(read_plans(context), ON_SEVERAL) if context.spec.distillation.fold else {}
-    return heal_on(devices, context, data).model_copy(update={"answers": answers, "folds": folds})
+    left_out = none_folded(read_plans(context), ON_SEVERAL) if context.spec.distillation.fold else {}
+    return heal_on(devices, context, data).model_copy(update={"answers": answers, "folds": left_out})
 
 
 def training_windows(
@@ -409,7 +411,7 @@ def _heal(
     # The student: its own are what is trained and what it inherits.
     dense = load_model(context.model_dir, context.check, dtype=DTYPES[way.precision] if trains else work.dtype)
     start = inherits(dense)
-    folds = _folding_of(work, half, plan, dense, progress_range[0])
+    folding_of = _folding_of(work, half, plan, dense, progress_range[0])
     weights = narrowed(dense, channels)
     del dense
     stack = block_stack(weights)
@@ -418,7 +420,7 @@ def _heal(
         still = frozen(stack) | idle_tensors(stack, plan.parts)
         healed = _healed_weights(context, weights, blocks, still)
     load_tensors(weights, start)
-    fold = folds(stack)
+    fold = folding_of(stack)
     own = {*healed, *start, *fold.tensors}
     _share(weights, work.teacher, beside, own=own)
     for block in plan.removed:
@@ -473,7 +475,7 @@ def _folding_of(
 ) -> Callable[[BlockStack], HalfFold]:
     """What folds all blocks of a half, after the dense model's own are no longer there."""
     context = work.context
-    if not context.spec.distillation.fold or not gaps_of(plan):
+    if not folds(context.spec.distillation, work.data.held_out.shape[1]) or not gaps_of(plan):
         return lambda own: HalfFold({}, None)
     if len(work.to_fold) < LEAST_WINDOWS:
         return lambda own: not_folded(plan, TOO_LITTLE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.contract.results import FoldedGap, Folding, Half, UnfoldedGap
+from pdtrim.contract.spec import DistillationSpec
 from workers.inputs.models import RESIDENT_WALK_BYTES
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import said_again
@@ -19,14 +20,22 @@ from workers.pruning.search.engine import windows_in
 from workers.stages.context import StageContext
 from workers.stages.removal import Plans
 from workers.stages.scoring import read_opening
+from workers.stages.training import steps
 
 FOLD_TOKENS = 32_768
 """That maps are fitted on at most."""
+STATES_BYTES = 4 * 2**30
+"""That the hidden states of these tokens may take on the host."""
 LEAST_WINDOWS = 2
 """Without which nothing is fitted: each half of them is held out once."""
 ON_SEVERAL = "healing on several devices starts from the weights as they are"
 TOO_LITTLE = "there are too few windows to fit a map on"
 TOO_LARGE = "the dense model and this half do not fit the worker's memory together"
+
+
+def folds(spec: DistillationSpec, window_tokens: int) -> bool:
+    """Whether a job's halves are folded: as it says, else where they are not trained."""
+    return not steps(spec, window_tokens) if spec.fold is None else spec.fold
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,10 @@ def copied(context: StageContext, windows: Tensor) -> Tensor:
 
 
 def wanted_of(context: StageContext, dense: BlockStack, plan: BlockPlan, windows: Tensor) -> Wanted:
-    """What the maps of a half are fitted to, of the dense model on windows (windows, tokens)."""
+    """What the maps of a half are fitted to, of the dense model on the first windows (windows, tokens)."""
+    # States behind every gap, and while walking of a block of both models, and what an MLP adds.
+    held = (len(gaps_of(plan)) + 3) * windows[0].numel() * dense.model.config.hidden_size * dense.model.dtype.itemsize
+    windows = windows[: max(LEAST_WINDOWS, STATES_BYTES // held)]
     chunk = windows_in(
         RESIDENT_WALK_BYTES,
         streams=2,

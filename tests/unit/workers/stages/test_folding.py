@@ -60,8 +60,8 @@ def test_folded_weights_that_do_harm_are_not_kept(tmp_path: Path, monkeypatch: p
 
 
 def test_healing_starts_from_the_folded_weights(tmp_path: Path) -> None:
-    _, plain = ran(tmp_path / "plain", **REMOVED, distillation={"fold": False})
-    _, found = ran(tmp_path / "folded", **REMOVED)
+    _, plain = ran(tmp_path / "plain", **REMOVED)
+    _, found = ran(tmp_path / "folded", **REMOVED, distillation={"fold": True})
     assert plain.folds == {}
     assert plain.prefill is not None
     assert found.prefill is not None
@@ -69,8 +69,14 @@ def test_healing_starts_from_the_folded_weights(tmp_path: Path) -> None:
     assert found.prefill.before < plain.prefill.before
 
 
+def test_nothing_is_folded_where_neither_training_nor_a_fold_is_asked_for(tmp_path: Path) -> None:
+    surroundings, found = ran(tmp_path, **REMOVED, calibration=MANY, distillation={"heal_tokens": 0, "fold": False})
+    assert found.folds == {}
+    assert left(surroundings) == {}
+
+
 def test_training_in_vain_leaves_the_folded_weights(tmp_path: Path) -> None:
-    surroundings, found = ran(tmp_path, **REMOVED, distillation={"learning_rate": 1.0})
+    surroundings, found = ran(tmp_path, **REMOVED, distillation={"fold": True, "learning_rate": 1.0})
     assert found.prefill is not None
     assert found.prefill.kept == "undistilled"
     assert found.folds["prefill"].kept == "folded"

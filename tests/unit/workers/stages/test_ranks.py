@@ -57,7 +57,7 @@ def test_two_processes_heal_as_one_does_and_others_go_on_where_one_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranks, "PROGRAM", QUICK_RANK)
-    surroundings = ready(tmp_path, **REMOVED, distillation={"fold": False})
+    surroundings = ready(tmp_path, **REMOVED)
     alone = on(1, surroundings, state="alone")
     expected = distillation.run(alone)
     said: list[dict[str, Any]] = []

@@ -28,6 +28,7 @@ LORA: dict[str, Any] = {
     "trainable": "lora",
     "lora": {"rank": 2, "alpha": 4},
     "learning_rate": 1e-2,
+    "fold": True,
 }
 STEPS = 768 // (4 * 32)
 JOBS: dict[str, dict[str, Any]] = {
