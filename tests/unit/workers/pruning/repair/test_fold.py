@@ -13,7 +13,19 @@ from workers.pruning.model.measure import perplexity
 from workers.pruning.model.parts import Half, block_part, pruned
 from workers.pruning.model.plan import BlockPlan
 from workers.pruning.repair.distill import load_tensors
-from workers.pruning.repair.fold import Fold, Gap, Moments, fold, foldable, gaps_of, ridge_change, wanted_states
+from workers.pruning.repair.fold import (
+    Fold,
+    Foldable,
+    Gap,
+    Moments,
+    by_size,
+    crossed_change,
+    fold,
+    foldable,
+    gaps_of,
+    ridge_change,
+    wanted_states,
+)
 
 SPAN = BlockPlan(5, frozenset({2, 3}))
 
@@ -82,12 +94,12 @@ def test_a_span_that_is_a_linear_map_of_the_mlp_before_it_is_undone(family: str)
     assert made.errors[0].after < 1e-8 < made.errors[0].before
 
 
-def test_cuts_are_whole_runs_of_blocks_that_states_pass() -> None:
+def test_gaps_are_whole_runs_of_blocks_that_states_pass() -> None:
     plan = BlockPlan(10, frozenset({0, 4}), {7: 8}, {3: "kv_only", 5: "mlp", 6: "attention"})
     assert gaps_of(plan) == [Gap(0, 0), Gap(3, 4), Gap(7, 7)]
 
 
-def test_several_cuts_bring_a_trained_model_back_towards_the_dense_one() -> None:
+def test_several_gaps_bring_a_trained_model_back_towards_the_dense_one() -> None:
     model, plan = reference_model(), BlockPlan(12, frozenset({2, 4, 5, 9}))
     windows, unseen = reference_windows("calibration", 24, 128), reference_windows("validation", 8, 128)
     stack = block_stack(model)
@@ -104,14 +116,49 @@ def test_several_cuts_bring_a_trained_model_back_towards_the_dense_one() -> None
     [
         ("gemma2", SPAN, "does not add its MLP's output as it is"),
         ("gemma3", SPAN, "does not add its MLP's output as it is"),
+        ("olmo2", SPAN, "does not add its MLP's output as it is"),
+        ("mixtral", SPAN, "is not a plain linear layer"),
         ("llama", BlockPlan(5, frozenset({0, 1})), "no block stands before it"),
         ("llama", BlockPlan(5, frozenset({2}), parts={1: "mlp"}), "gives up its MLP"),
     ],
 )
-def test_a_cut_that_nothing_can_take_says_why(family: str, plan: BlockPlan, reason: str) -> None:
+def test_a_gap_that_nothing_can_take_says_why(family: str, plan: BlockPlan, reason: str) -> None:
     stack = block_stack(tiny_model(family))
     (gap,) = gaps_of(plan)
     assert reason in str(foldable(stack, plan, gap))
     made = fold(stack, plan, wanted_states(stack, plan, random_ids(4, 8), chunk_windows=2))
     assert not made.tensors
     assert [one.gap for one in made.left_out] == [gap]
+
+
+def test_what_an_mlp_adds_is_known_by_its_factor() -> None:
+    for family, factor in (("granite", 0.5), ("gpt2", 1.0), ("opt", 1.0), ("gpt-neox", 1.0), ("phi3", 1.0)):
+        found = foldable(block_stack(tiny_model(family)), SPAN, Gap(2, 3))
+        assert isinstance(found, Foldable), (family, found)
+        assert found.factor == pytest.approx(factor, rel=1e-4)
+
+
+def test_blocks_kept_for_their_keys_and_values_are_folded_like_removed_ones() -> None:
+    model, ids = tiny_model("llama"), random_ids(9, 16)
+    removed = folding(model, SPAN, ids)
+    passed = folding(model, BlockPlan(5, parts={2: "kv_only", 3: "kv_only"}), ids)
+    assert passed.tensors.keys() == removed.tensors.keys()
+    assert all(torch.equal(tensor, removed.tensors[name]) for name, tensor in passed.tensors.items())
+
+
+def test_a_map_that_does_not_hold_on_other_windows_is_none() -> None:
+    seeded = torch.Generator().manual_seed(0)
+    halves = Moments.none(8, torch.device("cpu")), Moments.none(8, torch.device("cpu"))
+    for half in halves:
+        m, r = torch.randn((2, 12, 8), generator=seeded)
+        half.add(m, r, r)
+    assert not crossed_change(*halves).any()
+    for half in halves:
+        m = torch.randn((400, 8), generator=seeded)
+        half.add(m, 2 * m, m)
+    assert crossed_change(*halves).diagonal().mean() > 1
+
+
+def test_errors_by_size_weigh_a_token_by_its_own_state() -> None:
+    wanted = torch.tensor([[3.0, 4.0], [30.0, 40.0]])
+    assert by_size(wanted).tolist() == pytest.approx([1 / 25, 1 / 2500])
