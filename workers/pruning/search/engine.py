@@ -423,7 +423,7 @@ class WholeEngine(ChunkedEngine):
         if objective == "cross_entropy":
             return mean_losses(self._stack, objective, h, None, targets)
         if NOTHING in h:
-            self._dense[chunk] = h.pop(NOTHING)
+            self._dense[chunk] = h.pop(NOTHING).contiguous()
         losses = mean_losses(self._stack, objective, h, self._dense[chunk], targets)
         return {candidate: losses.get(candidate, [0.0] * len(ids)) for candidate in candidates}
 
