@@ -1056,7 +1056,7 @@ def test_the_text_decoder_of_a_model_that_sees_is_pruned_in_its_place(
         shutil.copyfile(REFERENCE / name, model / name)
     (model / "preprocessor_config.json").write_text('{"size": 16}')
     kept = {"search": {"protect": [0, 1], "evaluations": 4}} if family == "qwen3_vl" else {}
-    job_id = create(worker, tiny_spec(model, decode={"remove_blocks": 1}, distillation={"heal_tokens": 0}, **kept))
+    job_id = create(worker, tiny_spec(model, decode={"remove_blocks": 1}, distillation={"enabled": False}, **kept))
     run_through(worker, job_id)
 
     target = tmp_path / "unified"
