@@ -92,7 +92,7 @@ def test_six_jobs_submitted_at_once_to_one_worker_end_one_after_the_other(
 ) -> None:
     six = [submit(database, settings) for _ in range(6)]
     with working(settings, monkeypatch):
-        wait_until(lambda: all_ended(database), seconds=60, what="all jobs to end")
+        wait_until(lambda: all_ended(database), seconds=180, what="all jobs to end")
     assert started(database) == [job_id for job_id in six for _ in StageName]
 
 
@@ -101,7 +101,7 @@ def test_priorities_count_where_the_broker_keeps_messages_as_files(
 ) -> None:
     by_priority = {priority: submit(database, settings, priority=priority) for priority in reversed(Priority)}
     with working(settings, monkeypatch):
-        wait_until(lambda: all_ended(database), seconds=60, what="all jobs to end")
+        wait_until(lambda: all_ended(database), seconds=180, what="all jobs to end")
     assert started(database) == [by_priority[priority] for priority in Priority for _ in StageName]
 
 
@@ -122,7 +122,7 @@ def test_messages_of_the_version_before_wake_a_worker(
     ]:
         app.send_task(task, args=[job_id], queue=queue.QUEUE, priority=priority)
     with working(at_redis, monkeypatch):
-        wait_until(lambda: all_ended(database), seconds=60, what="all jobs to end")
+        wait_until(lambda: all_ended(database), seconds=180, what="all jobs to end")
     assert started(database) == [job_id for job_id in waiting for _ in StageName]
 
 
