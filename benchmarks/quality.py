@@ -67,7 +67,7 @@ from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
 
 WINDOW_TOKENS = 256
-ROWS = ("depth", "peers", "cost", "calibration", "healing")
+ROWS = ("depth", "cost", "healing", "peers", "calibration")
 FIRST_TOKEN: FirstToken = "decode"
 COSTS: tuple[Cost, ...] = ("flops", "weight_bytes", "kv_bytes")
 OF_PREFILL: Mapping[Kind, str] = {"kv_only": "kv_only_blocks", "mlp": "remove_mlps"}
@@ -102,15 +102,17 @@ class Row:
 
 
 def by_peers(counts: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
-    """What published methods choose, healed and measured as the rest."""
+    """What published methods choose, healed and measured as the rest; EvoPress, whose choice takes longest, at last."""
     whole = {"remove_blocks": 0}
-    for count in counts:
-        for name in ("EvoPress", "SLEB", "LLM-Streamline", "angular span", "ShortGPT"):
-            yield Row("depth", f"{name} {count}, both halves", whole, whole, method=name, amount=count)
-        late = "late blocks (SwiftKV, POP)"
-        yield Row("depth", f"{late} {count}, decode whole", whole, whole, method=late, amount=count)
+    late = "late blocks (SwiftKV, POP)"
+    for name in ("SLEB", "LLM-Streamline", "angular span", "ShortGPT", late):
+        where = "decode whole" if name == late else "both halves"
+        for count in counts:
+            yield Row("depth", f"{name} {count}, {where}", whole, whole, method=name, amount=count)
     for share in shares:
         yield Row(f"weight_bytes {share:.0%}", "BlockPruner", whole, whole, method="BlockPruner", amount=share)
+    for count in counts:
+        yield Row("depth", f"EvoPress {count}, both halves", whole, whole, method="EvoPress", amount=count)
 
 
 def by_calibration(count: int, windows: Sequence[int], seeds: Sequence[int]) -> Iterator[Row]:
