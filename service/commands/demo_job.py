@@ -13,7 +13,7 @@ OPENED = {
 NAMES = ("count", "path", "name", "index", "value", "size", "text", "key", "data", "node", "offset", "width")
 
 BRACKETS: dict[str, Any] = {
-    "task": "closing-bracket",
+    "task": "bracket",
     "docs": [{"code": code, "bracket": bracket} for bracket, codes in OPENED.items() for code in codes],
     "doc_to_text": "code",
     "doc_to_choice": list(OPENED),

@@ -135,7 +135,7 @@ def test_a_pair_answers_as_a_loop_written_with_transformers_alone(
         == doc["name"]
         for doc in GETTERS["docs"]
     ]
-    expected = {"closing-bracket": ("acc", closed), "getter": ("exact_match", got)}
+    expected = {"bracket": ("acc", closed), "getter": ("exact_match", got)}
     if harness:
         by_name = [
             pair.chosen(f"Question: {row['question']}\nAnswer:", " ", row["choices"]["text"])
