@@ -441,7 +441,7 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, help="how many of the text to read; by default all")
     parser.add_argument("--out", type=Path, required=True, help="file that a line of JSON is appended to for each row")
     parser.add_argument("--table", action="store_true", help="print the rows of an earlier run")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", type=int, nargs="+", action="append", default=[], help="greedy's set, found before")
     parser.add_argument("--span", type=int, nargs="+", action="append", default=[], help="a span, found before")
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 6, 9])

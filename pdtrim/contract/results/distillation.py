@@ -53,7 +53,7 @@ class Healing(Result):
 
 
 class FoldedGap(Result):
-    """A run of blocks that hidden states pass unchanged, and what the fold before it makes up for.
+    """A run of blocks that a half is without, and what the fold before it makes up for.
 
     Errors are the squared distance of the hidden states behind it from the dense model's, as a share of these.
     """
@@ -65,7 +65,7 @@ class FoldedGap(Result):
 
 
 class UnfoldedGap(Result):
-    """A run of blocks that hidden states pass unchanged, and why no fold makes up for it."""
+    """A run of blocks that a half is without, and why no fold makes up for it."""
 
     first: int
     last: int

@@ -34,7 +34,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True, order=True)
 class Gap:
-    """A run of blocks that hidden states pass unchanged, as long as it can be."""
+    """A run of blocks that a half is without, as long as it can be."""
 
     first: int
     last: int
@@ -159,10 +159,13 @@ def by_size(wanted: Tensor) -> Tensor:
 
 
 def gaps_of(plan: BlockPlan) -> list[Gap]:
-    """The runs of blocks that the hidden states of a half pass unchanged, ascending."""
-    passed = sorted(plan.removed | {block for block, part in plan.parts.items() if part == "kv_only"})
+    """The runs of blocks that a half is without, ascending.
+
+    Those that are kept for their keys and values are in none: they make these of the states that enter them, which a
+    fold would replace by those behind.
+    """
     gaps: list[Gap] = []
-    for block in passed:
+    for block in sorted(plan.removed):
         if gaps and gaps[-1].last == block - 1:
             gaps[-1] = Gap(gaps[-1].first, block)
         else:
@@ -189,7 +192,7 @@ def foldable(stack: BlockStack, plan: BlockPlan, gap: Gap) -> Foldable | str:
     number = gap.first - 1
     if number < 0:
         return "no block stands before it"
-    if plan.parts.get(number) == "mlp":
+    if plan.parts.get(number) in ("mlp", "kv_only"):
         return f"block {number} before it gives up its MLP"
     block = stack.blocks[number]
     part = find_part(block, "mlp")

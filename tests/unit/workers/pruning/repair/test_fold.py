@@ -94,8 +94,8 @@ def test_a_span_that_is_a_linear_map_of_the_mlp_before_it_is_undone(family: str)
     assert made.errors[0].after < 1e-8 < made.errors[0].before
 
 
-def test_gaps_are_whole_runs_of_blocks_that_states_pass() -> None:
-    plan = BlockPlan(10, frozenset({0, 4}), {7: 8}, {3: "kv_only", 5: "mlp", 6: "attention"})
+def test_gaps_are_whole_runs_of_removed_blocks() -> None:
+    plan = BlockPlan(10, frozenset({0, 3, 4}), {7: 8}, {5: "kv_only", 6: "attention"})
     assert gaps_of(plan) == [Gap(0, 0), Gap(3, 4), Gap(7, 7)]
 
 
@@ -138,12 +138,12 @@ def test_what_an_mlp_adds_is_known_by_its_factor() -> None:
         assert found.factor == pytest.approx(factor, rel=1e-4)
 
 
-def test_blocks_kept_for_their_keys_and_values_are_folded_like_removed_ones() -> None:
+def test_blocks_kept_for_their_keys_and_values_are_no_gap_and_take_no_fold() -> None:
     model, ids = tiny_model("llama"), random_ids(9, 16)
-    removed = folding(model, SPAN, ids)
-    passed = folding(model, BlockPlan(5, parts={2: "kv_only", 3: "kv_only"}), ids)
-    assert passed.tensors.keys() == removed.tensors.keys()
-    assert all(torch.equal(tensor, removed.tensors[name]) for name, tensor in passed.tensors.items())
+    assert not folding(model, BlockPlan(5, parts={2: "kv_only", 3: "kv_only"}), ids).tensors
+    behind = folding(model, BlockPlan(5, frozenset({3}), parts={2: "kv_only"}), ids)
+    assert not behind.tensors
+    assert "block 2 before it gives up its MLP" in behind.left_out[0].reason
 
 
 def test_a_map_that_does_not_hold_on_other_windows_is_none() -> None:
