@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.contract.results import DistillationResult
+from tests.healing_rank import HOLD, HeldFolder
 from tests.unit.workers.stages.test_distillation import REMOVED, left, ready
 from workers.inputs.faults import ProcessDied, may_pass
 from workers.pruning.repair.training import NonFiniteTraining
@@ -64,11 +65,17 @@ def test_two_processes_heal_as_one_does_and_others_go_on_where_one_was_killed(
 
     def publish(progress: float, message: str, figures: Mapping[str, Any]) -> None:
         said.append(dict(figures))
-        if figures.get("half") == "decode" and (tmp_path / "store/killed/heal-decode.json").exists():
+        if figures.get("half") == "prefill":
+            held.go_on("prefill").touch()
+
+    def check() -> None:
+        if (tmp_path / "store/killed/heal-decode.json").exists():
             kill_a_rank(1)
 
     # A rank dies, and the attempt with it.
-    killed = replace(on(2, surroundings, state="killed"), publish=publish)
+    killed = replace(on(2, surroundings, state="killed"), publish=publish, check=check)
+    held = HeldFolder(killed.workdir)
+    monkeypatch.setenv(HOLD, "1")
     monkeypatch.setattr("workers.stages.context.PROGRESS_INTERVAL_S", 0.0)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(ProcessDied, match="rank 1 of healing was killed by SIGKILL") as died:
@@ -79,6 +86,7 @@ def test_two_processes_heal_as_one_does_and_others_go_on_where_one_was_killed(
     assert {"prefill", "decode"} <= {figures.get("half") for figures in said}
 
     # The next goes on from its state, on one device or on several.
+    monkeypatch.delenv(HOLD)
     for devices in (1, 2):
         steps: list[tuple[str, int]] = []
 
