@@ -20,6 +20,10 @@ SERVERS = {"postgres_url": "PostgreSQL", "redis_url": "Valkey (Redis)", "s3": "S
 """What runs on a real server, by the fixture that starts it."""
 KINDS = {"postgresql": "postgres_url", "valkey": "redis_url", "s3": "s3"}
 """Parameters for which a fixture asks for a server only while it runs."""
+# Several processes of tests share few cores, where PyTorch's threads would wait for each other in busy loops. The
+# library reads this when PyTorch is first imported; the processes that tests start have it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 MARKS = {**dict.fromkeys(SERVERS, "server"), "mlflow_url": "server", "browser": "browser", "environment": "process"}
 """What a test is marked with for a fixture that it uses, itself or through others."""
 

@@ -18,5 +18,4 @@ def environment(tmp_path: Path) -> Environment:
         "PDTRIM_DATA_DIR": str(tmp_path / "data"),
         "PDTRIM_LEASE_SECONDS": "8",
         "PDTRIM_RECONCILE_SECONDS": "0.5",
-        "OMP_NUM_THREADS": "1",
     }

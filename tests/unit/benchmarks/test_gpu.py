@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,7 +40,6 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     run = subprocess.run(
         [sys.executable, "-c", start],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -21,7 +21,7 @@ def test_a_search_killed_at_random_moments_ends_with_the_plan_of_the_unbroken_ru
     done = subprocess.run(
         [sys.executable, "-m", "tests.search_killed", str(tmp_path), "3", "0"],
         cwd=ROOT,
-        env={**unmeasured, "OMP_NUM_THREADS": "1"},
+        env=unmeasured,
         capture_output=True,
         text=True,
         timeout=240,

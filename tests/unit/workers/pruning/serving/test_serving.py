@@ -176,7 +176,6 @@ from pathlib import Path
 from workers.pruning.serving.handover import send
 from workers.pruning.serving.pair_server import PrefillHalf
 
-torch.set_num_threads(1)
 prompts = json.loads(Path(sys.argv[2]).read_text())
 half = PrefillHalf.load(Path(sys.argv[1]), dtype=torch.float32)
 with socket.create_server(("127.0.0.1", 0)) as server:
@@ -209,7 +208,6 @@ def test_two_processes_over_a_socket_give_the_tokens_of_one(tmp_path: Path) -> N
 
     prefill = subprocess.Popen(
         [sys.executable, "-c", PREFILL_PROCESS, str(tmp_path / "prefill"), str(tmp_path / "prompts.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
