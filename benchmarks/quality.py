@@ -60,7 +60,7 @@ from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
 from workers.pruning.repair.distill import load_tensors
-from workers.pruning.repair.fold import by_size, fold, wanted_states
+from workers.pruning.repair.fold import by_size, fold, gaps_of, wanted_states
 from workers.reference_model.train import corpus_files
 from workers.stages.precision import DTYPES
 from workers.stages.removal import block_plan, half_plan
@@ -278,8 +278,11 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         unhealed = [pruned(given.model, half) for half in halves]
         windows = load_file(job.artifacts(StageName.SCORING) / WINDOWS)["train"]
         evenly = torch.arange(0, len(windows), max(1, len(windows) * WINDOW_TOKENS // FOLD_TOKENS))
-        mended = [_folded(given.model, half, windows[evenly].to(device()), args.batch) for half in halves]
         ask = partial(_asked, given, kv_map, args.batch)
+        folded = {}
+        if any(gaps_of(half) for half in halves):
+            to_fold = windows[evenly].to(device())
+            folded["folded"] = ask(*(_folded(given.model, half, to_fold, args.batch) for half in halves))
         distilled: Any = job.results[StageName.DISTILLATION]
         return {
             "table": row.table,
@@ -293,7 +296,7 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             "prefill": sorted([unit.block, unit.kind] for unit in units_of(plan.prefill)),
             "decode": sorted([unit.block, unit.kind] for unit in units_of(plan.decode)),
             "unhealed": ask(*unhealed),
-            "folded": ask(*mended),
+            **folded,
             "healed": ask(*healed),
             "healing": {half: _healing(getattr(distilled, half)) for half in ("prefill", "decode")},
             "seconds": {stage.value: round(seconds, 1) for stage, seconds in job.seconds.items()},
@@ -370,6 +373,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for row in sorted((row for row in rows if row["table"] == table), key=_by_name_and_count):
             left = ", ".join(f"{row['left'][cost]:.0%}" for cost in COSTS)
             for when in ("unhealed", "folded", "healed"):
+                if when not in row:  # There was nothing to fold.
+                    continue
                 cells = [
                     f"{row[when][n]['exact']:.0%}"
                     if n.startswith(EXACT)

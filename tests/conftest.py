@@ -7,8 +7,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Generator, Iterator
+from functools import _lru_cache_wrapper
 from pathlib import Path
 
+import fastapi.dependencies.models
 import pytest
 import redis
 
@@ -61,6 +63,15 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.collect()
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _applications() -> Iterator[None]:
+    """FastAPI remembers thousands of endpoints, and with them whole applications, which every collection walks over."""
+    yield
+    for one in vars(fastapi.dependencies.models).values():
+        if isinstance(one, _lru_cache_wrapper):
+            one.cache_clear()
 
 
 def _servers_of_parameters(item: pytest.Item) -> set[str]:

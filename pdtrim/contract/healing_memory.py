@@ -26,8 +26,9 @@ matrices take and give) and 20 h bytes for those of their norms, and v words:
     logits                                              28 min(n v, LOSS_LOGITS)
 
 A step in bfloat16 holds 60 bytes for each number that it changes at a time; by then those of the batch are gone, so the
-larger of the two counts. On the host lie the weights before training, the best so far, and copies of weights and
-moments while they are saved: on a CPU three times the weights as they are trained, and once the moments.
+larger of the two counts. On the host lie the weights before training, as they are stored, the best so far, and copies
+of weights and moments while they are saved: on a CPU once the weights as stored, twice as they are trained, and once
+the moments. Of adapters the latter, and what they adapt as it was before and, at the end, as it is then.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class HealingSize:
     """Of the dense model: 2 in bfloat16, in which products are then computed, 4 in float32."""
     on_host: bool
     """Whether what is kept on the host takes of the same memory."""
+    stored_bytes: int = 4
+    """Of a number in the checkpoint."""
     shares: bool = True
     """Whether frozen weights in the dense model's precision lie in what is beside."""
 
@@ -146,8 +149,11 @@ def needed_bytes(size: HealingSize, way: HealingWay) -> int:
     moments = 8.0 if exact or size.adapters else 2 * (1 + 4 / 256)
     stored = 4 if exact or size.adapters else 2
     learning = moments + stored
-    kept = 3 * stored + moments if size.on_host else 0
+    kept = 2 * stored + moments if size.on_host else 0
     held = (by_trained + learning + kept) * size.trained + by_weight * (size.own + (0 if shared else size.frozen))
+    changed = size.own if size.adapters else size.trained
+    before = size.stored_bytes * changed if size.on_host else 0
+    after = before if size.adapters else 0  # else it takes no more than what is no longer kept then
 
     number = 2 if halved or not exact else 4
     tokens = math.ceil(size.windows / way.parts) * size.window_tokens
@@ -158,7 +164,7 @@ def needed_bytes(size: HealingSize, way: HealingWay) -> int:
         + BY_LOGIT * min(tokens * size.vocabulary, LOSS_LOGITS)
     )
     stepping = 0 if exact or size.adapters else BY_STEPPED * min(size.trained, STEP_NUMBERS)
-    return size.beside + math.ceil(held) + max(passing, stepping)
+    return size.beside + math.ceil(held) + before + max(passing, stepping, after)
 
 
 def healing_devices(spec: DistillationSpec, gpus: int) -> int:

@@ -278,6 +278,7 @@ class _Room:
             window_tokens=spec.calibration.window_tokens,
             number_bytes=self.number_bytes(spec),
             on_host=not self._accelerated,
+            stored_bytes=shape.item_bytes,
         )
 
     def exporting(self, checkpoints: Sequence[Checkpoint]) -> StageMemory:

@@ -445,7 +445,8 @@ def _heal(
             load_tensors(weights, without)
     if not healed:
         return HealedHalf(weights.requires_grad_(False), start, folding=folding)
-    given = {name: named[name].detach().to("cpu", copy=True) for name in healed}
+    dtype = stored_dtype(context.model_dir)
+    given = {name: named[name].detach().to(dtype).to("cpu", copy=True) for name in healed}
     context.say(progress_range[0], f"Measuring the {half} model before it is healed.", half=half)
     before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
     diary = journal(context, half, progress_range, way, resume, work.saver)
@@ -453,7 +454,6 @@ def _heal(
     with recomputed, _trained(context, student, healed) as parameters:
         taken = train_on(learned.loss, parameters, data.training, data.held_out, settings, diary).steps
     weights.requires_grad_(False)
-    dtype = stored_dtype(context.model_dir)
     trained = {name: named[name].detach().to(dtype).to("cpu", copy=True).contiguous() for name in given}
     load_tensors(weights, trained)
     after = mean_loss(learned.loss, data.held_out, settings.held_out_batch)

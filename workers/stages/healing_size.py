@@ -11,7 +11,7 @@ from pdtrim.contract.healing_memory import HealingSize, HealingWay, needed_bytes
 from pdtrim.contract.results.distillation import HowHealed
 from workers.inputs.models import device
 from workers.pruning.model.blocks import block_stack
-from workers.pruning.model.checkpoint import empty_model
+from workers.pruning.model.checkpoint import empty_model, stored_dtype
 from workers.pruning.model.measure import parameters
 from workers.pruning.model.parts import idle_tensors, zeroed_tensors
 from workers.pruning.model.plan import BlockPlan
@@ -78,6 +78,7 @@ def healing_sizes(
         window_tokens=windows.shape[1],
         number_bytes=number_bytes,
         on_host=device().type == "cpu",
+        stored_bytes=stored_dtype(context.model_dir).itemsize,
     )
     whole = 0 if beside is None else beside.ahead.whole_bytes
     return HealingSizes(size, replace(size, beside=whole, shares=beside is not None))
