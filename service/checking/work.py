@@ -276,5 +276,12 @@ class _Counting:
         for depth in pairs:
             through = self._blocks(asked.windows * tokens, depth, tokens, 2 * math.ceil(asked.windows / 8))
             found += through * 2.5 + self._head(asked.windows * tokens)
+        # Texts that the dense model and what is served go on from; the two that are taken by default, at a time.
+        texts = 1 if asked.prompts is None else len(asked.prompts)
+        for depth, size in ((blocks, self.shape.numbers), (kept[-1], numbers[-1])):
+            steps = texts * asked.sample_tokens
+            found += Work(bytes=steps * 4 * size, calls=steps * depth)
         models = sum(numbers) / self.shape.numbers
+        if asked.prompts is not None:  # Else blocks that come from disk go on from none.
+            found += self._streamed((1 + numbers[-1] / self.shape.numbers) * texts * asked.sample_tokens)
         return found + self._streamed(models, asked.windows, 8 + 2 * len(checkpoints))

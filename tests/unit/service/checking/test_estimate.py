@@ -172,3 +172,33 @@ def test_an_earlier_jobs_seconds_are_scaled_by_the_work_of_this_one() -> None:
     assert set(same.seconds.values()) == {100.0}
     assert 200 < more.seconds[StageName.REMOVAL] < 500
     assert 1500 < more.seconds[StageName.DISTILLATION] < 3000
+
+
+def test_every_token_of_a_sample_takes_a_pass_over_the_weights_of_the_dense_model_and_of_what_is_served() -> None:
+    job = {"model": "hf://a/b", "prefill": {"remove_blocks": 8}, "decode": {"remove_blocks": 8}}
+    device = Device(
+        queue="default",
+        kind="cpu",
+        name="a CPU",
+        count=1,
+        memory_bytes=128 * 2**30,
+        host_bytes=128 * 2**30,
+        disk_bytes=2**40,
+        flops=1e12,
+        bfloat16_flops=None,
+        bytes_per_second=64e9,
+        call_seconds=0.0,
+    )
+
+    def seconds(**evaluation: object) -> float:
+        spec = JobSpec.model_validate(job | {"evaluation": evaluation})
+        told = estimate(spec, EIGHT_BILLION, placed(spec, EIGHT_BILLION, [device], ["default"]), None)
+        (found,) = [one.seconds for one in told.stages if one.stage is StageName.EVALUATION]
+        assert found is not None
+        return found
+
+    without = seconds(prompts=[])
+    by_token = 4 * (8_030_261_248 + 8_030_261_248 - 8 * 218_112_000) / 64e9
+    # The beginnings of windows are of one length, and go on together; texts that are given are not.
+    assert seconds(sample_tokens=10) - without == pytest.approx(10 * by_token, abs=1)
+    assert seconds(sample_tokens=10, prompts=["a", "b", "c"]) - without == pytest.approx(30 * by_token, abs=1)
