@@ -53,7 +53,7 @@ from pdtrim.contract.results import PLAN, HalfPlan, Healing, Plan
 from pdtrim.contract.spec import JobSpec
 from workers.inputs.models import device, load_model
 from workers.pruning.model.blocks import block_stack
-from workers.pruning.model.calibration import split_stream, token_stream
+from workers.pruning.model.calibration import split_stream, stdlib_documents, token_stream
 from workers.pruning.model.costs import Cost, Costs, costs_of
 from workers.pruning.model.pair import FirstToken
 from workers.pruning.model.parts import pruned
@@ -61,7 +61,6 @@ from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
 from workers.pruning.repair.distill import load_tensors
 from workers.pruning.repair.fold import by_size, fold, gaps_of, wanted_states
-from workers.reference_model.train import corpus_files
 from workers.stages.precision import DTYPES
 from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
@@ -223,8 +222,7 @@ def subject(
 
 def unseen_files() -> list[str]:
     """Files of the standard library that the reference model was not trained on."""
-    files = corpus_files()
-    return [path.read_text() for path in (*files["validation"], *files["calibration"])]
+    return [*stdlib_documents("validation"), *stdlib_documents("calibration")]
 
 
 def asked_of(args: argparse.Namespace) -> Subject:

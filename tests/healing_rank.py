@@ -36,5 +36,5 @@ if __name__ == "__main__":
     disable_progress_bar()
     training.SAVE_INTERVAL_S = 0.0
     if HOLD in os.environ:
-        healing_rank.HealingFolder = HeldFolder  # type: ignore[misc]  # the ranks' own, in this process alone
+        healing_rank.HealingFolder = HeldFolder  # type: ignore[attr-defined]  # the ranks' own, in this process alone
     healing_rank.main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -50,14 +52,24 @@ def stdlib_documents(split: Split) -> Iterator[str]:
 
     0–7 % are validation, 7–14 % calibration, the rest training: the split that the reference model was trained with.
     """
+    for path in stdlib_files()[split]:
+        yield path.read_text(errors="replace")
+
+
+@cache
+def stdlib_files() -> Mapping[Split, Sequence[Path]]:
+    """The paths of those, ascending.
+
+    Listed once: beside the library lie as many packages as were installed, which take seconds to walk through.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if EXCLUDED_PARTS & set(relative.parts):
-            continue
-        bucket = int(hashlib.sha1(relative.as_posix().encode()).hexdigest(), 16) % 100
-        if split == ("validation" if bucket < 7 else "calibration" if bucket < 14 else "train"):
-            yield path.read_text(errors="replace")
+    found: dict[Split, list[Path]] = {"train": [], "calibration": [], "validation": []}
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in EXCLUDED_PARTS]
+        for path in (Path(folder, name) for name in files if name.endswith(".py")):
+            bucket = int(hashlib.sha1(path.relative_to(root).as_posix().encode()).hexdigest(), 16) % 100
+            found["validation" if bucket < 7 else "calibration" if bucket < 14 else "train"].append(path)
+    return {split: sorted(paths) for split, paths in found.items()}
 
 
 def token_stream(
