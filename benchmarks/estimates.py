@@ -10,6 +10,7 @@ in it, mapped files included. What was measured stays in the folder and is not m
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -121,6 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     # On one thread seconds of the processor are those of a machine that does nothing else, and processes can fork.
     torch.set_num_threads(1)
+    gc.freeze()  # As a worker's are, whose stages collect what the one before left.
     found = {name: measured(name, args.folder) for name in args.jobs}
     told = {name: estimated(name, args.folder) for name in args.jobs}
     print("| job | parameters found (estimated) | sets found (estimated) |\n|---|---|---|")
