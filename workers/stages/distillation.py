@@ -446,7 +446,7 @@ def _heal(
     if not healed:
         return HealedHalf(weights.requires_grad_(False), start, folding=folding)
     dtype = stored_dtype(context.model_dir)
-    given = {name: named[name].detach().to(dtype).to("cpu", copy=True) for name in healed}
+    given = {name: as_stored(named[name].detach(), dtype) for name in healed}
     context.say(progress_range[0], f"Measuring the {half} model before it is healed.", half=half)
     before = mean_loss(learned.loss, data.held_out, settings.held_out_batch)
     diary = journal(context, half, progress_range, way, resume, work.saver)
@@ -468,6 +468,13 @@ def _heal(
     how = recorded(size, way, target_bytes=work.target_bytes)
     found = Healing(before=before, after=after, steps=taken, kept=kept, how=how)
     return HealedHalf(weights, start | trained, found, folding)
+
+
+def as_stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the host, in the stored dtype where that loses nothing: some models store a few weights wider."""
+    exact = weight.to("cpu", copy=True)
+    stored = exact.to(dtype)
+    return stored if torch.equal(stored.to(exact.dtype), exact) else exact
 
 
 def _folding_of(

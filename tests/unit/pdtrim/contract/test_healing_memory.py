@@ -156,3 +156,14 @@ def test_several_devices_share_out_all_but_what_is_in_no_block_and_the_blocks_at
     gathered = block * (2 * 2 + 4)
     assert needed_bytes(shared, way) == 2 * 9_000 / 3 + 2 * outside + gathered + stepping / 3 + frozen
     assert shared.windows == 3
+
+
+def test_on_a_cpu_what_adapters_adapt_is_kept_as_it_was_and_is_held_again_at_the_end() -> None:
+    adapters = replace(SMALL, adapters=True, trained=80, own=500, stored_bytes=2)
+    on_host = replace(adapters, on_host=True)
+    # Copies of the adapters: the best, those being saved, and their moments; what they adapt, in 16 bits.
+    assert needed_bytes(on_host, ASKED) - needed_bytes(adapters, ASKED) == (4 + 4 + 8) * 80 + 2 * 500
+    # Where that is more than what passes through, it is held twice in place of it.
+    larger = replace(on_host, own=10**9, hidden=1, vocabulary=1, block_width=1)
+    twice = replace(larger, own=2 * 10**9)
+    assert needed_bytes(twice, ASKED) - needed_bytes(larger, ASKED) == (4 + 2 + 2 + 2) * 10**9

@@ -14,7 +14,7 @@ from pdtrim.contract.estimate import Estimate
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import JobSpec
 from service.checking.estimate import Earlier, estimate
-from service.checking.placement import placed
+from service.checking.placement import ASSUMED, placed
 from service.checking.sets import searches
 from service.sources import ModelDescription
 from workers.pruning.model.units import Units, blocks_of, deleting
@@ -176,18 +176,14 @@ def test_an_earlier_jobs_seconds_are_scaled_by_the_work_of_this_one() -> None:
 
 def test_every_token_of_a_sample_takes_a_pass_over_the_weights_of_the_dense_model_and_of_what_is_served() -> None:
     job = {"model": "hf://a/b", "prefill": {"remove_blocks": 8}, "decode": {"remove_blocks": 8}}
-    device = Device(
-        queue="default",
-        kind="cpu",
-        name="a CPU",
-        count=1,
-        memory_bytes=128 * 2**30,
-        host_bytes=128 * 2**30,
-        disk_bytes=2**40,
-        flops=1e12,
-        bfloat16_flops=None,
-        bytes_per_second=64e9,
-        call_seconds=0.0,
+    device = ASSUMED.model_copy(
+        update={
+            "queue": "default",
+            "kind": "cpu",
+            "bfloat16_flops": None,
+            "bytes_per_second": 64e9,
+            "call_seconds": 0.0,
+        }
     )
 
     def seconds(**evaluation: object) -> float:

@@ -188,3 +188,9 @@ def test_an_attempt_goes_on_from_the_targets_that_another_kept(tmp_path: Path, m
     assert len(groups) == every - kept
     resumed = left(again)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+
+
+def test_weights_are_kept_as_stored_where_that_loses_nothing() -> None:
+    exact, wider = torch.tensor([1.0, -0.5]), torch.tensor([1.0, 1.0 + 2**-12])
+    assert distillation.as_stored(exact, torch.bfloat16).dtype == torch.bfloat16
+    assert distillation.as_stored(wider, torch.bfloat16).equal(wider)

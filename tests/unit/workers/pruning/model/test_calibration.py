@@ -14,6 +14,7 @@ from workers.pruning.model.calibration import (
     said_again,
     split_stream,
     stdlib_documents,
+    stdlib_files,
     token_stream,
 )
 
@@ -129,3 +130,10 @@ def test_a_long_document_is_tokenized_in_pieces_that_give_the_same_tokens(monkey
 def test_a_document_without_a_place_to_cut_stays_whole(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "PART_CHARACTERS", 100)
     assert list(calibration.parts(document)) == [document]
+
+
+def test_packages_beside_the_standard_library_are_no_text_and_are_walked_through_once() -> None:
+    files = [path for paths in stdlib_files().values() for path in paths]
+    assert "argparse.py" in {path.name for path in files}
+    assert not any({"site-packages", "test", "tests"} & set(path.parts) for path in files)
+    assert stdlib_files() is stdlib_files()
