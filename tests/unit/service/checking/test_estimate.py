@@ -176,15 +176,8 @@ def test_an_earlier_jobs_seconds_are_scaled_by_the_work_of_this_one() -> None:
 
 def test_every_token_of_a_sample_takes_a_pass_over_the_weights_of_the_dense_model_and_of_what_is_served() -> None:
     job = {"model": "hf://a/b", "prefill": {"remove_blocks": 8}, "decode": {"remove_blocks": 8}}
-    device = ASSUMED.model_copy(
-        update={
-            "queue": "default",
-            "kind": "cpu",
-            "bfloat16_flops": None,
-            "bytes_per_second": 64e9,
-            "call_seconds": 0.0,
-        }
-    )
+    resident = {"kind": "cpu", "memory_bytes": 128 * 2**30, "bfloat16_flops": None}
+    device = ASSUMED.model_copy(update={"queue": "default", "bytes_per_second": 64e9, "call_seconds": 0.0, **resident})
 
     def seconds(**evaluation: object) -> float:
         spec = JobSpec.model_validate(job | {"evaluation": evaluation})
