@@ -90,10 +90,7 @@ def finished(client: Client, spec: dict[str, Any], to: Path) -> EvaluationResult
     return found
 
 
-@pytest.mark.parametrize("first_token", ["decode", "prefill"])
-def test_a_pair_answers_as_a_loop_written_with_transformers_alone(
-    first_token: str, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_pair_answers_as_a_loop_written_with_transformers_alone(environment: dict[str, str], tmp_path: Path) -> None:
     harness = find_spec("lm_eval") is not None
     tasks = [BRACKETS, GETTERS, *([NAMED] if harness else [])]
     prompt = "def read_lines(path):\n"
@@ -112,7 +109,6 @@ def test_a_pair_answers_as_a_loop_written_with_transformers_alone(
             "prompts": [prompt],
             "sample_tokens": 12,
         },
-        "serving": {"first_token": first_token},
     }
     data = tmp_path / "allenai" / "ai2_arc"
     data.mkdir(parents=True)
@@ -122,36 +118,39 @@ def test_a_pair_answers_as_a_loop_written_with_transformers_alone(
     environment |= {"PDTRIM_ALLOWED_SOURCES": '["reference", "builtin:", "hf://"]', "HF_HUB_OFFLINE": "1"}
 
     with pdtrim_up(environment, tmp_path) as url, Client(url) as client:
-        found = finished(client, spec, tmp_path / "job")
+        jobs = {
+            first_token: finished(client, spec | {"serving": {"first_token": first_token}}, tmp_path / first_token)
+            for first_token in ("decode", "prefill")
+        }
 
-    pair = Pair(tmp_path / "job")
-    assert pair.first_token == first_token
-    closed = [
-        BRACKETS["doc_to_choice"][pair.chosen(doc["code"], "", BRACKETS["doc_to_choice"])] == doc["bracket"]
-        for doc in BRACKETS["docs"]
-    ]
-    got = [
-        pair.answer(f"def get_{doc['name']}(self):\n    return self.", GETTERS["generation_kwargs"]["until"], 4)
-        == doc["name"]
-        for doc in GETTERS["docs"]
-    ]
-    expected = {"bracket": ("acc", closed), "getter": ("exact_match", got)}
-    if harness:
-        by_name = [
-            pair.chosen(f"Question: {row['question']}\nAnswer:", " ", row["choices"]["text"])
-            == "ABC".index(row["answerKey"])
-            for row in ARC
+    for first_token, found in jobs.items():
+        pair = Pair(tmp_path / first_token)
+        assert pair.first_token == first_token
+        closed = [
+            BRACKETS["doc_to_choice"][pair.chosen(doc["code"], "", BRACKETS["doc_to_choice"])] == doc["bracket"]
+            for doc in BRACKETS["docs"]
         ]
-        expected[NAMED] = ("acc", by_name)
-    for task, (metric, right) in expected.items():
-        assert found.tasks[task].keys() == {"dense", "prefill", "decode", "pair"}
-        assert found.tasks[task]["pair"][metric].value == pytest.approx(sum(right) / len(right)), task
-    # Else the pair would be told from none of its halves.
-    values = {
-        name: [found.tasks[task][name][metric].value for task, (metric, _) in expected.items()]
-        for name in ("dense", "prefill", "decode", "pair")
-    }
-    print(values)
-    assert values["pair"] not in (values["dense"], values["decode"])
-    (sample,) = found.samples
-    assert sample.continuations["pair"].strip() == pair.answer(prompt, [], 12)
+        got = [
+            pair.answer(f"def get_{doc['name']}(self):\n    return self.", GETTERS["generation_kwargs"]["until"], 4)
+            == doc["name"]
+            for doc in GETTERS["docs"]
+        ]
+        expected = {"bracket": ("acc", closed), "getter": ("exact_match", got)}
+        if harness:
+            by_name = [
+                pair.chosen(f"Question: {row['question']}\nAnswer:", " ", row["choices"]["text"])
+                == "ABC".index(row["answerKey"])
+                for row in ARC
+            ]
+            expected[NAMED] = ("acc", by_name)
+        for task, (metric, right) in expected.items():
+            assert found.tasks[task].keys() == {"dense", "prefill", "decode", "pair"}
+            assert found.tasks[task]["pair"][metric].value == pytest.approx(sum(right) / len(right)), task
+        # Else the pair would be told from none of its halves.
+        values = {
+            name: [found.tasks[task][name][metric].value for task, (metric, _) in expected.items()]
+            for name in ("dense", "prefill", "decode", "pair")
+        }
+        assert values["pair"] not in (values["dense"], values["decode"])
+        (sample,) = found.samples
+        assert sample.continuations["pair"].strip() == pair.answer(prompt, [], 12)

@@ -18,7 +18,10 @@ def test_a_ping_tells_a_worker_that_answers_from_none(
     environment: dict[str, str], empty_redis_url: str, tmp_path: Path
 ) -> None:
     environment = environment | {"PDTRIM_BROKER_URL": empty_redis_url}
-    with running(["worker"], environment, tmp_path / "worker.log"):
+    log = tmp_path / "worker.log"
+    with running(["worker"], environment, log):
+        # Asking costs seconds, and a worker takes some to start.
+        wait_until(lambda: "ready" in log.read_text(), what="the worker to start")
         wait_until(lambda: ping(environment, tmp_path).returncode == 0, what="the worker to answer")
     gone = ping(environment, tmp_path)
     assert (gone.returncode, "no worker on" in gone.stderr) == (1, True)

@@ -118,11 +118,11 @@ def draw_all(findings: Findings) -> Iterator[Drawing]:
     for plot in PLOTS:
         with matplotlib.rc_context(RC):
             figure, alt = plot.draw(findings)
-            # Find once where everything goes, for both files.
-            figure.draw_without_rendering()
+            # Drawing the one file finds where everything goes; there it stays for the other.
+            png = _png(figure)
             figure.set_layout_engine("none")
             text = f"{plot.caption.text} {plot.drawn}".strip()
-            yield Drawing(plot.name, plot.caption.title, text, alt, _png(figure), _svg(figure))
+            yield Drawing(plot.name, plot.caption.title, text, alt, png, _svg(figure))
 
 
 def _png(figure: Figure) -> bytes:

@@ -92,8 +92,11 @@ def run_most_urgent(worker: Worker, queues: Sequence[str], woken_by: WakeUp) -> 
     """Run the most urgent stage of some queues, if one is due.
 
     For every stage that was sent, a message is under way in its queue, until a worker is woken and takes one of them.
-    When it takes another stage instead, its message goes back to where it came from.
+    When it takes another stage instead, or is to end and takes none, its message goes back to where it came from.
     """
+    if worker.stopping():
+        queue.try_to_send(worker.settings, woken_by)
+        return
     claim = _claim(worker, queues)
     if claim is None:
         log.info("nothing is due", extra={"worker": worker.name})

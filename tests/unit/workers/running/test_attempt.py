@@ -57,9 +57,10 @@ from workers.pruning.model.blocks import block_stack, drop_blocks
 from workers.pruning.model.width import channel_scores, kept_channels
 from workers.pruning.search.perplexity_bound import PerplexityBound
 from workers.pruning.serving.pair_server import PrefillDecodePair
+from workers.reporting.figures import PLOTS, Drawing, draw_all
 from workers.running import attempt as pipeline
 from workers.running.attempt import Worker
-from workers.stages import STAGES
+from workers.stages import STAGES, evaluation
 from workers.stages.context import StageContext
 
 pytestmark = pytest.mark.training
@@ -76,6 +77,13 @@ def worker(tmp_path: Path) -> Worker:
     database = connect(settings.database_url)
     migrate(database)
     return Worker(settings, database, open_store(settings.artifacts_url), name="test")
+
+
+@pytest.fixture(autouse=True)
+def _empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw takes as long as all else of a tiny job. Who looks at figures draws them again."""
+    empty = [Drawing(plot.name, plot.caption.title, plot.caption.text, alt="", png=b"", svg="<svg/>") for plot in PLOTS]
+    monkeypatch.setattr(evaluation, "draw_all", lambda findings: iter(empty))
 
 
 @pytest.fixture
@@ -157,7 +165,10 @@ def test_a_job_ends_with_both_checkpoints_every_artifact_recorded_and_no_scratch
     assert not list((worker.settings.scratch_dir / "jobs").iterdir())
 
 
-def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: Path) -> None:
+def test_the_report_compares_dense_pruned_and_distilled(
+    worker: Worker, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "draw_all", draw_all)
     job_id = create(worker, tiny_spec(model))
     run_through(worker, job_id)
     report = stage_row(worker, job_id, StageName.EVALUATION).metrics
@@ -175,7 +186,7 @@ def test_the_report_compares_dense_pruned_and_distilled(worker: Worker, model: P
     assert all(models[name]["time_to_first_token_ms"] > 0 for name in models)
     assert all(models[name]["undistilled_perplexity"] for name in ("prefill", "decode"))
     left = recorded(worker, job_id, StageName.EVALUATION)
-    assert {"figures/block-map.png", "figures/controls.png"} <= left.keys()
+    assert all(left[f"figures/{plot.name}.png"].size for plot in PLOTS)
     shown = f"{models['decode']['perplexity']['value']:.2f} ± "
     for name in ("report.html", "prefill/README.md", "decode/README.md"):
         assert shown in content(worker, job_id, StageName.EVALUATION, name).decode()

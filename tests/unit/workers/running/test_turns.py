@@ -126,6 +126,19 @@ def test_messages_of_the_version_before_wake_a_worker(
     assert started(database) == [job_id for job_id in waiting for _ in StageName]
 
 
+def test_a_worker_that_is_to_end_takes_no_stage_and_leaves_its_message_to_others(
+    settings: Settings, database: Database
+) -> None:
+    with transaction(database) as session:
+        job_id = create(session)
+    worker = Worker(settings, database, open_store(settings.artifacts_url), "w", stopping=lambda: True)
+
+    run_most_urgent(worker, QUEUES, WakeUp(job_id, StageName.SCORING))
+
+    assert started(database) == []
+    assert under_way(settings) == {("default", "pdtrim.scoring", job_id): 1}
+
+
 def test_a_worker_woken_by_one_queue_that_takes_a_stage_of_another_leaves_a_message_in_the_first(
     settings: Settings, database: Database
 ) -> None:
