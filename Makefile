@@ -18,7 +18,7 @@ help: ## What can be made
 demo: $(VENV)/.worker ## A job on the reference model, from start to end
 	$(BIN)/pdtrim demo
 
-check: lint fast ## In two minutes: style, types, imports, and the tests that need no server, browser or training
+check: lint fast ## In two minutes: style, types, imports, and the tests that are quick, without server, browser or training
 
 format: $(VENV)/.dev ## Put all files into the house's form
 	$(BIN)/ruff check --fix .
@@ -37,7 +37,7 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 # A test that takes longer belongs to `make test` alone: it wants a mark, see `markers` in pyproject.toml.
-FAST := not server and not process and not browser and not training
+FAST := not server and not process and not browser and not training and not slow
 fast: $(VENV)/.test ## The tests of `make check`
 	STATE_MACHINE_EXAMPLES=15 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal --timeout 60 --durations 10 -m '$(FAST)'
 

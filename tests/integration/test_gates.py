@@ -35,6 +35,8 @@ from tests.servers import free_ports
 
 __all__ = ["model"]
 
+pytestmark = pytest.mark.slow
+
 HALVES = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
 OTHERS = ("/healthz", "/v1/jobs", "/metrics", "/ui/jobs")
 

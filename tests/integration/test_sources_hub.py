@@ -273,6 +273,7 @@ def test_the_endpoint_comes_from_the_environment(hub: Hub, tmp_path: Path) -> No
     assert run(script, hub, tmp_path) == [COMMIT]
 
 
+@pytest.mark.slow
 def test_a_data_set_is_streamed_as_far_as_the_bound(tmp_path: Path) -> None:
     script = (
         "from service.sources import SourceError, check_text, fetch_rows\n"
@@ -302,6 +303,7 @@ configs:
 """
 
 
+@pytest.mark.slow
 def test_subsets_splits_and_fields_of_a_data_set_can_be_named(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     files = {

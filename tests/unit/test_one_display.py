@@ -26,6 +26,8 @@ from workers.reporting.figures import draw_all
 from workers.reporting.findings import Findings
 from workers.reporting.page import render
 
+pytestmark = pytest.mark.slow
+
 BOUND = {
     "max_perplexity_increase": 0.1,
     "perplexity_increase": 0.2,

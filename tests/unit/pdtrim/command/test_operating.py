@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from typer.main import get_group
 from typer.testing import CliRunner
 
@@ -31,6 +32,7 @@ def test_every_extra_that_is_named_exists() -> None:
     assert {command.extra for command in OPERATING.values()} <= extras.keys()
 
 
+@pytest.mark.slow
 def test_a_command_whose_extra_is_missing_says_how_to_install_it() -> None:
     for name, extra in (("up", "worker"), ("gateway", "service"), ("keys", "service")):
         run = [sys.executable, "-c", WITHOUT_SERVICE, name, "--port", "1", "create"]

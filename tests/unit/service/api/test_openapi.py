@@ -104,6 +104,7 @@ def test_the_document_refers_only_to_schemas_it_has(document: dict[str, Any]) ->
     assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
 
 
+@pytest.mark.slow
 def test_labels_are_no_empty_objects_to_generators_of_clients(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     found = [schemas[name]["properties"]["metadata"] for name in ("JobSpec-Input", "JobSpec-Output")]

@@ -216,6 +216,7 @@ def test_a_webhook_too_many_is_refused(quiet: Gateway) -> None:
     problem_of(quiet.client.post("/v1/webhooks", json=SPEC), 409, TooManyWebhooks.code)
 
 
+@pytest.mark.slow
 def test_every_event_that_is_offered_is_in_the_document(quiet: Gateway) -> None:
     schema = quiet.client.get("/openapi.json").json()["components"]["schemas"]["WebhookEvent"]
 

@@ -71,6 +71,7 @@ def searched(spec: JobSpec, blocks: int, base: Units, remove: int) -> SearchResu
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "prefill", "decode", "options"),
     [

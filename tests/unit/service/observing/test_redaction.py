@@ -111,6 +111,7 @@ def test_data_stays_data_and_loses_what_stands_under_a_secrets_name() -> None:
     }
 
 
+@pytest.mark.slow
 @given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=10))
 def test_whatever_is_scrubbed_can_be_written_as_json(data: object) -> None:
     json.dumps(scrub(data), allow_nan=True)

@@ -303,6 +303,7 @@ def test_a_waiting_job_says_how_many_go_first_and_a_running_one_where(unlocked: 
     assert stage["worker"] == "test"
 
 
+@pytest.mark.slow
 def test_healing_is_drawn_while_it_runs_and_after_it(unlocked: Gateway) -> None:
     job, browser = unlocked.create(), Browser(unlocked)
     for stage in (StageName.SCORING, StageName.REMOVAL):

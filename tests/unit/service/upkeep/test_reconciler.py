@@ -253,6 +253,7 @@ def test_a_gateway_that_is_told_so_leaves_it_to_others(settings: Settings) -> No
         assert {"sweep", "purge"}.isdisjoint(thread.name for thread in enumerate_threads())
 
 
+@pytest.mark.slow
 def test_many_deleted_jobs_go_without_a_pause_between(settings: Settings, store: ArtifactStore) -> None:
     database = connect(settings.database_url)
     migrate(database)

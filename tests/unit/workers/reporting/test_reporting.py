@@ -125,6 +125,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_figure_and_number_and_asks_for_nothing_else(
     findings: Findings, drawings: list[Drawing]
 ) -> None:
@@ -148,6 +149,7 @@ def test_the_report_holds_every_figure_and_number_and_asks_for_nothing_else(
         assert not re.findall("|".join(vars(INK).values()), drawing.svg.partition("</style>")[2])
 
 
+@pytest.mark.slow
 def test_the_same_findings_give_the_same_bytes(findings: Findings) -> None:
     unified = {name: measured(66, 14.0) for name in ("dense", "unified")}
     job = replace(findings, evaluation=evaluation(models=unified))

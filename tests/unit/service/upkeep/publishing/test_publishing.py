@@ -216,6 +216,7 @@ def test_jobs_go_only_where_the_service_may_push(gateway: Gateway) -> None:
     problem_of(gateway.client.post(f"/v1/jobs/{job_id}/publications"), 409, "nothing_to_publish")
 
 
+@pytest.mark.slow
 def test_a_publisher_whose_lease_ran_out_records_nothing_and_one_that_keeps_dying_is_given_up(
     gateway_settings: Settings, tiny: Path
 ) -> None:

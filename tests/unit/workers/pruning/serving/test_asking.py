@@ -143,6 +143,7 @@ def test_an_empty_answer_is_certain() -> None:
         assert asked.likelihoods([(prompt, [])]) == [Likelihood(0.0, True)]
 
 
+@pytest.mark.slow
 def test_models_whose_blocks_lie_on_two_devices_are_asked_as_on_one() -> None:
     asked, prompts = questions()[4:6], [prompt for prompt, _ in questions()[4:10:4]]
 
