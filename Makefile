@@ -42,7 +42,7 @@ fast: $(VENV)/.test ## The tests of `make check`
 	STATE_MACHINE_EXAMPLES=15 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal --timeout 60 --durations 10 -m '$(FAST)'
 
 TEST := -m pytest --numprocesses 3 --dist worksteal --durations 10
-test: $(VENV)/.test $(VENV)-clients/.ready ## All tests, on real servers that pip installs; some ten minutes
+test: $(VENV)/.test $(VENV)-clients/.ready ## All tests, on real servers that pip installs; ten to twenty minutes
 	$(BIN)/python $(TEST)
 
 coverage: $(VENV)/.test $(VENV)-clients/.ready ## All tests, and the lines that none of them runs: a third slower
