@@ -18,7 +18,7 @@ help: ## What can be made
 demo: $(VENV)/.worker ## A job on the reference model, from start to end
 	$(BIN)/pdtrim demo
 
-check: lint fast ## In two minutes: style, types, imports, and the tests that are quick, without server, browser or training
+check: lint fast ## In two to four minutes: style, types, imports, and the tests that are quick, without server, browser or training
 
 format: $(VENV)/.dev ## Put all files into the house's form
 	$(BIN)/ruff check --fix .
