@@ -98,6 +98,8 @@ class Row:
     """Chooses which windows of the text."""
     healing: Mapping[str, Any] = field(default_factory=dict)
     """Of `distillation`, where it is not as in the other rows."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """Likewise of `search`."""
 
 
 def by_peers(counts: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
@@ -142,11 +144,13 @@ def by_depth(counts: Sequence[int], decode_alone: int) -> Iterator[Row]:
     for count in counts:
         for copying in (COPYING, 0.0):
             yield Row("depth", f"kv_only {count}, decode whole", {"kv_only_blocks": count}, whole, copying)
-        yield Row("depth", f"blocks {count}, both halves", {"remove_blocks": count}, {"remove_blocks": count})
+        gone = {"remove_blocks": count}
+        yield Row("depth", f"blocks {count}, both halves", gone, gone)
+        yield Row("depth", f"blocks {count}, both halves, compared folded", gone, gone, search={"folded": True})
         less = {"remove_blocks": decode_alone}
         yield Row("depth", f"kv_only {count}, decode blocks {decode_alone}", {"kv_only_blocks": count}, less)
-        yield Row("depth", f"blocks {count}, decode alone", whole, {"remove_blocks": count})
-        yield Row("depth", f"blocks {count}, both halves", {"remove_blocks": count}, {"remove_blocks": count}, 0.0)
+        yield Row("depth", f"blocks {count}, decode alone", whole, gone)
+        yield Row("depth", f"blocks {count}, both halves", gone, gone, 0.0)
 
 
 def by_cost(costs: Mapping[Cost, Costs], shares: Sequence[float]) -> Iterator[Row]:
@@ -249,7 +253,7 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
                 "window_tokens": WINDOW_TOKENS,
                 "copying": row.copying,
             },
-            "search": {"algorithm": "greedy"},
+            "search": {"algorithm": "greedy", **row.search},
             "distillation": {"heal_tokens": args.heal_tokens, **row.healing},
             "evaluation": {"windows": 1},
             "precision": args.precision,

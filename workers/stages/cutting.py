@@ -42,7 +42,7 @@ def cut(context: StageContext) -> RemovalResult:
 
     scores = read_scores(context)
     stack, windows = load(context)
-    searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
+    searcher = Searcher(context, stack, windows["calibration"], windows["train"], scores.cosine)
     prefill, decode = deleting(points.prefill.removed), deleting(points.decode.removed)
     context.say(0.3, "Measuring the pair.")
     losses = searcher.losses(prefill, decode)
@@ -55,6 +55,7 @@ def cut(context: StageContext) -> RemovalResult:
     measured = Measured(
         losses=Losses(
             objective=spec.search.objective,
+            folded=plan.losses.folded,
             prefill=losses[0],
             decode=pair_loss,
             **by_kind,

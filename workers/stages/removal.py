@@ -91,7 +91,7 @@ def run(context: StageContext) -> RemovalResult:
     scores = read_scores(context)
     context.say(0.0, "Loading the model.")
     stack, windows = load(context)
-    searcher = Searcher(context, stack, windows["calibration"], scores.cosine)
+    searcher = Searcher(context, stack, windows["calibration"], windows["train"], scores.cosine)
 
     for_prefill = searcher.prefill((0.0, 0.4))
     for_decode = searcher.decode(for_prefill.units, (0.4, 0.65))
@@ -109,6 +109,7 @@ def run(context: StageContext) -> RemovalResult:
         Measured(
             losses=Losses(
                 objective=spec.search.objective,
+                folded=searcher.folded,
                 prefill=for_prefill.chosen.loss,
                 decode=pair_loss,
                 **by_kind,

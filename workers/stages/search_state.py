@@ -16,7 +16,7 @@ from workers.pruning.search.memo import Memo
 from workers.stages.context import StageContext
 
 STATE = "search-state.json"
-VERSION = 5
+VERSION = 6
 """Of the state's form. What another version left is not read: the search measures again."""
 SAVE_INTERVAL_S = 10.0
 SearchName = Literal["prefill", "decode"] | tuple[Half, Part]
@@ -29,18 +29,26 @@ class Phase:
 
     All losses are of continuations. Without `prefill` and `decode` both halves give up a set. With `prefill`, a set is
     what decode gives up beside a prefill half that gives up `prefill`; with `decode`, what prefill does beside a decode
-    half that gives up `decode`. `part` tells the searches of parts of blocks from one another.
+    half that gives up `decode`. `part` tells the searches of parts of blocks from one another. With `folded`, sets are
+    as they are with their gaps folded.
     """
 
     objective: Objective
     prefill: Units | None = None
     decode: Units | None = None
     part: Part | None = None
+    folded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As JSON that depends on the phase alone."""
         prefill, decode = (None if units is None else units_json(units) for units in (self.prefill, self.decode))
-        return {"objective": self.objective, "prefill": prefill, "decode": decode, "part": self.part}
+        return {
+            "objective": self.objective,
+            "prefill": prefill,
+            "decode": decode,
+            "part": self.part,
+            "folded": self.folded,
+        }
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Phase:
@@ -48,7 +56,7 @@ class Phase:
         prefill, decode = (
             None if content[half] is None else units_from_json(content[half]) for half in ("prefill", "decode")
         )
-        return cls(content["objective"], prefill, decode, content["part"])
+        return cls(content["objective"], prefill, decode, content["part"], content["folded"])
 
 
 class SearchState:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from pdtrim.contract.blocks import limits
@@ -31,6 +34,7 @@ from workers.pruning.model.calibration import interleaved, said_again
 from workers.pruning.model.costs import costs_of
 from workers.pruning.model.plan import Part
 from workers.pruning.model.units import NOTHING, Kind, Unit, Units, blocks_of, deleting, parts_of
+from workers.pruning.repair.folded_sets import FoldedSets
 from workers.pruning.search.budget import within_budget
 from workers.pruning.search.engine import LossEngine, PairEngine, WholeEngine
 from workers.pruning.search.memo import MeasuredSet, Memo
@@ -41,6 +45,8 @@ from workers.stages.context import Figure, StageContext
 from workers.stages.scoring import read_opening
 from workers.stages.search_state import Phase, SearchName, SearchState
 
+FOLD_TOKENS_A_DIRECTION = 4
+"""Tokens that maps are fitted to while sets are compared, for each dimension of the hidden state."""
 ProgressRange = tuple[float, float]
 """The part of the stage's progress that something takes: where it begins and ends, of 1."""
 SOUGHT: Mapping[SearchName, str] = {
@@ -103,9 +109,14 @@ class PartsSearched:
 
 
 class Searcher:
-    """Searches and measurements on one model and its calibration windows (windows, tokens)."""
+    """Searches and measurements on one model and its calibration windows (windows, tokens).
 
-    def __init__(self, context: StageContext, stack: BlockStack, windows: Tensor, cosine: list[float]) -> None:
+    Folds, where sets are compared with them, are made from the training windows (windows, tokens).
+    """
+
+    def __init__(
+        self, context: StageContext, stack: BlockStack, windows: Tensor, training: Tensor, cosine: list[float]
+    ) -> None:
         self.prompt_tokens = windows.shape[1] // 2
         self._context = context
         self._spec = context.spec
@@ -122,21 +133,26 @@ class Searcher:
         self._racing = self._spec.search.racing and not is_streamed(stack.model)
         self._text = [number for number, copying in enumerate(self._is_copying) if not copying]
         self._forced = deleting(self._spec.search.force)
+        self.folded = self._spec.search.folded and not is_streamed(stack.model)
+        """Whether sets of whole blocks are compared with their gaps folded."""
+        self._to_fold = torch.cat([training.to(windows), windows])
         self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
     def prefill(self, progress_range: ProgressRange) -> HalfSearched:
         """The units that prefill gives up: the least loss on continuations when decode gives them up as well."""
         engine = self._engine()
         bound = self._bound(self._spec.prefill, None, engine, dense=engine)
-        memo = self._memo(self._phase(), engine)
-        return self._half("prefill", memo, self._forced, self._prefill_limit, bound, progress_range)
+        plain = self._memo(self._phase(), engine)
+        memo = self._memo(self._phase(folded=True), self._engine(self._sets)) if self.folded else plain
+        return self._half("prefill", memo, plain, self._forced, self._prefill_limit, bound, progress_range)
 
     def decode(self, prefill: Units, progress_range: ProgressRange) -> HalfSearched:
         """The units that decode gives up, `prefill` and more: the least loss on continuations by the pair."""
         engine = self._pair(prefill)
         bound = self._bound(self._spec.decode, prefill, engine, dense=self._pair(NOTHING))
-        memo = self._memo(self._phase(prefill), engine)
-        return self._half("decode", memo, prefill, self._decode_limit, bound, progress_range)
+        plain = self._memo(self._phase(prefill), engine)
+        memo = self._memo(self._phase(prefill, folded=True), self._pair(prefill, self._sets)) if self.folded else plain
+        return self._half("decode", memo, plain, prefill, self._decode_limit, bound, progress_range)
 
     def parts(self, prefill: Units, decode: Units, progress_range: ProgressRange) -> PartsSearched:
         """The parts of kept blocks that each half gives up besides: the least loss on continuations by the pair.
@@ -321,18 +337,24 @@ class Searcher:
         self,
         name: SearchName,
         memo: Memo,
+        plain: Memo,
         base: Units,
         limit: int,
         bound: PerplexityBound | None,
         progress_range: ProgressRange,
     ) -> HalfSearched:
+        """The search by the losses of `memo`; those that are reported are of `plain`."""
         algorithm = self._spec.search.algorithm
         if bound is None:
             result = self._search(name, memo, base, limit, progress_range, algorithm=algorithm)
-            return HalfSearched(result.frontier[limit], result, None)
-        bound.increase(base)
-        result = self._search(name, memo, base, limit, progress_range, algorithm=algorithm, acceptable=bound.holds)
-        return HalfSearched(bound.largest(memo, smallest=result.frontier[len(base)]), result, bound)
+            chosen = result.frontier[limit]
+        else:
+            bound.increase(base)
+            result = self._search(name, memo, base, limit, progress_range, algorithm=algorithm, acceptable=bound.holds)
+            chosen = bound.largest(memo, smallest=result.frontier[len(base)])
+        of = plain(list(dict.fromkeys([chosen.units, *(found.units for found in result.frontier.values())])))
+        frontier = {count: replace(found, loss=of[found.units]) for count, found in result.frontier.items()}
+        return HalfSearched(replace(chosen, loss=of[chosen.units]), replace(result, frontier=frontier), bound)
 
     def _search(
         self,
@@ -387,14 +409,20 @@ class Searcher:
         of_dense = fmean(by_window[window] for window in self._text)
         return PerplexityBound(memo, of_dense, target.max_perplexity_increase, self._text)
 
-    def _phase(self, prefill: Units | None = None) -> Phase:
+    def _phase(self, prefill: Units | None = None, *, folded: bool = False) -> Phase:
         """The losses that a search goes by: of sets that both halves give up, or beside a prefill half."""
-        return Phase(self._spec.search.objective, prefill)
+        return Phase(self._spec.search.objective, prefill, folded=folded)
 
     def _memo(self, phase: Phase, engine: LossEngine) -> Memo:
         return self._state.memo(phase, engine, racing=self._racing)
 
-    def _engine(self) -> LossEngine:
+    @cached_property
+    def _sets(self) -> FoldedSets:
+        tokens = self._to_fold.shape[1]
+        count = max(2, math.ceil(FOLD_TOKENS_A_DIRECTION * self._stack.model.config.hidden_size / tokens))
+        return FoldedSets(self._stack, self._to_fold[:count], held_bytes=anchor_bytes(self._stack.model))
+
+    def _engine(self, repaired: FoldedSets | None = None) -> LossEngine:
         return WholeEngine(
             self._stack,
             self._windows,
@@ -402,6 +430,7 @@ class Searcher:
             chunk_windows=self._chunk_windows,
             anchor_bytes=anchor_bytes(self._stack.model),
             prompt_tokens=self.prompt_tokens,
+            repaired=repaired,
         )
 
     def _of_prefill(self, decode: Units) -> LossEngine:
@@ -415,7 +444,7 @@ class Searcher:
             chunk_windows=self._chunk_windows,
         )
 
-    def _pair(self, prefill: Units) -> LossEngine:
+    def _pair(self, prefill: Units, repaired: FoldedSets | None = None) -> LossEngine:
         return PairEngine(
             self._stack,
             self._windows,
@@ -426,6 +455,7 @@ class Searcher:
             chunk_windows=self._chunk_windows,
             anchor_bytes=anchor_bytes(self._stack.model),
             prompt_bytes=prompt_bytes(self._stack.model),
+            repaired=repaired,
         )
 
 

@@ -40,6 +40,11 @@ class Losses(Result):
     """Losses of the search's objective on the calibration windows, before distillation."""
 
     objective: str = Field(examples=["kl"])
+    folded: bool = Field(
+        default=False,
+        description="Whether the searches for whole blocks compared sets with their gaps folded. The losses here and "
+        "those of the frontier are without folds in any case; those of `search.json` are what was compared.",
+    )
     prefill: float = Field(description="Of a pair whose halves both give up what prefill removes, on continuations.")
     decode: float = Field(description="Of the pair, on continuations.")
     decode_text: float | None = Field(

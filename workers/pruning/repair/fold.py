@@ -222,7 +222,7 @@ def _added_by(stack: BlockStack, number: int, projection: nn.Module) -> float | 
     given = given * torch.arange(1, PROBE_TOKENS + 1).to(given)[:, None]
 
     def after(output: Tensor) -> Tensor:
-        with _hooked(projection, lambda own: output.to(own).view_as(own)):
+        with hooked(projection, lambda own: output.to(own).view_as(own)):
             return run_block(stack.blocks[number], h, calls.kwargs[number]).double().cpu()
 
     added, given = after(given) - after(torch.zeros_like(given)), given.double().cpu()
@@ -232,7 +232,7 @@ def _added_by(stack: BlockStack, number: int, projection: nn.Module) -> float | 
 
 
 @contextmanager
-def _hooked(module: nn.Module, replaced: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def hooked(module: nn.Module, replaced: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While this lasts, `module` gives what `replaced` makes of its output."""
 
     def hook(owner: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def fold(
             continue
         gap, into = taking[block]
         states, given = _run_apart(own, calls, into, plan, states)
-        halves = _moments(states, given, wanted.behind[gap.last], own.device, weighing)
+        halves = moments_of(states, given, wanted.behind[gap.last], own.device, weighing)
         change = change_of(*halves)
         both = halves[0] + halves[1]
         errors.append(GapError(gap, before=both.error(torch.zeros_like(change)), after=both.error(change)))
@@ -359,14 +359,14 @@ def _run_apart(
         given.append(into.factor * output)
         return output
 
-    with _hooked(into.projection, keep):
+    with hooked(into.projection, keep):
         for h in states:
             after.append(_run(own, calls, into.block, plan, h).to(h.device))
             given[-1] = given[-1].to(h.device)
     return after, [m.view_as(h) for m, h in zip(given, after, strict=True)]
 
 
-def _moments(
+def moments_of(
     states: Sequence[Tensor],
     given: Sequence[Tensor],
     wanted: Sequence[Tensor],

@@ -16,6 +16,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -288,10 +289,31 @@ class LossEngine(Protocol):
         """Say that coming candidates are near `units`."""
 
 
+class Repaired(Protocol):
+    """Walks of sets as they are after a repair that needs no training (`repair/folded_sets.py`)."""
+
+    def walk(
+        self,
+        calls: BlockCalls,
+        h: Tensor,
+        candidates: Sequence[Units],
+        caches: Mapping[int, Any],
+        on_block: Callable[[int], None],
+    ) -> tuple[dict[Units, Tensor], int]:
+        """As `walk`, from h_0 (batch, time, hidden)."""
+
+    def applied(self, units: Units) -> AbstractContextManager[None]:
+        """While this lasts, the model's blocks do what those of a repaired set do."""
+
+    def forget(self) -> None:
+        """Let go of what is held for the sets that came so far."""
+
+
 class ChunkedEngine(ABC):
     """Losses of candidate sets on windows (windows, tokens), walked in chunks, smaller ones when memory runs out.
 
-    Once told an anchor, it holds hidden states of that set in at most `anchor_bytes`. That changes no loss.
+    Once told an anchor, it holds hidden states of that set in at most `anchor_bytes`. That changes no loss. With
+    `repaired` the losses are those of sets after repair; then nothing is held.
     """
 
     def __init__(
@@ -303,8 +325,10 @@ class ChunkedEngine(ABC):
         *,
         walked_tokens: int,
         anchor_bytes: int,
+        repaired: Repaired | None = None,
     ) -> None:
         self.block_forwards = 0
+        self._repaired = repaired
         self._passed: Callable[[int], None] = lambda block: None
         self.windows = len(windows)
         self.num_blocks = len(stack.blocks)
@@ -317,7 +341,10 @@ class ChunkedEngine(ABC):
 
     def anchor(self, units: Units) -> None:
         """Say that coming candidates are near `units`: their walks begin where they first differ from that set."""
-        self._anchor.move(way_through(units, self.num_blocks))
+        if self._repaired is not None:
+            self._repaired.forget()
+        else:
+            self._anchor.move(way_through(units, self.num_blocks))
 
     def losses(self, candidates: Sequence[Units], objective: Objective | None = None) -> dict[Units, float]:
         """Mean loss a token of each candidate on all windows, by the engine's objective unless another is given.
@@ -364,6 +391,10 @@ class ChunkedEngine(ABC):
         self, calls: BlockCalls, chunk: range, h: Tensor, candidates: Sequence[Units], caches: Mapping[int, Any]
     ) -> dict[Units, Tensor]:
         """h_0 (batch, time, hidden) of a chunk of windows → h_L of every candidate."""
+        if self._repaired is not None:
+            last, forwards = self._repaired.walk(calls, h, candidates, caches, self._passed)
+            self.block_forwards += forwards
+            return last
         trail = self._anchor.trail(chunk, h)
         last, forwards = walk(self._stack, calls, trail, candidates, caches, self._passed)
         self._anchor.hold(chunk, trail)
@@ -391,6 +422,7 @@ class WholeEngine(ChunkedEngine):
         chunk_windows: int,
         anchor_bytes: int = 0,
         prompt_tokens: int = 1,
+        repaired: Repaired | None = None,
     ) -> None:
         super().__init__(
             stack,
@@ -399,6 +431,7 @@ class WholeEngine(ChunkedEngine):
             chunk_windows,
             walked_tokens=windows.shape[1] - 1,
             anchor_bytes=anchor_bytes,
+            repaired=repaired,
         )
         self._scored = slice(prompt_tokens - 1, None)
         self._calls = capture_calls(stack, windows[:, :-1])
@@ -481,6 +514,7 @@ class PairEngine(ChunkedEngine):
         chunk_windows: int,
         anchor_bytes: int = 0,
         prompt_bytes: int | None = None,
+        repaired: Repaired | None = None,
     ) -> None:
         """Of processed prompts as many are kept as take `prompt_bytes`, None for all; others are processed every time.
 
@@ -495,6 +529,7 @@ class PairEngine(ChunkedEngine):
             chunk_windows,
             walked_tokens=windows.shape[1] - 1 - handed,
             anchor_bytes=anchor_bytes,
+            repaired=repaired,
         )
         self._prefill = prefill
         self._prompt_tokens = prompt_tokens
@@ -517,9 +552,10 @@ class PairEngine(ChunkedEngine):
         stack, prompt = self._stack, chunk[:, : self._handed]
         calls, h = capture_calls(stack, prompt), stack.embed(prompt)
         caches: dict[int, Prefix | StatePrefix] = {}
-        for block, step in enumerate(way_through(self._prefill, self.num_blocks)):
-            h, kept = prefill_step(stack, calls, block, step, h)
-            caches |= {} if kept is None else {block: kept}
+        with nullcontext() if self._repaired is None else self._repaired.applied(self._prefill):
+            for block, step in enumerate(way_through(self._prefill, self.num_blocks)):
+                h, kept = prefill_step(stack, calls, block, step, h)
+                caches |= {} if kept is None else {block: kept}
         dense, dense_forwards = dense_hidden(stack, chunk)
         self.block_forwards += len(caches) + dense_forwards
         return _Prompt(caches, h[:, self._prompt_tokens - 1 :], dense[:, self._prompt_tokens - 1 :])

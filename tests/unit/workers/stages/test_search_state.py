@@ -24,6 +24,8 @@ PHASES = [
     Phase("kl", kept_for_cache({1, 4})),
     Phase("kl", None, SOME, "kv_only"),
     Phase("kl", SOME, None, "attention"),
+    Phase("kl", folded=True),
+    Phase("kl", SOME, folded=True),
 ]
 
 
