@@ -1,7 +1,8 @@
-"""How many token windows of a job's data are asked for, and how few are too few."""
+"""How many token windows of a job's data are asked for, how few are too few, and how many folds are made from."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pdtrim.contract.spec import JobSpec
@@ -9,6 +10,14 @@ from pdtrim.contract.spec import JobSpec
 Split = Literal["train", "calibration", "validation"]
 LEAST_WINDOWS = 4
 """Of each use, or as many as are asked for if those are fewer: a mean of fewer windows says nothing."""
+
+FOLD_TOKENS_A_DIMENSION = 4
+"""Tokens for each dimension of the hidden state that folds are made from while sets are compared."""
+
+
+def windows_to_fold(hidden: int, window_tokens: int) -> int:
+    """From how many windows folds are made while sets are compared: two at least, each half of them held out once."""
+    return max(2, math.ceil(FOLD_TOKENS_A_DIMENSION * hidden / window_tokens))
 
 
 def wanted_windows(spec: JobSpec) -> dict[Split, int]:

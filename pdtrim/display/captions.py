@@ -11,9 +11,9 @@ OBJECTIVES = {
 }
 
 
-def objective_name(objective: str) -> str:
+def objective_name(objective: str, *, folded: bool = False) -> str:
     """What the losses of a search are, for an axis; an unknown objective is its own name."""
-    return OBJECTIVES.get(objective, objective)
+    return OBJECTIVES.get(objective, objective) + (", once folded" if folded else "")
 
 
 @dataclass(frozen=True)

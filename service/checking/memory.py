@@ -37,6 +37,7 @@ from pdtrim.contract.healing_memory import (
 )
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import HalfTarget, JobSpec
+from pdtrim.contract.windows import windows_to_fold
 from service.checking.shape import ModelShape
 
 RESIDENT_SHARE = 0.7
@@ -185,6 +186,12 @@ class _Room:
         """Hidden states on the way of the set that it moves from, the dense model's last, caches of prompts, logits."""
         shape, tokens = self.shape, self._windows(spec) * spec.calibration.window_tokens
         anchored = min(ANCHOR_BYTES, (shape.blocks - 1) * tokens * shape.hidden * item)
+        if spec.search.folded:
+            # The dense model's states, those of the sets that are fitted at a time, and the maps of a round.
+            window = spec.calibration.window_tokens * shape.hidden * item
+            states = windows_to_fold(shape.hidden, spec.calibration.window_tokens) * window
+            fitted = max(2 * states, min(ANCHOR_BYTES, 2 * shape.blocks * states))
+            anchored = shape.blocks * states + fitted + 2 * shape.blocks * shape.hidden**2 * item
         kept = self._free // 4 if self._accelerated else PROMPT_BYTES
         cached = min(kept, tokens // 2 * shape.blocks * shape.kv_width * item)
         logits = 6 * 4 * min(HEAD_TOKENS, tokens) * shape.vocabulary

@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 from pdtrim.contract.devices import Device
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.windows import windows_to_fold
 from service.checking.memory import (
     RESIDENT_WALK_BYTES,
     STREAMED_WALK_BYTES,
@@ -42,6 +43,8 @@ BACKWARD_CALLS = 1.5
 """Of those, what a backward pass takes besides."""
 LOSS_PASSES = 20
 """Over the logits of a set, in float32, for its divergence."""
+FOLDS_A_SET, SOLVED_A_FOLD, FLOAT64 = 2, 11, 2
+"""New gaps of a set that is compared folded; systems that are solved for each, and how much dearer float64 is."""
 GENERATED = 8
 DISK_BYTES_A_SECOND = 1e9
 START_SECONDS = 0.3
@@ -175,8 +178,8 @@ class _Counting:
         return (
             self._loading(1)
             + Work(seconds=START_SECONDS)
-            + self._walks(searches.prefill, removed[0], of_pair=False)
-            + self._walks(searches.decode, removed[1], of_pair=True)
+            + self._walks(searches.prefill, removed[0], of_pair=False, of_parts=False)
+            + self._walks(searches.decode, removed[1], of_pair=True, of_parts=False)
             + (
                 self._walks(searches.parts, removed[0], of_pair=not self.spec.prefill.possible_parts)
                 if parts
@@ -188,7 +191,15 @@ class _Counting:
             + self._walks(Sets(1, 1), removed[1], of_pair=True) * 3
         )
 
-    def _walks(self, sets: Sets, removed: int, *, of_pair: bool) -> Work:
+    def _folding(self, greedy: float, others: float, blocks: float) -> Work:
+        """Fitting the maps of sets that are compared folded: walks on the tokens for that, sums, and equations."""
+        shape, tokens = self.shape, windows_to_fold(self.shape.hidden, self._tokens) * self._tokens
+        through = 0.5 * greedy + others
+        solved = 2 / 3 * SOLVED_A_FOLD * shape.hidden**3 + 4 * tokens * shape.hidden**2
+        fitted = Work(flops=FLOAT64 * FOLDS_A_SET * (greedy + others) * solved)
+        return fitted + self._blocks(through * tokens, blocks, self._tokens, through)
+
+    def _walks(self, sets: Sets, removed: int, *, of_pair: bool, of_parts: bool = True) -> Work:
         """A search's: of greedy's sets the half of the blocks behind the first difference, of others two thirds."""
         if sets == NONE:
             return Work()
@@ -202,7 +213,12 @@ class _Counting:
         evaluated = greedy * raced / windows + (count - greedy)
         through = greedy * raced / windows * 0.5 + (count - greedy) * 0.67
         chunks = math.ceil(windows / self._chunk)
+        folded = self.spec.search.folded and not of_parts
+        if folded:  # Every walk begins at the first block.
+            through = evaluated - 0.5 * greedy * raced / windows
         walked = self._blocks(through * windows * fed, blocks, tokens, through * chunks)
+        if folded:
+            walked += self._folding(greedy, count - greedy, blocks)
         # The dense model's states, and those of the prompt, come once.
         once = self._blocks(windows * tokens * (1.5 if of_pair else 1), self.shape.blocks, tokens, 2 * chunks)
         # A round of greedy's tries sets together, others one after the other.

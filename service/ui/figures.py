@@ -156,11 +156,11 @@ def _scores_table(cosine: Sequence[float], found: Sequence[Fate]) -> Table:
 
 def trajectory(search: SearchRecord, removal: Removed) -> list[Figure]:
     """For each half the loss of every set in the order of evaluation, and the least so far for the chosen count."""
-    objective = removal.losses.objective
-    return [_trajectory(half, sets, len(removal.of(half).removed), objective) for half, sets in search.items() if sets]
+    name = objective_name(removal.losses.objective, folded=removal.losses.folded)
+    return [_trajectory(half, sets, len(removal.of(half).removed), name) for half, sets in search.items() if sets]
 
 
-def _trajectory(half: Half, sets: Sequence[EvaluatedSet], count: int, objective: str) -> Figure:
+def _trajectory(half: Half, sets: Sequence[EvaluatedSet], count: int, loss_name: str) -> Figure:
     every = math.ceil(len(sets) / MAX_DOTS)
     dots = [
         Point(number, one.loss, f"set {number}, without {listed(one.removed)}: loss {one.loss:.4f}")
@@ -177,7 +177,7 @@ def _trajectory(half: Half, sets: Sequence[EvaluatedSet], count: int, objective:
             f"Losses of the sets evaluated for {half}",
             [Series("evaluated set", "faint", dots, "dots"), Series(name, half, [*best, *tail], "steps")],
             x_name="set, in order of evaluation",
-            y_name=objective_name(objective),
+            y_name=loss_name,
         ),
         [search_table(half, sets, count)],
     )

@@ -263,7 +263,7 @@ def _trajectory(findings: Findings) -> tuple[Figure, str]:
             told.append(f"{half}: {len(found)} sets evaluated, the best without {target} blocks has {best[-1][1]:.4f}")
         else:
             told.append(f"{half}: {len(found)} sets evaluated")
-        axes.set(title=half, xlabel="sets evaluated", ylabel=_objective(findings))
+        axes.set(title=half, xlabel="sets evaluated", ylabel=_objective(findings, folded=findings.plan.losses.folded))
         if shown:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -394,8 +394,8 @@ def _perplexities(axes: Axes, models: Mapping[str, ModelFigures]) -> None:
     axes.set(title="perplexity ± standard error; hollow: before distillation")
 
 
-def _objective(findings: Findings) -> str:
-    return objective_name(findings.plan.losses.objective)
+def _objective(findings: Findings, *, folded: bool = False) -> str:
+    return objective_name(findings.plan.losses.objective, folded=folded)
 
 
 PLOTS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ from pdtrim.contract.results import (
     Sensitivity,
 )
 from pdtrim.contract.spec import BUDGET_PARTS, COST_NAMES, Cost, HalfTarget
+from pdtrim.contract.windows import windows_to_fold
 from workers.inputs.models import anchor_bytes, is_streamed, prompt_bytes, windows_at_once
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import interleaved, said_again
@@ -45,8 +45,6 @@ from workers.stages.context import Figure, StageContext
 from workers.stages.scoring import read_opening
 from workers.stages.search_state import Phase, SearchName, SearchState
 
-FOLD_TOKENS_A_DIRECTION = 4
-"""Tokens that maps are fitted to while sets are compared, for each dimension of the hidden state."""
 ProgressRange = tuple[float, float]
 """The part of the stage's progress that something takes: where it begins and ends, of 1."""
 SOUGHT: Mapping[SearchName, str] = {
@@ -418,8 +416,7 @@ class Searcher:
 
     @cached_property
     def _sets(self) -> FoldedSets:
-        tokens = self._to_fold.shape[1]
-        count = max(2, math.ceil(FOLD_TOKENS_A_DIRECTION * self._stack.model.config.hidden_size / tokens))
+        count = windows_to_fold(self._stack.model.config.hidden_size, self._to_fold.shape[1])
         return FoldedSets(self._stack, self._to_fold[:count], held_bytes=anchor_bytes(self._stack.model))
 
     def _engine(self, repaired: FoldedSets | None = None) -> LossEngine:

@@ -416,6 +416,27 @@ def test_every_block_s_sensitivity_and_two_controls_stand_beside_the_nested_pair
         assert controls["decode_set_in_both"] == losses["decode"]
 
 
+def test_sets_that_are_compared_folded_are_reported_by_what_they_cost_as_they_are(worker: Worker, model: Path) -> None:
+    found = {}
+    for folded in (False, True):
+        search = {"algorithm": "exhaustive", "folded": folded, "racing": False}
+        job_id = create(worker, tiny_spec(model, search=search))
+        run_through(worker, job_id, StageName.REMOVAL)
+        metrics = stage_row(worker, job_id, StageName.REMOVAL).metrics
+        plan = json.loads(content(worker, job_id, StageName.REMOVAL, "plan.json"))
+        searched = SearchRecord.model_validate_json(content(worker, job_id, StageName.REMOVAL, "search.json"))
+        assert metrics["losses"]["folded"] is folded
+        alone = {found["block"]: found["both"] for found in metrics["sensitivity"]["blocks"]}
+        for point in plan["frontier"]["prefill"]:
+            if len(point["removed"]) == 1:
+                assert point["loss"] == pytest.approx(alone[point["removed"][0]], rel=1e-5)
+        assert metrics["losses"]["prefill"] == plan["frontier"]["prefill"][-1]["loss"]
+        found[folded] = {one.removed[0]: one.loss for one in searched.prefill if len(one.removed) == 1}
+    # Nothing stands before block 0, whose loss no fold changes.
+    assert found[True].keys() == found[False].keys() == set(range(5))
+    assert found[True][0] == found[False][0]
+
+
 def test_a_search_out_of_time_still_removes_what_was_asked(worker: Worker, model: Path) -> None:
     found = {}
     for name, search in (("greedy", {"algorithm": "greedy"}), ("brief", {"evaluations": 1000, "seconds": 1e-9})):
