@@ -4,12 +4,15 @@
     python benchmarks/search.py sleb --removed 2 4 6 --copies 2
     python benchmarks/search.py parts --copies 2 --removed 4 6 8 --calibration-windows 12 --window-tokens 64
     python benchmarks/search.py parts --made-up 30 --removed 4 6 9
+    python -m benchmarks.search sleb --removed 3 6 9 --precision bfloat16 \
+        --model build/real/smollm2-135m-instruct --text build/real/brown.jsonl
 
-`optimum` measures every set of up to --removed blocks of the reference model, then lets the search of each seed find
-its way with those losses. `sleb` times SLEB's procedure and, from nothing, the search until its best set of as many
-blocks costs no more by --objective, which the search lowers; SLEB always lowers cross-entropy. With --copies 2 every
-block of the model runs twice, at half strength. Both use the same windows in chunks of the same size, and one thread,
-whose processor time is counted, so that other work on the machine does not count.
+`optimum` measures every set of up to --removed blocks, then lets the search of each seed find its way with those
+losses. `sleb` times SLEB's procedure and, from nothing, the search until its best set of as many blocks costs no more
+by --objective, which the search lowers; SLEB always lowers cross-entropy. The model is the reference model unless
+--model says otherwise; with --copies 2 every block of it runs twice, at half strength. Both use the same windows in
+chunks of the same size, and one thread, whose processor time is counted, so that other work on the machine does not
+count.
 
 `parts` says what greedy and annealing each take, and what annealing adds. With --made-up the losses are no model's, but
 those of a formula in which blocks interact: the counts of sets are what a model of that depth would see, much the same,
@@ -22,6 +25,7 @@ import argparse
 import contextlib
 import copy
 import itertools
+import json
 import math
 import random
 import time
@@ -37,15 +41,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import workers
 from benchmarks.peer_methods import sleb_rounds
 from pdtrim.contract.spec import SearchSpec
-from workers.inputs.models import ANCHOR_BYTES
+from workers.inputs.models import ANCHOR_BYTES, load_model
 from workers.pruning.model.blocks import BlockStack, block_stack, drop_blocks
-from workers.pruning.model.calibration import cut_windows, stdlib_documents, token_stream
+from workers.pruning.model.calibration import cut_windows, split_stream, stdlib_documents, token_stream
 from workers.pruning.model.units import NOTHING, Units, blocks_of, deleting
 from workers.pruning.search.ascent import OnProgress
 from workers.pruning.search.engine import WholeEngine, WindowLosses, mean
 from workers.pruning.search.memo import MeasuredSet, Memo
 from workers.pruning.search.scores import block_scores
 from workers.pruning.search.search import SearchResult, search
+from workers.stages.precision import DTYPES
 
 REFERENCE = Path(workers.__file__).parent / "reference_model"
 CHUNK_WINDOWS = 4
@@ -244,11 +249,23 @@ def parts(losses: WindowLosses, windows: int, scores: Sequence[float], args: arg
     return lines
 
 
+def calibration_text(args: argparse.Namespace) -> Tensor:
+    """Token ids (tokens,) of text to draw windows from."""
+    if args.text is None:
+        return token_stream(stdlib_documents("calibration"), AutoTokenizer.from_pretrained(REFERENCE))
+    documents = (json.loads(line)["text"] for line in args.text.read_text().splitlines())
+    whole = token_stream(documents, AutoTokenizer.from_pretrained(args.model))
+    return split_stream(whole, tokens=args.window_tokens)["calibration"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", choices=["optimum", "sleb", "parts"])
     parser.add_argument("--removed", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
-    parser.add_argument("--copies", type=int, default=1, help="how often each block runs")
+    parser.add_argument("--model", type=Path, help="a checkpoint's folder; by default the reference model, in float32")
+    parser.add_argument("--text", type=Path, help="with --model: a JSON object with `text` a line")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--copies", type=int, default=1, help="how often each block of the reference model runs")
     parser.add_argument(
         "--objective", choices=["kl", "cross_entropy"], default="kl", help="by which sets are held beside SLEB's"
     )
@@ -265,10 +282,10 @@ def main() -> None:
         made_up = MadeUp(args.made_up, args.seed)
         print("\n".join(parts(made_up.window_losses, args.calibration_windows, [0.0] * args.made_up, args)))
         return
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    stream = token_stream(stdlib_documents("calibration"), tokenizer)
+    stream = calibration_text(args)
     windows = cut_windows(stream, count=args.calibration_windows, tokens=args.window_tokens, seed=args.seed)
-    stack = block_stack(reference_model(args.copies))
+    model = reference_model(args.copies) if args.model is None else load_model(args.model, dtype=DTYPES[args.precision])
+    stack = block_stack(model)
     scores = block_scores(stack, windows, chunk_windows=CHUNK_WINDOWS).cosine
     if args.table == "parts":
         engine = WholeEngine(stack, windows, args.objective, chunk_windows=CHUNK_WINDOWS)

@@ -40,6 +40,7 @@ search/     what may go
   perplexity_bound  how many blocks a bound on perplexity lets go
 repair/     making up for what went
   fold              without training: a linear map in the place of what went, folded into the MLP before it
+  folded_sets       sets compared as they are with their gaps folded, without building them
   losses            what healing minimises
   answers           the same on answers alone, of windows that say which tokens are theirs
   answering         the dense model's own answers to prompts, to heal on
