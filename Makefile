@@ -91,7 +91,7 @@ REAL := --model build/real/smollm2-135m-instruct --text build/real/brown.jsonl
 bench-real: build/real/.ready ## The figures of benchmarks/RESULTS.md on a real pretrained model, for a GPU
 	$(BIN)/python -m benchmarks.quality $(REAL) --jobs $(REAL_JOBS) --out $(REAL_OUT)/quality
 	$(BIN)/python -m benchmarks.held_out $(REAL) --jobs $(REAL_JOBS) --out $(REAL_OUT)/held_out
-	$(BIN)/python -m benchmarks.folds $(REAL) --heal-tokens 200000 --search-folded 6 --out $(REAL_OUT)/folds.jsonl
+	$(BIN)/python -m benchmarks.folds $(REAL) --heal-tokens 200000 --out $(REAL_OUT)/folds.jsonl
 	$(BIN)/python -m benchmarks.own_answers $(REAL) --heal-tokens 196608
 	$(BIN)/python -m benchmarks.precision $(REAL) --out $(REAL_OUT)/precision
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.folds --out FILE
     python -m benchmarks.folds --model build/real/smollm2-135m-instruct --text build/real/brown.jsonl --out FILE \
-        --set 16 17 18 --set 3 4 5 16 17 18 --span 20 21 22
+        --set 16 17 18 --set 3 4 5 16 17 18
 
 A row for every fold is appended to FILE as JSON when it ends, and --table prints them: what was lost on text that
 nothing was chosen or made from and the share of it that came back, the same of tokens that stand in the prompt
@@ -327,25 +327,6 @@ def best_span(engine: WholeEngine, count: int) -> Units:
     return min(spans, key=lambda units: losses[units])
 
 
-def search_folded(rows: Rows, engine: WholeEngine, last: int, tried: int, tokens: int, name: str) -> Iterator[Units]:
-    """Greedy's sets when the `tried` best extensions by their loss are compared again after a fold."""
-    bench = rows.bench
-    stack, chosen = block_stack(bench.model), NOTHING
-    windows = bench.windows(tokens)
-    for _ in range(last):
-        engine.anchor(chosen)
-        candidates = extensions(chosen, len(stack.blocks))
-        losses = engine.losses(candidates)
-        found: dict[Units, float] = {}
-        for units in sorted(candidates, key=lambda units: losses[units])[:tried]:
-            plan = rows.plan(sorted(blocks_of(units)))
-            tensors, _ = folded(bench, plan, name, windows)
-            student = pruned(bench.with_tensors(tensors), plan)
-            found[units] = bench._loss(student, bench.calibration, 1)
-        chosen = min(found, key=lambda units: found[units])
-        yield chosen
-
-
 def read(args: argparse.Namespace) -> Bench:
     """The model and text that are named."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -381,18 +362,15 @@ def read(args: argparse.Namespace) -> Bench:
     )
 
 
-def sets(args: argparse.Namespace, bench: Bench) -> dict[tuple[str, int], list[int]]:
-    """What goes, by where it is from and count: as given, else as greedy and the best span have it."""
-    given = [("greedy", removed) for removed in args.set] + [("span", removed) for removed in args.span]
-    if given:
-        return {(kind, len(removed)): removed for kind, removed in given}
-    found: dict[tuple[str, int], list[int]] = {}
+def sets(args: argparse.Namespace, bench: Bench) -> list[tuple[str, list[int]]]:
+    """What goes, and where that is from: as given, else as greedy and the best span have it."""
+    if args.set:
+        return [("given", removed) for removed in args.set]
     engine = engine_of(bench)
     path = greedy_sets(engine, max(args.counts))
-    for count in args.counts:
-        found["greedy", count] = sorted(blocks_of(path[count]))
-        found["span", count] = sorted(blocks_of(best_span(engine, count)))
-    return found
+    found = [("greedy", path[count]) for count in args.counts]
+    found += [("span", best_span(engine, count)) for count in args.counts]
+    return [(found_by, sorted(blocks_of(units))) for found_by, units in found]
 
 
 def engine_of(bench: Bench) -> WholeEngine:
@@ -406,31 +384,20 @@ def work(args: argparse.Namespace, rows: Rows) -> Iterator[Callable[[], Any]]:
     chosen = sets(args, rows.bench)
     middle = args.tokens[len(args.tokens) // 2]
     for name in args.variants:
-        for (kind, _), removed in chosen.items():
+        for kind, removed in chosen:
             yield partial(rows.add, kind, removed, name, middle)
     for tokens in args.tokens:
         for name in args.by_tokens:
-            for (kind, _), removed in chosen.items():
+            for kind, removed in chosen:
                 if tokens != middle or name not in args.variants:
                     yield partial(rows.add, kind, removed, name, tokens)
     if args.heal_tokens:
-        for (kind, count), removed in chosen.items():
-            for name in ("nothing", *args.before_healing) if (kind, count) in healed_sets(args) else ():
+        healed_sets = [
+            (kind, removed) for kind, removed in chosen if kind != "span" and len(removed) in args.heal_counts
+        ]
+        for kind, removed in healed_sets:
+            for name in ("nothing", *args.before_healing):
                 yield partial(rows.add, kind, removed, name, middle, heals=True)
-    if args.search_folded:
-        search = search_folded(
-            rows, engine_of(rows.bench), max(args.counts), args.search_folded, middle, args.search_by
-        )
-        for count, units in enumerate(search, start=1):
-            if count in args.counts:
-                yield partial(rows.add, "greedy after folds", sorted(blocks_of(units)), args.search_by, middle)
-            else:
-                yield lambda: None
-
-
-def healed_sets(args: argparse.Namespace) -> set[tuple[str, int]]:
-    """The sets that are healed, by where they are from and count."""
-    return {("greedy", count) for count in args.heal_counts}
 
 
 def main() -> None:
@@ -442,8 +409,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file that a line of JSON is appended to for each row")
     parser.add_argument("--table", action="store_true", help="print the rows of an earlier run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--set", type=int, nargs="+", action="append", default=[], help="greedy's set, found before")
-    parser.add_argument("--span", type=int, nargs="+", action="append", default=[], help="a span, found before")
+    parser.add_argument("--set", type=int, nargs="+", action="append", default=[], help="found before")
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 6, 9])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 5120, 20480, 81920])
     parser.add_argument(
@@ -452,10 +418,10 @@ def main() -> None:
     parser.add_argument("--by-tokens", nargs="*", default=["full", "sized full"], metavar="NAME")
     parser.add_argument("--before-healing", nargs="*", default=["sized full"], metavar="NAME")
     parser.add_argument("--heal-tokens", type=int, default=0)
-    parser.add_argument("--heal-counts", type=int, nargs="*", default=[6], help="how many of greedy's blocks are gone")
+    parser.add_argument(
+        "--heal-counts", type=int, nargs="*", default=[6], help="how many blocks of healed sets are gone"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--search-folded", type=int, default=0, metavar="K", help="compare the K best after a fold")
-    parser.add_argument("--search-by", default="sized full", metavar="NAME")
     parser.add_argument("--calibration-tokens", type=int, default=16 * WINDOW_TOKENS)
     parser.add_argument("--validation-tokens", type=int, default=80 * WINDOW_TOKENS)
     parser.add_argument("--batch", type=int, default=4, help="windows at a time")

@@ -175,6 +175,20 @@ def test_an_earlier_jobs_seconds_are_scaled_by_the_work_of_this_one() -> None:
     assert 1500 < more.seconds[StageName.DISTILLATION] < 3000
 
 
+def test_sets_that_are_compared_folded_take_longer_and_more_memory_but_are_as_many() -> None:
+    job = {"model": "hf://a/b", "prefill": {"remove_blocks": 4}, "decode": {"remove_blocks": 6}}
+    told = [
+        estimated(JobSpec.model_validate(job | {"search": {"algorithm": "greedy", "folded": folded}}), EIGHT_BILLION)
+        for folded in (False, True)
+    ]
+    plain, compared_folded = (next(s for s in one.stages if s.stage is StageName.REMOVAL) for one in told)
+    assert told[0].evaluations == told[1].evaluations
+    assert 1.3 * plain.flops < compared_folded.flops < 6 * plain.flops
+    # The dense model's states behind 32 blocks, of 4 · 4,096 tokens of 4,096 numbers in bfloat16: 4.3 GB.
+    more = compared_folded.memory_bytes - plain.memory_bytes
+    assert 4.3e9 < more < 9e9
+
+
 def test_every_token_of_a_sample_takes_a_pass_over_the_weights_of_the_dense_model_and_of_what_is_served() -> None:
     job = {"model": "hf://a/b", "prefill": {"remove_blocks": 8}, "decode": {"remove_blocks": 8}}
     resident = {"kind": "cpu", "memory_bytes": 128 * 2**30, "bfloat16_flops": None}
