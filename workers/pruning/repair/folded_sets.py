@@ -51,8 +51,9 @@ class FoldedSets:
     """Walks of sets with their folds, whose maps are fitted to windows (windows, tokens) when a set first comes.
 
     Only whole blocks are folded; a gap that nothing takes the fold of is left as it is. The dense model's hidden states
-    behind every block are held: blocks · windows · tokens · hidden numbers; while maps are fitted, two more of all
-    windows for each set, of as many sets at a time as fit `held_bytes`.
+    behind every block are held: blocks · windows · tokens · hidden numbers. While maps are fitted, two more of all
+    windows for each set, of as many sets at a time as fit `held_bytes`; and about as many bytes of maps are kept, of
+    hidden² numbers each.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FoldedSets:
         self._calls = capture_calls(stack, windows)
         self._takers = [_taker(stack, block) for block in range(len(stack.blocks))]
         self._dense = list(self._states())
+        self._held_bytes = held_bytes
         self._at_once = max(1, held_bytes // (2 * self._dense[0].nbytes))
         self._maps: dict[Way, Tensor] = {}
         self._fitted: set[Way] = set()
@@ -81,12 +83,17 @@ class FoldedSets:
         The last hidden states h_L (batch, time, hidden) of every candidate, and how many block-forwards it took.
         """
         ways = {candidate: way_through(candidate, len(self._stack.blocks)) for candidate in candidates}
-        self._fit(ways.values())
 
         def past_gap(way: Way, h: Tensor, added: Tensor) -> Tensor:
             return h + added @ self._maps[way].T
 
-        found, forwards = self._walk(calls, h, set(ways.values()), caches, past_gap, on_block)
+        found: dict[Way, Tensor] = {}
+        forwards = 0
+        for some in self._grouped(ways.values()):
+            self._fit(some)
+            last, taken = self._walk(calls, h, some, caches, past_gap, on_block)
+            found |= last
+            forwards += taken
         return {candidate: found[way] for candidate, way in ways.items()}, forwards
 
     @contextmanager
@@ -94,7 +101,7 @@ class FoldedSets:
         """While this lasts, the blocks before the gaps of a set do what the folded ones would."""
         blocks = len(self._stack.blocks)
         way = way_through(units, blocks)
-        self._fit([way])
+        self._fit({way})
         with ExitStack() as hooks:
             for gap in gaps_of(BlockPlan(blocks, blocks_of(units))):
                 taker, map_ = self._takers[gap.first - 1] if gap.first else None, self._maps.get(way[: gap.last + 1])
@@ -103,7 +110,7 @@ class FoldedSets:
             yield
 
     def forget(self) -> None:
-        """Let go of all maps, which take hidden² numbers each; those that are asked for again are fitted again."""
+        """Let go of all maps; those that are asked for again are fitted again."""
         self._maps.clear()
         self._fitted.clear()
 
@@ -115,21 +122,27 @@ class FoldedSets:
             h = self._calls.run(self._stack, block, h)
             yield h
 
+    def _grouped(self, ways: Iterable[Way]) -> Iterator[set[Way]]:
+        """So many of the ways at a time as may be fitted together; before each, no more maps are kept than may be."""
+        every = sorted(set(ways))
+        for first in range(0, len(every), self._at_once):
+            if sum(map_.nbytes for map_ in self._maps.values()) > self._held_bytes:
+                self.forget()
+            yield set(every[first : first + self._at_once])
+
     @torch.no_grad()
-    def _fit(self, ways: Iterable[Way]) -> None:
+    def _fit(self, ways: set[Way]) -> None:
         """Have the maps of all gaps of these ways."""
 
         def past_gap(way: Way, h: Tensor, added: Tensor) -> Tensor:
             if way not in self._maps:
                 halves = moments_of([h], [added], [self._dense[len(way) - 1]], self._stack.device, by_size)
-                self._maps[way] = self._change_of(*halves).to(h.dtype)
+                self._maps[way] = self._change_of(*halves).to(h)
             return h + added @ self._maps[way].T
 
-        new = sorted(set(ways) - self._fitted)
-        for first in range(0, len(new), self._at_once):
-            some = set(new[first : first + self._at_once])
-            self._walk(self._calls, self._stack.embed(self._windows), some, {}, past_gap, lambda block: None)
-            self._fitted |= some
+        if new := ways - self._fitted:
+            self._walk(self._calls, self._stack.embed(self._windows), new, {}, past_gap, lambda block: None)
+            self._fitted |= new
 
     def _walk(
         self,
@@ -169,7 +182,7 @@ class FoldedSets:
 
         with hooked(taker.projection, keep):
             after = take_step(self._stack, calls, block, step, h, cache)
-        return _Here(after, taker.factor * given[0].view_as(h) if given else None)
+        return _Here(after, taker.factor * given[0].view_as(h).to(after.device) if given else None)
 
 
 def _past(way: Way, at: _Here, past_gap: PastGap) -> Tensor:
