@@ -95,12 +95,15 @@ def token_windows(
         prompts.rest(in_parts(_stdlib_rows("train", spec.seed), tokens), check)
         return Windows(
             {
-                split: cut_windows(
-                    _stdlib_stream(split, count * taken, spec.seed, tokenizer, check),
-                    count=count,
-                    tokens=tokens,
-                    seed=spec.seed,
-                    opening=opening,
+                split: _mixed(
+                    cut_windows(
+                        _stdlib_stream(split, count * taken, spec.seed, tokenizer, check),
+                        count=count,
+                        tokens=tokens,
+                        seed=spec.seed,
+                        opening=opening,
+                    ),
+                    spec.seed,
                 )
                 for split, count in wanted.items()
             },
@@ -127,12 +130,20 @@ def token_windows(
             param="data",
         )
     places = deal(len(ids_of), wanted, least)
-    found = {split: ids_of[chosen] for split, chosen in places.items()}
+    found = {split: _mixed(ids_of[chosen], spec.seed) for split, chosen in places.items()}
     warnings = _warnings(spec, {split: len(part) for split, part in found.items()}, prompts)
     if stream.counted.all():
         return Windows(found, {}, prompts.found, warnings)
-    answers = {split: counted[chosen] for split, chosen in places.items()}
+    answers = {split: _mixed(counted[chosen], spec.seed) for split, chosen in places.items()}
     return Windows(found, answers, prompts.found, warnings)
+
+
+def _mixed(windows: Tensor, seed: int) -> Tensor:
+    """The same windows (windows, tokens) in another order: the first few of them are then of all parts of the text.
+
+    What is held out, said again, or folded on is the first few.
+    """
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
 def _warnings(spec: JobSpec, counts: Mapping[Split, int], prompts: Prompts) -> list[str]:

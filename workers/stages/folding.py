@@ -12,7 +12,7 @@ from pdtrim.contract.results import FoldedGap, Folding, Half, UnfoldedGap
 from pdtrim.contract.spec import DistillationSpec
 from workers.inputs.models import RESIDENT_WALK_BYTES
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.calibration import said_again, spread
+from workers.pruning.model.calibration import said_again
 from workers.pruning.model.plan import BlockPlan
 from workers.pruning.repair.answers import unmarked
 from workers.pruning.repair.fold import Fold, Unfolded, Wanted, by_size, fold, gaps_of, wanted_states
@@ -51,7 +51,7 @@ class HalfFold:
 def fold_windows(training: Tensor, calibration: Tensor, held_out: int) -> Tensor:
     """Token ids (windows, tokens) to fit maps on: of training, and of calibration what is not held out."""
     windows = torch.cat([training, calibration[held_out:].to(training.device)])
-    return spread(unmarked(windows)[0], max(LEAST_WINDOWS, FOLD_TOKENS // windows.shape[1]))
+    return unmarked(windows)[0][: max(LEAST_WINDOWS, FOLD_TOKENS // windows.shape[1])]
 
 
 def copied(context: StageContext, windows: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def wanted_of(context: StageContext, dense: BlockStack, plan: BlockPlan, windows
     """What the maps of a half are fitted to, of the dense model on the first windows (windows, tokens)."""
     # States behind every gap, and while walking of a block of both models, and what an MLP adds.
     held = (len(gaps_of(plan)) + 3) * windows[0].numel() * dense.model.config.hidden_size * dense.model.dtype.itemsize
-    windows = spread(windows, max(LEAST_WINDOWS, STATES_BYTES // held))
+    windows = windows[: max(LEAST_WINDOWS, STATES_BYTES // held)]
     chunk = windows_in(
         RESIDENT_WALK_BYTES,
         streams=2,

@@ -30,7 +30,7 @@ from pdtrim.contract.spec import BUDGET_PARTS, COST_NAMES, Cost, HalfTarget
 from pdtrim.contract.windows import windows_to_fold
 from workers.inputs.models import anchor_bytes, is_streamed, prompt_bytes, windows_at_once
 from workers.pruning.model.blocks import BlockStack
-from workers.pruning.model.calibration import interleaved, said_again, spread
+from workers.pruning.model.calibration import interleaved, said_again
 from workers.pruning.model.costs import costs_of
 from workers.pruning.model.plan import Part
 from workers.pruning.model.units import NOTHING, Kind, Unit, Units, blocks_of, deleting, parts_of
@@ -417,7 +417,7 @@ class Searcher:
     @cached_property
     def _sets(self) -> FoldedSets:
         count = windows_to_fold(self._stack.model.config.hidden_size, self._to_fold.shape[1])
-        return FoldedSets(self._stack, spread(self._to_fold, count), held_bytes=anchor_bytes(self._stack.model))
+        return FoldedSets(self._stack, self._to_fold[:count], held_bytes=anchor_bytes(self._stack.model))
 
     def _engine(self, repaired: FoldedSets | None = None) -> LossEngine:
         return WholeEngine(

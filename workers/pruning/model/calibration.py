@@ -125,12 +125,6 @@ def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int, opening: 
     return torch.cat([torch.tensor(opening, dtype=stream.dtype).expand(len(windows), -1), windows], dim=1)
 
 
-def spread(windows: Tensor, count: int) -> Tensor:
-    """So many of the windows (windows, tokens), from all parts of them: neighbours may be of one document."""
-    count = min(count, len(windows))
-    return windows[torch.arange(count, device=windows.device) * len(windows) // max(count, 1)]
-
-
 def said_again(windows: Tensor, prompt_tokens: int, *, opening: int = 0) -> Tensor:
     """Windows (windows, tokens) whose first `prompt_tokens` are followed by themselves, as often as there is room.
 

@@ -127,13 +127,6 @@ def test_windows_to_fold_on_leave_out_those_that_judge() -> None:
     assert windows.tolist() == [[0, 1], [2, 3], [4, 5], [116, 117], [118, 119]]
 
 
-def test_windows_to_fold_on_are_of_all_parts_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding, "FOLD_TOKENS", 8)
-    training, calibration = torch.arange(32).view(16, 2), torch.arange(100, 116).view(8, 2)
-    windows = folding.fold_windows(training, calibration, 8)
-    assert windows.tolist() == [[0, 1], [8, 9], [16, 17], [24, 25]]
-
-
 def test_folds_are_judged_on_prompts_that_are_said_again_as_well(tmp_path: Path) -> None:
     surroundings = ready(tmp_path, calibration={"windows": 4, "window_tokens": 32, "copying": 0.5})
     found = folding.copied(surroundings, torch.arange(16).view(4, 4))
