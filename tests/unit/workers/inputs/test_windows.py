@@ -88,8 +88,8 @@ def test_windows_of_no_use_overlap_and_each_use_has_some_of_every_part_of_the_te
     places = {split: [stream.index(window) for window in part.tolist()] for split, part in found.ids.items()}
     assert sorted(place for of_use in places.values() for place in of_use) == list(range(270))
     for of_use in places.values():
-        assert of_use == sorted(of_use)
-        assert of_use[0] < 270 / 3 < 270 * 2 / 3 < of_use[-1]
+        # The first few too: what is held out, said again or folded on.
+        assert min(of_use[:6]) < 270 / 3 < 270 * 2 / 3 < max(of_use[:6])
 
 
 def test_of_too_little_text_each_use_gets_its_share() -> None:
@@ -146,7 +146,9 @@ def test_completions_count_without_a_chat_template() -> None:
 
     found = token_windows(spec(), rows, tokenizer)
 
-    whole = str(tokenizer.decode(found.ids["train"].flatten()))
-    assert whole.startswith("def f(x):\n    return x\n<|endoftext|>def f(x):")
-    counted = str(tokenizer.decode(found.ids["train"][found.answers["train"]]))
+    windows = [str(tokenizer.decode(window)) for window in found.ids["train"]]
+    (first,) = [
+        n for n, text in enumerate(windows) if text.startswith("def f(x):\n    return x\n<|endoftext|>def f(x):")
+    ][:1]
+    counted = str(tokenizer.decode(found.ids["train"][first][found.answers["train"][first]]))
     assert counted.startswith("    return x\n<|endoftext|>  ")
