@@ -17,7 +17,7 @@ from service.sources import Row, Text
 from service.stopping import Check, go_on
 from workers.inputs.encoding import Encoded, Encoder
 from workers.inputs.prompts import EVERY, Prompts, in_parts
-from workers.pruning.model.calibration import Frame, cut_windows, deal, stdlib_documents, token_stream
+from workers.pruning.model.calibration import Frame, cut_windows, deal, mixed, stdlib_documents, token_stream
 
 ANSWERS = "answers."
 """What stands before the name of a use where the tokens are not given, but whether each is of an answer."""
@@ -95,7 +95,7 @@ def token_windows(
         prompts.rest(in_parts(_stdlib_rows("train", spec.seed), tokens), check)
         return Windows(
             {
-                split: _mixed(
+                split: mixed(
                     cut_windows(
                         _stdlib_stream(split, count * taken, spec.seed, tokenizer, check),
                         count=count,
@@ -130,20 +130,12 @@ def token_windows(
             param="data",
         )
     places = deal(len(ids_of), wanted, least)
-    found = {split: _mixed(ids_of[chosen], spec.seed) for split, chosen in places.items()}
+    found = {split: mixed(ids_of[chosen], spec.seed) for split, chosen in places.items()}
     warnings = _warnings(spec, {split: len(part) for split, part in found.items()}, prompts)
     if stream.counted.all():
         return Windows(found, {}, prompts.found, warnings)
-    answers = {split: _mixed(counted[chosen], spec.seed) for split, chosen in places.items()}
+    answers = {split: mixed(counted[chosen], spec.seed) for split, chosen in places.items()}
     return Windows(found, answers, prompts.found, warnings)
-
-
-def _mixed(windows: Tensor, seed: int) -> Tensor:
-    """The same windows (windows, tokens) in another order: the first few of them are then of all parts of the text.
-
-    What is held out, said again, or folded on is the first few.
-    """
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
 def _warnings(spec: JobSpec, counts: Mapping[Split, int], prompts: Prompts) -> list[str]:

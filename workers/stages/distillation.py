@@ -27,6 +27,7 @@ from workers.inputs.models import (
 )
 from workers.inputs.windows import ANSWERS
 from workers.pruning.model.blocks import BlockStack, block_stack
+from workers.pruning.model.calibration import mixed
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.parts import idle_tensors, pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
@@ -218,7 +219,7 @@ def training_windows(
     spec, tokens = context.spec.distillation, windows["train"].shape[1]
     count = HELD_OUT_WINDOWS + max(spec.batch_windows, spec.heal_tokens // tokens)
     made, found = answered_windows(context, dense(), count)
-    made = made.to(device())
+    made = mixed(made, context.spec.seed).to(device())
     return _judged_by(context, made[HELD_OUT_WINDOWS:], made[:HELD_OUT_WINDOWS]), found
 
 

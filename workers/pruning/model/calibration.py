@@ -125,6 +125,14 @@ def cut_windows(stream: Tensor, *, count: int, tokens: int, seed: int, opening: 
     return torch.cat([torch.tensor(opening, dtype=stream.dtype).expand(len(windows), -1), windows], dim=1)
 
 
+def mixed(windows: Tensor, seed: int) -> Tensor:
+    """The same windows (windows, tokens) in another order: the first few of them are then of all parts of the text.
+
+    What is held out, said again, or folded on is the first few.
+    """
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
 def said_again(windows: Tensor, prompt_tokens: int, *, opening: int = 0) -> Tensor:
     """Windows (windows, tokens) whose first `prompt_tokens` are followed by themselves, as often as there is room.
 
