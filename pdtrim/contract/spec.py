@@ -293,8 +293,8 @@ class SearchSpec(SpecModel):
     folded: bool = Field(
         default=False,
         description="Compare sets of whole blocks as they are once folded: with what their gaps did made up for by a "
-        "linear map in the block before, as far as one can (see `distillation.fold`). Sets that are good after it are "
-        "better after healing too, and the search takes two to four times as long. Losses are reported without folds. "
+        "linear map in the block before, as far as one can; they then are folded (see `distillation.fold`). Such sets keep "
+        "more of what stands in the prompt, and the search takes two to four times as long. Losses are reported without folds. "
         "Parts of blocks and budgets are compared without them. Without effect where weights are read from disk block "
         "by block.",
     )
@@ -385,7 +385,7 @@ class DistillationSpec(SpecModel):
         default=None,
         description="Whether linear maps, fitted to the dense model's hidden states without training, are multiplied "
         "into the MLPs before removed blocks, where that lowers the held-out loss. Healing then starts from there. "
-        "Null for where nothing is trained, as with `heal_tokens: 0`.",
+        "Null for where nothing is trained, as with `heal_tokens: 0`, or `search.folded` chose what to fold.",
     )
     trainable: Literal["all", "distilled", "lora"] = Field(
         default="all",

@@ -139,7 +139,7 @@ def run(context: StageContext) -> DistillationResult:
     spec = context.spec.distillation
     windows = load_file(context.input(StageName.SCORING, WINDOWS))
     trains = bool(steps(spec, windows["train"].shape[1]))
-    if not spec.enabled or not (trains or folds(spec, windows["train"].shape[1])):
+    if not spec.enabled or not (trains or folds(context.spec, windows["train"].shape[1])):
         return _nothing(context, DistillationResult(enabled=spec.enabled))
     if trains and (devices := healing_devices(spec, len(accelerators()))) > 1:
         return _heal_on_several(context, devices, windows)
@@ -196,8 +196,7 @@ def _held_out_alone(context: StageContext, windows: Tensors) -> TrainingWindows:
 
 def _judged_by(context: StageContext, training: Tensor, held_out: Tensor) -> TrainingWindows:
     """With copies for what folds."""
-    spec = context.spec.distillation
-    again = copied(context, unmarked(held_out)[0]) if folds(spec, held_out.shape[1]) else held_out[:0]
+    again = copied(context, unmarked(held_out)[0]) if folds(context.spec, held_out.shape[1]) else held_out[:0]
     return TrainingWindows(training, held_out, again)
 
 
@@ -205,7 +204,7 @@ def _heal_on_several(context: StageContext, devices: int, windows: Tensors) -> D
     """By processes of their own; what the dense model has to answer, this one has it answer before."""
     dense = partial(load_for_walks, context.model_dir, context.check, dtype=read_precision(context))
     data, answers = training_windows(context, windows, dense)
-    left_out = none_folded(read_plans(context), ON_SEVERAL) if context.spec.distillation.fold else {}
+    left_out = none_folded(read_plans(context), ON_SEVERAL) if folds(context.spec, data.training.shape[1]) else {}
     return heal_on(devices, context, data).model_copy(update={"answers": answers, "folds": left_out})
 
 
@@ -483,7 +482,7 @@ def _folding_of(
 ) -> Callable[[BlockStack], HalfFold]:
     """What folds all blocks of a half, after the dense model's own are no longer there."""
     context = work.context
-    if not folds(context.spec.distillation, work.data.held_out.shape[1]) or not gaps_of(plan):
+    if not folds(context.spec, work.data.held_out.shape[1]) or not gaps_of(plan):
         return lambda own: HalfFold({}, None)
     if len(work.to_fold) < LEAST_WINDOWS:
         return lambda own: not_folded(plan, TOO_LITTLE)

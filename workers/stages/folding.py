@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.contract.results import FoldedGap, Folding, Half, UnfoldedGap
-from pdtrim.contract.spec import DistillationSpec
+from pdtrim.contract.spec import JobSpec
 from workers.inputs.models import RESIDENT_WALK_BYTES
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import said_again
@@ -33,9 +33,11 @@ TOO_LITTLE = "there are too few windows to fit a map on"
 TOO_LARGE = "the dense model and this half do not fit the worker's memory together"
 
 
-def folds(spec: DistillationSpec, window_tokens: int) -> bool:
-    """Whether a job's halves are folded: as it says, else where they are not trained."""
-    return not steps(spec, window_tokens) if spec.fold is None else spec.fold
+def folds(spec: JobSpec, window_tokens: int) -> bool:
+    """Whether a job's halves are folded: as it says, else where nothing is trained or folds chose what goes."""
+    if spec.distillation.fold is not None:
+        return spec.distillation.fold
+    return spec.search.folded or not steps(spec.distillation, window_tokens)
 
 
 @dataclass(frozen=True)

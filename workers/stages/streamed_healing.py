@@ -364,7 +364,7 @@ def _with_folds(
 ) -> tuple[SourceTensors, Folding | None]:
     """What a half goes on from: what it was given, with what can be folded into that where it helps."""
     context = work.context
-    if not folds(context.spec.distillation, work.data.held_out.shape[1]) or not gaps_of(plan):
+    if not folds(context.spec, work.data.held_out.shape[1]) or not gaps_of(plan):
         return start, None
     if len(work.to_fold) < LEAST_WINDOWS:
         return start, not_folded(plan, TOO_LITTLE).found

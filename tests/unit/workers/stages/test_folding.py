@@ -69,6 +69,13 @@ def test_healing_starts_from_the_folded_weights(tmp_path: Path) -> None:
     assert found.prefill.before < plain.prefill.before
 
 
+def test_what_was_chosen_for_its_folds_is_folded_before_healing(tmp_path: Path) -> None:
+    _, found = ran(tmp_path / "folded", **REMOVED, search={"folded": True})
+    assert found.folds.keys() == {"prefill", "decode"}
+    _, found = ran(tmp_path / "not", **REMOVED, search={"folded": True}, distillation={"fold": False})
+    assert found.folds == {}
+
+
 def test_nothing_is_folded_where_neither_training_nor_a_fold_is_asked_for(tmp_path: Path) -> None:
     surroundings, found = ran(tmp_path, **REMOVED, calibration=MANY, distillation={"heal_tokens": 0, "fold": False})
     assert found.folds == {}
