@@ -133,7 +133,7 @@ class Searcher:
         self._forced = deleting(self._spec.search.force)
         self.folded = self._spec.search.folded and not is_streamed(stack.model)
         """Whether sets of whole blocks are compared with their gaps folded."""
-        self._to_fold = torch.cat([training.to(windows), windows])
+        self._calibration, self._training = windows, training
         self._prefill_limit, self._decode_limit = limits(self._spec, len(stack.blocks))
 
     def prefill(self, progress_range: ProgressRange) -> HalfSearched:
@@ -416,8 +416,10 @@ class Searcher:
 
     @cached_property
     def _sets(self) -> FoldedSets:
-        count = windows_to_fold(self._stack.model.config.hidden_size, self._to_fold.shape[1])
-        return FoldedSets(self._stack, self._to_fold[:count], held_bytes=anchor_bytes(self._stack.model))
+        windows = self._calibration
+        count = windows_to_fold(self._stack.model.config.hidden_size, windows.shape[1])
+        to_fold = torch.cat([self._training[:count].to(windows), windows])[:count]
+        return FoldedSets(self._stack, to_fold, held_bytes=anchor_bytes(self._stack.model))
 
     def _engine(self, repaired: FoldedSets | None = None) -> LossEngine:
         return WholeEngine(
