@@ -125,12 +125,17 @@ def by_calibration(count: int, windows: Sequence[int], seeds: Sequence[int]) -> 
 
 
 def by_healing(count: int, tokens: int) -> Iterator[Row]:
-    """The same blocks healed on twice the tokens, by adapters, at other rates."""
+    """Blocks healed on twice the tokens, whole and by adapters, from what a fold left as well; and at other rates."""
     gone = {"remove_blocks": count}
     longer = {"heal_tokens": 2 * tokens}
+    for label, trained in (
+        ("twice the tokens", longer),
+        ("twice the tokens, adapters", {**longer, "trainable": "lora"}),
+    ):
+        yield Row("healing", f"blocks {count}, {label}", gone, gone, healing=trained)
+        folded = f"blocks {count}, compared folded, {label}"
+        yield Row("healing", folded, gone, gone, healing=trained, search={"folded": True})
     ways: dict[str, dict[str, Any]] = {
-        "twice the tokens": longer,
-        "twice the tokens, adapters": {**longer, "trainable": "lora"},
         **{f"rate {rate:g}": {"learning_rate": rate} for rate in (1e-4, 5e-4, 1e-3)},
         "on predictions alone": {"losses": {"hidden": 0.0}},
     }

@@ -296,7 +296,7 @@ class SearchSpec(SpecModel):
         "linear map in the block before, as far as one can; they then are folded (see `distillation.fold`). Such sets "
         "keep more of what stands in the prompt, and the search takes two to four times as long. Losses are reported "
         "without folds. Parts of blocks and budgets are compared without them. Without effect where weights are read "
-        "from disk block by block. Healing on several devices folds nothing: ask for `distillation.devices: 1`.",
+        "from disk block by block.",
     )
     seconds: float | None = Field(
         default=None,

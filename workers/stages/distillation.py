@@ -54,7 +54,6 @@ from workers.stages.answering import answered_windows
 from workers.stages.context import StageContext
 from workers.stages.folding import (
     LEAST_WINDOWS,
-    ON_SEVERAL,
     TOO_LARGE,
     TOO_LITTLE,
     HalfFold,
@@ -204,8 +203,8 @@ def _heal_on_several(context: StageContext, devices: int, windows: Tensors) -> D
     """By processes of their own; what the dense model has to answer, this one has it answer before."""
     dense = partial(load_for_walks, context.model_dir, context.check, dtype=read_precision(context))
     data, answers = training_windows(context, windows, dense)
-    left_out = none_folded(read_plans(context), ON_SEVERAL) if folds(context.spec, data.training.shape[1]) else {}
-    return heal_on(devices, context, data).model_copy(update={"answers": answers, "folds": left_out})
+    to_fold = fold_windows(data.training, windows["calibration"], len(data.held_out))
+    return heal_on(devices, context, data, to_fold).model_copy(update={"answers": answers})
 
 
 def training_windows(

@@ -5,8 +5,9 @@
 | `job.json` | the job's specification | the stage, or who starts ranks by hand |
 | `limits.json` | what a rank may take; without it, what is free | the stage |
 | `in/STAGE/NAME` | what the stages before found | the same |
-| `windows.safetensors` | the windows of training; without it, those of scoring | the stage |
+| `windows.safetensors` | the windows of training and folding; without it, those of scoring | the stage |
 | `progress.json` | how far healing is | rank 0 |
+| `folds-HALF.safetensors`, `folds-HALF.json` | what can be folded, and how well | rank 0 |
 | `states/HALF/STEP/` | a state, sharded | every rank |
 | `states/HALF.json` | the step of the newest whole state | rank 0 |
 | `states/storing` | is there while the stage stores a state, which nobody may delete then | the stage |
@@ -120,6 +121,14 @@ class HealingFolder:
     @property
     def states(self) -> Path:
         return self.path / "states"
+
+    def folds(self, half: Half) -> Path:
+        """What can be folded of a half."""
+        return self.path / f"folds-{half}.safetensors"
+
+    def folding(self, half: Half) -> Path:
+        """How well."""
+        return self.path / f"folds-{half}.json"
 
     def failed(self, rank: int) -> Path:
         """Where a rank says why it ended."""

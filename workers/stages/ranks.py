@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but of a compiled module
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, RunProcsResult, Std, start_processes
 
@@ -48,8 +49,8 @@ SAID_LINES = 20
 log = logging.getLogger(__name__)
 
 
-def heal_on(devices: int, context: StageContext, data: TrainingWindows) -> DistillationResult:
-    """What the stage leaves and finds on some windows, by so many processes.
+def heal_on(devices: int, context: StageContext, data: TrainingWindows, to_fold: Tensor) -> DistillationResult:
+    """What the stage leaves and finds on some windows, by so many processes. Folds are made from those `to_fold`.
 
     Raises: ProcessDied when one was killed; what one raised, as far as the stage tells errors apart.
     """
@@ -59,7 +60,7 @@ def heal_on(devices: int, context: StageContext, data: TrainingWindows) -> Disti
     folder = HealingFolder(context.workdir)
     for stage, name in _needed(context):
         context.input(stage, name)
-    kept = {"training": data.training, "held_out": data.held_out}
+    kept = {"training": data.training, "held_out": data.held_out, "copied": data.copied, "to_fold": to_fold}
     save_file({name: windows.to("cpu", copy=True) for name, windows in kept.items()}, folder.windows)
     write(folder.limits, Limits(memory_bytes=context.memory_bytes))
     folder.job.write_text(context.spec.model_dump_json())

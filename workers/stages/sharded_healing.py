@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pdtrim.contract.healing_memory import HealingSize, HealingWay, healing_way, sharded_size
 from pdtrim.contract.jobs import StageName
-from pdtrim.contract.results import DistillationResult, Half, Healing
-from workers.inputs.models import device, free_memory_bytes, tensor_float_32
+from pdtrim.contract.results import DistillationResult, Folding, Half, Healing
+from workers.inputs.models import device, free_memory_bytes, load_streamed_model, tensor_float_32
 from workers.pruning.model.blocks import block_stack
-from workers.pruning.model.checkpoint import load_checkpoint, stored_dtype
+from workers.pruning.model.checkpoint import SourceTensors, load_checkpoint, stored_dtype
 from workers.pruning.model.measure import parameters as count_parameters
 from workers.pruning.model.parts import idle_tensors, pruned, zeroed_tensors
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.sharing import share
-from workers.pruning.model.streaming import load_frame
+from workers.pruning.model.streaming import BlockRoom, Cut, load_frame
 from workers.pruning.model.width import Channels, change_width, narrow_tensors
 from workers.pruning.repair.distill import (
     Loss,
@@ -37,6 +37,7 @@ from workers.pruning.repair.distill import (
     train_on,
     trainable,
 )
+from workers.pruning.repair.fold import gaps_of
 from workers.pruning.repair.lora import adapted, linear_weights
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.sharded import (
@@ -53,6 +54,19 @@ from workers.pruning.repair.training import Journal
 from workers.stages import training
 from workers.stages.context import StageContext
 from workers.stages.distillation import training_windows
+from workers.stages.folding import (
+    LEAST_WINDOWS,
+    STACKED,
+    TOO_LITTLE,
+    HalfFold,
+    fold_windows,
+    folded_half,
+    folds,
+    folds_of,
+    judged,
+    not_folded,
+    wanted_of,
+)
 from workers.stages.halves import (
     DECODE,
     PREFILL,
@@ -64,7 +78,7 @@ from workers.stages.halves import (
     trained_blocks,
     verdict,
 )
-from workers.stages.healing_folder import POLL_S, HealingFolder
+from workers.stages.healing_folder import POLL_S, HealingFolder, read, write
 from workers.stages.healing_size import healing_sizes, recorded
 from workers.stages.precision import DTYPES, read_precision
 from workers.stages.removal import Plans, read_plans
@@ -92,6 +106,8 @@ class Work:
     plans: Plans
     channels: HalfChannels
     data: TrainingWindows
+    to_fold: Tensor
+    """Token ids (windows, tokens) that folds are made from."""
     free_bytes: int
     """On the fullest device, before anything was there."""
     saver: Saver
@@ -114,6 +130,7 @@ class HealedHalf:
     trained: Tensors
     """What differs from the dense model, in the stored dtype, on the host; of rank 0 alone."""
     found: Healing | None = None
+    folding: Folding | None = None
 
 
 class DenseTensors(Mapping[str, Tensor]):
@@ -126,6 +143,11 @@ class DenseTensors(Mapping[str, Tensor]):
         self.frame, weights = load_frame(context.model_dir, dtype=self.dtype, device=device(), check=context.check)
         """The dense model, whose blocks are empty."""
         self._stored = weights.tensors
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether each lies in the checkpoint by itself, so that a model can be read block by block."""
+        return self._stored.one_to_one
 
     @property
     def outside(self) -> int:
@@ -169,10 +191,10 @@ def heal(context: StageContext, folder: HealingFolder, ranks: Ranks) -> Distilla
     free_bytes = ranks.least(free_memory_bytes(device(), context.memory_bytes) // beside)
     plans, channels = read_plans(context), read_channels(context)
     dense = DenseTensors(context)
-    data = _windows(context, folder, dense)
+    data, to_fold = _windows(context, folder, dense)
     teacher = _sharded(context, ranks, dense, dense.emptied(dense.dtype), _all_of(plans.prefill), None, {})
     saver = Saver(_save_to(folder, ranks))
-    work = Work(context, folder, ranks, plans, channels, data, free_bytes, saver, dense, teacher.model)
+    work = Work(context, folder, ranks, plans, channels, data, to_fold, free_bytes, saver, dense, teacher.model)
     prefill = _heal_prefill(work)
     _leave(work, PREFILL, prefill)
     decode = prefill if plans.unified else _heal_decode(work)
@@ -180,21 +202,29 @@ def heal(context: StageContext, folder: HealingFolder, ranks: Ranks) -> Distilla
     while saver.is_busy():  # None is left out: a state takes every rank.
         time.sleep(POLL_S)
     saver.close(context.check)
-    return DistillationResult(enabled=True, prefill=prefill.found, decode=decode.found)
+    return DistillationResult(
+        enabled=True,
+        prefill=prefill.found,
+        decode=decode.found,
+        folds=folds_of(prefill.folding, decode.folding),
+    )
 
 
-def _windows(context: StageContext, folder: HealingFolder, dense: DenseTensors) -> TrainingWindows:
-    """As the stage has left them; by hand, those of the data. Raises: ValueError where the dense model is to answer."""
+def _windows(context: StageContext, folder: HealingFolder, dense: DenseTensors) -> tuple[TrainingWindows, Tensor]:
+    """What is healed on and what is folded on, as the stage has left them; by hand, of the data.
+
+    Raises: ValueError where the dense model is to answer.
+    """
     if folder.windows.exists():
-        found = load_file(folder.windows)
-        training, held_out = (found[name].to(device()) for name in ("training", "held_out"))
-        return TrainingWindows(training, held_out, held_out[:0])
+        found = {name: windows.to(device()) for name, windows in load_file(folder.windows).items()}
+        return TrainingWindows(found["training"], found["held_out"], found["copied"]), found["to_fold"]
     if context.spec.distillation.data != "given":
         raise ValueError(
             "a worker has the dense model answer before it heals; by hand, heal on `distillation.data: given`"
         )
     found = load_file(context.input(StageName.SCORING, WINDOWS))
-    return training_windows(context, found, lambda: dense.frame)[0]
+    data = training_windows(context, found, lambda: dense.frame)[0]
+    return data, fold_windows(data.training, found["calibration"], len(data.held_out))
 
 
 def _all_of(plan: BlockPlan) -> BlockPlan:
@@ -334,6 +364,8 @@ def _heal(
 ) -> HealedHalf:
     """As the stage on one device does it. Where training did no better, no weights are put back: nobody reads these."""
     context, data, ranks, spec = work.context, work.data, work.ranks, work.context.spec.distillation
+
+    # What fits.
     blocks = trained_blocks(spec, plan)
     of_one = healing_sizes(
         context, plan, channels, blocks, data.training, number_bytes=work.dense.dtype.itemsize, beside=None
@@ -346,6 +378,16 @@ def _heal(
     )
     kept = work.folder.newest(half)
     way = _way(work, size, kept)
+    settings = training_settings(context, way, data.training.shape[1])
+
+    # What it starts from.
+    def without_training(own: Tensors) -> float:
+        weights = narrowed(work.dense.emptied(work.dense.dtype), channels)
+        student = _sharded(context, ranks, work.dense, weights, plan, channels, own).model
+        loss_of, _ = learning(student)
+        return mean_loss(shared_loss(loss_of, ranks), data.judging, settings.held_out_batch)
+
+    start, folding = _with_folds(work, half, plan, channels, start, progress_range[0], without_training)
 
     # The student. What is trained of it is chosen while it is empty.
     weights = narrowed(work.dense.emptied(DTYPES[way.precision]), channels)
@@ -364,7 +406,7 @@ def _heal(
         else:
             names = set(trainable(weights, blocks, frozen=still))
     if not names:
-        return HealedHalf(start)
+        return HealedHalf(start, folding=folding)
     student = _sharded(context, ranks, work.dense, weights, plan, channels, start, adapters)
     healed = {name: parameter for name, parameter in student.named.items() if name in names}
     parameters = dict(healed)
@@ -372,7 +414,6 @@ def _heal(
         parameters = {name: one for name, one in student.model.named_parameters() if one.requires_grad}
 
     # Its training, judged by what its checkpoint will hold.
-    settings = training_settings(context, way, data.training.shape[1])
     loss_of, models = learning(student.model)
     loss = shared_loss(loss_of, ranks)
     before = mean_loss(loss, data.held_out, settings.held_out_batch)
@@ -395,7 +436,58 @@ def _heal(
         how=recorded(size, way, target_bytes=0, devices=ranks.size),
     )
     trained = _gathered(healed, dtype, ranks) if found.kept == "distilled" else {}
-    return HealedHalf(start | trained, found)
+    return HealedHalf(start | trained, found, folding)
+
+
+def _with_folds(
+    work: Work,
+    half: Half,
+    plan: BlockPlan,
+    channels: Channels | None,
+    start: Tensors,
+    progress: float,
+    loss: Callable[[Tensors], float],
+) -> tuple[Tensors, Folding | None]:
+    """What a half goes on from: what it was given, with what can be folded into that where it helps.
+
+    Rank 0 makes the folds, from models that it reads block by block, and the others wait for them.
+    """
+    context, folder = work.context, work.folder
+    if not folds(context.spec, work.data.held_out.shape[1]) or not gaps_of(plan):
+        return start, None
+    if len(work.to_fold) < LEAST_WINDOWS:
+        return start, not_folded(plan, TOO_LITTLE).found
+    if not work.dense.one_to_one:
+        return start, not_folded(plan, STACKED).found
+    context.say(progress, f"Folding what the {half} model gives up into what stays.", half=half)
+    if work.ranks.speaks:
+        made = _folded(work, half, plan, channels, start)
+        save_file(dict(made.tensors), folder.folds(half))
+        write(folder.folding(half), cast(Folding, made.found))
+    work.ranks.first_says(0)
+    tensors, found = load_file(folder.folds(half)), read(folder.folding(half), Folding)
+    assert found is not None, "rank 0 wrote it"
+    if not tensors:
+        return start, found
+    with_folds = start | tensors
+    before, after = (loss(own) for own in (start, with_folds))
+    folding = judged(found, before, after)
+    return with_folds if folding.kept == "folded" else start, folding
+
+
+def _folded(work: Work, half: Half, plan: BlockPlan, channels: Channels | None, start: Tensors) -> HalfFold:
+    """What can be folded of the dense model with `start` in its place, made by one process alone."""
+    context = work.context
+    room = BlockRoom(work.dense.dtype, device())
+    read_by_block = partial(
+        load_streamed_model, context.model_dir, context.check, dtype=room.dtype, room=room, beside=work.dense.frame
+    )
+    inherited = context.workdir / f"given-{half}.safetensors"
+    save_file(start, inherited)
+    dense, _ = read_by_block()
+    wanted = wanted_of(context, block_stack(dense), plan, work.to_fold)
+    own, _ = read_by_block(cut=Cut(channels=channels, overrides=SourceTensors.in_file(inherited)))
+    return folded_half(context, block_stack(own), plan, wanted, stored_dtype(context.model_dir))
 
 
 def _gathered(healed: Mapping[str, nn.Parameter], dtype: torch.dtype, ranks: Ranks) -> Tensors:

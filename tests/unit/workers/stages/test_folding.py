@@ -120,12 +120,12 @@ def test_plain_transformers_computes_the_folded_model_from_its_checkpoint(tmp_pa
         assert (found - unfolded).abs().max() > 1e-2 * expected.abs().max()
 
 
-def test_healing_on_several_devices_says_that_it_folds_nothing() -> None:
+def test_what_is_left_out_is_said_of_every_half_with_gaps() -> None:
     one, more = BlockPlan(5, frozenset({2})), BlockPlan(5, frozenset({2, 3}))
-    found = folding.none_folded(Plans(one, more), folding.ON_SEVERAL)
+    found = folding.none_folded(Plans(one, more), folding.TOO_LARGE)
     assert [(gap.first, gap.last) for gap in found["decode"].left_out] == [(2, 3)]
-    assert found["prefill"].left_out[0].reason == folding.ON_SEVERAL
-    assert folding.none_folded(Plans(BlockPlan(5), one), folding.ON_SEVERAL).keys() == {"decode"}
+    assert found["prefill"].left_out[0].reason == folding.TOO_LARGE
+    assert folding.none_folded(Plans(BlockPlan(5), one), folding.TOO_LARGE).keys() == {"decode"}
 
 
 def test_windows_to_fold_on_leave_out_those_that_judge() -> None:

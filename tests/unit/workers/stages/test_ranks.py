@@ -19,6 +19,7 @@ from torch import Tensor
 from pdtrim.contract.results import DistillationResult
 from tests.healing_rank import HOLD, HeldFolder
 from tests.unit.workers.stages.test_distillation import REMOVED, left, ready
+from tests.unit.workers.stages.test_folding import MANY
 from workers.inputs.faults import ProcessDied, may_pass
 from workers.pruning.repair.training import NonFiniteTraining
 from workers.stages import distillation, ranks
@@ -43,6 +44,15 @@ def losses(found: DistillationResult) -> list[float]:
     return [found.prefill.before, found.prefill.after, found.decode.before, found.decode.after]
 
 
+def folding_errors(found: DistillationResult) -> list[float]:
+    """Of each half's gaps, and the losses by which the folds were judged."""
+    errors = [
+        error for half in found.folds.values() for gap in half.gaps for error in (gap.error_before, gap.error_after)
+    ]
+    judged = [loss for half in found.folds.values() for loss in (half.before, half.after) if loss is not None]
+    return errors + judged
+
+
 def differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((tensor - other[name]).abs().max()) for name, tensor in one.items())
@@ -58,9 +68,10 @@ def test_two_processes_heal_as_one_does_and_others_go_on_where_one_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranks, "PROGRAM", QUICK_RANK)
-    surroundings = ready(tmp_path, **REMOVED)
+    surroundings = ready(tmp_path, **REMOVED, calibration=MANY, distillation={"fold": True})
     alone = on(1, surroundings, state="alone")
     expected = distillation.run(alone)
+    assert folding_errors(expected)
     said: list[dict[str, Any]] = []
 
     def publish(progress: float, message: str, figures: Mapping[str, Any]) -> None:
@@ -98,6 +109,8 @@ def test_two_processes_heal_as_one_does_and_others_go_on_where_one_was_killed(
         again = replace(on(devices, surroundings, state=f"again-{devices}"), publish=note)
         found = distillation.run(again)
         assert losses(found) == pytest.approx(losses(expected), rel=1e-3)
+        assert folding_errors(found) == pytest.approx(folding_errors(expected), rel=1e-4)
+        assert {half: one.kept for half, one in found.folds.items()} == {"prefill": "folded", "decode": "folded"}
         assert differ(left(again), left(alone)) < 1e-3
         assert ("decode", 1) not in steps
         assert all(half == "decode" for half, _ in steps)
