@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from pdtrim.contract.healing_memory import HealingSize, HealingWay
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import PLAN
+from pdtrim.contract.results.distillation import OwnAnswers
 from pdtrim.contract.spec import JobSpec
 from tests.search_killed import context, score
 from tests.tiny_job import tiny_spec, write_tiny_model
+from workers.pruning.repair.answers import marked, unmarked
 from workers.pruning.repair.targets import computed
 from workers.stages import distillation, halves, removal, targets, training
 from workers.stages.context import StageContext, StoredInput
+from workers.stages.scoring import WINDOWS
 
 pytestmark = pytest.mark.training
 
@@ -194,3 +198,19 @@ def test_weights_are_kept_as_stored_where_that_loses_nothing() -> None:
     exact, wider = torch.tensor([1.0, -0.5]), torch.tensor([1.0, 1.0 + 2**-12])
     assert distillation.as_stored(exact, torch.bfloat16).dtype == torch.bfloat16
     assert distillation.as_stored(wider, torch.bfloat16).equal(wider)
+
+
+def test_what_is_held_out_of_own_answers_is_of_all_parts_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(context: StageContext, model: Any, windows: int) -> tuple[Tensor, OwnAnswers]:
+        ids = torch.arange(windows)[:, None].expand(-1, 32)
+        return marked(ids, torch.ones_like(ids, dtype=torch.bool)), OwnAnswers(prompts=1, answers=1, tokens=1)
+
+    monkeypatch.setattr(distillation, "answered_windows", answered)
+    surroundings = ready(tmp_path, distillation={"data": "self", "heal_tokens": 2048})
+    windows = load_file(surroundings.input(StageName.SCORING, WINDOWS))
+    data, _ = distillation.training_windows(surroundings, windows, Mock())
+    held_out, trained = (unmarked(ids)[0][:, 0].tolist() for ids in (data.held_out, data.training))
+    assert sorted(held_out + trained) == list(range(len(held_out) + len(trained)))
+    assert max(held_out) > len(trained) / 2
