@@ -46,16 +46,13 @@ from workers.pruning.repair.distill import (
     train_on,
     trainable,
 )
-from workers.pruning.repair.fold import gaps_of
 from workers.pruning.repair.lora import linear_weights, lora_adapters
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.targets import token_bytes
 from workers.stages.answering import answered_windows
 from workers.stages.context import StageContext
 from workers.stages.folding import (
-    LEAST_WINDOWS,
     TOO_LARGE,
-    TOO_LITTLE,
     HalfFold,
     copied,
     fold_windows,
@@ -63,8 +60,8 @@ from workers.stages.folding import (
     folds,
     folds_of,
     judged,
+    left_unfolded,
     none_folded,
-    not_folded,
     wanted_of,
 )
 from workers.stages.halves import (
@@ -481,10 +478,9 @@ def _folding_of(
 ) -> Callable[[BlockStack], HalfFold]:
     """What folds all blocks of a half, after the dense model's own are no longer there."""
     context = work.context
-    if not folds(context.spec, work.data.held_out.shape[1]) or not gaps_of(plan):
-        return lambda own: HalfFold({}, None)
-    if len(work.to_fold) < LEAST_WINDOWS:
-        return lambda own: not_folded(plan, TOO_LITTLE)
+    nothing = left_unfolded(context.spec, plan, work.to_fold)
+    if nothing is not None:
+        return lambda own: nothing
     context.say(progress, f"Folding what the {half} model gives up into what stays.", half=half)
     wanted = wanted_of(context, block_stack(dense), plan, work.to_fold)
     return lambda own: folded_half(context, own, plan, wanted, stored_dtype(context.model_dir))

@@ -98,9 +98,14 @@ def _reasons(left_out: Sequence[Unfolded]) -> list[UnfoldedGap]:
     return [UnfoldedGap(first=one.gap.first, last=one.gap.last, reason=one.reason) for one in left_out]
 
 
-def not_folded(plan: BlockPlan, reason: str) -> HalfFold:
-    """All gaps of a half left out for one reason."""
-    return HalfFold({}, _left_out(plan, reason))
+def left_unfolded(spec: JobSpec, plan: BlockPlan, windows: Tensor, *, reason: str | None = None) -> HalfFold | None:
+    """What is said of a half of which nothing can be folded, for a `reason` or for too few windows (windows, tokens);
+    None where something can.
+    """
+    if not folds(spec, windows.shape[1]) or not gaps_of(plan):
+        return HalfFold({}, None)
+    reason = TOO_LITTLE if len(windows) < LEAST_WINDOWS else reason
+    return None if reason is None else HalfFold({}, _left_out(plan, reason))
 
 
 def _left_out(plan: BlockPlan, reason: str) -> Folding:

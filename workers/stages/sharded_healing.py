@@ -37,7 +37,6 @@ from workers.pruning.repair.distill import (
     train_on,
     trainable,
 )
-from workers.pruning.repair.fold import gaps_of
 from workers.pruning.repair.lora import adapted, linear_weights
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.sharded import (
@@ -55,16 +54,13 @@ from workers.stages import training
 from workers.stages.context import StageContext
 from workers.stages.distillation import training_windows
 from workers.stages.folding import (
-    LEAST_WINDOWS,
     STACKED,
-    TOO_LITTLE,
     HalfFold,
     fold_windows,
     folded_half,
-    folds,
     folds_of,
     judged,
-    not_folded,
+    left_unfolded,
     wanted_of,
 )
 from workers.stages.halves import (
@@ -453,12 +449,9 @@ def _with_folds(
     Rank 0 makes the folds, from models that it reads block by block, and the others wait for them.
     """
     context, folder = work.context, work.folder
-    if not folds(context.spec, work.data.held_out.shape[1]) or not gaps_of(plan):
-        return start, None
-    if len(work.to_fold) < LEAST_WINDOWS:
-        return start, not_folded(plan, TOO_LITTLE).found
-    if not work.dense.one_to_one:
-        return start, not_folded(plan, STACKED).found
+    nothing = left_unfolded(context.spec, plan, work.to_fold, reason=None if work.dense.one_to_one else STACKED)
+    if nothing is not None:
+        return start, nothing.found
     context.say(progress, f"Folding what the {half} model gives up into what stays.", half=half)
     if work.ranks.speaks:
         made = _folded(work, half, plan, channels, start)

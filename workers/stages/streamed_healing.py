@@ -39,20 +39,16 @@ from workers.pruning.repair.distill import (
     sequence_loss,
     train_on,
 )
-from workers.pruning.repair.fold import gaps_of
 from workers.pruning.repair.lora import apart_adapters, linear_weights
 from workers.pruning.repair.recompute import recomputed_blocks
 from workers.pruning.repair.training import TrainingSettings
 from workers.stages.context import StageContext
 from workers.stages.folding import (
-    LEAST_WINDOWS,
-    TOO_LITTLE,
     fold_windows,
     folded_half,
-    folds,
     folds_of,
     judged,
-    not_folded,
+    left_unfolded,
     wanted_of,
 )
 from workers.stages.halves import (
@@ -364,10 +360,9 @@ def _with_folds(
 ) -> tuple[SourceTensors, Folding | None]:
     """What a half goes on from: what it was given, with what can be folded into that where it helps."""
     context = work.context
-    if not folds(context.spec, work.data.held_out.shape[1]) or not gaps_of(plan):
-        return start, None
-    if len(work.to_fold) < LEAST_WINDOWS:
-        return start, not_folded(plan, TOO_LITTLE).found
+    nothing = left_unfolded(context.spec, plan, work.to_fold)
+    if nothing is not None:
+        return start, nothing.found
     work.room.hears = lambda: None  # of the half before
     wanted = wanted_of(context, block_stack(work.teacher), plan, work.to_fold)
     whole, _ = work.model(Cut(channels=channels, overrides=start))

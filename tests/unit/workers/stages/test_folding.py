@@ -128,6 +128,27 @@ def test_what_is_left_out_is_said_of_every_half_with_gaps() -> None:
     assert folding.none_folded(Plans(BlockPlan(5), one), folding.TOO_LARGE).keys() == {"decode"}
 
 
+@pytest.mark.parametrize(
+    ("fold", "gone", "windows", "reason", "said"),
+    [
+        (True, {2}, 2, None, None),
+        (False, {2}, 2, None, []),
+        (True, set(), 2, None, []),
+        (True, {2}, 1, None, [folding.TOO_LITTLE]),
+        (True, {2}, 2, folding.STACKED, [folding.STACKED]),
+    ],
+)
+def test_why_nothing_of_a_half_is_folded_is_said(
+    fold: bool, gone: set[int], windows: int, reason: str | None, said: list[str] | None, tmp_path: Path
+) -> None:
+    spec = JobSpec.model_validate(tiny_spec(tmp_path, distillation={"fold": fold}))
+    ids = torch.zeros(windows, 32, dtype=torch.long)
+    found = folding.left_unfolded(spec, BlockPlan(5, frozenset(gone)), ids, reason=reason)
+    gaps = found.found.left_out if found is not None and found.found is not None else []
+    assert (found is None) == (said is None)
+    assert [gap.reason for gap in gaps] == (said or [])
+
+
 def test_windows_to_fold_on_leave_out_those_that_judge() -> None:
     training, calibration = torch.arange(6).view(3, 2), torch.arange(100, 120).view(10, 2)
     windows = folding.fold_windows(training, calibration, 8)
