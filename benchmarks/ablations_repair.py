@@ -1,4 +1,4 @@
-"""What parts of the repair buy, at equal training tokens: weighed merging, MLP width beside blocks, LoRA."""
+"""What parts of the repair buy, at equal training tokens: MLP width beside blocks, LoRA."""
 
 from __future__ import annotations
 

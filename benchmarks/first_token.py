@@ -162,7 +162,7 @@ class Bench:
         settings = TrainingSettings(
             steps=self.heal_tokens // (DISTILLATION.batch_windows * WINDOW_TOKENS),
             batch_windows=DISTILLATION.batch_windows,
-            learning_rate=DISTILLATION.learning_rate,
+            learning_rate=DISTILLATION.peak_learning_rate,
             seed=self.seed,
             patience=DISTILLATION.patience,
         )

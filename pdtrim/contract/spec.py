@@ -394,7 +394,12 @@ class DistillationSpec(SpecModel):
     )
     lora: LoraSpec = LoraSpec()
     losses: LossesSpec = LossesSpec()
-    learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0, description="Peak learning rate of AdamW.")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="Peak learning rate of AdamW. Null for 2e-4, and for 2e-3 where adapters are trained.",
+    )
     batch_windows: int = Field(default=8, ge=1, le=4096, description="Windows in a training batch.")
     gradient_accumulation: int = Field(
         default=1,
@@ -422,6 +427,11 @@ class DistillationSpec(SpecModel):
         description="Checks of the held-out loss in a row, of ten in a full run, without a new best after which "
         "training stops early; null never stops. The best weights are kept in any case.",
     )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, or what fits what is trained."""
+        return self.learning_rate or (2e-3 if self.trainable == "lora" else 2e-4)
 
     @model_validator(mode="after")
     def _no_empty_parts(self) -> Self:

@@ -48,7 +48,6 @@ PRESETS = (
         "Healing by low-rank adapters, in small parts, with blocks computed again: for models that hardly fit.",
         {
             "distillation.trainable": "lora",
-            "distillation.learning_rate": "0.002",
             "distillation.gradient_accumulation": "8",
             "distillation.gradient_checkpointing": "on",
         },

@@ -40,7 +40,7 @@ def settings(context: StageContext, way: HealingWay, window_tokens: int) -> Trai
     return TrainingSettings(
         steps=steps(spec, window_tokens),
         batch_windows=spec.batch_windows,
-        learning_rate=spec.learning_rate,
+        learning_rate=spec.peak_learning_rate,
         seed=context.spec.seed,
         parts=way.parts,
         patience=spec.patience,

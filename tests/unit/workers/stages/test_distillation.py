@@ -214,3 +214,17 @@ def test_what_is_held_out_of_own_answers_is_of_all_parts_of_the_data(
     held_out, trained = (unmarked(ids)[0][:, 0].tolist() for ids in (data.held_out, data.training))
     assert sorted(held_out + trained) == list(range(len(held_out) + len(trained)))
     assert max(held_out) > len(trained) / 2
+
+
+@pytest.mark.parametrize(
+    ("distilled", "rate"),
+    [({}, 2e-4), ({"trainable": "lora"}, 2e-3), ({"trainable": "lora", "learning_rate": 1e-4}, 1e-4)],
+)
+def test_adapters_have_a_rate_of_their_own_unless_a_job_says_one(
+    distilled: dict[str, Any], rate: float, tmp_path: Path
+) -> None:
+    spec = JobSpec.model_validate(tiny_spec(tmp_path, distillation=distilled))
+    surroundings = Mock()
+    surroundings.spec = spec
+    found = training.settings(surroundings, training.asked_way(spec.distillation), 32)
+    assert found.learning_rate == rate
