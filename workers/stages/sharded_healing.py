@@ -19,7 +19,13 @@ from transformers import PreTrainedModel
 from pdtrim.contract.healing_memory import HealingSize, HealingWay, healing_way, sharded_size
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import DistillationResult, Folding, Half, Healing
-from workers.inputs.models import device, free_memory_bytes, load_streamed_model, tensor_float_32
+from workers.inputs.models import (
+    device,
+    free_memory_bytes,
+    give_back_memory,
+    load_streamed_model,
+    tensor_float_32,
+)
 from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import SourceTensors, load_checkpoint, stored_dtype
 from workers.pruning.model.measure import parameters as count_parameters
@@ -361,7 +367,8 @@ def _heal(
     """As the stage on one device does it. Where training did no better, no weights are put back: nobody reads these."""
     context, data, ranks, spec = work.context, work.data, work.ranks, work.context.spec.distillation
 
-    # What fits.
+    # What fits. Sharded models refer to themselves, so those of the half before are still there.
+    give_back_memory()
     blocks = trained_blocks(spec, plan)
     of_one = healing_sizes(
         context, plan, channels, blocks, data.training, number_bytes=work.dense.dtype.itemsize, beside=None
@@ -463,8 +470,11 @@ def _with_folds(
     if not tensors:
         return start, found
     with_folds = start | tensors
-    before, after = (loss(own) for own in (start, with_folds))
-    folding = judged(found, before, after)
+    losses = []
+    for own in (start, with_folds):
+        losses.append(loss(own))
+        give_back_memory()  # Sharded models refer to themselves.
+    folding = judged(found, *losses)
     return with_folds if folding.kept == "folded" else start, folding
 
 
