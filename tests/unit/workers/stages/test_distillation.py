@@ -28,6 +28,8 @@ from workers.stages.scoring import WINDOWS
 
 pytestmark = pytest.mark.training
 
+LITTLE = 2e-4
+"""A learning rate at which few steps do no harm to a model of random weights, adapters or not."""
 IN_BFLOAT16 = HealingWay("bfloat16", recomputed=True, parts=2)
 KEYS_AND_VALUES: dict[str, Any] = {"prefill": {"kv_only_blocks": 2}, "decode": {"remove_blocks": 1}}
 REMOVED: dict[str, Any] = {"prefill": {"remove_blocks": 1}, "decode": {"remove_blocks": 2}}
@@ -69,7 +71,7 @@ def healed_in(monkeypatch: pytest.MonkeyPatch, way: HealingWay) -> None:
 def test_healing_in_bfloat16_comes_near_healing_in_float32(
     given_up: dict[str, Any], trainable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    surroundings = ready(tmp_path, **given_up, distillation={"trainable": trainable})
+    surroundings = ready(tmp_path, **given_up, distillation={"trainable": trainable, "learning_rate": LITTLE})
     exact = distillation.run(surroundings)
     healed_in(monkeypatch, IN_BFLOAT16)
     rough = distillation.run(replace(surroundings, state_prefix="another"))
@@ -128,7 +130,7 @@ def without_room_for_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
     "changes",
     [
         {"distillation": {"trainable": "all"}},
-        {"distillation": {"trainable": "lora"}},
+        {"distillation": {"trainable": "lora", "learning_rate": LITTLE}},
         {"distillation": {"trainable": "all", "losses": {"hidden": 0}}},
         {"decode": {"remove_blocks": 1}},
         {"prefill": {"remove_blocks": 0}},
