@@ -28,7 +28,7 @@ STATES_BYTES = 4 * 2**30
 """That the hidden states of these tokens may take on the host."""
 LEAST_WINDOWS = 2
 """Without which nothing is fitted: each half of them is held out once."""
-STACKED = "its experts lie stacked in memory, and no block can be read by itself on several devices"
+STACKED = "healing on several devices reads blocks one at a time, which stacked experts do not allow"
 TOO_LITTLE = "there are too few windows to fit a map on"
 TOO_LARGE = "the dense model and this half do not fit the worker's memory together"
 
