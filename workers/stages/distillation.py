@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,19 +30,16 @@ from workers.pruning.model.blocks import BlockStack, block_stack
 from workers.pruning.model.calibration import mixed
 from workers.pruning.model.checkpoint import stored_dtype
 from workers.pruning.model.parts import idle_tensors, pruned
-from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.plan import BlockPlan
 from workers.pruning.model.sharing import share
 from workers.pruning.model.streaming import parameter_bytes
 from workers.pruning.model.width import Channels, change_width
 from workers.pruning.repair.answers import marked, unmarked
 from workers.pruning.repair.distill import (
-    Loss,
     Teacher,
-    continuation_loss,
     kv_tensor_names,
     load_tensors,
     mean_loss,
-    sequence_loss,
     train_on,
     trainable,
 )
@@ -67,11 +64,11 @@ from workers.stages.folding import (
 from workers.stages.halves import (
     DECODE,
     PREFILL,
+    Learning,
+    Lessons,
     TrainingWindows,
     inherited,
-    loss_weights,
     only_in_decode,
-    own_weights,
     trained_blocks,
     verdict,
 )
@@ -108,13 +105,9 @@ class Work:
     """Of the targets that stand for the dense model; 0 where it is at hand."""
     saver: Saver
 
-
-@dataclass(frozen=True)
-class Learning:
-    """The healing loss of a student, and the models whose blocks its gradients go back through."""
-
-    loss: Loss
-    models: Sequence[PreTrainedModel]
+    @property
+    def lessons(self) -> Lessons:
+        return Lessons(self.context.spec, self.plans, self.teacher, self.data.prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -301,50 +294,22 @@ def _trained(
 
 def _heal_prefill(work: Work) -> HealedHalf:
     """It becomes what the exported prefill checkpoint will hold, rounded as it is: decode reads its cache."""
-    plans = work.plans
 
-    def learning(student: PreTrainedModel) -> Learning:
-        if plans.prefill_is_read_alone:
-            return _read_by_decode(work, student)
-        loss = sequence_loss(student, work.teacher, plans.prefill.kept, loss_weights(work.context.spec.distillation))
-        return Learning(loss, [student])
+    def unhealed_decode() -> PreTrainedModel:
+        assert isinstance(work.teacher, PreTrainedModel)  # as `_kept_of` has it
+        return pruned(narrowed(work.teacher, work.channels.decode), work.plans.decode)
 
     return _heal(
         work,
         "prefill",
-        plans.prefill,
+        work.plans.prefill,
         work.channels.prefill,
         progress_range=(0.0, 0.5),
         beside=None,
         inherits=lambda dense: {},
         frozen=lambda stack: set(),
-        learning=learning,
+        learning=lambda student: work.lessons.of_prefill(student, unhealed_decode),
     )
-
-
-def _read_by_decode(work: Work, student: PreTrainedModel) -> Learning:
-    """The healing loss of what a decode half that is not healed yet predicts from the cache of the prefill `student`.
-
-    Where prefill says the first token, its own predictions count as well.
-    """
-    plans, spec = work.plans, work.context.spec
-    losses, first_token = loss_weights(spec.distillation), spec.serving.first_token
-    assert isinstance(work.teacher, PreTrainedModel)  # as `_kept_of` has it
-    decode = pruned(narrowed(work.teacher, work.channels.decode), plans.decode)
-    read = continuation_loss(
-        student,
-        decode,
-        kv_layer_map(plans.prefill, plans.decode),
-        work.teacher,
-        plans.decode.kept,
-        losses,
-        prompt_tokens=work.data.prompt_tokens,
-        first_token=first_token,
-    )
-    if first_token == "decode":
-        return Learning(read, [student, decode])
-    own = sequence_loss(student, work.teacher, plans.prefill.kept, own_weights(losses))
-    return Learning(lambda ids: read(ids) + own(ids), [student, decode])
 
 
 def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
@@ -352,20 +317,6 @@ def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
     plans, channels = work.plans, work.channels
     only_decode = only_in_decode(plans).values()
     kept = inherited(prefill.trained, plans)
-
-    def learning(student: PreTrainedModel) -> Learning:
-        loss = continuation_loss(
-            pruned(prefill.weights, plans.prefill),
-            student,
-            kv_layer_map(plans.prefill, plans.decode),
-            work.teacher,
-            plans.decode.kept,
-            loss_weights(work.context.spec.distillation),
-            prompt_tokens=work.data.prompt_tokens,
-            first_token=work.context.spec.serving.first_token,
-        )
-        return Learning(loss, [student])
-
     return _heal(
         work,
         "decode",
@@ -375,7 +326,7 @@ def _heal_decode(work: Work, prefill: HealedHalf) -> HealedHalf:
         beside=prefill,
         inherits=lambda dense: change_width(kept, channels.prefill, channels.decode, dict(dense.named_parameters())),
         frozen=lambda stack: {name for absorber in only_decode for name in kv_tensor_names(stack, absorber)},
-        learning=learning,
+        learning=lambda student: work.lessons.of_decode(student, pruned(prefill.weights, plans.prefill)),
     )
 
 

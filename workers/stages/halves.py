@@ -1,16 +1,18 @@
-"""What healing trains of each half, and how it ends: the same on one device and on several."""
+"""What healing trains of each half, what that learns, and how it ends: the same in every way to heal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pdtrim.contract.results.distillation import Kept
-from pdtrim.contract.spec import DistillationSpec
-from workers.pruning.model.plan import BlockPlan
+from pdtrim.contract.spec import DistillationSpec, JobSpec
+from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.repair.distill import Loss, Teacher, continuation_loss, sequence_loss
 from workers.pruning.repair.losses import LossWeights
 from workers.stages.removal import Plans
 
@@ -66,14 +68,59 @@ def inherited(trained: Mapping[str, Tensor], plans: Plans) -> dict[str, Tensor]:
     }
 
 
-def loss_weights(spec: DistillationSpec) -> LossWeights:
-    """What healing minimises, as the job has it."""
-    return LossWeights(**spec.losses.model_dump())
+@dataclass(frozen=True)
+class Learning:
+    """The healing loss of a student, and the models whose blocks its gradients go back through."""
+
+    loss: Loss
+    models: Sequence[PreTrainedModel]
+    beside: Sequence[PreTrainedModel] = ()
+    """Halves that it reads, and nothing goes back through."""
 
 
-def own_weights(losses: LossWeights) -> LossWeights:
-    """What a prefill half that is read minimises of its own predictions besides."""
-    return LossWeights(kl=losses.kl, label=losses.label, hidden=0.0)
+@dataclass(frozen=True)
+class Lessons:
+    """What each half learns: to predict what the dense model does, or what was kept of it."""
+
+    spec: JobSpec
+    plans: Plans
+    teacher: Teacher
+    prompt_tokens: int
+
+    def of_prefill(self, student: PreTrainedModel, decode: Callable[[], PreTrainedModel]) -> Learning:
+        """By its own predictions; where it is read alone, by those that a `decode` which is not healed yet makes from
+        its cache. Where prefill says the first token, its own count then as well.
+        """
+        losses, kept = self._losses, self.plans.prefill.kept
+        if not self.plans.prefill_is_read_alone:
+            return Learning(sequence_loss(student, self.teacher, kept, losses), [student])
+        reader = decode()
+        read = self._read(student, reader)
+        if self.spec.serving.first_token == "decode":
+            return Learning(read, [student, reader])
+        own = sequence_loss(student, self.teacher, kept, LossWeights(kl=losses.kl, label=losses.label, hidden=0.0))
+        return Learning(lambda ids: read(ids) + own(ids), [student, reader])
+
+    def of_decode(self, student: PreTrainedModel, prefill: PreTrainedModel) -> Learning:
+        """By what it predicts from the cache of `prefill`, as its checkpoint holds it."""
+        return Learning(self._read(prefill, student), [student], [prefill])
+
+    @property
+    def _losses(self) -> LossWeights:
+        return LossWeights(**self.spec.distillation.losses.model_dump())
+
+    def _read(self, prefill: PreTrainedModel, decode: PreTrainedModel) -> Loss:
+        """The loss of decode on what it reads of prefill, for whichever of the two learns."""
+        return continuation_loss(
+            prefill,
+            decode,
+            kv_layer_map(self.plans.prefill, self.plans.decode),
+            self.teacher,
+            self.plans.decode.kept,
+            self._losses,
+            prompt_tokens=self.prompt_tokens,
+            first_token=self.spec.serving.first_token,
+        )
 
 
 def trained_blocks(spec: DistillationSpec, plan: BlockPlan) -> list[int]:

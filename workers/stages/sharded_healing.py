@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,16 +30,13 @@ from workers.pruning.model.blocks import block_stack
 from workers.pruning.model.checkpoint import SourceTensors, load_checkpoint, stored_dtype
 from workers.pruning.model.measure import parameters as count_parameters
 from workers.pruning.model.parts import idle_tensors, pruned, zeroed_tensors
-from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.plan import BlockPlan
 from workers.pruning.model.sharing import share
 from workers.pruning.model.streaming import BlockRoom, Cut, load_frame
 from workers.pruning.model.width import Channels, change_width, narrow_tensors
 from workers.pruning.repair.distill import (
-    Loss,
-    continuation_loss,
     kv_tensor_names,
     mean_loss,
-    sequence_loss,
     train_on,
     trainable,
 )
@@ -72,11 +69,11 @@ from workers.stages.folding import (
 from workers.stages.halves import (
     DECODE,
     PREFILL,
+    Learning,
+    Lessons,
     TrainingWindows,
     inherited,
-    loss_weights,
     only_in_decode,
-    own_weights,
     trained_blocks,
     verdict,
 )
@@ -115,6 +112,10 @@ class Work:
     saver: Saver
     dense: DenseTensors
     teacher: PreTrainedModel
+
+    @property
+    def lessons(self) -> Lessons:
+        return Lessons(self.context.spec, self.plans, self.teacher, self.data.prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -281,28 +282,19 @@ def _sharded(
 
 
 def _heal_prefill(work: Work) -> HealedHalf:
-    plans, losses = work.plans, loss_weights(work.context.spec.distillation)
-
-    def learning(student: PreTrainedModel) -> tuple[Loss, Sequence[PreTrainedModel]]:
-        if not plans.prefill_is_read_alone:
-            return sequence_loss(student, work.teacher, plans.prefill.kept, losses), [student]
-        decode = _frozen(work, plans.decode, work.channels.decode, {})
-        read = _read(work, student, decode)
-        if work.context.spec.serving.first_token == "decode":
-            return read, [student, decode]
-        own = sequence_loss(student, work.teacher, plans.prefill.kept, own_weights(losses))
-        return lambda ids: read(ids) + own(ids), [student, decode]
-
+    plans, channels = work.plans, work.channels
     return _heal(
         work,
         "prefill",
         plans.prefill,
-        work.channels.prefill,
+        channels.prefill,
         (0.0, 0.5),
         beside=0,
         start={},
         frozen=(),
-        learning=learning,
+        learning=lambda student: work.lessons.of_prefill(
+            student, lambda: _frozen(work, plans.decode, channels.decode, {})
+        ),
     )
 
 
@@ -313,10 +305,6 @@ def _heal_decode(work: Work) -> HealedHalf:
     absorbers = only_in_decode(plans).values()
     still = work.dense.emptied(work.dense.dtype)
     hollow(still)
-
-    def learning(student: PreTrainedModel) -> tuple[Loss, Sequence[PreTrainedModel]]:
-        return _read(work, _frozen(work, plans.prefill, channels.prefill, trained), student), [student]
-
     return _heal(
         work,
         "decode",
@@ -327,7 +315,9 @@ def _heal_decode(work: Work) -> HealedHalf:
         beside=len(plans.prefill.kept) * work.dense.largest_block * work.dense.dtype.itemsize,
         start=start,
         frozen={name for absorber in absorbers for name in kv_tensor_names(block_stack(still), absorber)},
-        learning=learning,
+        learning=lambda student: work.lessons.of_decode(
+            student, _frozen(work, plans.prefill, channels.prefill, trained)
+        ),
     )
 
 
@@ -335,21 +325,6 @@ def _frozen(work: Work, plan: BlockPlan, channels: Channels | None, own: Mapping
     """A half that is not trained, as its checkpoint holds it."""
     weights = narrowed(work.dense.emptied(work.dense.dtype), channels)
     return _sharded(work.context, work.ranks, work.dense, weights, plan, channels, own).model
-
-
-def _read(work: Work, prefill: PreTrainedModel, decode: PreTrainedModel) -> Loss:
-    """The loss of decode on what it reads of prefill, for whichever of the two learns."""
-    plans, spec = work.plans, work.context.spec
-    return continuation_loss(
-        prefill,
-        decode,
-        kv_layer_map(plans.prefill, plans.decode),
-        work.teacher,
-        plans.decode.kept,
-        loss_weights(spec.distillation),
-        prompt_tokens=work.data.prompt_tokens,
-        first_token=spec.serving.first_token,
-    )
 
 
 def _heal(
@@ -362,7 +337,7 @@ def _heal(
     beside: int,
     start: Tensors,
     frozen: Collection[str],
-    learning: Callable[[PreTrainedModel], tuple[Loss, Sequence[PreTrainedModel]]],
+    learning: Callable[[PreTrainedModel], Learning],
 ) -> HealedHalf:
     """As the stage on one device does it. Where training did no better, no weights are put back: nobody reads these."""
     context, data, ranks, spec = work.context, work.data, work.ranks, work.context.spec.distillation
@@ -387,8 +362,7 @@ def _heal(
     def without_training(own: Tensors) -> float:
         weights = narrowed(work.dense.emptied(work.dense.dtype), channels)
         student = _sharded(context, ranks, work.dense, weights, plan, channels, own).model
-        loss_of, _ = learning(student)
-        return mean_loss(shared_loss(loss_of, ranks), data.judging, settings.held_out_batch)
+        return mean_loss(shared_loss(learning(student).loss, ranks), data.judging, settings.held_out_batch)
 
     start, folding = _with_folds(work, half, plan, channels, start, progress_range[0], without_training)
 
@@ -417,12 +391,12 @@ def _heal(
         parameters = {name: one for name, one in student.model.named_parameters() if one.requires_grad}
 
     # Its training, judged by what its checkpoint will hold.
-    loss_of, models = learning(student.model)
-    loss = shared_loss(loss_of, ranks)
+    learned = learning(student.model)
+    loss = shared_loss(learned.loss, ranks)
     before = mean_loss(loss, data.held_out, settings.held_out_batch)
     resume = None if kept is None else load_shards(kept, parameters, ranks)
     diary = _journal(work, half, progress_range, way, resume)
-    with recomputed_blocks(*models) if way.recomputed else nullcontext():
+    with recomputed_blocks(*learned.models) if way.recomputed else nullcontext():
         taken = train_on(loss, parameters, data.training, data.held_out, settings, diary).steps
     dtype = stored_dtype(context.model_dir)
     if spec.trainable == "lora":

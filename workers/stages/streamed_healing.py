@@ -27,16 +27,13 @@ from workers.pruning.model.blocks import block_stack, capture_calls
 from workers.pruning.model.checkpoint import SourceTensors, check_complete, empty_model, stored_dtype
 from workers.pruning.model.measure import parameters
 from workers.pruning.model.parts import idle_tensors
-from workers.pruning.model.plan import BlockPlan, kv_layer_map
+from workers.pruning.model.plan import BlockPlan
 from workers.pruning.model.streaming import BlockReader, BlockRoom, Cut
 from workers.pruning.model.tensor_file import write_tensors
 from workers.pruning.model.width import Channels, change_width
 from workers.pruning.repair.distill import (
-    Loss,
-    continuation_loss,
     kv_tensor_names,
     mean_loss,
-    sequence_loss,
     train_on,
 )
 from workers.pruning.repair.lora import apart_adapters, linear_weights
@@ -54,11 +51,11 @@ from workers.stages.folding import (
 from workers.stages.halves import (
     DECODE,
     PREFILL,
+    Learning,
+    Lessons,
     TrainingWindows,
     block_of,
-    loss_weights,
     only_in_decode,
-    own_weights,
     trained_blocks,
     verdict,
 )
@@ -92,6 +89,10 @@ class Work:
     reader: BlockReader
     """The teacher's."""
 
+    @property
+    def lessons(self) -> Lessons:
+        return Lessons(self.context.spec, self.plans, self.teacher, self.data.prompt_tokens)
+
     def model(self, cut: Cut) -> tuple[PreTrainedModel, BlockReader]:
         """The dense model, cut."""
         return load_streamed_model(
@@ -104,20 +105,12 @@ class Work:
         )
 
 
-@dataclass(frozen=True)
-class Learning:
-    """The healing loss of a student, and the models whose blocks its gradients go back through."""
-
-    loss: Loss
-    models: tuple[PreTrainedModel, ...]
-    beside: tuple[PreTrainedModel, ...]
-    """Others that it reads."""
-
-    def reads(self, settings: TrainingSettings, held_out: int) -> Expected:
-        """Blocks, about, where so many windows are held out: some losses take a model twice."""
-        back = _blocks(self.models)
-        forward = back + _blocks(self.beside)
-        return Expected(forward * math.ceil(held_out / settings.held_out_batch), (forward + back) * settings.parts)
+def _reads(work: Work, learned: Learning, settings: TrainingSettings) -> Expected:
+    """Blocks, about: some losses take a model twice."""
+    back = _blocks(learned.models)
+    forward = back + _blocks([work.teacher, *learned.beside])
+    judged = math.ceil(len(work.data.held_out) / settings.held_out_batch)
+    return Expected(forward * judged, (forward + back) * settings.parts)
 
 
 def _blocks(models: Sequence[PreTrainedModel]) -> int:
@@ -167,7 +160,9 @@ def heal_streamed(
         channels.prefill,
         start=NOTHING,
         frozen=set(),
-        learning=lambda student: _learning_prefill(work, student),
+        learning=lambda student: work.lessons.of_prefill(
+            student, lambda: work.model(Cut(plans.decode, channels.decode))[0]
+        ),
         progress_range=(0.0, 0.5),
         out=context.out / PREFILL,
     )
@@ -182,7 +177,9 @@ def heal_streamed(
         channels.decode,
         start=_inherited(work, healed),
         frozen=_made_for_prefill(work),
-        learning=lambda student: _learning_decode(work, healed, student),
+        learning=lambda student: work.lessons.of_decode(
+            student, work.model(Cut(plans.prefill, channels.prefill, healed))[0]
+        ),
         progress_range=(0.5, 1.0),
         out=context.out / DECODE,
     )
@@ -197,44 +194,6 @@ def _result(prefill: HealedHalf, decode: HealedHalf, answers: OwnAnswers | None)
         folds=folds_of(prefill.folding, decode.folding),
         answers=answers,
     )
-
-
-def _learning_prefill(work: Work, student: PreTrainedModel) -> Learning:
-    plans, spec = work.plans, work.context.spec
-    losses, first_token = loss_weights(spec.distillation), spec.serving.first_token
-    if not plans.prefill_is_read_alone:
-        return Learning(sequence_loss(student, work.teacher, plans.prefill.kept, losses), (student,), (work.teacher,))
-    decode, _ = work.model(Cut(plans.decode, work.channels.decode))
-    read = continuation_loss(
-        student,
-        decode,
-        kv_layer_map(plans.prefill, plans.decode),
-        work.teacher,
-        plans.decode.kept,
-        losses,
-        prompt_tokens=work.data.prompt_tokens,
-        first_token=first_token,
-    )
-    if first_token == "decode":
-        return Learning(read, (student, decode), (work.teacher,))
-    own = sequence_loss(student, work.teacher, plans.prefill.kept, own_weights(losses))
-    return Learning(lambda ids: read(ids) + own(ids), (student, decode), (work.teacher,))
-
-
-def _learning_decode(work: Work, healed: SourceTensors, student: PreTrainedModel) -> Learning:
-    plans, spec = work.plans, work.context.spec
-    prefill, _ = work.model(Cut(plans.prefill, work.channels.prefill, healed))
-    loss = continuation_loss(
-        prefill,
-        student,
-        kv_layer_map(plans.prefill, plans.decode),
-        work.teacher,
-        plans.decode.kept,
-        loss_weights(spec.distillation),
-        prompt_tokens=work.data.prompt_tokens,
-        first_token=spec.serving.first_token,
-    )
-    return Learning(loss, (student,), (work.teacher, prefill))
 
 
 def _inherited(work: Work, healed: SourceTensors) -> SourceTensors:
@@ -312,7 +271,7 @@ def _heal(
     student, reader = work.model(Cut(plan, channels, start))
     own = {reader.weights.in_source(name): name for name, _ in student.named_parameters()}
     learned = learning(student)
-    reading = Reading(context, half, progress_range, learned.reads(settings, len(data.held_out)), settings)
+    reading = Reading(context, half, progress_range, _reads(work, learned, settings), settings)
     if resume is not None:
         reading.goes_on_after(step_of(resume))
     work.room.hears = reading.block_read
