@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.distillation import REFERENCE
+from workers.inputs.models import device
 from workers.pruning.model.blocks import BlockStack, block_stack, capture_calls
 from workers.pruning.model.calibration import (
     Split,
@@ -201,6 +202,17 @@ def folded(bench: Bench, plan: BlockPlan, name: str, windows: Tensor) -> tuple[d
         tensors = dict(made.tensors)
     bench.synchronise()
     return tensors, time.perf_counter() - started
+
+
+def folded_half(model: PreTrainedModel, half: BlockPlan, windows: Tensor, batch: int) -> PreTrainedModel:
+    """A half whose removed blocks are folded into those before, by windows (windows, tokens)."""
+    stack = block_stack(model)
+    wanted = wanted_states(stack, half, windows, chunk_windows=batch, held_on=device())
+    tensors = fold(stack, half, wanted, weighing=by_size).tensors
+    kept = {id(parameter): parameter for name, parameter in model.named_parameters() if name not in tensors}
+    changed: PreTrainedModel = copy.deepcopy(model, kept)
+    load_tensors(changed, tensors)
+    return pruned(changed, half)
 
 
 def healed(bench: Bench, plan: BlockPlan, tensors: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -18,23 +18,19 @@ import json
 import re
 import shutil
 import time
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.choices import CHOICES
+from benchmarks.folds import folded_half
 from benchmarks.questions import (
     Answers,
     Questions,
@@ -47,6 +43,7 @@ from benchmarks.questions import (
     running_text,
     writes_digits,
 )
+from benchmarks.rows import append, arguments, written
 from benchmarks.whole_jobs import WholeJob, layer_map
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.results import PLAN, HalfPlan, Healing, Plan
@@ -59,8 +56,7 @@ from workers.pruning.model.pair import FirstToken
 from workers.pruning.model.parts import pruned
 from workers.pruning.model.plan import BlockPlan, kv_layer_map
 from workers.pruning.model.units import Kind, Unit, Units, blocks_of, deleting, parts_of
-from workers.pruning.repair.distill import load_tensors
-from workers.pruning.repair.fold import by_size, fold, gaps_of, wanted_states
+from workers.pruning.repair.fold import gaps_of
 from workers.stages.precision import DTYPES
 from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
@@ -100,6 +96,9 @@ class Row:
     """Of `distillation`, where it is not as in the other rows."""
     search: Mapping[str, Any] = field(default_factory=dict)
     """Likewise of `search`."""
+
+    def __str__(self) -> str:
+        return f"{self.table}, {self.label}"
 
 
 def by_peers(counts: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
@@ -245,7 +244,7 @@ def units_of(half: HalfPlan) -> Units:
     return deleting(half.removed) | {Unit(block, part) for block, part in half.parts.items()}
 
 
-def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+def measured(row: Row, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run a row's job, ask its pair, and delete its files. Returns the row as JSON."""
     given = asked_of(args)
     spec = JobSpec.model_validate(
@@ -289,9 +288,9 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         folded = {}
         if any(gaps_of(half) for half in halves):
             to_fold = windows[evenly].to(device())
-            folded["folded"] = ask(*(_folded(given.model, half, to_fold, args.batch) for half in halves))
+            folded["folded"] = ask(*(folded_half(given.model, half, to_fold, args.batch) for half in halves))
         distilled: Any = job.results[StageName.DISTILLATION]
-        return {
+        found = {
             "table": row.table,
             "label": row.label,
             "copying": row.copying,
@@ -308,6 +307,7 @@ def measured(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             "healing": {half: _healing(getattr(distilled, half)) for half in ("prefill", "decode")},
             "seconds": {stage.value: round(seconds, 1) for stage, seconds in job.seconds.items()},
         }
+        return [found]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -322,17 +322,6 @@ def choose(job: WholeJob, method: str, amount: float, given: Subject) -> None:
     plan = json.loads(path.read_text())
     plan |= {"prefill": half_plan(prefill).model_dump(mode="json"), "decode": half_plan(decode).model_dump(mode="json")}
     path.write_text(json.dumps({**plan, "kv_layer_map": kv_layer_map(prefill, decode)}))
-
-
-def _folded(model: PreTrainedModel, half: BlockPlan, windows: Tensor, batch: int) -> PreTrainedModel:
-    """A half whose removed blocks are folded into those before, by windows (windows, tokens)."""
-    stack = block_stack(model)
-    wanted = wanted_states(stack, half, windows, chunk_windows=batch, held_on=device())
-    tensors = fold(stack, half, wanted, weighing=by_size).tensors
-    kept = {id(parameter): parameter for name, parameter in model.named_parameters() if name not in tensors}
-    changed: PreTrainedModel = deepcopy(model, kept)
-    load_tensors(changed, tensors)
-    return pruned(changed, half)
 
 
 def _checkpoints(job: WholeJob, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -395,21 +384,12 @@ def _by_name_and_count(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return re.sub(r"\d+", "", row["label"]), [int(n) for n in re.findall(r"\d+", row["label"])], -row["copying"]
 
 
-def written(file: Path) -> list[dict[str, Any]]:
-    """The rows that a run has written."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def main() -> None:
     """Run the jobs, and print the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument(
         "--text", type=Path, help="a JSON object with `text` a line; by default what the reference model never saw"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and, for a while, the jobs")
-    parser.add_argument("--table", action="store_true", help="print the tables of an earlier run")
-    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="of jobs and of what is asked")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--only", default="", help="a regular expression: rows whose table and label hold it")
     parser.add_argument("--prompts", type=int, nargs=3, default=[64, 256, 1024], help="tokens, ascending")
@@ -418,10 +398,6 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=[0.75, 0.6])
     parser.add_argument("--heal-tokens", type=int, default=200_000)
     parser.add_argument("--calibration-windows", type=int, default=16)
-    parser.add_argument("--questions", type=int, default=160, help="of each kind")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--jobs", type=int, default=1, help="at a time")
-    parser.add_argument("--seconds", type=float, default=1e9, help="when to stop, with what is done by then")
     args = parser.parse_args()
     rows_file = args.out / "rows.jsonl"
     if not args.table:
@@ -435,7 +411,7 @@ def _key(table: str, label: str, copying: float, seed: int, **others: Any) -> tu
 
 
 def run(args: argparse.Namespace, rows_file: Path) -> None:
-    """Run the job of every row that the file does not have yet, so many at a time, and append the row."""
+    """Run the job of every row that the file does not have yet, and append the row."""
     until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
     given = asked_of(args)
@@ -452,23 +428,7 @@ def run(args: argparse.Namespace, rows_file: Path) -> None:
         rows_file.write_text(json.dumps(dense_row(given)) + "\n")
     done_before = {_key(**row) for row in written(rows_file)[1:]}
     rows = [row for row in rows if _key(row.table, row.label, row.copying, row.seed) not in done_before]
-    pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
-    with rows_file.open("a") as file:
-        running = {pool.submit(measured, row, args): row for row in rows}
-        try:
-            for done in as_completed(running, timeout=max(until - time.monotonic(), 0)):
-                row = running[done]
-                if (error := done.exception()) is not None:
-                    print(f"{row.table}, {row.label}:", *traceback.format_exception(error), sep="\n", flush=True)
-                    continue
-                found = done.result()
-                print(f"{row.table}, {row.label}: {found['seconds']}", flush=True)
-                print(json.dumps(found), file=file, flush=True)
-        except TimeoutError:
-            print("the time is up", flush=True)
-            for process in (pool._processes or {}).values():
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
+    append(rows_file, measured, rows, args, until)
 
 
 if __name__ == "__main__":
