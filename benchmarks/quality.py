@@ -62,7 +62,7 @@ from workers.stages.removal import block_plan, half_plan
 from workers.stages.scoring import WINDOWS
 
 WINDOW_TOKENS = 256
-ROWS = ("depth", "cost", "healing", "peers", "calibration")
+ROWS = ("depth", "cost", "healing", "peers", "calibration", "sets")
 FIRST_TOKEN: FirstToken = "decode"
 COSTS: tuple[Cost, ...] = ("flops", "weight_bytes", "kv_bytes")
 OF_PREFILL: Mapping[Kind, str] = {"kv_only": "kv_only_blocks", "mlp": "remove_mlps"}
@@ -140,6 +140,16 @@ def by_healing(count: int, tokens: int) -> Iterator[Row]:
     }
     for label, healing in ways.items():
         yield Row("healing", f"blocks {count}, {label}", gone, gone, healing=healing)
+
+
+def by_sets(sets: Sequence[Sequence[int]]) -> Iterator[Row]:
+    """Given blocks of both halves, healed from the weights as they are and from what a fold left."""
+    for blocks in sets:
+        gone = {"remove_blocks": len(blocks)}
+        label = f"blocks {', '.join(map(str, sorted(blocks)))}"
+        for start, fold in (("as they are", False), ("the fold", True)):
+            search = {"force": sorted(blocks)}
+            yield Row("sets", f"{label}, healed from {start}", gone, gone, healing={"fold": fold}, search=search)
 
 
 def by_depth(counts: Sequence[int], decode_alone: int) -> Iterator[Row]:
@@ -394,6 +404,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression: rows whose table and label hold it")
     parser.add_argument("--prompts", type=int, nargs=3, default=[64, 256, 1024], help="tokens, ascending")
     parser.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9, 12])
+    parser.add_argument("--set", type=int, nargs="+", action="append", default=[], help="blocks, a row of `sets` each")
     parser.add_argument("--decode-alone", type=int, default=4)
     parser.add_argument("--shares", type=float, nargs="*", default=[0.75, 0.6])
     parser.add_argument("--heal-tokens", type=int, default=200_000)
@@ -422,6 +433,7 @@ def run(args: argparse.Namespace, rows_file: Path) -> None:
         "cost": by_cost(given.costs, args.shares),
         "calibration": by_calibration(middle, [8, 64], range(3)),
         "healing": by_healing(middle, args.heal_tokens),
+        "sets": by_sets(args.set),
     }
     rows = [row for kind in args.rows for row in kinds[kind] if re.search(args.only, f"{row.table} {row.label}")]
     if not rows_file.exists():
