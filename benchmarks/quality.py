@@ -71,8 +71,8 @@ OF_DECODE: Mapping[Cost, tuple[Kind, ...]] = {
     "kv_bytes": ("block", "attention"),
 }
 FOLD_TOKENS = 20_480
-COPYING = 0.25
-"""The share of copying windows that a job has by default."""
+COPYING, COPYING_FOLDED = 0.25, 1.0
+"""The shares of copying windows that a job has by default, and where sets are compared folded."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.table}, {self.label}"
+
+
+DENSE = Row("dense", "nothing", {}, {}, copying=0.0)
+"""The model as it is, which every other row is beside."""
 
 
 def by_peers(counts: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
@@ -133,7 +137,7 @@ def by_healing(count: int, tokens: int) -> Iterator[Row]:
     ):
         yield Row("healing", f"blocks {count}, {label}", gone, gone, healing=trained)
         folded = f"blocks {count}, compared folded, {label}"
-        yield Row("healing", folded, gone, gone, healing=trained, search={"folded": True})
+        yield Row("healing", folded, gone, gone, COPYING_FOLDED, healing=trained, search={"folded": True})
     ways: dict[str, dict[str, Any]] = {
         **{f"rate {rate:g}": {"learning_rate": rate} for rate in (1e-4, 5e-4, 1e-3)},
         "on predictions alone": {"losses": {"hidden": 0.0}},
@@ -160,7 +164,9 @@ def by_depth(counts: Sequence[int], decode_alone: int) -> Iterator[Row]:
             yield Row("depth", f"kv_only {count}, decode whole", {"kv_only_blocks": count}, whole, copying)
         gone = {"remove_blocks": count}
         yield Row("depth", f"blocks {count}, both halves", gone, gone)
-        yield Row("depth", f"blocks {count}, both halves, compared folded", gone, gone, search={"folded": True})
+        for copying in (COPYING_FOLDED, COPYING):
+            label = f"blocks {count}, both halves, compared folded"
+            yield Row("depth", label, gone, gone, copying, search={"folded": True})
         less = {"remove_blocks": decode_alone}
         yield Row("depth", f"kv_only {count}, decode blocks {decode_alone}", {"kv_only_blocks": count}, less)
         yield Row("depth", f"blocks {count}, decode alone", whole, gone)
@@ -257,6 +263,8 @@ def units_of(half: HalfPlan) -> Units:
 def measured(row: Row, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run a row's job, ask its pair, and delete its files. Returns the row as JSON."""
     given = asked_of(args)
+    if row == DENSE:
+        return [{"table": row.table, "label": row.label, "copying": 0.0, "seed": 0, "answers": dense_answers(given)}]
     spec = JobSpec.model_validate(
         {
             "model": {"source": f"file://{args.model.resolve()}"},
@@ -357,10 +365,9 @@ def _healing(healing: Healing | None) -> dict[str, float | str] | None:
     return None if healing is None else {"before": healing.before, "after": healing.after, "kept": healing.kept}
 
 
-def dense_row(given: Subject) -> dict[str, Any]:
+def dense_answers(given: Subject) -> dict[str, dict[str, float]]:
     """The dense model's own losses and exact answers."""
-    found = {name: {"loss": fmean(a.losses), "exact": fmean(a.exact)} for name, a in given.answers.items()}
-    return {"table": "dense", "answers": found}
+    return {name: {"loss": fmean(a.losses), "exact": fmean(a.exact)} for name, a in given.answers.items()}
 
 
 EXACT = ("needle", "lookup", "next of", "right of")
@@ -425,21 +432,19 @@ def run(args: argparse.Namespace, rows_file: Path) -> None:
     """Run the job of every row that the file does not have yet, and append the row."""
     until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    given = asked_of(args)
     middle = args.counts[(len(args.counts) - 1) // 2]
     kinds: dict[str, Iterable[Row]] = {
         "depth": by_depth(args.counts, args.decode_alone),
         "peers": by_peers(args.counts, args.shares),
-        "cost": by_cost(given.costs, args.shares),
+        "cost": by_cost(asked_of(args).costs, args.shares) if "cost" in args.rows else [],
         "calibration": by_calibration(middle, [8, 64], range(3)),
         "healing": by_healing(middle, args.heal_tokens),
         "sets": by_sets(args.set),
     }
     rows = [row for kind in args.rows for row in kinds[kind] if re.search(args.only, f"{row.table} {row.label}")]
-    if not rows_file.exists():
-        rows_file.write_text(json.dumps(dense_row(given)) + "\n")
-    done_before = {_key(**row) for row in written(rows_file)[1:]}
-    rows = [row for row in rows if _key(row.table, row.label, row.copying, row.seed) not in done_before]
+    rows_file.touch()
+    done_before = {_key(**row) for row in written(rows_file)}
+    rows = [row for row in [DENSE, *rows] if _key(row.table, row.label, row.copying, row.seed) not in done_before]
     append(rows_file, measured, rows, args, until)
 
 

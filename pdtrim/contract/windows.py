@@ -20,6 +20,21 @@ def windows_to_fold(hidden: int, window_tokens: int) -> int:
     return max(2, math.ceil(FOLD_TOKENS_A_DIMENSION * hidden / window_tokens))
 
 
+def copying_share(spec: JobSpec) -> float:
+    """Of the windows that sets are compared on, those that count again with their prompt said again, as a share.
+
+    All, where sets are compared folded: with a quarter, what they keep of the prompt hangs on the windows.
+    """
+    if spec.calibration.copying is not None:
+        return spec.calibration.copying
+    return 1.0 if spec.search.folded else 0.25
+
+
+def copying_windows(spec: JobSpec) -> int:
+    """How many they are, of as many windows as are asked for."""
+    return round(copying_share(spec) * spec.calibration.windows)
+
+
 def wanted_windows(spec: JobSpec) -> dict[Split, int]:
     """Windows by use: for training as many as distillation reads, and one more; one where the model makes its own."""
     own = spec.distillation.data == "self"

@@ -37,7 +37,7 @@ from pdtrim.contract.healing_memory import (
 )
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import HalfTarget, JobSpec
-from pdtrim.contract.windows import windows_to_fold
+from pdtrim.contract.windows import copying_windows, windows_to_fold
 from service.checking.shape import ModelShape
 
 RESIDENT_SHARE = 0.7
@@ -199,7 +199,7 @@ class _Room:
 
     @staticmethod
     def _windows(spec: JobSpec) -> int:
-        return spec.calibration.windows + spec.calibration.copying_windows
+        return spec.calibration.windows + copying_windows(spec)
 
     def healing(self, spec: JobSpec, checkpoints: Sequence[Checkpoint]) -> StageMemory:
         if not heals(spec):

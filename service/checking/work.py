@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 from pdtrim.contract.devices import Device
 from pdtrim.contract.jobs import StageName
 from pdtrim.contract.spec import JobSpec
-from pdtrim.contract.windows import windows_to_fold
+from pdtrim.contract.windows import copying_windows, windows_to_fold
 from service.checking.memory import (
     RESIDENT_WALK_BYTES,
     STREAMED_WALK_BYTES,
@@ -121,7 +121,7 @@ class _Counting:
 
     @property
     def _windows(self) -> int:
-        return self.spec.calibration.windows + self.spec.calibration.copying_windows
+        return self.spec.calibration.windows + copying_windows(self.spec)
 
     def _blocks(self, tokens: float, blocks: float, context: float, calls: float) -> Work:
         """Forwards of so many tokens through blocks, in so many calls of each."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pdtrim.contract.results import FoldedGap, Folding, Half, UnfoldedGap
 from pdtrim.contract.spec import JobSpec
+from pdtrim.contract.windows import copying_share
 from workers.inputs.models import RESIDENT_WALK_BYTES
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import said_again
@@ -58,7 +59,7 @@ def fold_windows(training: Tensor, calibration: Tensor, held_out: int) -> Tensor
 
 def copied(context: StageContext, windows: Tensor) -> Tensor:
     """As many of the windows (windows, tokens) as the search has of its own, with their prompt said again."""
-    some = windows[: round(context.spec.calibration.copying * len(windows))]
+    some = windows[: round(copying_share(context.spec) * len(windows))]
     return said_again(some.cpu(), windows.shape[1] // 2, opening=len(read_opening(context))).to(windows)
 
 

@@ -27,7 +27,7 @@ from pdtrim.contract.results import (
     Sensitivity,
 )
 from pdtrim.contract.spec import BUDGET_PARTS, COST_NAMES, Cost, HalfTarget
-from pdtrim.contract.windows import windows_to_fold
+from pdtrim.contract.windows import copying_windows, windows_to_fold
 from workers.inputs.models import anchor_bytes, is_streamed, prompt_bytes, windows_at_once
 from workers.pruning.model.blocks import BlockStack
 from workers.pruning.model.calibration import interleaved, said_again
@@ -119,7 +119,7 @@ class Searcher:
         self._context = context
         self._spec = context.spec
         self._stack = stack
-        copied = windows[: context.spec.calibration.copying_windows]
+        copied = windows[: copying_windows(context.spec)]
         again = said_again(copied, self.prompt_tokens, opening=len(read_opening(context)))
         self._windows, self._is_copying = interleaved(windows, again)
         self._cosine = cosine
