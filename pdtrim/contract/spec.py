@@ -289,7 +289,7 @@ class SearchSpec(SpecModel):
         default=False,
         description="Compare sets of whole blocks as they are once folded: with what their gaps did made up for by a "
         "linear map in the block before, as far as one can; they then are folded (see `distillation.fold`). Such sets "
-        "may keep more of what stands in the prompt, and the search takes two to four times as long. Losses are "
+        "keep more of what stands in the prompt, and the search takes two to five times as long. Losses are "
         "reported without folds. Parts of blocks and budgets are compared without them. Without effect where weights "
         "are read from disk block by block.",
     )
