@@ -256,7 +256,6 @@ def measured(search: Search, args: argparse.Namespace) -> list[dict[str, Any]]:
     start, processor = time.perf_counter(), time.process_time()
     sets = found(way, given.model, text, few, args.counts)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    to_fold = torch.cat([to_fold, said_again(to_fold[: round(way.copying * len(to_fold))], PROMPT_TOKENS)])
     rows = []
     for count, (units, loss) in sets.items():
         removed = BlockPlan(len(block_stack(given.model).blocks), blocks_of(units), parts=parts_of(units))
