@@ -7,8 +7,8 @@ Whole blocks that both halves give up, or blocks of prefill but their keys and v
 search is tried on three draws of calibration text that have no window in common. Its sets are measured as pairs are
 served, as they are and folded (a matrix by least squares, of windows of the same draw), on text that no search saw:
 continuations of 128 tokens, spans copied from the prompt, numbers that stand in it, and choices between continuations.
-Rows go to rows.jsonl as they end; a run that was cut off goes on, and with --table
-the tables are made of what there is.
+Rows go to rows.jsonl as they end; a run that was cut off goes on, and with --table the tables are made of what there
+is.
 """
 
 from __future__ import annotations

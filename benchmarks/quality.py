@@ -261,10 +261,11 @@ def units_of(half: HalfPlan) -> Units:
 
 
 def measured(row: Row, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run a row's job, ask its pair, and delete its files. Returns the row as JSON."""
+    """Run a row's job, ask its pair, and delete its files. Returns the row as JSON; of `DENSE` what that answers."""
     given = asked_of(args)
     if row == DENSE:
-        return [{"table": row.table, "label": row.label, "copying": 0.0, "seed": 0, "answers": dense_answers(given)}]
+        named = {"table": row.table, "label": row.label, "copying": row.copying, "seed": row.seed}
+        return [{**named, "answers": dense_answers(given)}]
     spec = JobSpec.model_validate(
         {
             "model": {"source": f"file://{args.model.resolve()}"},

@@ -252,7 +252,7 @@ class CalibrationSpec(SpecModel):
         le=1.0,
         description="Share of the windows that count a second time in the search, with the prompt said again in place "
         "of its continuation. Running text hardly shows what a model without some blocks no longer finds in its "
-        "prompt; 0 compares removals on running text alone. Null for 0.25, and for 1 where sets are compared folded.",
+        "prompt; 0 compares removals on running text alone. Null for 0.25, and for 1 with `search.folded`.",
     )
 
 
